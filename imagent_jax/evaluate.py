@@ -1,0 +1,95 @@
+"""Evaluation on held-out tasks: `python -m imagent_jax.evaluate --model.path FOLDER_OR_HUB_ID`."""
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from imagent_jax.config import Config, parse_args
+from imagent_jax.data.task import Task
+from imagent_jax.evals.scoring import score
+from imagent_jax.rl.rollout import RolloutEngine
+from imagent_jax.rl.trajectory import EndReason, Trajectory
+
+
+def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Accuracy (also by question kind), tool-call rates and end reasons of a set of trajectories; shares in 0..1."""
+    n = len(trajectories)
+    right = [score(t.answer, t.task.answer, t.task.answer_type) == 1.0 for t in trajectories]
+    by_kind, ends = defaultdict(list), Counter(t.end for t in trajectories)
+    for t, ok in zip(trajectories, right, strict=True):
+        by_kind[t.task.kind].append(ok)
+    used = [t.executed_calls > 0 for t in trajectories]
+    calls = sum(t.executed_calls + t.invalid_calls for t in trajectories)
+    result = {
+        "accuracy": float(np.mean(right)),
+        "tools/used_rate": float(np.mean(used)),
+        "tools/calls": calls / n,
+        "tools/executed_rate": sum(t.executed_calls for t in trajectories) / max(calls, 1),
+        "tools/invalid": sum(t.invalid_calls for t in trajectories) / n,
+        "tools/accuracy_with": float(np.mean([ok for ok, u in zip(right, used, strict=True) if u] or [0.0])),
+        "tools/accuracy_without": float(np.mean([ok for ok, u in zip(right, used, strict=True) if not u] or [0.0])),
+        "length": float(np.mean([len(t.ids) for t in trajectories])),
+    }
+    result |= {f"accuracy/{kind}": float(np.mean(oks)) for kind, oks in sorted(by_kind.items())}
+    return result | {f"end/{reason.name.lower()}": ends[reason] / n for reason in EndReason}
+
+
+def evaluate(
+    engine: RolloutEngine, params, tasks: Sequence[Task], *, groups: int, seed: int, greedy: bool, temperature: float,
+    progress=None,
+) -> tuple[dict[str, float], list[Trajectory]]:  # fmt: skip
+    """One rollout of every task, in batches of `groups` (the last one filled up with repeats, which are not counted)."""
+    done: list[Trajectory] = []
+    for begin in range(0, len(tasks), groups):
+        batch = list(tasks[begin : begin + groups])
+        filled = [batch[i % len(batch)] for i in range(groups)]
+        out = engine.rollout(params, filled, group_size=1, seed=seed, temperature=temperature, greedy=greedy)
+        done += [group[0] for group in out.trajectories[: len(batch)]]
+        if progress:
+            progress(len(done), len(tasks))
+    return summarise(done), done
+
+
+def comparison(base: dict[str, float] | None, trained: dict[str, float], title: str) -> Table:
+    """A table of evaluation figures, base beside trained."""
+    table = Table(title=title)
+    table.add_column("held-out")
+    if base is not None:
+        table.add_column("base", justify="right")
+    table.add_column("trained" if base is not None else "model", justify="right")
+    for key in trained:
+        if key.startswith("end/") and not trained[key] and not (base or {}).get(key):
+            continue
+        plain = key in ("length", "tools/calls", "tools/invalid")
+        row = [f"{m.get(key, 0.0):.2f}" if plain else f"{100 * m.get(key, 0.0):.1f} %" for m in (base, trained) if m is not None]
+        table.add_row(key, *row)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; prints the table of one model on the held-out split."""
+    from imagent_jax.train import Parts
+
+    cfg: Config = parse_args(argv)
+    console = Console()
+    try:
+        parts = Parts(cfg)
+        tasks = parts.test_tasks(cfg.eval.tasks)
+        console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.name}; nothing is written.")
+        metrics, _ = evaluate(
+            parts.engine, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
+            temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console.print(comparison(None, metrics, f"{cfg.model.path} on {cfg.data.name}"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Image preparation: Qwen2-VL's resize, normalisation and patches, in PIL and NumPy."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class PreparedImage(NamedTuple):
+    """An image as the vision tower takes it: `patches` float32[n, C] in 2x2 merge order, `grid` (h, w) in patches,
+    `size` (height, width) in pixels."""
+
+    patches: np.ndarray
+    grid: tuple[int, int]
+    size: tuple[int, int]
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
+) -> tuple[int, int]:
+    """The (height, width) an image is shown at: multiples of `factor`, `min_pixels` to `max_pixels` in all, about the
+    same aspect. Equals transformers' function of the same name.
+
+    Raises:
+        ValueError: the longer side is more than 200 times the shorter.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width} x {height} pixels is too narrow; its sides may differ by a factor of 200")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / scale / factor) * factor)
+        w = max(factor, math.floor(width / scale / factor) * factor)
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    return h, w
+
+
+def prepare_image(
+    image: Image.Image,
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    patch_size: int = 14,
+    merge_size: int = 2,
+    temporal_patch_size: int = 2,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> PreparedImage:
+    """Bicubic resize on uint8, normalisation, flattened patches. Equals transformers' `Qwen2VLImageProcessorPil`.
+
+    Raises:
+        ValueError: see `smart_resize`.
+    """
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    height, width = smart_resize(image.height, image.width, patch_size * merge_size, min_pixels, max_pixels)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, np.float64) * (1 / 255)
+    pixels = ((pixels.astype(np.float32) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).transpose(2, 0, 1)
+    gh, gw = height // patch_size, width // patch_size
+    tiles = pixels.reshape(3, gh // merge_size, merge_size, patch_size, gw // merge_size, merge_size, patch_size)
+    tiles = tiles.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
+    tiles = np.broadcast_to(tiles, (*tiles.shape[:5], temporal_patch_size, *tiles.shape[6:]))
+    return PreparedImage(np.ascontiguousarray(tiles.reshape(gh * gw, -1)), (gh, gw), (height, width))
+
+
+def patch_coords(grid: tuple[int, int], merge: int = 2) -> np.ndarray:
+    """(h, w) of every patch, int32[n, 2], in the order of `prepare_image`'s patches."""
+    h, w = grid
+    at = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), axis=-1).astype(np.int32)
+    return at.reshape(h // merge, merge, w // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+
+
+def pack_images(images: Sequence[PreparedImage], block: int, n_blocks: int, merge: int = 2):
+    """Packs images into `n_blocks` blocks of `block` patches; no image straddles a block.
+
+    Returns:
+        patches float32[M, C], coords int32[M, 2], image_id int32[M] (-1 padding), and the first patch row of each image.
+    Raises:
+        ValueError: they do not fit; the sentence names the setting.
+    """
+    m, c = block * n_blocks, images[0].patches.shape[1] if images else 1176
+    patches, coords, image_id = np.zeros((m, c), np.float32), np.zeros((m, 2), np.int32), np.full(m, -1, np.int32)
+    first, at = [], 0
+    for number, image in enumerate(images):
+        n = len(image.patches)
+        if at % block + n > block:
+            at += -at % block
+        if n > block or at + n > m:
+            raise ValueError(f"{len(images)} images do not fit {n_blocks} blocks of {block} patches; raise images.vision_block.")
+        patches[at : at + n], coords[at : at + n], image_id[at : at + n] = image.patches, patch_coords(image.grid, merge), number
+        first.append(at)
+        at += n
+    return patches, coords, image_id, first

@@ -1,0 +1,61 @@
+"""Interleaved text and images as token ids, M-RoPE positions and feature rows (NumPy, on the host)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from imagent_jax.model.images import PreparedImage
+from imagent_jax.model.positions import mrope_positions
+from imagent_jax.model.processor import Processor
+
+
+class Encoded(NamedTuple):
+    """Text and images as the policy sees them: `image_index` is the ordinal, within `images`, of the image a
+    placeholder belongs to (-1: text), `image_offset` its feature row within that image."""
+
+    ids: np.ndarray  # int32 [S]
+    positions: np.ndarray  # int32 [3 S]
+    next_position: int
+    image_index: np.ndarray  # int32 [S]
+    image_offset: np.ndarray  # int32 [S]
+    images: list[PreparedImage]
+
+    def vision(self, first_rows: Sequence[int]) -> np.ndarray:
+        """Feature row of every token (-1: text), given the first row of each image. int32 [S]."""
+        if not self.images:
+            return np.full(len(self.ids), -1, np.int32)
+        first = np.asarray(first_rows, np.int32)[np.maximum(self.image_index, 0)]
+        return np.where(self.image_index >= 0, first + self.image_offset, -1).astype(np.int32)
+
+
+def encode_parts(parts: Sequence[str | PreparedImage], processor: Processor, start: int = 0) -> Encoded:
+    """Token ids, M-RoPE positions from `start` on, and image placement of interleaved text and images.
+
+    Raises:
+        ValueError: placeholders and features do not match (promise 5).
+    """
+    ids: list[int] = []
+    images = [part for part in parts if not isinstance(part, str)]
+    for part in parts:
+        ids += processor.encode(part) if isinstance(part, str) else processor.image_ids(part.grid)
+    merge = processor.merge_size
+    grids = [image.grid for image in images]
+    array = np.asarray(ids, np.int32)
+    positions, next_position = mrope_positions(array, processor.image_token_id, grids, merge, start)
+    index, offset = np.full(len(ids), -1, np.int32), np.zeros(len(ids), np.int32)
+    counts = [h * w // merge**2 for h, w in grids]
+    places = np.flatnonzero(array == processor.image_token_id)
+    index[places] = np.repeat(np.arange(len(counts)), counts)
+    offset[places] = np.concatenate([np.arange(c) for c in counts]) if counts else []
+    return Encoded(array, positions, next_position, index, offset, images)
+
+
+def pad_prompts(prompts: Sequence[Encoded], vision: Sequence[np.ndarray], width: int):
+    """Right-padded ids [N P], positions [3 N P] and feature rows [N P] (-1) of the prompts."""
+    n = len(prompts)
+    ids, positions, rows = np.zeros((n, width), np.int32), np.zeros((3, n, width), np.int32), np.full((n, width), -1)
+    for k, (prompt, index) in enumerate(zip(prompts, vision, strict=True)):
+        s = len(prompt.ids)
+        ids[k, :s], positions[:, k, :s], rows[k, :s] = prompt.ids, prompt.positions, index
+    return ids, positions, rows.astype(np.int32)

@@ -1,0 +1,67 @@
+"""Tokenizer and image settings of a checkpoint, read from its Hugging Face files, without torch."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+from transformers import AutoTokenizer
+
+from imagent_jax.model.images import CLIP_MEAN, CLIP_STD, PreparedImage, prepare_image
+
+
+class Processor:
+    """Text to ids and images to patches, exactly as transformers' own processor of the checkpoint does."""
+
+    def __init__(self, tokenizer, image_settings: dict):
+        self.tokenizer = tokenizer
+        size = image_settings.get("size") or {}
+        self.min_pixels = image_settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+        self.max_pixels = image_settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+        self.patch_size = image_settings.get("patch_size", 14)
+        self.merge_size = image_settings.get("merge_size", 2)
+        self.temporal_patch_size = image_settings.get("temporal_patch_size", 2)
+        self.mean = tuple(image_settings.get("image_mean") or CLIP_MEAN)
+        self.std = tuple(image_settings.get("image_std") or CLIP_STD)
+        markers = {
+            "image_token_id": "<|image_pad|>", "vision_start_id": "<|vision_start|>", "vision_end_id": "<|vision_end|>",
+            "im_start_id": "<|im_start|>", "im_end_id": "<|im_end|>", "endoftext_id": "<|endoftext|>",
+        }  # fmt: skip
+        for name, marker in markers.items():
+            ids = tokenizer.encode(marker, add_special_tokens=False)
+            if len(ids) != 1:
+                raise ValueError(f"The tokenizer has no single token {marker}; use a Qwen2-VL tokenizer.")
+            setattr(self, name, ids[0])
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Processor":
+        """From a folder with tokenizer files and `preprocessor_config.json`.
+
+        Raises:
+            ValueError: one of them is missing (named).
+        """
+        folder = Path(folder)
+        for name in ("tokenizer_config.json", "preprocessor_config.json"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no {name}; name a folder with a complete Qwen2-VL processor.")
+        return cls(AutoTokenizer.from_pretrained(folder), json.loads((folder / "preprocessor_config.json").read_text()))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; markers in the text become their ids, nothing is added."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids) -> str:
+        """Text of token ids, markers included, nothing cleaned up."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def prepare(self, image: Image.Image, min_pixels: int | None = None, max_pixels: int | None = None) -> PreparedImage:
+        """An image within a pixel budget (default: the checkpoint's own)."""
+        return prepare_image(
+            image, min_pixels=min_pixels or self.min_pixels, max_pixels=max_pixels or self.max_pixels,
+            patch_size=self.patch_size, merge_size=self.merge_size, temporal_patch_size=self.temporal_patch_size,
+            mean=self.mean, std=self.std,
+        )  # fmt: skip
+
+    def image_ids(self, grid: tuple[int, int]) -> list[int]:
+        """Vision start, one placeholder for each merged patch, vision end."""
+        count = grid[0] * grid[1] // self.merge_size**2
+        return [self.vision_start_id, *[self.image_token_id] * count, self.vision_end_id]

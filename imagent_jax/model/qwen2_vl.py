@@ -1,0 +1,184 @@
+"""Qwen2-VL: vision tower and decoder as one model, and the pure functions that training and sampling call.
+
+A model is split once into `(graphdef, params)`; every function below takes both and is safe under `jax.jit`.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.text import Decoder, PromptCache, ResponseCache
+from imagent_jax.model.vision import VisionTower
+
+
+class Qwen2VL(nnx.Module):
+    """The modules and their parameters; random at first (deviation 0.02)."""
+
+    def __init__(self, cfg: Qwen2VLConfig, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.cfg = cfg
+        self.vision = VisionTower(cfg.vision, rngs, dtype)
+        self.text = Decoder(cfg.text, rngs, dtype)
+
+
+class Model(NamedTuple):
+    """What stays fixed while parameters change: the definition and how to compute (hashable, a static argument)."""
+
+    graphdef: nnx.GraphDef
+    cfg: Qwen2VLConfig
+    dtype: str = "float32"
+    remat: str = "none"
+    vision_block: int = 144
+    logprob_chunk: int = 2048
+
+    def bind(self, params: nnx.State) -> Qwen2VL:
+        return nnx.merge(self.graphdef, params)
+
+
+def encode_images(
+    model: Model,
+    params: nnx.State,
+    patches: Float[Array, "M C"],
+    coords: Int[Array, "M 2"],
+    image: Int[Array, " M"],
+) -> Float[Array, "F D"]:
+    """Features of a pack of images (F = M / 4); see `VisionTower`."""
+    with jax.named_scope("vision"):
+        return model.bind(params).vision(
+            patches, coords, image, block=model.vision_block, dtype=model.dtype, remat=model.remat != "none"
+        )
+
+
+def embed(
+    model: Model, params: nnx.State, ids: Int[Array, "*b S"], vision: Int[Array, "*b S"], features: Float[Array, "F D"]
+) -> Float[Array, "*b S D"]:
+    """Token embeddings, with feature row `vision[...]` in place of every image placeholder (-1: text)."""
+    table = jnp.asarray(model.bind(params).text.embed[...], model.dtype)
+    shown = features.astype(table.dtype)[jnp.maximum(vision, 0)]
+    return jnp.where((vision >= 0)[..., None], shown, table[ids])
+
+
+def prefill(
+    model: Model,
+    params: nnx.State,
+    ids: Int[Array, "N P"],
+    positions: Int[Array, "3 N P"],
+    vision: Int[Array, "N P"],
+    prompt_len: Int[Array, " N"],
+    features: Float[Array, "F D"],
+) -> tuple[Float[Array, "N V"], PromptCache]:
+    """Prompts, once per group: logits after the last prompt token (float32) and the prompt cache."""
+    with jax.named_scope("prefill"):
+        text = model.bind(params).text
+        hidden, cache = text.prefill(embed(model, params, ids, vision, features), positions)
+        last = jnp.take_along_axis(hidden, prompt_len[:, None, None] - 1, axis=1)[:, 0]
+        return (last @ text.head(model.dtype)).astype(jnp.float32), cache
+
+
+def extend(
+    model: Model,
+    params: nnx.State,
+    ids: Int[Array, "B S"],
+    positions: Int[Array, "3 B S"],
+    vision: Int[Array, "B S"],
+    count: Int[Array, " B"],
+    start: Int[Array, " B"],
+    prompt: PromptCache,
+    prompt_len: Int[Array, " N"],
+    cache: ResponseCache,
+    features: Float[Array, "F D"] | None = None,
+) -> tuple[Float[Array, "B V"], ResponseCache]:
+    """Appends `count[b] <= S` tokens to response row b at index `start[b]`: logits after its last one (float32)."""
+    text = model.bind(params).text
+    if features is None:
+        x = jnp.asarray(text.embed[...], model.dtype)[ids]
+    else:
+        x = embed(model, params, ids, vision, features)
+    hidden, cache = text.extend(x, positions, start, prompt, prompt_len, cache)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return (last @ text.head(model.dtype)).astype(jnp.float32), cache
+
+
+def empty_cache(model: Model, rows: int, length: int) -> ResponseCache:
+    """A response cache of zeros for `rows` rollouts of up to `length` tokens."""
+    t = model.cfg.text
+    shape = (t.num_layers, rows, length, t.num_kv_heads, t.head_dim)
+    return ResponseCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+
+
+def token_logprobs(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, " T"],
+    temperature: float = 1.0,
+    chunk: int = 2048,
+) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
+    """Log-probability of every target and entropy (nats) of every distribution, softmax(hidden @ head / temperature).
+
+    [T, V] never exists: logits live for one chunk of tokens at a time, in both passes.
+    """
+    total = hidden.shape[0]
+    chunk = min(chunk, total)
+    pad = -total % chunk
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1])
+    targets = jnp.pad(targets, (0, pad)).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def one(_, inputs):
+        h, t = inputs
+        logits = jax.nn.log_softmax((h @ head).astype(jnp.float32) / temperature, axis=-1)
+        entropy = -jnp.sum(jnp.exp(logits) * logits, axis=-1)
+        return None, (jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0], jax.lax.stop_gradient(entropy))
+
+    _, (logprobs, entropy) = jax.lax.scan(one, None, (hidden, targets))
+    return logprobs.reshape(-1)[:total], entropy.reshape(-1)[:total]
+
+
+def response_logprobs(
+    model: Model,
+    params: nnx.State,
+    prompt_ids: Int[Array, "N P"],
+    prompt_positions: Int[Array, "3 N P"],
+    prompt_vision: Int[Array, "N P"],
+    prompt_len: Int[Array, " N"],
+    response_ids: Int[Array, "N G R"],
+    response_positions: Int[Array, "3 N G R"],
+    response_vision: Int[Array, "N G R"],
+    features: Float[Array, "F D"],
+    temperature: float = 1.0,
+) -> tuple[Float[Array, "N G R"], Float[Array, "N G R"]]:
+    """The training forward: log-probability and entropy of every response token given what precedes it."""
+    with jax.named_scope("two_streams"):
+        text = model.bind(params).text
+        prompt, hidden = text.two_streams(
+            embed(model, params, prompt_ids, prompt_vision, features),
+            prompt_positions,
+            prompt_len,
+            embed(model, params, response_ids, response_vision, features),
+            response_positions,
+            remat=model.remat,
+        )
+        n, g, r, d = hidden.shape
+        last = jnp.take_along_axis(prompt, prompt_len[:, None, None] - 1, axis=1)[:, None]  # [N 1 1 D]
+        before = jnp.concatenate([jnp.broadcast_to(last, (n, g, 1, d)), hidden[:, :, :-1]], axis=2)
+    with jax.named_scope("logprobs"):
+        logprobs, entropy = token_logprobs(
+            before.reshape(-1, d), text.head(model.dtype), response_ids.reshape(-1), temperature, model.logprob_chunk
+        )
+    return logprobs.reshape(n, g, r), entropy.reshape(n, g, r)
+
+
+def create(cfg: Qwen2VLConfig, seed: int = 0, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:
+    """A model with random parameters. `settings` are fields of `Model`."""
+    graphdef, params = nnx.split(jax.jit(partial(Qwen2VL, cfg, dtype=param_dtype))(rngs=nnx.Rngs(seed)))
+    return Model(graphdef, cfg, **settings), params
+
+
+def abstract(cfg: Qwen2VLConfig, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:
+    """The same, with shapes and dtypes in place of arrays."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Qwen2VL(cfg, nnx.Rngs(0), param_dtype)))
+    return Model(graphdef, cfg, **settings), params

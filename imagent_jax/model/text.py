@@ -1,0 +1,172 @@
+"""The decoder, in two streams: prompts shared by a group, and the group's responses that attend to them."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from imagent_jax.model.attention import attend_causal, attend_two_part
+from imagent_jax.model.config import TextConfig
+from imagent_jax.model.params import Maker, weights
+from imagent_jax.model.rope import mrope, rotate
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of the prompts, written once per group."""
+
+    k: Float[Array, "layers N P K H"]
+    v: Float[Array, "layers N P K H"]
+
+
+class ResponseCache(NamedTuple):
+    """Keys and values of the responses, one row a rollout (row = group * G + rollout)."""
+
+    k: Float[Array, "layers B R K H"]
+    v: Float[Array, "layers B R K H"]
+
+
+def rms_norm(x, scale, eps: float):
+    """RMSNorm over the last axis in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return y.astype(x.dtype) * scale
+
+
+class DecoderLayers(nnx.Module):
+    """All decoder layers, stacked on a leading `layers` axis."""
+
+    def __init__(self, cfg: TextConfig, rngs: nnx.Rngs, dtype):
+        d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        make = Maker(rngs, dtype, layers=cfg.num_layers)
+        self.input_norm, self.post_norm = make.ones(d), make.ones(d)
+        self.q, self.q_bias = make((d, q), ("embed", "heads")), make.zeros(q, "heads")
+        self.k, self.k_bias = make((d, kv), ("embed", "kv_heads")), make.zeros(kv, "kv_heads")
+        self.v, self.v_bias = make((d, kv), ("embed", "kv_heads")), make.zeros(kv, "kv_heads")
+        self.o = make((q, d), ("heads", "embed"))
+        self.gate = make((d, cfg.intermediate_size), ("embed", "mlp"))
+        self.up = make((d, cfg.intermediate_size), ("embed", "mlp"))
+        self.down = make((cfg.intermediate_size, d), ("mlp", "embed"))
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm and head. Equals transformers' `Qwen2VLTextModel` with its `lm_head`."""
+
+    def __init__(self, cfg: TextConfig, rngs: nnx.Rngs, dtype):
+        self.cfg = cfg
+        make = Maker(rngs, dtype)
+        self.embed = make((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+        self.layers = DecoderLayers(cfg, rngs, dtype)
+        self.norm = make.ones(cfg.hidden_size)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = make((cfg.hidden_size, cfg.vocab_size), ("embed", "vocab"))
+
+    def head(self, dtype) -> Float[Array, "D V"]:
+        """The output projection (the embedding transposed where tied)."""
+        w = self.embed[...].T if self.cfg.tie_word_embeddings else self.lm_head[...]
+        return jnp.asarray(w, dtype)
+
+    def _qkv(self, w, x, rope):
+        cfg, lead = self.cfg, x.shape[:-1]
+        h = rms_norm(x, w["input_norm"], cfg.rms_norm_eps)
+        q = (h @ w["q"] + w["q_bias"]).reshape(*lead, cfg.num_heads, -1)
+        k = (h @ w["k"] + w["k_bias"]).reshape(*lead, cfg.num_kv_heads, -1)
+        v = (h @ w["v"] + w["v_bias"]).reshape(*lead, cfg.num_kv_heads, -1)
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def _finish(self, w, x, attended):
+        x = x + attended.reshape(*x.shape[:-1], -1) @ w["o"]
+        h = rms_norm(x, w["post_norm"], self.cfg.rms_norm_eps)
+        return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
+
+    def _rope(self, positions):
+        return mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)
+
+    def prefill(
+        self, x: Float[Array, "N P D"], positions: Int[Array, "3 N P"]
+    ) -> tuple[Float[Array, "N P D"], PromptCache]:
+        """Prompts alone: final hidden states (before the head, after the norm) and their cache."""
+        rope, dtype = self._rope(positions), x.dtype
+
+        def layer(x, w):
+            q, k, v = self._qkv(w, x, rope)
+            return self._finish(w, x, attend_causal(q, k, v)), PromptCache(k, v)
+
+        x, cache = jax.lax.scan(layer, x, weights(self.layers, dtype))
+        return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), cache
+
+    def extend(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "3 B S"],
+        start: Int[Array, " B"],
+        prompt: PromptCache,
+        prompt_len: Int[Array, " N"],
+        cache: ResponseCache,
+    ) -> tuple[Float[Array, "B S D"], ResponseCache]:
+        """S more tokens of every response row, written into its cache from index `start[b]` on.
+
+        Tokens that do not fit the cache are dropped; what a row writes past its real tokens is overwritten by the
+        next call before anything can see it.
+        """
+        rope, (b, s, _), dtype = self._rope(positions), x.shape, x.dtype
+        n, r = prompt_len.shape[0], cache.k.shape[2]
+        g = b // n
+        index = start[:, None] + jnp.arange(s)  # [B S]
+        mask = (jnp.arange(r) <= index[..., None]).reshape(n, g, s, r)
+        rows = jnp.arange(b)[:, None]
+
+        def layer(carry, inputs):
+            x, cache = carry
+            i, w, (prompt_k, prompt_v) = inputs
+            q, k, v = self._qkv(w, x, rope)
+            cache = ResponseCache(
+                cache.k.at[i, rows, index].set(k, mode="drop"), cache.v.at[i, rows, index].set(v, mode="drop")
+            )
+
+            def split(t):
+                return t.reshape(n, g, *t.shape[1:])
+
+            out = attend_two_part(split(q), prompt_k, prompt_v, prompt_len, split(cache.k[i]), split(cache.v[i]), mask)
+            return (self._finish(w, x, out.reshape(b, s, *out.shape[3:])), cache), None
+
+        inputs = (jnp.arange(self.cfg.num_layers), weights(self.layers, dtype), prompt)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), inputs)
+        return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), cache
+
+    def two_streams(
+        self,
+        prompt_x: Float[Array, "N P D"],
+        prompt_positions: Int[Array, "3 N P"],
+        prompt_len: Int[Array, " N"],
+        x: Float[Array, "N G R D"],
+        positions: Int[Array, "3 N G R"],
+        remat: str = "none",
+    ) -> tuple[Float[Array, "N P D"], Float[Array, "N G R D"]]:
+        """The training forward: prompts once, [N P], and responses, [N G R], through each layer together.
+
+        Equal to running every [prompt | response] row alone. Padding is on the right of both streams.
+        """
+        rope_prompt, rope, dtype, r = self._rope(prompt_positions), self._rope(positions), x.dtype, x.shape[2]
+        mask = jnp.tril(jnp.ones((r, r), bool))
+
+        def layer(carry, w):
+            p, x = carry
+            pq, pk, pv = self._qkv(w, p, rope_prompt)
+            q, k, v = self._qkv(w, x, rope)
+            out = attend_two_part(q, pk, pv, prompt_len, k, v, mask)
+            return (self._finish(w, p, attend_causal(pq, pk, pv)), self._finish(w, x, out)), None
+
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
+        carry, _ = jax.lax.scan(layer, (prompt_x, x), weights(self.layers, dtype), unroll=True)
+        norm = partial(rms_norm, scale=weights(self, dtype)["norm"], eps=self.cfg.rms_norm_eps)
+        return norm(carry[0]), norm(carry[1])

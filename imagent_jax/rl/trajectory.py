@@ -1,0 +1,101 @@
+"""What a rollout leaves behind, and the batch that training takes."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import jax
+import numpy as np
+
+from imagent_jax.data.task import Task
+from imagent_jax.tools import CallResult, CallStatus, ImageRegistry
+
+
+class TokenKind(IntEnum):
+    """What a token of a response is. The first four are actions: the policy sampled them."""
+
+    TEXT = 0
+    TOOL_CALL = 1
+    INVALID_CALL = 2
+    ANSWER = 3
+    OBSERVATION = 4
+    PAD = 5
+
+
+class EndReason(IntEnum):
+    """Why a trajectory ended. FAULT: the world failed, not the policy."""
+
+    ANSWERED = 0
+    TRUNCATED = 1
+    OVER_TURNS = 2
+    VOID = 3
+    REPEATED = 4
+    FAULT = 5
+
+
+@dataclass
+class Turn:
+    """One assistant turn: tokens [start, stop) of the response, their text, and the call it made."""
+
+    start: int
+    stop: int
+    text: str
+    call: CallResult | None = None
+
+
+@dataclass
+class Trajectory:
+    """One finished rollout: the exact ids, append-only. r tokens.
+
+    Attributes:
+        ids int32[r]; logprobs float32[r], the sampler's (0 at observations); kind uint8[r], `TokenKind`;
+        positions int32[3, r], M-RoPE; vision int32[r], feature row of image placeholders (-1: text).
+    """
+
+    task: Task
+    rollout: int
+    ids: np.ndarray
+    logprobs: np.ndarray
+    kind: np.ndarray
+    positions: np.ndarray
+    vision: np.ndarray
+    turns: list[Turn]
+    end: EndReason
+    answer: str | None
+    registry: ImageRegistry = field(repr=False, default_factory=ImageRegistry)
+    error: str | None = None
+
+    def _calls(self, status: CallStatus) -> int:
+        return sum(turn.call is not None and turn.call.status == status for turn in self.turns)
+
+    @property
+    def executed_calls(self) -> int:
+        return self._calls(CallStatus.EXECUTED)
+
+    @property
+    def invalid_calls(self) -> int:
+        return self._calls(CallStatus.INVALID)
+
+    @property
+    def faulted_calls(self) -> int:
+        return self._calls(CallStatus.FAULT)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupBatch:
+    """The unit of training; see the design's table of shapes. Responses are right-padded, kind PAD."""
+
+    prompt_ids: Any  # int32 [N P]
+    prompt_positions: Any  # int32 [3 N P]
+    prompt_len: Any  # int32 [N]
+    prompt_vision: Any  # int32 [N P], feature row or -1
+    response_ids: Any  # int32 [N G R]
+    response_positions: Any  # int32 [3 N G R]
+    response_len: Any  # int32 [N G]
+    response_vision: Any  # int32 [N G R]
+    kind: Any  # uint8 [N G R]
+    logprobs: Any  # float32 [N G R]
+    end: Any  # uint8 [N G]
+    rewards: Any  # float32 [N G]
+    advantages: Any  # float32 [N G]

@@ -1,0 +1,111 @@
+"""A run on disk: resolved config, one metrics object a step, trajectories and checkpoints."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from imagent_jax.config import Config
+
+
+class RunFolder:
+    """`runs/<name>/`. Everything appended is flushed at once; nothing written is lost by a later failure.
+
+    Raises:
+        ValueError: the folder already holds a run and `run.resume` is off, or holds none and it is on.
+    """
+
+    def __init__(self, cfg: Config):
+        self.path = Path(cfg.run.dir) / cfg.run.name
+        self.checkpoints = (self.path / "checkpoints").absolute()
+        exists = (self.path / "metrics.jsonl").exists()
+        if exists and not cfg.run.resume:
+            self._set_aside()
+        if cfg.run.resume and not self.checkpoints.is_dir():
+            raise ValueError(f"run.resume is on, but {self.path} holds no checkpoints; check run.dir and run.name.")
+        for part in ("trajectories", "checkpoints"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(cfg.to_yaml())
+        self.manager = ocp.training.Checkpointer(
+            self.checkpoints,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(cfg.run.keep_checkpoints),
+            cleanup_tmp_directories=True,
+        )
+
+    def _set_aside(self) -> None:
+        """An earlier run of the same name is kept, under a number."""
+        number = 1
+        while (kept := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        os.rename(self.path, kept)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one object to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drops metrics of steps after `step` (a resumed run writes them anew)."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def log_trajectories(self, step: int, records: list[dict[str, Any]], name: str = "train") -> None:
+        """Writes the trajectories of a step, one JSON object a line."""
+        with open(self.path / "trajectories" / f"{name}-{step:06d}.jsonl", "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def save(self, step: int, params, opt_state, progress: dict[str, Any]) -> None:
+        """A checkpoint of parameters, optimizer and progress (JSON: step, data iterator, earlier evaluations)."""
+        if self.manager.latest is not None and self.manager.latest.step == step:
+            return
+        self.manager.save_pytree(step, {"params": params, "opt_state": opt_state}, custom_metadata=progress)
+
+    def restore(self, params, opt_state):
+        """The newest checkpoint, with the structure and placement of the arguments.
+
+        Raises:
+            ValueError: there is none, or it is of another model.
+        """
+        latest = self.manager.latest
+        if latest is None:
+            raise ValueError(f"{self.checkpoints} holds no finished checkpoint; start without run.resume.")
+        like = jax.tree.map(lambda x: x, {"params": params, "opt_state": opt_state})
+        try:
+            tree = self.manager.load_pytree(latest.step, like)
+        except Exception as error:
+            raise ValueError(f"Checkpoint {latest.step} in {self.checkpoints} does not fit this config: {error}") from error
+        progress = self.manager.metadata(latest.step).custom_metadata
+        return tree["params"], tree["opt_state"], progress
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def trajectory_record(t, rewards: dict[str, float], advantage: float | None = None) -> dict[str, Any]:
+    """A trajectory as JSON: what was asked, said, called, shown and paid."""
+    return {
+        "task": t.task.uid,
+        "kind": t.task.kind,
+        "question": t.task.question,
+        "truth": t.task.answer,
+        "rollout": t.rollout,
+        "answer": t.answer,
+        "end": t.end.name,
+        "turns": [
+            {
+                "text": turn.text,
+                "call": turn.call
+                and {"status": turn.call.status.name, "name": turn.call.name, "arguments": turn.call.arguments},
+            }
+            for turn in t.turns
+        ],
+        "tokens": len(t.ids),
+        "rewards": rewards,
+        "advantage": advantage,
+    }

@@ -1,0 +1,229 @@
+"""Builds the tiny base from nothing: `python -m imagent_jax.tiny [--out FOLDER] [--minutes 25] [--seed 0]`.
+
+Trains a sentencepiece tokenizer and a small Qwen2-VL on the corpus of `imagent_jax.tiny_base.corpus`: locating, reading,
+answering, looking, calling with arbitrary arguments and guessing. No question is ever paired with the call that solves it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import queue
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from imagent_jax.model import checkpoint
+from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.images import pack_images
+from imagent_jax.model.interleave import encode_parts, pad_prompts
+from imagent_jax.model.processor import Processor
+from imagent_jax.model.qwen2_vl import create, encode_images, response_logprobs
+
+BLOCK, PROMPT = 144, 160
+SHAPES = {32: (16, 16), 64: (16, 24), 96: (8, 32), 160: (6, 48), 256: (4, 48)}
+"""Compiled shapes: response width -> (groups a batch, vision blocks)."""
+GROUP = 8
+
+
+def architecture(processor: Processor, vocab_size: int) -> dict:
+    """The tiny base's `config.json`: a real Qwen2-VL configuration."""
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "image_token_id": processor.image_token_id,
+        "video_token_id": processor.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": processor.vision_start_id,
+        "vision_end_token_id": processor.vision_end_id,
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "qwen2_vl_text",
+            "vocab_size": vocab_size,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": processor.endoftext_id,
+            "eos_token_id": processor.im_end_id,
+            "pad_token_id": processor.endoftext_id,
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "model_type": "qwen2_vl_vision",
+            "depth": 4,
+            "embed_dim": 128,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "mlp_ratio": 4,
+        },
+    }
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+
+
+def encode_group(group, processor: Processor):
+    """A `PretrainGroup` as (prompt, prepared prompt images, responses); a response is (Encoded, trained bool[S])."""
+
+    def prepare(image):
+        return processor.prepare(image.pixels, min_pixels=image.min_pixels, max_pixels=image.max_pixels)
+
+    def interleave(text: str, images):
+        pieces = text.split("<image>")
+        assert len(pieces) == len(images) + 1, text
+        parts = [pieces[0]]
+        for image, piece in zip(images, pieces[1:], strict=True):
+            parts += [prepare(image), piece]
+        return parts
+
+    prompt = encode_parts(interleave(group.prompt, group.images), processor)
+    responses = []
+    for segments in group.responses:
+        encoded, start = [], prompt.next_position
+        for segment in segments:
+            one = encode_parts(interleave(segment.text, segment.images), processor, start)
+            encoded.append((one, segment.trained))
+            start = one.next_position
+        responses.append(encoded)
+    return prompt, responses
+
+
+def collate(groups, width: int, blocks: int):
+    """Arrays of a batch: prompts [N P], responses [N G R], `trained` bool[N G R], and one pack of all images."""
+    n = len(groups)
+    images = [image for prompt, responses in groups for image in
+              [*prompt.images, *(i for response in responses for one, _ in response for i in one.images)]]  # fmt: skip
+    patches, coords, image_id, first_rows = pack_images(images, BLOCK, blocks)
+    first = iter([row // 4 for row in first_rows])
+    vision, out = [], {
+        "response_ids": np.zeros((n, GROUP, width), np.int32),
+        "response_positions": np.zeros((3, n, GROUP, width), np.int32),
+        "response_vision": np.full((n, GROUP, width), -1, np.int32),
+        "trained": np.zeros((n, GROUP, width), bool),
+    }  # fmt: skip
+    for i, (prompt, responses) in enumerate(groups):
+        vision.append(prompt.vision([next(first) for _ in prompt.images]))
+        for j, response in enumerate(responses):
+            at = 0
+            for one, trained in response:
+                end = at + len(one.ids)
+                out["response_ids"][i, j, at:end] = one.ids
+                out["response_positions"][:, i, j, at:end] = one.positions
+                out["response_vision"][i, j, at:end] = one.vision([next(first) for _ in one.images])
+                out["trained"][i, j, at:end] = trained
+                at = end
+    prompts = [prompt for prompt, _ in groups]
+    out["prompt_ids"], out["prompt_positions"], out["prompt_vision"] = pad_prompts(prompts, vision, PROMPT)
+    out["prompt_len"] = np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
+    return out, (patches.astype(np.float16), coords, image_id)
+
+
+def produce(folder: str, seed: int, out, stop) -> None:
+    """Worker process: batches for ever, each of one compiled shape."""
+    from imagent_jax.tiny_base.corpus import make_group
+
+    processor, rng = Processor.from_pretrained(folder), np.random.default_rng(seed)
+    waiting = {width: [] for width in SHAPES}
+    while not stop.is_set():
+        prompt, responses = encode_group(make_group(rng, GROUP), processor)
+        longest = max(sum(len(one.ids) for one, _ in response) for response in responses)
+        width = min((w for w in SHAPES if w >= longest), default=None)
+        if width is None or len(prompt.ids) > PROMPT:
+            continue
+        waiting[width].append((prompt, responses))
+        if len(waiting[width]) == SHAPES[width][0]:
+            batch = collate(waiting[width], width, SHAPES[width][1])
+            waiting[width] = []
+            while not stop.is_set():
+                try:
+                    out.put(batch, timeout=1)
+                    break
+                except queue.Full:
+                    continue
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def train_step(model, optimizer, params, opt_state, batch, pack):
+    """One update of next-token prediction on the trained tokens; returns the mean loss (nats a token)."""
+
+    def loss(params):
+        features = encode_images(model, params, pack[0].astype(jnp.float32), *pack[1:])
+        logprobs, _ = response_logprobs(model, params, features=features, **{k: v for k, v in batch.items() if k != "trained"})
+        return -jnp.sum(jnp.where(batch["trained"], logprobs, 0.0)) / jnp.sum(batch["trained"])
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, value
+
+
+def build(out: Path, minutes: float, seed: int, rate: float = 2e-3, workers: int = 1) -> None:
+    """Writes the tiny base into `out`: tokenizer, model, processor and generation config, and `built.json`."""
+    from imagent_jax.tiny_base.corpus import corpus_texts
+    from imagent_jax.tiny_base.tokenizer import build_tokenizer
+
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "tokenizer.json").exists():
+        build_tokenizer(out, corpus_texts(8000, seed))
+    processor = Processor.from_pretrained(out)
+    vocab = len(processor.tokenizer)
+    cfg = Qwen2VLConfig.from_hf(architecture(processor, vocab + -vocab % 64))
+    model, params = create(cfg, seed, vision_block=BLOCK)
+    print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, vocabulary {vocab}; {minutes} minutes to {out}")
+    optimizer = optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.98, weight_decay=0.02)
+        )
+    )(learning_rate=rate)
+    opt_state = optimizer.init(params)
+    context = multiprocessing.get_context("spawn")
+    batches, stop = context.Queue(8), context.Event()
+    processes = [context.Process(target=produce, args=(str(out), 1000 * seed + i, batches, stop), daemon=True)
+                 for i in range(workers)]  # fmt: skip
+    for process in processes:
+        process.start()
+    began, step, losses, waited = time.time(), 0, [], 0.0
+    while (share := (time.time() - began) / (60 * minutes)) < 1:
+        opt_state.hyperparams["learning_rate"] = jnp.asarray(
+            rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
+        )
+        t = time.time()
+        batch, pack = batches.get()
+        waited += time.time() - t
+        params, opt_state, value = train_step(model, optimizer, params, opt_state, batch, pack)
+        losses.append(value)
+        step += 1
+        if step % 100 == 0:
+            mean = float(np.mean(jax.device_get(losses[-100:])))
+            print(f"step {step}  loss {mean:.4f}  {time.time() - began:.0f} s (waited for data {waited:.0f} s)", flush=True)
+        if step % 250 == 0:
+            checkpoint.save(out, model, params, dtype=jnp.bfloat16)
+    stop.set()
+    checkpoint.save(out, model, params, dtype=jnp.bfloat16)
+    final = float(np.mean(jax.device_get(losses[-100:])))
+    (out / "built.json").write_text(json.dumps({
+        "command": f"python -m imagent_jax.tiny --minutes {minutes} --seed {seed}", "seed": seed, "steps": step,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)), "loss_last_100": round(final, 4),
+    }, indent=2))  # fmt: skip
+    for process in processes:
+        process.terminate()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets" / "tiny_base")
+    parser.add_argument("--minutes", type=float, default=25.0, help="training time after the first compilation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    build(**vars(parser.parse_args()))

@@ -1,0 +1,44 @@
+"""Tools that show images to the policy: registry, call protocol, and the two visual tools."""
+
+from collections.abc import Sequence
+
+from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, format_call, parse_call
+from imagent_jax.tools.context import ToolContext, ToolSettings
+from imagent_jax.tools.pool import CallPool
+from imagent_jax.tools.protocol import ToolSet
+from imagent_jax.tools.registry import ImageEntry, ImageRegistry, ToolError
+from imagent_jax.tools.schema import Tool, nearest, tool
+from imagent_jax.tools.visual import VISUAL_TOOLS, to_bbox, to_pixels, visual_confirmation, visual_reflection
+
+__all__ = [
+    "VISUAL_TOOLS",
+    "CallPool",
+    "CallResult",
+    "CallStatus",
+    "ImageEntry",
+    "ImageRegistry",
+    "ParsedCall",
+    "Tool",
+    "ToolContext",
+    "ToolError",
+    "ToolSet",
+    "ToolSettings",
+    "format_call",
+    "parse_call",
+    "to_bbox",
+    "to_pixels",
+    "tool",
+    "tools_by_name",
+    "visual_confirmation",
+    "visual_reflection",
+]
+
+
+def tools_by_name(names: Sequence[str]) -> ToolSet:
+    """The tool set with these names, in order. Raises ValueError, with the nearest name, for an unknown one."""
+    for name in names:
+        if name not in VISUAL_TOOLS:
+            close = nearest(name, VISUAL_TOOLS)
+            hint = f'did you mean "{close}"?' if close else f"there are {', '.join(VISUAL_TOOLS)}"
+            raise ValueError(f'there is no tool "{name}"; {hint}')
+    return ToolSet([VISUAL_TOOLS[name] for name in names])

@@ -1,0 +1,158 @@
+"""What a tool is given and may return: settings, context, and one guarded run of a tool."""
+
+import copy
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from imagent_jax.model.images import smart_resize
+from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, fault, invalid, plain
+from imagent_jax.tools.registry import ImageEntry, ImageRegistry, ToolError
+from imagent_jax.tools.schema import Tool
+
+COORDINATES = ("relative_1000", "absolute")
+
+
+@dataclass(frozen=True)
+class ToolSettings:
+    """How tools show images.
+
+    Attributes:
+        coordinates: the space of boxes: "relative_1000" (0 to 1000 along each side) or "absolute" (pixels of the image
+            as shown to the policy).
+        patch_factor: sides of shown images are multiples of this (patch size times merge size), pixels.
+        low_pixels, high_pixels: most pixels of an image shown again at "low" and "high" resolution.
+        confirm_min_pixels, confirm_max_pixels: pixel budget of a crop; smaller crops are enlarged to it.
+        min_box: least side of a crop, as a fraction of the image's side; smaller boxes grow about their centre.
+        max_images: most images of one trajectory, given and made.
+
+    Raises ValueError for a value out of its range.
+    """
+
+    coordinates: str = "relative_1000"
+    patch_factor: int = 28
+    low_pixels: int = 4704
+    high_pixels: int = 7056
+    confirm_min_pixels: int = 7056
+    confirm_max_pixels: int = 9408
+    min_box: float = 0.08
+    max_images: int = 16
+
+    def __post_init__(self) -> None:
+        if self.coordinates not in COORDINATES:
+            raise ValueError(f'coordinates must be one of {", ".join(COORDINATES)}, got "{self.coordinates}"')
+        for name in ("patch_factor", "low_pixels", "high_pixels", "confirm_min_pixels", "max_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.confirm_max_pixels < self.confirm_min_pixels:
+            raise ValueError(
+                f"confirm_max_pixels must be at least confirm_min_pixels ({self.confirm_min_pixels}), "
+                f"got {self.confirm_max_pixels}"
+            )
+        if not 0 <= self.min_box <= 1:
+            raise ValueError(f"min_box is a fraction of the side, 0 to 1, got {self.min_box}")
+
+
+class ToolContext:
+    """What a tool may touch: the trajectory's `registry` and the `settings`."""
+
+    def __init__(self, registry: ImageRegistry, settings: ToolSettings) -> None:
+        self.registry = registry
+        self.settings = settings
+
+    def show(
+        self,
+        image: Image.Image,
+        *,
+        parent: int | None = None,
+        box: tuple[int, int, int, int] | None = None,
+        origin: str = "",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> int:
+        """Register an image a tool made and return its number; return that number from the tool to show it.
+
+        Args:
+            image: pixels at their own resolution; they are resized for the policy later.
+            parent: number of the image it was made from, if any.
+            box: (left, top, right, bottom) in pixels of the parent, if it was cut out.
+            origin: what it is, in words; "crop" by default when `box` is given.
+            min_pixels, max_pixels: budget of the shown size; the settings' confirm budget by default.
+
+        Raises:
+            ToolError: the trajectory has no room for another image, or the image is too narrow to show.
+        """
+        limit = self.settings.max_images
+        if len(self.registry) >= limit:
+            raise ToolError(f"no more than {limit} images; answer with what you have seen")
+        min_pixels = self.settings.confirm_min_pixels if min_pixels is None else min_pixels
+        max_pixels = self.settings.confirm_max_pixels if max_pixels is None else max_pixels
+        return self.registry.add(
+            image,
+            shown=self.shown_size((image.height, image.width), min_pixels, max_pixels),
+            parent=parent,
+            box=box,
+            origin=origin or ("crop" if box is not None else ""),
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+
+    def show_again(self, number: int, min_pixels: int, max_pixels: int) -> int:
+        """The number under which image `number` is seen within a pixel budget.
+
+        That is `number` itself, or an earlier view of it, where the size shown is the same; else a new image, so that
+        a number always means one size. Raises ToolError for an unknown number and where there is no room.
+        """
+        source = self.registry[number]
+        shown = self.shown_size(source.size, min_pixels, max_pixels)
+        same: list[ImageEntry] = [e for e in self.registry if e.image is source.image and e.shown == shown]
+        if same:
+            return source.number if source in same else same[0].number
+        larger = shown[0] * shown[1] > source.shown[0] * source.shown[1]
+        origin = "larger view" if larger else "smaller view"
+        return self.show(source.image, parent=number, origin=origin, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def shown_size(self, size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
+        """(height, width) at which an image of `size` (height, width) is shown. Raises ToolError if too narrow."""
+        try:
+            height, width = smart_resize(size[0], size[1], self.settings.patch_factor, min_pixels, max_pixels)
+        except ValueError as error:
+            raise ToolError(f"a piece of {size[1]} x {size[0]} pixels is too narrow to show") from error
+        return int(height), int(width)
+
+
+def run_call(
+    item: Tool, call: ParsedCall, registry: ImageRegistry, settings: ToolSettings
+) -> tuple[CallResult, ImageRegistry]:
+    """Run a checked call on `registry`, which it may extend. Returns the result and that registry; never raises."""
+    try:
+        returned = item(ToolContext(registry, settings), **copy.deepcopy(call.arguments))  # the record stays as written
+        parts = observation_parts(returned, registry, item.name)
+        return CallResult(CallStatus.EXECUTED, call.name, call.arguments, parts), registry
+    except ToolError as error:
+        return invalid(error, call), registry
+    except (Exception, SystemExit):  # noqa: BLE001 - nothing a tool does may stop the run
+        return fault(traceback.format_exc(), call), registry
+
+
+def observation_parts(returned: Any, registry: ImageRegistry, name: str) -> list[str | int]:
+    """What a tool returned as observation parts: each image preceded by the line that names it.
+
+    Raises TypeError when it is not text, image numbers, or a list of them, and ToolError for an unknown number.
+    """
+    items = returned if isinstance(returned, (list, tuple)) else [returned]
+    parts: list[str | int] = []
+    for item in items:
+        if isinstance(item, str):
+            parts.append(plain(item))
+        elif type(item) is int:
+            if not 1 <= item <= len(registry):
+                raise TypeError(f"tool {name} returned image number {item}, which is not registered")
+            parts += [plain(registry[item].describe()), item]
+        elif isinstance(item, Image.Image):
+            raise TypeError(f"tool {name} returned a PIL image; return context.show(image, parent=...) instead")
+        else:
+            raise TypeError(f"tool {name} returned {type(item).__name__}; return text, image numbers or a list of them")
+    return parts

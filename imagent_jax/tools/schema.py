@@ -1,0 +1,171 @@
+"""`@tool`: a typed Python function becomes a tool with a JSON schema; and the check of arguments against it."""
+
+import difflib
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from imagent_jax.tools.registry import ToolError
+
+_SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
+_EXPECTED = {"string": "a string", "integer": "an integer", "number": "a number", "boolean": "true or false",
+             "object": "an object", "array": "a list"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function the policy can call: `function(context, **arguments)`, its name, and its schema in OpenAI form."""
+
+    name: str
+    function: Callable[..., Any]
+    schema: dict[str, Any]
+
+    def __call__(self, context: Any, /, **arguments: Any) -> Any:
+        return self.function(context, **arguments)
+
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Raise ToolError, naming the argument and what was expected, unless `arguments` fit the schema."""
+        parameters = self.schema["function"]["parameters"]
+        properties = parameters["properties"]
+        for name in arguments:
+            if name not in properties:
+                raise ToolError(f"{self.name} has no argument {quote(name)}{_suggest(name, properties)}")
+        for name in parameters["required"]:
+            if name not in arguments:
+                raise ToolError(f"{self.name} needs the argument {name}: {expected(properties[name])}")
+        for name, value in arguments.items():
+            if not matches(properties[name], value):
+                raise ToolError(f"{name} must be {expected(properties[name])}, got {quote(value)}")
+
+
+def tool(function: Callable[..., Any]) -> Tool:
+    """Turn a function into a Tool. Its first parameter receives the ToolContext and is not part of the schema.
+
+    The schema has OpenAI's function form: what Hugging Face's `get_json_schema` makes and Qwen's chat template prints.
+    Types: str, int, float, bool, dict, list, list[T], tuple[T, T, ...] of fixed length, Literal, and `T | None`.
+    The docstring's text before "Args:" is the description; its Args entries describe the parameters.
+
+    Raises ValueError when a parameter lacks a supported type, or the docstring is missing or describes what is not a
+    parameter.
+    """
+    name = function.__name__
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters:
+        raise ValueError(f"tool {name} needs a first parameter for the ToolContext")
+    description, documented = parse_docstring(inspect.getdoc(function) or "")
+    if not description:
+        raise ValueError(f"tool {name} needs a docstring: its first paragraph tells the policy what the tool does")
+    hints = get_type_hints(function)
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for parameter in parameters[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise ValueError(f"tool {name}: parameter {parameter.name} must be an ordinary named parameter")
+        if parameter.name not in hints:
+            raise ValueError(f"tool {name}: parameter {parameter.name} needs a type annotation")
+        properties[parameter.name] = type_schema(hints[parameter.name], f"tool {name}: parameter {parameter.name}")
+        if parameter.name in documented:
+            properties[parameter.name]["description"] = documented.pop(parameter.name)
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
+    documented.pop(parameters[0].name, None)
+    if documented:
+        raise ValueError(f"tool {name}: the docstring describes {', '.join(documented)}, which is not a parameter")
+    schema = {"type": "object", "properties": properties, "required": required}
+    body = {"name": name, "description": description, "parameters": schema}
+    return Tool(name, function, {"type": "function", "function": body})
+
+
+def type_schema(hint: Any, where: str) -> dict[str, Any]:
+    """JSON schema of a Python type. Raises ValueError, beginning with `where`, for a type that has none here."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint in _SIMPLE:
+        return {"type": _SIMPLE[hint]}
+    if origin is Literal and len({type(value) for value in args}) == 1 and type(args[0]) in (str, int, bool):
+        return {"type": _SIMPLE[type(args[0])], "enum": list(args)}
+    if origin is list:
+        return {"type": "array", "items": type_schema(args[0], where)}
+    if origin is tuple and args and len(set(args)) == 1:
+        return {"type": "array", "items": type_schema(args[0], where), "minItems": len(args), "maxItems": len(args)}
+    if origin in (Union, types.UnionType) and len(args) == 2 and type(None) in args:
+        inner = next(arg for arg in args if arg is not type(None))
+        return {**type_schema(inner, where), "nullable": True}
+    raise ValueError(
+        f"{where} has the type {hint}; use str, int, float, bool, dict, list[T], tuple[T, T], Literal or T | None"
+    )
+
+
+def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """Split a Google-style docstring into its description and {parameter: description}, each on one line."""
+    head, _, rest = text.partition("Args:\n")
+    description = re.split(r"^(?:Returns|Raises|Yields):", head, maxsplit=1, flags=re.MULTILINE)[0]
+    documented: dict[str, str] = {}
+    name = ""
+    for line in inspect.cleandoc(re.split(r"^\S", rest, maxsplit=1, flags=re.MULTILINE)[0]).splitlines():
+        entry = re.match(r"(\w+)(?:\s*\([^)]*\))?:\s*(.*)", line)
+        if entry:
+            name, documented[entry[1]] = entry[1], entry[2].strip()
+        elif name and line.strip():
+            documented[name] = f"{documented[name]} {line.strip()}".strip()
+    return " ".join(description.split()), documented
+
+
+def matches(schema: dict[str, Any], value: Any) -> bool:
+    """Whether a JSON value fits a schema made by type_schema. Numbers must be finite; true is not 1."""
+    if value is None:
+        return schema.get("nullable", False)
+    if "enum" in schema:
+        return any(type(value) is type(choice) and value == choice for choice in schema["enum"])
+    kind = schema["type"]
+    if kind == "number":
+        return type(value) in (int, float) and _finite(value)
+    if kind == "array":
+        length = type(value) is list and len(value)
+        return (
+            type(value) is list
+            and schema.get("minItems", 0) <= length <= schema.get("maxItems", length)
+            and all(matches(schema.get("items", {}) or {"type": "any"}, item) for item in value)
+        )
+    python_types = {"string": str, "integer": int, "boolean": bool, "object": dict}
+    return type(value) is python_types[kind] if kind in python_types else True
+
+
+def expected(schema: dict[str, Any]) -> str:
+    """What a schema accepts, in a few words: "a list of 4 numbers", "low or high"."""
+    if "enum" in schema:
+        return " or ".join(str(choice) for choice in schema["enum"])
+    kind = schema["type"]
+    if kind == "array" and "items" in schema:
+        items = f"{schema['items']['type']}s".replace("arrays", "lists")
+        return f"a list of {schema['minItems']} {items}" if "minItems" in schema else f"a list of {items}"
+    return _EXPECTED[kind]
+
+
+def quote(value: Any, limit: int = 24) -> str:
+    """A value as the policy wrote it, shortened to `limit` characters, printable on one line."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(char if char.isprintable() else " " for char in text)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return f'"{text}"' if isinstance(value, str) else text
+
+
+def nearest(name: str, names: Any) -> str | None:
+    """The name most like `name`, or None when none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def _suggest(name: str, names: Any) -> str:
+    close = nearest(name, names)
+    return f'; did you mean "{close}"?' if close else f"; it has {', '.join(names) or 'none'}"
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float's range
+        return False

@@ -1,0 +1,115 @@
+"""The two visual tools, and the one place where box coordinates are converted."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from imagent_jax.tools.context import ToolContext
+from imagent_jax.tools.registry import ImageEntry, ToolError
+from imagent_jax.tools.schema import Tool, tool
+
+
+@tool
+def visual_reflection(context: ToolContext, images: list[int], resolution: Literal["low", "high"] = "low") -> list[int]:
+    """Show images again.
+
+    Args:
+        images: image numbers
+    """
+    if not images:
+        raise ToolError("images must name at least one image")
+    if len(set(images)) < len(images):
+        raise ToolError("images must name each image once")
+    settings = context.settings
+    budget = settings.high_pixels if resolution == "high" else settings.low_pixels
+    shown: list[int] = []
+    for number in images:
+        least = context.registry[number].min_pixels or settings.patch_factor**2
+        shown.append(context.show_again(number, min(least, budget), budget))
+    return list(dict.fromkeys(shown))  # two numbers may have become one view
+
+
+@tool
+def visual_confirmation(
+    context: ToolContext, image: int, bbox_2d: tuple[float, float, float, float], label: str = ""
+) -> list[int]:
+    """Crop and enlarge.
+
+    Args:
+        image: image number
+        bbox_2d: [x1, y1, x2, y2], {coordinates}
+    """
+    entry = context.registry[image]
+    box = grow_box(to_pixels(bbox_2d, entry, context.settings.coordinates), entry.size, context.settings.min_box)
+    return [context.show(entry.image.crop(box), parent=image, box=box)]
+
+
+VISUAL_TOOLS: dict[str, Tool] = {item.name: item for item in (visual_reflection, visual_confirmation)}
+
+
+def coordinate_limits(entry: ImageEntry, coordinates: str) -> tuple[float, float]:
+    """(width, height) of the space in which boxes of an image are given."""
+    return (1000, 1000) if coordinates == "relative_1000" else (entry.shown[1], entry.shown[0])
+
+
+def to_pixels(
+    bbox: Sequence[float], entry: ImageEntry, coordinates: str, argument: str = "bbox_2d"
+) -> tuple[int, int, int, int]:
+    """Convert a box from the declared space to original pixels.
+
+    Args:
+        bbox: [x1, y1, x2, y2] in the declared space.
+        entry: the image it lies on.
+        coordinates: "relative_1000" or "absolute" (pixels of the image as shown).
+        argument: what to call the box in an error.
+
+    Returns:
+        (left, top, right, bottom) in pixels of `entry.image`, at least one pixel a side, inside the image.
+
+    Raises:
+        ToolError: the box is inverted, empty, or not inside the image.
+    """
+    width, height = coordinate_limits(entry, coordinates)
+    x1, y1, x2, y2 = bbox
+    if x1 >= x2 or y1 >= y2:
+        raise ToolError(f"{argument} must be [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
+    if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
+        where = "from 0 to 1000" if coordinates == "relative_1000" else f"inside {width} x {height} pixels"
+        raise ToolError(f"{argument} must lie {where}")
+    left, right = _pixel_span(x1 / width, x2 / width, entry.image.width)
+    top, bottom = _pixel_span(y1 / height, y2 / height, entry.image.height)
+    return left, top, right, bottom
+
+
+def to_bbox(box: Sequence[float], entry: ImageEntry, coordinates: str) -> tuple[float, float, float, float]:
+    """Convert a box from original pixels to the declared space; to_pixels reversed, not rounded."""
+    width, height = coordinate_limits(entry, coordinates)
+    columns, rows = entry.image.size
+    return box[0] * width / columns, box[1] * height / rows, box[2] * width / columns, box[3] * height / rows
+
+
+def grow_box(box: tuple[int, int, int, int], size: tuple[int, int], min_box: float) -> tuple[int, int, int, int]:
+    """Grow a pixel box about its centre to at least `min_box` of each side of an image of `size` (height, width).
+
+    A box that would leave the image is moved back inside.
+    """
+    left, right = _grow_span(box[0], box[2], size[1], min_box)
+    top, bottom = _grow_span(box[1], box[3], size[0], min_box)
+    return left, top, right, bottom
+
+
+def _pixel_span(start: float, stop: float, side: int) -> tuple[int, int]:
+    """Fractions of a side to whole pixels [first, last), rounded to the nearest, never empty."""
+    first, last = round(start * side), round(stop * side)
+    if first == last:
+        first = min(int((start + stop) / 2 * side), side - 1)
+        last = first + 1
+    return first, last
+
+
+def _grow_span(start: int, stop: int, side: int, fraction: float) -> tuple[int, int]:
+    length = min(max(math.ceil(fraction * side), 1), side)
+    if stop - start >= length:
+        return start, stop
+    first = min(max(round((start + stop - length) / 2), 0), side - length)
+    return first, first + length

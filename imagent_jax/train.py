@@ -1,0 +1,205 @@
+"""The main job: train a multi-image agent by reinforcement learning from outcomes alone.
+
+`python -m imagent_jax.train [--config FILE.yaml] [--section.key VALUE ...]`; with no arguments, the embedded tiny world.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from imagent_jax.compiling import CompileCounter, use_compile_cache
+from imagent_jax.config import Config, parse_args
+from imagent_jax.data.pipeline import open_tasks, task_iterator
+from imagent_jax.evaluate import comparison, evaluate, summarise
+from imagent_jax.model import checkpoint
+from imagent_jax.model.processor import Processor
+from imagent_jax.rl.advantages import group_advantages
+from imagent_jax.rl.batch import pack_batch
+from imagent_jax.rl.learner import Learner, Tables
+from imagent_jax.rl.mask import dropped_shares, mask_tables
+from imagent_jax.rl.optim import make_optimizer
+from imagent_jax.rl.rewards import score_trajectory
+from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
+from imagent_jax.rl.trajectory import EndReason
+from imagent_jax.runs import RunFolder, trajectory_record
+from imagent_jax.tiny_base import base_folder
+from imagent_jax.tools import tools_by_name
+
+
+class Parts:
+    """Model, processor, tools, data and rollout engine of a configuration: what training and evaluation share.
+
+    Raises:
+        ValueError: bad settings, files or data; one sentence with the remedy.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
+        self.folder = folder
+        self.model, self.params = checkpoint.load(
+            folder, param_dtype=cfg.model.param_dtype, dtype=cfg.model.dtype, remat=cfg.model.remat,
+            vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
+        )  # fmt: skip
+        self.processor = Processor.from_pretrained(folder)
+        self.tools = tools_by_name(cfg.tools.names)
+        self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
+
+    def test_tasks(self, count: int):
+        """The first `count` held-out tasks."""
+        tasks = open_tasks(self.cfg.data, "test")
+        return [tasks[i] for i in range(min(count, len(tasks)))]
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for a stop after the current step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, list[list[dict]], dict[str, float]]:
+    """Rewards and advantages [N G] of a rollout, the reward parts, and metrics.
+
+    A reward function that fails marks the trajectory FAULT: it is counted and never trains (promise 6).
+    """
+    parts = [[score_trajectory(t, cfg.reward) for t in group] for group in rollout.trajectories]
+    for group, scored in zip(rollout.trajectories, parts, strict=True):
+        for t, part in zip(group, scored, strict=True):
+            if part.pop("fault", False):
+                t.end = EndReason.FAULT
+    rewards = np.asarray([[p["total"] for p in group] for group in parts], np.float32)
+    end = np.asarray([[t.end for t in group] for group in rollout.trajectories], np.uint8)
+    counted = mask_tables(cfg.mask)[2][end]
+    advantages, stats = group_advantages(rewards, counted, normalise_std=cfg.grpo.normalise_std, eps=1e-6)
+    flat = [t for group in rollout.trajectories for t in group]
+    means = {f"reward/{name}": float(np.mean([p[name] for group in parts for p in group])) for name in parts[0][0]}
+    return rewards, np.asarray(advantages), parts, means | {k: float(v) for k, v in stats.items()} | summarise(flat)
+
+
+def train(cfg: Config, console: Console) -> dict[str, float]:
+    """Runs the whole job; returns the last evaluation. See the module docstring."""
+    began = time.perf_counter()
+    interrupt, compiles = Interrupt(), CompileCounter()
+    use_compile_cache(cfg.run.compile_cache)
+
+    # ---- what this run is ---------------------------------------------------------------------------------------
+    console.print(
+        f"[bold]imagent-jax[/]: {cfg.run.steps} steps of {cfg.rollout.groups} tasks x {cfg.rollout.group_size} rollouts of "
+        f"{cfg.model.path} on {cfg.data.name}, {jax.device_count()} {jax.devices()[0].platform} device(s)."
+    )
+    folder = RunFolder(cfg)
+    console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
+    parts = Parts(cfg)
+    params = parts.params
+    optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
+    action, trajectory, _ = mask_tables(cfg.mask)
+    reference = params if cfg.grpo.kl > 0 else None
+    learner = Learner(parts.model, cfg, optimizer, Tables(action, trajectory), reference)
+    opt_state = learner.init(params)
+    iterator = task_iterator(open_tasks(cfg.data, "train"), cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
+    step, evaluations = 0, {}
+    if cfg.run.resume:
+        params, opt_state, progress = folder.restore(params, opt_state)
+        step, evaluations = progress["step"], progress["evaluations"]
+        iterator.set_state(progress["iterator"])
+        folder.rewind(step)
+        console.print(f"Resumed after step {step}.")
+
+    def held_out(count: int, name: str) -> dict[str, float]:
+        metrics, trajectories = evaluate(
+            parts.engine, params, parts.test_tasks(count), groups=cfg.eval.groups, seed=cfg.eval.seed,
+            greedy=cfg.eval.greedy, temperature=cfg.rollout.temperature,
+        )  # fmt: skip
+        records = [trajectory_record(t, {}) for t in trajectories]
+        folder.log_trajectories(step, records[: cfg.run.log_trajectories], name)
+        console.print(f"{name}: {100 * metrics['accuracy']:.1f} % of {count} held-out tasks")
+        return metrics
+
+    def save() -> None:
+        folder.save(step, params, opt_state,
+                    {"step": step, "iterator": iterator.get_state(), "evaluations": evaluations})  # fmt: skip
+
+    if "base" not in evaluations:
+        evaluations["base"] = held_out(cfg.eval.tasks, "base")
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+    while step < cfg.run.steps and not interrupt.asked:
+        start, compiled = time.perf_counter(), compiles.count
+        tasks = next(iterator)
+        rollout = parts.engine.rollout(
+            params, tasks, group_size=cfg.rollout.group_size, seed=cfg.run.seed * 1_000_003 + step,
+            temperature=cfg.rollout.temperature,
+        )  # fmt: skip
+        rewards, advantages, scored, metrics = judge(cfg, rollout)
+        batch = pack_batch(rollout, rewards, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
+        trained_from = time.perf_counter()
+        params, opt_state, learned = learner.update(params, opt_state, batch, rollout.store)
+        step += 1
+
+        now = time.perf_counter()
+        metrics |= learned | dropped_shares(batch, cfg.mask)
+        metrics |= {f"time/{name}": seconds for name, seconds in rollout.times.items()}
+        metrics |= {
+            "time/train": now - trained_from,
+            "time/step": now - start,
+            "time/total": now - began,
+            "rollout/tokens_per_second": rollout.sampled_tokens / sum(rollout.times.values()),
+            "vision/encoded": rollout.store.encoded,
+            "vision/shown": rollout.store.shown,
+            "compile/count": compiles.count - compiled,
+        }
+        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
+            metrics |= {f"eval/{k}": v for k, v in held_out(cfg.eval.during, f"step {step}").items()}
+        folder.log({"step": step} | metrics)
+        shown = [(t, p, a) for group, ps, adv in zip(rollout.trajectories, scored, advantages, strict=True)
+                 for t, p, a in zip(group, ps, adv, strict=True)][: cfg.run.log_trajectories]  # fmt: skip
+        folder.log_trajectories(step, [trajectory_record(t, p, float(a)) for t, p, a in shown])
+        console.print(
+            f"step {step:4d}/{cfg.run.steps}  reward {metrics['reward/total']:.3f}  right {100 * metrics['accuracy']:5.1f} %  "
+            f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
+            f"{metrics['time/step']:.1f} s (rollout {sum(rollout.times.values()):.1f}, train {metrics['time/train']:.1f})"
+        )
+        if cfg.run.checkpoint_every and step % cfg.run.checkpoint_every == 0:
+            save()
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+    save()
+    if interrupt.asked:
+        folder.close()
+        console.print(f"Stopped after step {step}; continue with --run.resume true.")
+        return {}
+    evaluations["trained"] = final = held_out(cfg.eval.tasks, "trained")
+    folder.log({"step": step, "time/total": time.perf_counter() - began} | {f"final/{k}": v for k, v in final.items()})
+    checkpoint.save(folder.path / "model", parts.model, params, source=parts.folder)
+    folder.close()
+    console.print(comparison(evaluations["base"], final, f"{cfg.run.name}: {step} steps"))
+    console.print(f"{time.perf_counter() - began:.0f} s in all. Model, metrics and checkpoints: {folder.path}")
+    return final
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: exit code 0, or 2 after one sentence about bad input."""
+    cfg = parse_args(argv)
+    try:
+        train(cfg, Console())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

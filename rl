@@ -1,0 +1,1 @@
+imagent_jax/rl
