@@ -3,14 +3,20 @@
 import dataclasses
 import difflib
 import functools
+import math
+import re
 import sys
 import typing
-from collections.abc import Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from imagent_jax.tools import tools_by_name
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,8 @@ class RolloutConfig:
     groups: int = field(default=16, metadata={"help": "N: tasks a step"})
     group_size: int = field(default=8, metadata={"help": "G: rollouts of each task"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampled softmax"})
-    prompt_tokens: int = field(default=160, metadata={"help": "P: tokens of the longest prompt"})
-    response_tokens: int = field(default=256, metadata={"help": "R: tokens of the longest response, observations included"})
+    prompt_tokens: int = field(default=112, metadata={"help": "P: tokens of the longest prompt"})
+    response_tokens: int = field(default=192, metadata={"help": "R: tokens of the longest response, observations included"})
     observation_tokens: int = field(default=32, metadata={"help": "tokens of an observation appended at once"})
     decode_chunk: int = field(default=64, metadata={"help": "tokens decoded before the host looks"})
 
@@ -116,9 +122,8 @@ class MaskConfig:
     """The two-level mask: which tokens and trajectories train, and which count in their group's statistics."""
 
     invalid_call: Literal["keep", "drop", "drop_positive"] = field(
-        default="drop_positive", metadata={"help": "tokens of invalid calls: train, never, or only where the advantage is not positive"}
+        default="drop_positive", metadata={"help": "tokens of invalid calls: train, never, or only at advantages <= 0"}
     )
-    observations: bool = field(default=True, metadata={"help": "never train observation tokens (off only for ablations)"})
     drop_truncated: bool = field(default=True, metadata={"help": "drop trajectories cut off by length"})
     drop_over_turns: bool = field(default=True, metadata={"help": "drop trajectories with too many calls"})
     drop_void: bool = field(default=False, metadata={"help": "drop trajectories that ended without an answer"})
@@ -139,10 +144,16 @@ class GRPOConfig:
     level: Literal["token", "sequence", "constant"] = field(
         default="token", metadata={"help": "sums are divided by kept tokens, by each trajectory's tokens, or by N*G*constant"}
     )
-    constant: int = field(default=256, metadata={"help": "tokens a trajectory counts for at level=constant"})
-    ratio: Literal["token", "sequence"] = field(default="token", metadata={"help": "importance ratio of a token, or of its sequence (GSPO)"})
+    constant: int = field(default=192, metadata={"help": "tokens a trajectory counts for at level=constant"})
+    ratio: Literal["token", "sequence"] = field(
+        default="token", metadata={"help": "importance ratio of a token, or of its sequence (GSPO)"}
+    )
     kl: float = field(default=0.0, metadata={"help": "weight of the KL to the starting policy (k3)"})
-    importance_cap: float = field(default=2.0, metadata={"help": "cap of truncated importance weights"})
+    recompute: bool = field(
+        default=False,
+        metadata={"help": "take old log-probabilities from the trainer, and weight by trainer/sampler (low-precision sampling)"},
+    )
+    importance_cap: float = field(default=2.0, metadata={"help": "where those weights are truncated"})
     epochs: int = field(default=1, metadata={"help": "passes over a batch"})
     minibatches: int = field(default=2, metadata={"help": "optimizer updates in a pass"})
     micro_groups: int = field(default=8, metadata={"help": "groups in one forward and backward pass"})
@@ -206,21 +217,17 @@ class Config:
         Raises:
             ValueError: an unknown or ill-typed key (the nearest valid name is given), or values that do not go together.
         """
-        sections = {}
-        for name, section in values.items():
-            if name not in _SECTIONS:
-                raise ValueError(f"There is no config section {name!r}; {_nearest(name, _SECTIONS)}.")
-            if not isinstance(section, dict):
-                raise ValueError(f"Config section {name!r} must hold settings, not {section!r}.")
-            types = _field_types(_SECTIONS[name])
-            for key in section:
-                if key not in types:
-                    dotted = [f"{name}.{k}" for k in types] + [f"{s}.{k}" for s in _SECTIONS for k in _field_types(_SECTIONS[s])]
-                    raise ValueError(f"There is no setting {name}.{key}; {_nearest(f'{name}.{key}', dotted)}.")
-            sections[name] = _SECTIONS[name](**{k: _coerce(f"{name}.{k}", v, types[k]) for k, v in section.items()})
-        config = cls(**sections)
-        config.validate()
-        return config
+        _check_names(values)
+        return _build(_checked(_parser().parse_object, values))
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "Config":
+        """From YAML text, the inverse of `to_yaml`; what is missing keeps its default.
+
+        Raises:
+            ValueError: not a YAML mapping, or see `from_dict`.
+        """
+        return cls.from_dict(_read_yaml(text, "The text"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries; `from_dict` is the inverse."""
@@ -231,27 +238,14 @@ class Config:
         """Complete and reloadable."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
 
+    def get(self, dotted: str) -> Any:
+        """The value of a setting by dotted name."""
+        return functools.reduce(getattr, dotted.split("."), self)
+
     def validate(self) -> None:
         """Raises ValueError for a value out of range or values that do not go together; the sentence says what to change."""
-        least_one = (
-            "run.keep_checkpoints", "images.min_pixels", "images.vision_block", "images.pack_blocks", "data.train_size",
-            "data.test_size", "tools.max_turns", "tools.workers", "rollout.groups", "rollout.group_size",
-            "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens", "rollout.decode_chunk",
-            "grpo.epochs", "grpo.minibatches", "grpo.micro_groups", "eval.tasks", "eval.groups", "model.logprob_chunk",
-        )  # fmt: skip
-        for dotted in least_one:
-            if self.get(dotted) < 1:
-                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be at least 1.")
-        for dotted in ("rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s"):
-            if not self.get(dotted) > 0:
-                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be above 0.")
-        for dotted in ("run.steps", "run.checkpoint_every", "eval.every", "grpo.kl", "optim.weight_decay"):
-            if self.get(dotted) < 0:
-                raise ValueError(f"{dotted} is {self.get(dotted)}; it must not be negative.")
-        if self.images.max_pixels < self.images.min_pixels:
-            raise ValueError(f"images.max_pixels {self.images.max_pixels} is below images.min_pixels {self.images.min_pixels}.")
-        if self.images.vision_block % 4:
-            raise ValueError(f"images.vision_block is {self.images.vision_block}; it must be a multiple of 4 (2x2 patches).")
+        self._validate_ranges()
+        self._validate_images()
         micro = min(self.grpo.micro_groups, self.rollout.groups)
         if self.rollout.groups % micro:
             raise ValueError(
@@ -264,124 +258,201 @@ class Config:
             )
         if self.data.name == "jsonl" and not self.data.path:
             raise ValueError("data.name is 'jsonl' but data.path is empty; name the folder with train.jsonl and test.jsonl.")
+        if not self.run.name.strip():
+            raise ValueError("run.name is empty; give the run a name, which becomes its folder in run.dir.")
+        for axis in dataclasses.fields(MeshConfig):
+            if (size := self.get(f"mesh.{axis.name}")) != -1 and size < 1:
+                raise ValueError(f"mesh.{axis.name} is {size}; it must be at least 1, or -1 for the devices that are left.")
         if sum(axis == -1 for axis in (self.mesh.data, self.mesh.fsdp, self.mesh.tensor)) > 1:
             raise ValueError("Only one mesh axis can be -1 (what is left); give the others a size.")
-
-    def get(self, dotted: str) -> Any:
-        """The value of a setting by dotted name."""
-        return functools.reduce(getattr, dotted.split("."), self)
-
-
-_SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
-
-
-def _field_types(section: type) -> dict[str, Any]:
-    return typing.get_type_hints(section)
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?".rstrip("?") if close else f"there are {', '.join(sorted(set(names))[:12])}"
-
-
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the type of setting `name`; strings (from the command line) are read as YAML first."""
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in options:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, options))}.")
-        return value
-    if origin is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise ValueError(f"{name} is {value!r}; it must be a list of names.")
-    if kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
         try:
-            value = float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{name} is {value!r}; it must be of type {kind.__name__}.")
-    return value
+            tools_by_name(self.tools.names)
+        except ValueError as error:
+            raise ValueError(f"tools.names: {str(error).rstrip('.')}{'' if str(error).endswith('?') else '.'}") from None
+
+    def _validate_ranges(self) -> None:
+        for dotted, kind in SETTINGS.items():
+            if kind is float and not math.isfinite(self.get(dotted)):
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be a finite number.")
+        for dotted in _AT_LEAST_ONE:
+            if self.get(dotted) < 1:
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be at least 1.")
+        for dotted in _ABOVE_ZERO:
+            if self.get(dotted) <= 0:
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be above 0.")
+        for dotted in _NOT_NEGATIVE:
+            if self.get(dotted) < 0:
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must not be negative.")
+        for dotted in ("optim.b1", "optim.b2", "grpo.clip_low"):
+            if not 0 <= self.get(dotted) < 1:
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be at least 0 and below 1.")
+        if self.tools.min_box > 1:
+            raise ValueError(f"tools.min_box is {self.tools.min_box}; it is a fraction of the image's side, at most 1.")
+
+    def _validate_images(self) -> None:
+        if self.images.vision_block % 4:
+            raise ValueError(f"images.vision_block is {self.images.vision_block}; it must be a multiple of 4 (2x2 patches).")
+        for low, high in (
+            ("images.min_pixels", "images.max_pixels"),
+            ("tools.low_pixels", "tools.high_pixels"),
+            ("tools.confirm_min_pixels", "tools.confirm_max_pixels"),
+        ):
+            if self.get(high) < self.get(low):
+                raise ValueError(f"{high} {self.get(high)} is below {low} {self.get(low)}; raise {high} or lower {low}.")
+        for dotted in ("images.max_pixels", "tools.high_pixels", "tools.confirm_max_pixels"):
+            patches = self.get(dotted) // _PATCH_PIXELS
+            if patches > self.images.vision_block:
+                raise ValueError(
+                    f"{dotted} {self.get(dotted)} allows {patches} patches but images.vision_block holds "
+                    f"{self.images.vision_block}; raise images.vision_block or lower {dotted}."
+                )
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+_AT_LEAST_ONE = (
+    "run.keep_checkpoints", "images.min_pixels", "images.vision_block", "images.pack_blocks", "data.train_size",
+    "data.test_size", "tools.max_turns", "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels",
+    "tools.confirm_min_pixels", "rollout.groups", "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens",
+    "rollout.observation_tokens", "rollout.decode_chunk", "grpo.constant", "grpo.epochs", "grpo.minibatches",
+    "grpo.micro_groups", "eval.tasks", "eval.during", "eval.groups", "model.logprob_chunk",
+)  # fmt: skip
+_ABOVE_ZERO = (
+    "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.min_box", "grpo.importance_cap",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "run.steps", "run.checkpoint_every", "run.log_trajectories", "eval.every", "grpo.kl", "grpo.clip_high",
+    "optim.weight_decay", "optim.warmup_steps",
+)  # fmt: skip
+_PATCH_PIXELS = 14 * 14  # a patch of Qwen2-VL and Qwen2.5-VL
+_SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
+SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k, t in typing.get_type_hints(kind).items()}
+"""The type of every setting, by dotted name."""
+
+
+def load_config(path: str | Path) -> Config:
+    """The config in a YAML file; settings it does not name keep their defaults.
 
     Raises:
-        ValueError: no such file, or not a YAML mapping.
+        ValueError: no such file, not a YAML mapping, or see `Config.from_dict`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no config file {path}.")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold sections with settings.")
-    return values
+    return Config.from_dict(_read_file(path))
 
 
-def read_args(argv: Sequence[str]) -> Config:
-    """The config of a command line: `--config FILE` first, then `--section.key VALUE` (or `=VALUE`) overrides.
+def read_args(argv: Sequence[str], program: str = "imagent_jax.train") -> Config:
+    """The config of a command line: the files of `--config`, in order, then `--section.key VALUE` (or `=VALUE`).
 
     Raises:
         ValueError: see `Config.from_dict`.
     """
-    values: dict[str, Any] = {}
-    overrides: list[tuple[str, str]] = []
-    rest = list(argv)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise ValueError(f"{flag!r} is not a setting; settings are given as --section.key VALUE.")
-        name, equals, value = flag[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"--{name} needs a value.")
-            value = rest.pop(0)
-        if name == "config":
-            for section, settings in load_config(value).items():
-                values.setdefault(section, {}).update(settings if isinstance(settings, dict) else {"": settings})
-        else:
-            overrides.append((name, value))
-    for name, value in overrides:
-        section, dot, key = name.partition(".")
-        if not dot:
-            every = [f"{s}.{k}" for s, t in _SECTIONS.items() for k in _field_types(t)]
-            close = [d for d in every if d.endswith(f".{name}")]
-            raise ValueError(f"There is no setting {name!r}; {f'did you mean {close[0]!r}' if close else _nearest(name, every)}.")
-        kind = _field_types(_SECTIONS[section]).get(key) if section in _SECTIONS else None
-        values.setdefault(section, {})[key] = value if kind is str or typing.get_origin(kind) is Literal else yaml.safe_load(value)
-    return Config.from_dict(values)
-
-
-def help_text(program: str) -> str:
-    """All settings with type, default and meaning."""
-    lines = [f"usage: python -m {program} [--config FILE.yaml] [--section.key VALUE ...]", ""]
-    for section, kind in _SECTIONS.items():
-        lines += [f"{section}: {kind.__doc__.splitlines()[0]}"]
-        types = _field_types(kind)
-        for f in dataclasses.fields(kind):
-            options = typing.get_args(types[f.name]) if typing.get_origin(types[f.name]) is Literal else None
-            shown = "|".join(options) if options else "list" if typing.get_origin(types[f.name]) is tuple else types[f.name].__name__
-            default = list(f.default) if isinstance(f.default, tuple) else f.default
-            lines.append(f"  --{section}.{f.name} {shown}  (default {default!r})\n        {f.metadata['help']}")
-        lines.append("")
-    return "\n".join(lines)
+    for arg in argv:
+        if arg.startswith("--") and (name := arg[2:].partition("=")[0]) not in ("help", "config", "") and name not in SETTINGS:
+            raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
+    parser = _parser(program)
+    base = parser.get_defaults()
+    for path in _checked(parser.parse_args, list(argv)).config or ():
+        values = _read_file(path)
+        _check_names(values)
+        base = _checked(parser.parse_object, values, cfg_base=base)
+    return _build(_checked(parser.parse_args, list(argv), namespace=base))
 
 
 def parse_args(argv: Sequence[str] | None = None, program: str = "imagent_jax.train") -> Config:
     """`read_args`, or one sentence on standard error and exit code 2; `--help` prints every setting."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if any(arg in ("-h", "--help") for arg in argv):
-        print(help_text(program))
-        raise SystemExit(0)
     try:
-        return read_args(argv)
+        return read_args(sys.argv[1:] if argv is None else argv, program)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _parser(program: str = "imagent_jax.train") -> ArgumentParser:
+    """One argument per setting: type, default and help are the dataclasses' own."""
+    parser = ArgumentParser(
+        prog=f"python -m {program}",
+        usage="%(prog)s [--config FILE.yaml] [--section.key VALUE ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    files = "YAML file of settings, may be given again; settings of the command line win"
+    parser.add_argument("--config", action="append", metavar="FILE.yaml", help=files)
+    for section, kind in _SECTIONS.items():
+        group = parser.add_argument_group(section, kind.__doc__)
+        for f in dataclasses.fields(kind):
+            name = f"{section}.{f.name}"
+            options = {} if typing.get_origin(SETTINGS[name]) is Literal or SETTINGS[name] is bool else {"metavar": "VALUE"}
+            group.add_argument(f"--{name}", type=SETTINGS[name], default=f.default, help=f.metadata["help"], **options)
+    return parser
+
+
+def _build(parsed: Namespace) -> Config:
+    for name, kind in SETTINGS.items():
+        if parsed[name] is None:
+            raise ValueError(f"{name} is empty; it must be {_kind(kind)}, or be left out for its default.")
+    config = Config(**{section: kind(**vars(parsed[section])) for section, kind in _SECTIONS.items()})
+    config.validate()
+    return config
+
+
+def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Namespace:
+    """The parser's result, or its complaint as one sentence in our words."""
+    try:
+        return parse(*args, **kwargs)
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+        ill = re.fullmatch(r'Parser key "([\w.]+)": .*Got value: ?(.*)', message)
+        if ill and ill[1] in SETTINGS:
+            raise ValueError(f"{ill[1]} is {ill[2]!r}; it must be {_kind(SETTINGS[ill[1]])}.") from None
+        if lacks := re.match(r"argument --([\w.]+): expected one argument", message):
+            raise ValueError(f"--{lacks[1]} needs a value, as in --{lacks[1]}=VALUE.") from None
+        raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}; see --help for every setting.") from None
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    for section, settings in values.items():
+        if section not in _SECTIONS:
+            raise ValueError(f"There is no section {section!r}; {_nearest(str(section), _SECTIONS)}")
+        if not isinstance(settings, dict):
+            raise ValueError(f"Section {section!r} must hold settings, such as {_example(section)}, not {settings!r}.")
+        for key in settings:
+            if f"{section}.{key}" not in SETTINGS:
+                name = f"{section}.{key}"
+                raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
+
+
+def _example(section: str) -> str:
+    return next(name for name in SETTINGS if name.startswith(f"{section}."))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """The valid name closest to `name`: one that ends in it, else the most similar, else where to look."""
+    names = list(names)
+    last = name.rpartition(".")[2]
+    close = [n for n in names if n == last or n.endswith(f".{last}")] or difflib.get_close_matches(name, names, 1, 0.5)
+    if not close:  # a setting given without its section, and misspelt
+        keys = {n.rpartition(".")[2]: n for n in names}
+        close = [keys[key] for key in difflib.get_close_matches(last, keys, 1, 0.5)]
+    return f"did you mean {close[0]!r}?" if close else "see --help for every setting."
+
+
+def _kind(kind: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it in YAML)"}
+    return words.get(kind, "a list of names, such as [a, b]")
+
+
+def _read_file(path: str | Path) -> dict[str, Any]:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"There is no config file {path}.")
+    return _read_yaml(path.read_text(), str(path))
+
+
+def _read_yaml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}.") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{origin} must hold sections with settings, such as 'run:' with 'steps: 100' below it.")
+    return values or {}

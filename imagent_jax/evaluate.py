@@ -62,7 +62,7 @@ def comparison(base: dict[str, float] | None, trained: dict[str, float], title: 
         table.add_column("base", justify="right")
     table.add_column("trained" if base is not None else "model", justify="right")
     for key in trained:
-        if key.startswith("end/") and not trained[key] and not (base or {}).get(key):
+        if key == "time/evaluation" or (key.startswith("end/") and not trained[key] and not (base or {}).get(key)):
             continue
         plain = key in ("length", "tools/calls", "tools/invalid")
         row = [f"{m.get(key, 0.0):.2f}" if plain else f"{100 * m.get(key, 0.0):.1f} %" for m in (base, trained) if m is not None]

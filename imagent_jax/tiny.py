@@ -11,6 +11,7 @@ import queue
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,25 @@ from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import create, encode_images, response_logprobs
 
-BLOCK, PROMPT = 144, 160
-SHAPES = {32: (16, 16), 64: (16, 24), 96: (8, 32), 160: (6, 48), 256: (4, 48)}
-"""Compiled shapes: response width -> (groups a batch, vision blocks)."""
-GROUP = 8
+BLOCK = 144
+
+
+class Shape(NamedTuple):
+    """A compiled batch: N groups of G responses, P prompt and R response tokens, vision blocks (doubled if need be)."""
+
+    groups: int
+    size: int
+    prompt: int
+    width: int
+    blocks: int
+
+
+SHAPES = {
+    "thumbnails": (Shape(24, 8, 104, 24, 24),),
+    "crops": (Shape(16, 8, 128, 48, 32),),
+    "calls": (Shape(16, 4, 104, 96, 36), Shape(12, 4, 104, 144, 36), Shape(8, 4, 104, 256, 36)),
+}
+"""By form of group, narrowest first."""
 
 
 def architecture(processor: Processor, vocab_size: int) -> dict:
@@ -97,18 +113,21 @@ def encode_group(group, processor: Processor):
     return prompt, responses
 
 
-def collate(groups, width: int, blocks: int):
+def collate(groups, shape: Shape):
     """Arrays of a batch: prompts [N P], responses [N G R], `trained` bool[N G R], and one pack of all images."""
-    n = len(groups)
+    n, size, width = len(groups), shape.size, shape.width
     images = [image for prompt, responses in groups for image in
               [*prompt.images, *(i for response in responses for one, _ in response for i in one.images)]]  # fmt: skip
-    patches, coords, image_id, first_rows = pack_images(images, BLOCK, blocks)
+    try:
+        patches, coords, image_id, first_rows = pack_images(images, BLOCK, shape.blocks)
+    except ValueError:
+        patches, coords, image_id, first_rows = pack_images(images, BLOCK, 2 * shape.blocks)
     first = iter([row // 4 for row in first_rows])
     vision, out = [], {
-        "response_ids": np.zeros((n, GROUP, width), np.int32),
-        "response_positions": np.zeros((3, n, GROUP, width), np.int32),
-        "response_vision": np.full((n, GROUP, width), -1, np.int32),
-        "trained": np.zeros((n, GROUP, width), bool),
+        "response_ids": np.zeros((n, size, width), np.int32),
+        "response_positions": np.zeros((3, n, size, width), np.int32),
+        "response_vision": np.full((n, size, width), -1, np.int32),
+        "trained": np.zeros((n, size, width), bool),
     }  # fmt: skip
     for i, (prompt, responses) in enumerate(groups):
         vision.append(prompt.vision([next(first) for _ in prompt.images]))
@@ -122,27 +141,29 @@ def collate(groups, width: int, blocks: int):
                 out["trained"][i, j, at:end] = trained
                 at = end
     prompts = [prompt for prompt, _ in groups]
-    out["prompt_ids"], out["prompt_positions"], out["prompt_vision"] = pad_prompts(prompts, vision, PROMPT)
+    out["prompt_ids"], out["prompt_positions"], out["prompt_vision"] = pad_prompts(prompts, vision, shape.prompt)
     out["prompt_len"] = np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
     return out, (patches.astype(np.float16), coords, image_id)
 
 
 def produce(folder: str, seed: int, out, stop) -> None:
     """Worker process: batches for ever, each of one compiled shape."""
-    from imagent_jax.tiny_base.corpus import make_group
+    from imagent_jax.tiny_base.corpus import FORMS, make_group
 
     processor, rng = Processor.from_pretrained(folder), np.random.default_rng(seed)
-    waiting = {width: [] for width in SHAPES}
+    forms, weights = list(FORMS), np.asarray(list(FORMS.values()))
+    waiting = {shape: [] for shapes in SHAPES.values() for shape in shapes}
     while not stop.is_set():
-        prompt, responses = encode_group(make_group(rng, GROUP), processor)
+        form = forms[rng.choice(len(forms), p=weights / weights.sum())]
+        prompt, responses = encode_group(make_group(rng, SHAPES[form][0].size, form), processor)
         longest = max(sum(len(one.ids) for one, _ in response) for response in responses)
-        width = min((w for w in SHAPES if w >= longest), default=None)
-        if width is None or len(prompt.ids) > PROMPT:
+        shape = next((s for s in SHAPES[form] if s.width >= longest and s.prompt >= len(prompt.ids)), None)
+        if shape is None:
             continue
-        waiting[width].append((prompt, responses))
-        if len(waiting[width]) == SHAPES[width][0]:
-            batch = collate(waiting[width], width, SHAPES[width][1])
-            waiting[width] = []
+        waiting[shape].append((prompt, responses))
+        if len(waiting[shape]) == shape.groups:
+            batch = collate(waiting[shape], shape)
+            waiting[shape] = []
             while not stop.is_set():
                 try:
                     out.put(batch, timeout=1)

@@ -23,7 +23,7 @@ from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import dropped_shares, mask_tables
 from imagent_jax.rl.optim import make_optimizer
-from imagent_jax.rl.rewards import score_trajectory
+from imagent_jax.rl.rewards import reward_functions, score_trajectory
 from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
 from imagent_jax.rl.trajectory import EndReason
 from imagent_jax.runs import RunFolder, trajectory_record
@@ -40,6 +40,7 @@ class Parts:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
+        reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
         self.folder = folder
         self.model, self.params = checkpoint.load(
@@ -83,7 +84,9 @@ def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, l
     rewards = np.asarray([[p["total"] for p in group] for group in parts], np.float32)
     end = np.asarray([[t.end for t in group] for group in rollout.trajectories], np.uint8)
     counted = mask_tables(cfg.mask)[2][end]
-    advantages, stats = group_advantages(rewards, counted, normalise_std=cfg.grpo.normalise_std, eps=1e-6)
+    advantages, stats = group_advantages(
+        rewards, counted, normalise_std=cfg.grpo.normalise_std, fault=end == EndReason.FAULT
+    )
     flat = [t for group in rollout.trajectories for t in group]
     means = {f"reward/{name}": float(np.mean([p[name] for group in parts for p in group])) for name in parts[0][0]}
     return rewards, np.asarray(advantages), parts, means | {k: float(v) for k, v in stats.items()} | summarise(flat)
@@ -119,13 +122,18 @@ def train(cfg: Config, console: Console) -> dict[str, float]:
         console.print(f"Resumed after step {step}.")
 
     def held_out(count: int, name: str) -> dict[str, float]:
+        start = time.perf_counter()
         metrics, trajectories = evaluate(
             parts.engine, params, parts.test_tasks(count), groups=cfg.eval.groups, seed=cfg.eval.seed,
             greedy=cfg.eval.greedy, temperature=cfg.rollout.temperature,
         )  # fmt: skip
         records = [trajectory_record(t, {}) for t in trajectories]
         folder.log_trajectories(step, records[: cfg.run.log_trajectories], name)
-        console.print(f"{name}: {100 * metrics['accuracy']:.1f} % of {count} held-out tasks")
+        metrics["time/evaluation"] = time.perf_counter() - start
+        console.print(
+            f"{name}: {100 * metrics['accuracy']:.1f} % of {len(trajectories)} held-out tasks right, "
+            f"{metrics['tools/calls']:.2f} calls a task ({metrics['time/evaluation']:.0f} s)"
+        )
         return metrics
 
     def save() -> None:
@@ -134,6 +142,8 @@ def train(cfg: Config, console: Console) -> dict[str, float]:
 
     if "base" not in evaluations:
         evaluations["base"] = held_out(cfg.eval.tasks, "base")
+        folder.log({"step": 0, "time/evaluation": evaluations["base"]["time/evaluation"]}
+                   | {f"base/{k}": v for k, v in evaluations["base"].items()})  # fmt: skip
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     while step < cfg.run.steps and not interrupt.asked:

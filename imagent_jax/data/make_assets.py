@@ -12,10 +12,8 @@ import numpy as np
 from PIL import Image
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
-PHOTOS = {
-    "train": ("astronaut", "chelsea", "rocket", "hubble_deep_field", "retina", "brick", "grass", "clock", "cell", "china"),
-    "test": ("coffee", "flower", "camera", "gravel"),
-}
+TRAIN = ("astronaut", "brick", "cell", "chelsea", "china", "clock", "grass", "hubble_deep_field", "retina", "rocket")
+PHOTOS = {"train": TRAIN, "test": ("camera", "coffee", "flower", "gravel")}
 MAX_SIDE = 560
 TEST_DIGITS = 497
 

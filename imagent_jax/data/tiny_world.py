@@ -148,7 +148,7 @@ def make_scene(
     if digits is None:
         digits = rng.integers(0, 10, len(colours)).tolist()
     if len(set(colours)) != len(colours) or not set(colours) <= set(COLOURS) or len(colours) > MAX_TAGS:
-        raise ValueError(f"A scene takes at most {MAX_TAGS} different colours out of {', '.join(COLOURS)}; got {colours}.")
+        raise ValueError(f"A scene takes up to {MAX_TAGS} different colours of {', '.join(COLOURS)}; got {colours}.")
     if len(digits) != len(colours) or not all(0 <= digit <= 9 for digit in digits):
         raise ValueError(f"A scene takes one digit from 0 to 9 for each of its colours {colours}; got {digits}.")
     height, width = SIZES[rng.integers(len(SIZES))]

@@ -1,1 +1,1 @@
-"""imagent_jax.evals"""
+"""Scoring of answers, and evaluation on held-out tasks and benchmarks."""

@@ -1,11 +1,12 @@
 """Scoring of answers: strict, and the same for rewards and for benchmarks."""
 
+import math
 import re
 import string
 from collections import Counter
 
-_LETTER = re.compile(r"\(?([A-Za-z])\)?\.?")
-_NUMBER = re.compile(r"[-+]?(\d+(,\d{3})*|\d*)(\.\d+)?")
+_OPTION = re.compile(r"(?:image\s+)?([1-9][0-9]*)|\(([a-z])\)|([a-z])\)?", re.IGNORECASE | re.ASCII)
+_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def normalise(text: str) -> str:
@@ -14,52 +15,92 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+def _plain(text: str) -> str:
+    """Case, runs of white space and one final full stop aside."""
+    return " ".join(text.split()).removesuffix(".").rstrip().casefold()
+
+
 def exact(prediction: str, answer: str) -> float:
-    """1 where both are the same after `normalise`."""
-    return float(normalise(prediction) == normalise(answer))
+    """1 where both are the same but for case, white space and one final full stop.
+
+    Stricter than SQuAD's (`exact_match`), which takes "3.5" for "35", "-5" for "5" and "the" for "A".
+    """
+    return float(_plain(prediction) == _plain(answer))
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1 where both are the same after `normalise`: the published exact match of SQuAD, reported beside `f1`."""
+    a, b = _or_plain(prediction, answer)
+    return float(a == b)
+
+
+def _or_plain(prediction: str, answer: str) -> tuple[str, str]:
+    """Both normalised; left plain where normalising leaves nothing of the reference (the option "A", for one)."""
+    rule = normalise if normalise(answer) else _plain
+    return rule(prediction), rule(answer)
 
 
 def choice(prediction: str, answer: str) -> float:
-    """1 where the same option is named: 'Image 2' or '2' for an image, 'B', '(b)' or 'B.' for a letter. Nothing else."""
+    """1 where the same option is named: 'Image 2' or '2' for an image, 'B', '(b)', 'B)' or 'B.' for a letter.
 
-    def option(text: str) -> str:
-        text = text.strip()
-        if match := _LETTER.fullmatch(text):
-            return match.group(1).upper()
-        return re.sub(r"^image\s+", "", text.rstrip(".").strip().lower())
+    Nothing else names an option, so text around one is wrong.
 
-    return float(option(prediction) == option(answer))
+    Raises:
+        ValueError: the reference names no option.
+    """
+    expected = _option(answer)
+    if expected is None:
+        raise ValueError(f"Answer {answer!r} names no option; write 'Image 2', '2' or 'B', or use answer type 'exact'.")
+    return float(_option(prediction) == expected)
+
+
+def _option(text: str) -> str | None:
+    match = _OPTION.fullmatch(text.strip().removesuffix(".").rstrip())
+    return None if match is None else next(group for group in match.groups() if group).upper()
 
 
 def number(prediction: str, answer: str) -> float:
-    """1 where both are the same number to a relative 1e-6; text around a number is wrong."""
+    """1 where both are the same number ('7' and '7.0'): whole numbers exactly, others to a relative 1e-6.
 
-    def value(text: str) -> float | None:
-        text = text.strip().rstrip(".")
-        return float(text.replace(",", "")) if text and _NUMBER.fullmatch(text) and any(c.isdigit() for c in text) else None
+    Thousands may have commas. No units, fractions or exponents; text around a number is wrong; no part is paid.
 
-    a, b = value(prediction), value(answer)
-    return float(a is not None and b is not None and abs(a - b) <= 1e-6 * max(1.0, abs(b)))
+    Raises:
+        ValueError: the reference is no number.
+    """
+    expected = _value(answer)
+    if expected is None:
+        raise ValueError(f"Answer {answer!r} is not a number; write one like '7' or '0.5', or use answer type 'exact'.")
+    value = _value(prediction)
+    if value is None:
+        return 0.0
+    if value.is_integer() and expected.is_integer():
+        return float(value == expected)
+    return float(math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-12))
+
+
+def _value(text: str) -> float | None:
+    text = text.strip().removesuffix(".")
+    if not _NUMBER.fullmatch(text):
+        return None
+    value = float(text.replace(",", ""))
+    return value if math.isfinite(value) else None
 
 
 def f1(prediction: str, answer: str) -> float:
     """Token F1 after `normalise` (SQuAD; the measure of the MAT benchmark, arXiv 2505.14246)."""
-    a, b = normalise(prediction).split(), normalise(answer).split()
-    if not a or not b:
-        return float(a == b)
-    common = sum((Counter(a) & Counter(b)).values())
-    return 2 * common / (len(a) + len(b))
+    a, b = (text.split() for text in _or_plain(prediction, answer))
+    return 2 * sum((Counter(a) & Counter(b)).values()) / max(len(a) + len(b), 1)
 
 
 SCORERS = {"exact": exact, "choice": choice, "number": number, "f1": f1}
 
 
 def score(prediction: str | None, answer: str, answer_type: str) -> float:
-    """Score in 0..1; no answer is wrong.
+    """Score in 0..1. No answer, or a blank one, is wrong. A usable reference scores 1 against itself.
 
     Raises:
-        ValueError: an unknown answer type.
+        ValueError: an unknown answer type, or a reference that is not of its type.
     """
     if answer_type not in SCORERS:
         raise ValueError(f"There is no answer type {answer_type!r}; use one of {', '.join(SCORERS)}.")
-    return 0.0 if prediction is None else SCORERS[answer_type](prediction, answer)
+    return SCORERS[answer_type](prediction or "", answer) if (prediction or "").strip() else 0.0

@@ -21,8 +21,12 @@ def _encode_into(model: Model, params: nnx.State, buffer, row, patches, coords, 
 
 @partial(jax.jit, static_argnums=0)
 def _pull_back(model: Model, params: nnx.State, patches, coords, image, cotangent):
-    """Gradient of the parameters, given the gradient of one pack's features."""
-    return jax.vjp(lambda p: encode_images(model, p, patches, coords, image), params)[1](cotangent)[0]
+    """Gradient of the tower's parameters, given the gradient of one pack's features."""
+
+    def encode(vision):
+        return encode_images(model, nnx.State({**params, "vision": vision}), patches, coords, image)
+
+    return jax.vjp(encode, params["vision"])[1](cotangent)[0]
 
 
 class FeatureStore:
@@ -99,8 +103,8 @@ class FeatureStore:
         return features
 
     def gradient(self, params: nnx.State, cotangent: jax.Array) -> nnx.State:
-        """Gradient of the parameters through the tower, given that of the features ([F D]); each image once."""
-        total = jax.tree.map(jnp.zeros_like, params)
+        """Gradient of the tower's parameters, given that of the features ([F D]); each image once."""
+        total = jax.tree.map(jnp.zeros_like, params["vision"])
         for i, pack in enumerate(self.packs):
             part = cotangent[i * self.rows : (i + 1) * self.rows]
             total = jax.tree.map(jnp.add, total, _pull_back(self.model, params, *pack, part))

@@ -30,7 +30,9 @@ def smart_resize(
         ValueError: the longer side is more than 200 times the shorter.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width} x {height} pixels is too narrow; its sides may differ by a factor of 200")
+        raise ValueError(
+            f"An image of {width} x {height} pixels is too narrow: the longer side may be at most 200 times the shorter; crop it."
+        )
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -40,6 +42,14 @@ def smart_resize(
         scale = math.sqrt(min_pixels / (height * width))
         h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
     return h, w
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, transparency laid over white (as transformers does); orientation tags are not applied."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def prepare_image(
@@ -53,17 +63,22 @@ def prepare_image(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> PreparedImage:
-    """Bicubic resize on uint8, normalisation, flattened patches. Equals transformers' `Qwen2VLImageProcessorPil`.
+    """Bicubic resize on uint8, normalisation, flattened patches (a still image fills every frame of a patch).
+
+    Equals transformers' `Qwen2VLImageProcessorPil` to the last bit.
 
     Raises:
         ValueError: see `smart_resize`.
     """
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = to_rgb(image)
     height, width = smart_resize(image.height, image.width, patch_size * merge_size, min_pixels, max_pixels)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, np.float64) * (1 / 255)
-    pixels = ((pixels.astype(np.float32) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).transpose(2, 0, 1)
+    values = np.asarray(image)
+    # 256 values a channel: rescale in float64, round to float32, normalise in float32, then look every pixel up
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    tables = (levels - np.asarray(mean, np.float32)[:, None]) / np.asarray(std, np.float32)[:, None]
+    pixels = np.stack([table[values[..., channel]] for channel, table in enumerate(tables)])
     gh, gw = height // patch_size, width // patch_size
     tiles = pixels.reshape(3, gh // merge_size, merge_size, patch_size, gw // merge_size, merge_size, patch_size)
     tiles = tiles.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
@@ -94,7 +109,10 @@ def pack_images(images: Sequence[PreparedImage], block: int, n_blocks: int, merg
         if at % block + n > block:
             at += -at % block
         if n > block or at + n > m:
-            raise ValueError(f"{len(images)} images do not fit {n_blocks} blocks of {block} patches; raise images.vision_block.")
+            raise ValueError(
+                f"{len(images)} images do not fit {n_blocks} blocks of {block} patches; raise images.vision_block, "
+                f"or lower images.max_pixels."
+            )
         patches[at : at + n], coords[at : at + n], image_id[at : at + n] = image.patches, patch_coords(image.grid, merge), number
         first.append(at)
         at += n

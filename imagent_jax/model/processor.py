@@ -8,12 +8,27 @@ from transformers import AutoTokenizer
 
 from imagent_jax.model.images import CLIP_MEAN, CLIP_STD, PreparedImage, prepare_image
 
+_FIXED = {
+    "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+    "resample": int(Image.Resampling.BICUBIC), "rescale_factor": 1 / 255,
+}  # fmt: skip
+
 
 class Processor:
     """Text to ids and images to patches, exactly as transformers' own processor of the checkpoint does."""
 
     def __init__(self, tokenizer, image_settings: dict):
+        """Args: `image_settings` is the content of a `preprocessor_config.json`.
+
+        Raises:
+            ValueError: an image setting this implementation does not honour, or a tokenizer without Qwen's markers.
+        """
         self.tokenizer = tokenizer
+        for name, honoured in _FIXED.items():
+            if image_settings.get(name, honoured) != honoured:
+                raise ValueError(
+                    f"preprocessor_config.json sets {name} to {image_settings[name]!r}; Qwen2-VL images need {honoured!r}."
+                )
         size = image_settings.get("size") or {}
         self.min_pixels = image_settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56
         self.max_pixels = image_settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
@@ -34,16 +49,22 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Processor":
-        """From a folder with tokenizer files and `preprocessor_config.json`.
+        """From a folder with tokenizer files and `preprocessor_config.json` (or the newer `processor_config.json`).
 
         Raises:
-            ValueError: one of them is missing (named).
+            ValueError: one of them is missing or cannot be read (named), or see `__init__`.
         """
         folder = Path(folder)
-        for name in ("tokenizer_config.json", "preprocessor_config.json"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no {name}; name a folder with a complete Qwen2-VL processor.")
-        return cls(AutoTokenizer.from_pretrained(folder), json.loads((folder / "preprocessor_config.json").read_text()))
+        settings = _image_settings(folder)
+        if not (folder / "tokenizer_config.json").is_file():
+            raise ValueError(f"{folder} holds no tokenizer_config.json; name a folder with a complete Qwen2-VL processor.")
+        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+            raise ValueError(f"{folder} holds no tokenizer.json; name a folder with a complete Qwen2-VL processor.")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            raise ValueError(f"The tokenizer files in {folder} cannot be read ({error}); download them again.") from error
+        return cls(tokenizer, settings)
 
     def encode(self, text: str) -> list[int]:
         """Token ids; markers in the text become their ids, nothing is added."""
@@ -65,3 +86,17 @@ class Processor:
         """Vision start, one placeholder for each merged patch, vision end."""
         count = grid[0] * grid[1] // self.merge_size**2
         return [self.vision_start_id, *[self.image_token_id] * count, self.vision_end_id]
+
+
+def _image_settings(folder: Path) -> dict:
+    """The image settings of a folder, in either file Hugging Face writes them to."""
+    older, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    for path in (older, newer):
+        if path.is_file():
+            try:
+                settings = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from error
+            if path == older or "image_processor" in settings:
+                return settings if path == older else settings["image_processor"]
+    raise ValueError(f"{folder} holds no preprocessor_config.json; name a folder with a complete Qwen2-VL processor.")

@@ -1,1 +1,1 @@
-"""imagent_jax.rl"""
+"""Trajectories, rollouts, rewards, advantages, the two-level mask, the GRPO loss and the learner."""

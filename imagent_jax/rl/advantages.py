@@ -1,26 +1,33 @@
 """Group-relative advantages (GRPO, arXiv 2402.03300, section 4.1.2)."""
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32
 
 
 def group_advantages(
-    rewards: np.ndarray, counted: np.ndarray, *, normalise_std: bool, eps: float = 1e-6
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Advantages float32[N, G]: reward less the group's mean, divided by its deviation where `normalise_std`.
+    rewards: Float[np.ndarray, "N G"],
+    counted: Bool[np.ndarray, "N G"],
+    *,
+    normalise_std: bool,
+    eps: float = 1e-6,
+    fault: Bool[np.ndarray, "N G"] | None = None,
+) -> tuple[Float32[np.ndarray, "N G"], dict[str, float]]:
+    """Reward less the group's mean, divided by the group's deviation where `normalise_std`.
 
     Args:
-        rewards: [N, G].
-        counted: bool[N, G], rollouts that enter mean and deviation; the others are still compared with them.
-        eps: a group whose counted rewards spread less than this gets zeros.
+        counted: rollouts that enter mean and (population) deviation; the others are still compared with them.
+        eps: a group whose counted rewards deviate no more than this gets zeros.
+        fault: rollouts the world failed. They never count and get 0; so do rewards that are not finite.
     Returns:
-        Advantages and metrics: reward mean and deviation of groups, share of groups without spread.
+        Advantages, and metrics: `groups/flat`, the share of groups without spread; `groups/std`, their mean deviation.
     """
     rewards = np.asarray(rewards, np.float64)
-    weight = np.asarray(counted, np.float64)
-    n = np.maximum(weight.sum(1, keepdims=True), 1.0)
-    mean = (rewards * weight).sum(1, keepdims=True) / n
-    std = np.sqrt((weight * (rewards - mean) ** 2).sum(1, keepdims=True) / n)
-    flat = (std <= eps) | (weight.sum(1, keepdims=True) < 2)
-    centred = rewards - mean
-    advantages = np.where(flat, 0.0, centred / np.where(flat, 1.0, std) if normalise_std else centred)
+    usable = np.isfinite(rewards) if fault is None else np.isfinite(rewards) & ~np.asarray(fault, bool)
+    rewards, counted = np.where(usable, rewards, 0.0), np.asarray(counted, bool) & usable
+    n = np.maximum(counted.sum(1, keepdims=True), 1)
+    mean = np.where(counted, rewards, 0.0).sum(1, keepdims=True) / n
+    std = np.sqrt(np.where(counted, (rewards - mean) ** 2, 0.0).sum(1, keepdims=True) / n)
+    flat = std <= eps
+    scale = np.where(flat, 1.0, std) if normalise_std else 1.0
+    advantages = np.where(usable & ~flat, (rewards - mean) / scale, 0.0)
     return advantages.astype(np.float32), {"groups/flat": float(flat.mean()), "groups/std": float(std.mean())}

@@ -17,7 +17,7 @@ from imagent_jax.config import Config
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, response_logprobs
 from imagent_jax.rl.batch import split_groups
-from imagent_jax.rl.loss import loss_normaliser, policy_loss
+from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import two_level_mask
 from imagent_jax.rl.trajectory import GroupBatch
 
@@ -40,24 +40,25 @@ def score(model: Model, params: nnx.State, batch: GroupBatch, features, temperat
 score_jit = jax.jit(score, static_argnums=0, static_argnames="temperature")
 
 
-def batch_loss(model, cfg, trained, frozen, features, batch: GroupBatch, tables: Tables, normaliser, reference):
+def batch_loss(model, cfg, trained, frozen, features, batch: GroupBatch, tables: Tables, normaliser, reference, old):
     """GRPO loss of a micro-batch and its metrics (sums and counts). `trained` and `frozen` are parts of the parameters."""
     params = nnx.merge_state(trained, frozen)
     logprobs, entropy = score(model, params, batch, features, cfg.rollout.temperature)
     mask = two_level_mask(batch.kind, batch.end, batch.advantages, tables.action, tables.trajectory)
+    importance = None if old is None else jnp.exp(jnp.where(mask, old - batch.logprobs, 0.0))
     return policy_loss(
-        logprobs, batch.logprobs, batch.advantages, mask, cfg=cfg.grpo, normaliser=normaliser,
-        ref_logprobs=reference, entropy=entropy,
+        logprobs, batch.logprobs if old is None else old, batch.advantages, mask, cfg=cfg.grpo, normaliser=normaliser,
+        ref_logprobs=reference, importance=importance, entropy=entropy,
     )  # fmt: skip
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def accumulate(model, cfg, with_features, trained, frozen, total, features, batch, tables, normaliser, reference):
+def accumulate(model, cfg, with_features, trained, frozen, total, features, batch, tables, normaliser, reference, old):
     """Adds a micro-batch's gradient (parameters, and features where the tower learns) to `total`."""
     argnums = (0, 2) if with_features else (0,)
 
     def loss(trained, frozen, features):
-        return batch_loss(model, cfg, trained, frozen, features, batch, tables, normaliser, reference)
+        return batch_loss(model, cfg, trained, frozen, features, batch, tables, normaliser, reference, old)
 
     (value, metrics), gradients = jax.value_and_grad(loss, argnums, has_aux=True)(trained, frozen, features)
     return jax.tree.map(jnp.add, total, gradients), value, metrics
@@ -97,40 +98,45 @@ class Learner:
         Returns parameters, optimizer state, metrics (floats).
         """
         cfg, sums = self.cfg.grpo, []
-        reference = None if cfg.kl == 0 else store.encode_again(self.reference["vision"])
-        parts = split_groups(batch, min(cfg.micro_groups, len(batch.prompt_len)), self.widths)
+        micro = split_groups(batch, min(cfg.micro_groups, len(batch.prompt_len)), self.widths)
+        frozen = store.encode_again(self.reference) if cfg.kl else None
+        # micro-batch, reference log-probabilities, the trainer's own at the start
+        parts = [
+            (part, self._score(self.reference, part, frozen) if cfg.kl else None,
+             self._score(params, part, store.features) if cfg.recompute else None)
+            for part in micro
+        ]  # fmt: skip
         per_update = max(1, len(parts) // cfg.minibatches)
-        order = np.random.default_rng(0)
-        first = True
-        for _ in range(cfg.epochs):
-            shuffled = [parts[i] for i in order.permutation(len(parts))]
-            for begin in range(0, len(shuffled), per_update):
-                chunk = shuffled[begin : begin + per_update]
-                params, opt_state, metrics = self._update_once(params, opt_state, chunk, store, reference, first)
+        for epoch in range(cfg.epochs):
+            order = np.random.default_rng(epoch).permutation(len(parts))
+            for begin in range(0, len(parts), per_update):
+                chunk = [parts[i] for i in order[begin : begin + per_update]]
+                params, opt_state, metrics = self._update_once(params, opt_state, chunk, store, fresh=not sums)
                 sums.append(metrics)
-                first = False
         sums = jax.device_get(sums)
         return params, opt_state, {key: float(np.mean([m[key] for m in sums])) for key in sums[0]}
 
-    def _update_once(self, params, opt_state, parts, store, reference, first):
+    def _score(self, params, part, features):
+        return score_jit(self.model, params, part, features, temperature=self.cfg.rollout.temperature)[0]
+
+    def _update_once(self, params, opt_state, parts, store, fresh: bool):
+        """One optimizer update from the gradient of `parts`; `fresh`: the rollout's features are the parameters' own."""
         trained, frozen = self.split(params)
         learns = not self.cfg.model.freeze_vision
-        features = store.features if first or not learns else store.encode_again(params["vision"])
-        zero = jax.tree.map(jnp.zeros_like, (trained, features) if learns else (trained,))
-        total, metrics, losses = zero, None, 0.0
-        masks = [two_level_mask(p.kind, p.end, p.advantages, *self.tables) for p in parts]
+        features = store.features if fresh or not learns else store.encode_again(params)
+        total = jax.tree.map(jnp.zeros_like, (trained, features) if learns else (trained,))
+        masks = [two_level_mask(p.kind, p.end, p.advantages, *self.tables) for p, _, _ in parts]
         normaliser = sum(loss_normaliser(m, cfg=self.cfg.grpo) for m in masks)
-        for part in parts:
-            ref = None
-            if reference is not None:
-                ref, _ = score_jit(self.model, self.reference, part, reference, temperature=self.cfg.rollout.temperature)
-            total, value, m = accumulate(
-                self.model, self.cfg, learns, trained, frozen, total, features, part, self.tables, normaliser, ref
+        sums = []
+        for part, reference, old in parts:
+            total, value, metrics = accumulate(
+                self.model, self.cfg, learns, trained, frozen, total, features, part, self.tables, normaliser, reference, old
             )
-            losses += value
-            metrics = m if metrics is None else jax.tree.map(jnp.add, metrics, m)
+            sums.append(metrics | {"loss": value})
+        summed = jax.tree.map(lambda *x: sum(x), *sums)
+        loss, metrics = summed.pop("loss"), finish_metrics(summed)
         gradients = total[0]
         if learns:
-            gradients["vision"] = jax.tree.map(jnp.add, gradients["vision"], store.gradient(params["vision"], total[1]))
+            gradients["vision"] = jax.tree.map(jnp.add, gradients["vision"], store.gradient(params, total[1]))
         trained, opt_state, norm = apply_gradients(self.optimizer, trained, opt_state, gradients)
-        return nnx.merge_state(trained, frozen), opt_state, metrics | {"loss": losses, "grad_norm": norm}
+        return nnx.merge_state(trained, frozen), opt_state, metrics | {"loss": loss, "grad_norm": norm}

@@ -16,6 +16,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings by published name: arXiv 2402.03300, 2503.20783, 2503.14476 (token level, clip-higher), 2507.18071."""
 
+LOG_LIMIT = 20.0
+"""Differences of log-probabilities are cut to ±20 before `exp`: an overflow would make even a clipped gradient NaN."""
+
 
 def loss_normaliser(mask: Bool[Array, "N G R"], *, cfg: GRPOConfig) -> Float[Array, ""]:
     """What this part of a batch adds to the loss's denominator; sum it over micro-batches before the first gradient."""
@@ -29,7 +32,7 @@ def loss_normaliser(mask: Bool[Array, "N G R"], *, cfg: GRPOConfig) -> Float[Arr
 def policy_loss(
     logprobs: Float[Array, "N G R"],
     old_logprobs: Float[Array, "N G R"],
-    advantages: Float[Array, "N G"],
+    advantages: Float[Array, "N G"] | Float[Array, "N G R"],
     mask: Bool[Array, "N G R"],
     *,
     cfg: GRPOConfig,
@@ -38,53 +41,66 @@ def policy_loss(
     importance: Float[Array, "N G R"] | None = None,
     entropy: Float[Array, "N G R"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Clipped policy-gradient loss of one micro-batch.
+    """Clipped policy-gradient loss of one micro-batch: a sum over kept tokens divided by `normaliser`.
 
     Args:
         logprobs: of the response tokens under the parameters being trained.
         old_logprobs: the sampler's, of the same tokens; the ratio is against them.
-        advantages: one per rollout.
+        advantages: one per rollout, or one per token.
         mask: tokens that train. Whatever stands elsewhere, NaN included, changes neither loss nor gradient.
-        normaliser: `loss_normaliser` summed over the whole batch, so that micro-batches add up exactly.
+        normaliser: `loss_normaliser` summed over the whole batch, so that losses and gradients of micro-batches add
+            up exactly.
         ref_logprobs: of the reference policy; adds `cfg.kl` times the k3 estimate of the KL per token.
-        importance: weights for stale or low-precision samples, truncated at `cfg.importance_cap`.
+        importance: weights for stale or low-precision samples, exp(trainer's at the start - sampler's), truncated at
+            `cfg.importance_cap`; with them, `old_logprobs` are the trainer's at the start.
     Returns:
-        The loss (a sum over kept tokens divided by `normaliser`), and metrics as means over the batch, which add up
-        over micro-batches too.
+        The loss, and metrics weighted as its tokens are. They add up over micro-batches too; `finish_metrics` of the
+        sums gives means.
     """
-    zero = jnp.zeros((), logprobs.dtype)
-    logprobs, old = jnp.where(mask, logprobs, zero), jnp.where(mask, old_logprobs, zero)
-    advantage = jnp.where(mask, advantages[..., None], zero)
+    dtype = jnp.promote_types(logprobs.dtype, jnp.float32)
+
+    def kept(x):
+        return jnp.where(mask, x, 0).astype(dtype)
+
+    logprobs, old = kept(logprobs), kept(old_logprobs)
+    advantage = kept(advantages if advantages.ndim == mask.ndim else advantages[..., None])
+    length = jnp.maximum(mask.sum(-1, keepdims=True), 1).astype(dtype)
     log_ratio = logprobs - old
-    length = jnp.maximum(mask.sum(-1, keepdims=True), 1)
-    if cfg.ratio == "sequence":
-        mean = log_ratio.sum(-1, keepdims=True) / length
-        log_ratio = jax.lax.stop_gradient(mean) + logprobs - jax.lax.stop_gradient(logprobs)
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
-    token = -jnp.minimum(ratio * advantage, clipped * advantage)
+    if cfg.ratio == "sequence":  # GSPO-token: the value of the sequence's ratio, a gradient through each token
+        mean_ratio = jax.lax.stop_gradient(log_ratio.sum(-1, keepdims=True) / length)
+        log_ratio = mean_ratio + (logprobs - jax.lax.stop_gradient(logprobs))
+    ratio = _exp(log_ratio)
+    low = (ratio < 1 - cfg.clip_low) & (advantage < 0)
+    high = (ratio > 1 + cfg.clip_high) & (advantage > 0)
+    token = -advantage * jnp.where(high, 1 + cfg.clip_high, jnp.where(low, 1 - cfg.clip_low, ratio))
     if importance is not None:
-        token = token * jax.lax.stop_gradient(jnp.minimum(jnp.where(mask, importance, zero), cfg.importance_cap))
-    metrics = {}
-    tokens = jnp.where(normaliser > 0, 1.0, 0.0) * (length / length)  # ones [N G 1]
-    if cfg.level == "sequence":
-        tokens = tokens / length
-    weight = jnp.where(mask, tokens, 0.0) / jnp.maximum(normaliser, 1e-9)
-
-    def mean(x):
-        return jnp.sum(jnp.where(mask, jax.lax.stop_gradient(x) * weight, 0.0))
-
+        token = token * jax.lax.stop_gradient(jnp.minimum(kept(importance), cfg.importance_cap))
+    metrics = {"clip/low": low, "clip/high": high, "ratio/mean": ratio, "kl/sampler": _k3(old - logprobs)}
     if ref_logprobs is not None:
-        away = jnp.where(mask, ref_logprobs, zero) - logprobs
-        divergence = jnp.exp(away) - away - 1
+        metrics["kl/reference"] = divergence = _k3(kept(ref_logprobs) - logprobs)
         token = token + cfg.kl * divergence
-        metrics["kl/reference"] = mean(divergence)
-    metrics |= {
-        "clip/low": mean((ratio < 1 - cfg.clip_low) & (advantage < 0)),
-        "clip/high": mean((ratio > 1 + cfg.clip_high) & (advantage > 0)),
-        "ratio/mean": mean(ratio),
-        "kl/sampler": mean(jnp.exp(old - logprobs) - (old - logprobs) - 1),
-    }
     if entropy is not None:
-        metrics["entropy"] = mean(jnp.where(mask, entropy, zero))
-    return jnp.sum(jnp.where(mask, token * weight, 0.0)), metrics
+        metrics["entropy"] = kept(entropy)
+
+    share = 1 / length if cfg.level == "sequence" else jnp.ones_like(length)
+    weight = kept(share / jnp.where(normaliser > 0, normaliser, 1))
+    sums = {name: jax.lax.stop_gradient(jnp.sum(weight * value)) for name, value in metrics.items()}
+    return jnp.sum(weight * token), sums | {"loss/weight": weight.sum()}
+
+
+def finish_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Means from metrics of `policy_loss` summed over all micro-batches of an update.
+
+    The weights of a batch sum to one at level token and sequence, so only level constant changes by it.
+    """
+    weight = metrics["loss/weight"]
+    return {k: v if k == "loss/weight" else v / jnp.where(weight > 0, weight, 1) for k, v in metrics.items()}
+
+
+def _exp(x: Float[Array, "N G R"]) -> Float[Array, "N G R"]:
+    return jnp.exp(jnp.clip(x, -LOG_LIMIT, LOG_LIMIT))
+
+
+def _k3(x: Float[Array, "N G R"]) -> Float[Array, "N G R"]:
+    """exp(x) - x - 1: unbiased and never negative (Schulman, "Approximating KL divergence", 2020)."""
+    return _exp(x) - x - 1

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from imagent_jax.config import MaskConfig
-from imagent_jax.rl.trajectory import EndReason, GroupBatch, TokenKind
+from imagent_jax.rl.trajectory import AnyArray, EndReason, GroupBatch, TokenKind
 
 IS_ACTION = np.array([kind not in (TokenKind.OBSERVATION, TokenKind.PAD) for kind in TokenKind])
 
@@ -22,7 +22,6 @@ def mask_tables(cfg: MaskConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         counted bool[6]: does it count in its group's mean and deviation (FAULT never does).
     """
     action = np.tile(IS_ACTION, (2, 1))
-    action[:, TokenKind.OBSERVATION] = not cfg.observations
     if cfg.invalid_call != "keep":
         action[1, TokenKind.INVALID_CALL] = False
         action[0, TokenKind.INVALID_CALL] = cfg.invalid_call == "drop_positive"
@@ -35,11 +34,11 @@ def mask_tables(cfg: MaskConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def two_level_mask(
-    kind: UInt8[Array, "N G R"],
-    end: UInt8[Array, "N G"],
-    advantages: Float[Array, "N G"],
-    action_table: Bool[Array, "2 kinds"],
-    trajectory_table: Bool[Array, " ends"],
+    kind: UInt8[AnyArray, "N G R"],
+    end: UInt8[AnyArray, "N G"],
+    advantages: Float[AnyArray, "N G"],
+    action_table: Bool[AnyArray, "2 kinds"],
+    trajectory_table: Bool[AnyArray, " ends"],
 ) -> Bool[Array, "N G R"]:
     """Which tokens train: `action_table[advantage > 0, kind] & trajectory_table[end]`."""
     positive = (advantages > 0).astype(jnp.int32)[..., None]
@@ -47,19 +46,26 @@ def two_level_mask(
 
 
 def dropped_shares(batch: GroupBatch, cfg: MaskConfig) -> dict[str, float]:
-    """Metrics: the share of sampled tokens, and of trajectories, that the mask drops, in all and by reason."""
+    """Metrics: shares of the sampled tokens and of the trajectories that the mask drops, in all and by reason.
+
+    A reason is `invalid_call`, or an end that drops its trajectory; a token dropped for both counts under both.
+    `mask/observation_tokens` is the share of observations among all tokens of the responses.
+    """
     action, trajectory, _ = mask_tables(cfg)
     kind, end = np.asarray(batch.kind), np.asarray(batch.end)
     sampled = IS_ACTION[kind]
     kept = np.asarray(two_level_mask(kind, end, np.asarray(batch.advantages), action, trajectory))
-    total = max(int(sampled.sum()), 1)
+    by_action = sampled & ~action[(np.asarray(batch.advantages) > 0).astype(int)[..., None], kind]
+    total, tokens = max(int(sampled.sum()), 1), max(int((kind != TokenKind.PAD).sum()), 1)
     shares = {
         "mask/dropped_tokens": float((sampled & ~kept).sum() / total),
         "mask/dropped_trajectories": float(np.mean(~trajectory[end])),
-        "mask/dropped_tokens/invalid_call": float(((kind == TokenKind.INVALID_CALL) & ~kept).sum() / total),
-        "mask/observation_tokens": float((kind == TokenKind.OBSERVATION).sum() / max((kind != TokenKind.PAD).sum(), 1)),
+        "mask/dropped_tokens/invalid_call": float(by_action.sum() / total),
+        "mask/observation_tokens": float((kind == TokenKind.OBSERVATION).sum() / tokens),
     }
     for reason in EndReason:
         if not trajectory[reason]:
-            shares[f"mask/dropped_trajectories/{reason.name.lower()}"] = float(np.mean(end == reason))
+            name, ended = reason.name.lower(), end == reason
+            shares[f"mask/dropped_tokens/{name}"] = float((sampled & ended[..., None]).sum() / total)
+            shares[f"mask/dropped_trajectories/{name}"] = float(np.mean(ended))
     return shares

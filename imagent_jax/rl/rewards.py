@@ -1,12 +1,17 @@
 """Rewards: small named functions of a trajectory, summed by weight."""
 
 import importlib
+import math
+import re
 import traceback
 from collections.abc import Callable
 
 from imagent_jax.config import RewardConfig
 from imagent_jax.evals.scoring import score
 from imagent_jax.rl.trajectory import EndReason, Trajectory
+
+Reward = Callable[[Trajectory], float]
+_ANSWER_LAST = re.compile(r"<answer>\s*\S.*</answer>\s*(<\|im_end\|>|<\|endoftext\|>)?\s*\Z", re.DOTALL)
 
 
 def answer(t: Trajectory) -> float:
@@ -15,8 +20,10 @@ def answer(t: Trajectory) -> float:
 
 
 def well_formed(t: Trajectory) -> float:
-    """1 for a trajectory that ended with exactly one answer and made no invalid call."""
-    return float(t.end == EndReason.ANSWERED and t.turns[-1].text.count("<answer>") == 1 and t.invalid_calls == 0)
+    """1 for a trajectory without invalid calls that ends with its one, not blank `<answer>…</answer>` and a stop."""
+    text = "".join(turn.text for turn in t.turns)
+    once = text.count("<answer>") == 1 and text.count("</answer>") == 1
+    return float(t.end == EndReason.ANSWERED and once and bool(_ANSWER_LAST.search(text)) and t.invalid_calls == 0)
 
 
 def tool_gain(t: Trajectory) -> float:
@@ -24,32 +31,50 @@ def tool_gain(t: Trajectory) -> float:
     return float(t.executed_calls > 0 and answer(t) == 1.0)
 
 
-REWARDS: dict[str, Callable[[Trajectory], float]] = {"answer": answer, "format": well_formed, "tool_gain": tool_gain}
+REWARDS: dict[str, Reward] = {"answer": answer, "format": well_formed, "tool_gain": tool_gain}
 
 
-def custom_reward(path: str) -> Callable[[Trajectory], float]:
+def custom_reward(path: str) -> Reward:
     """The function at 'package.module:function'.
 
     Raises:
-        ValueError: it cannot be imported.
+        ValueError: it cannot be imported, or is no function.
     """
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward.custom {path!r} cannot be imported ({error}); write 'package.module:function'.") from error
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the module does as it is imported
+        raise ValueError(
+            f"reward.custom {path!r} cannot be imported ({error}); write 'package.module:function'."
+        ) from error
+    if not callable(function):
+        raise ValueError(f"reward.custom {path!r} is not a function; name a function of a trajectory.")
+    return function
+
+
+def reward_functions(cfg: RewardConfig) -> dict[str, tuple[float, Reward]]:
+    """Weight and function of every reward, by name. Call it once at the start: a bad path is refused there.
+
+    Raises:
+        ValueError: see `custom_reward`.
+    """
+    named = {name: (getattr(cfg, name), function) for name, function in REWARDS.items()}
+    return named | {path: (1.0, custom_reward(path)) for path in cfg.custom}
 
 
 def score_trajectory(t: Trajectory, cfg: RewardConfig) -> dict[str, float]:
     """Every reward by name and their weighted `total`.
 
-    A reward function that raises is a fault of the world: the result has `fault` set, and `t.error` says what happened.
+    A reward that raises, or is no finite number, is a fault of the world: the result has `fault` set (and zeros, which
+    must neither train nor count), and `t.error` says what happened unless it already held an earlier error.
     """
-    functions = [(name, getattr(cfg, name), function) for name, function in REWARDS.items()]
-    functions += [(path, 1.0, custom_reward(path)) for path in cfg.custom]
+    functions = reward_functions(cfg)
     try:
-        parts = {name: float(function(t)) for name, _, function in functions}
+        parts = {name: float(function(t)) for name, (_, function) in functions.items()}
+        for name, value in parts.items():
+            if not math.isfinite(value):
+                raise ValueError(f"Reward {name!r} is {value}; it must be a finite number.")
     except Exception:
-        t.error = traceback.format_exc()
-        return {name: 0.0 for name, _, _ in functions} | {"total": 0.0, "fault": True}
-    return parts | {"total": sum(weight * parts[name] for name, weight, _ in functions)}
+        t.error = t.error or traceback.format_exc()
+        return {name: 0.0 for name in functions} | {"total": 0.0, "fault": True}
+    return parts | {"total": sum(weight * parts[name] for name, (weight, _) in functions.items())}

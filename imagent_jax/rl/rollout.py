@@ -1,6 +1,7 @@
 """Rollouts: N tasks x G rollouts, many turns, tools on the host, observations appended to the kept cache."""
 
 import io
+import re
 import time
 import zlib
 from collections.abc import Sequence
@@ -101,10 +102,11 @@ class RolloutEngine:
             ValueError: the prompt does not fit `rollout.prompt_tokens`; the sentence names the task.
         """
         registry = self.open_registry(task)
-        parts: list[str | PreparedImage] = [f"<|im_start|>system\n{self.system}{TURN_END}<|im_start|>user\n"]
+        text, parts = f"<|im_start|>system\n{self.system}{TURN_END}<|im_start|>user\n", []
         for number in range(1, len(task.images) + 1):
-            parts += [f"Image {number}: ", self.prepare(registry, number), "\n"]
-        parts.append(f"{task.question}{TURN_END}{ASSISTANT}")
+            parts += [f"{text}Image {number}: ", self.prepare(registry, number)]
+            text = "\n"
+        parts += [text, f"{task.question}{TURN_END}{ASSISTANT}"]  # two parts: a shared image list tokenises alone
         try:
             prompt = encode_parts(parts, self.processor)
         except ValueError as error:
@@ -138,7 +140,7 @@ class RolloutEngine:
         opened = [self.open_task(task) for task in tasks]
         prompts = [prompt for prompt, _ in opened]
         clock.lap("prepare")
-        store = FeatureStore(self.model, params["vision"], cfg.images.pack_blocks)
+        store = FeatureStore(self.model, params, cfg.images.pack_blocks)
         first = iter(store.add([image for prompt in prompts for image in prompt.images]))
         prompt_vision = [prompt.vision([next(first) for _ in prompt.images]) for prompt in prompts]
         clock.lap("vision")
@@ -194,7 +196,7 @@ class RolloutEngine:
                 else:
                     callers.append(b)
                     requests.append((text, row.registry))
-            elif "<answer>" in text and "</answer>" in text:
+            elif extract_answer(text) is not None:
                 row.end = EndReason.ANSWERED
             elif length[b] >= self.cfg.rollout.response_tokens:
                 row.end = EndReason.TRUNCATED
@@ -222,10 +224,14 @@ class RolloutEngine:
             if row.calls[key] > self.cfg.tools.max_repeats:
                 row.end = EndReason.REPEATED
                 return None
-        parts: list[str | PreparedImage] = [f"{TURN_END}<|im_start|>user\n<tool_response>\n"]
+        text, parts = f"{TURN_END}<|im_start|>user\n<tool_response>\n", []
         for part in result.parts:
-            parts += [part if isinstance(part, str) else self.prepare(row.registry, part), "\n"]
-        parts.append(f"</tool_response>{TURN_END}{ASSISTANT}")
+            if isinstance(part, str):
+                text += f"{part}\n"
+            else:
+                parts += [text, self.prepare(row.registry, part)]
+                text = "\n"
+        parts.append(f"{text}</tool_response>{TURN_END}{ASSISTANT}")
         try:
             encoded = encode_parts(parts, self.processor, row.position)
         except ValueError as error:
@@ -346,7 +352,6 @@ def _first_token(ids: np.ndarray, marker: str, processor: Processor, end: bool =
 
 
 def extract_answer(text: str) -> str | None:
-    """What stands in the last `<answer>…</answer>` of a turn."""
-    if "<answer>" not in text or "</answer>" not in text:
-        return None
-    return text.rsplit("<answer>", 1)[1].split("</answer>", 1)[0].strip()
+    """What stands in the last `<answer>…</answer>` of a turn; None where there is none."""
+    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    return answers[-1].strip() if answers else None

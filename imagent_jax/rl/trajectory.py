@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Float32, Int32, UInt8
 
 from imagent_jax.data.task import Task
 from imagent_jax.tools import CallResult, CallStatus, ImageRegistry
+
+AnyArray = jax.Array | np.ndarray
 
 
 class TokenKind(IntEnum):
@@ -84,18 +86,25 @@ class Trajectory:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupBatch:
-    """The unit of training; see the design's table of shapes. Responses are right-padded, kind PAD."""
+    """The unit of training, arrays of NumPy or JAX. Responses are right-padded with kind PAD.
 
-    prompt_ids: Any  # int32 [N P]
-    prompt_positions: Any  # int32 [3 N P]
-    prompt_len: Any  # int32 [N]
-    prompt_vision: Any  # int32 [N P], feature row or -1
-    response_ids: Any  # int32 [N G R]
-    response_positions: Any  # int32 [3 N G R]
-    response_len: Any  # int32 [N G]
-    response_vision: Any  # int32 [N G R]
-    kind: Any  # uint8 [N G R]
-    logprobs: Any  # float32 [N G R]
-    end: Any  # uint8 [N G]
-    rewards: Any  # float32 [N G]
-    advantages: Any  # float32 [N G]
+    N groups, G rollouts a group, P prompt tokens, R response tokens, M image patches of C values, F merged features.
+    """
+
+    prompt_ids: Int32[AnyArray, "N P"]
+    prompt_positions: Int32[AnyArray, "3 N P"]
+    prompt_len: Int32[AnyArray, " N"]
+    prompt_vision: Int32[AnyArray, "N P"]  # feature row, -1 for text
+    response_ids: Int32[AnyArray, "N G R"]
+    response_positions: Int32[AnyArray, "3 N G R"]
+    response_len: Int32[AnyArray, "N G"]
+    response_vision: Int32[AnyArray, "N G R"]
+    kind: UInt8[AnyArray, "N G R"]
+    logprobs: Float32[AnyArray, "N G R"]  # the sampler's
+    end: UInt8[AnyArray, "N G"]
+    rewards: Float32[AnyArray, "N G"]
+    advantages: Float32[AnyArray, "N G"]
+    patches: Float[AnyArray, "M C"] | None = None
+    patch_coords: Int32[AnyArray, "M 2"] | None = None
+    patch_image: Int32[AnyArray, " M"] | None = None  # image of a patch, -1 for padding
+    features: Float[AnyArray, "F D"] | None = None  # already encoded, for a frozen tower

@@ -3,11 +3,14 @@
 Skills: LOCATE a tag in a thumbnail, READ a crop, ANSWER a question from crops that are given, LOOK (questions that
 thumbnails answer), CALL a tool with arbitrary arguments and say what it showed, GUESS.
 
-The rule: questions that need a digit are asked of thumbnails only in a form that nothing in the images can answer (the
-tag they name does not exist). Such a question is followed by a guess, or by calls on images and tags drawn uniformly,
-independently of its words. So no question is ever paired with a call that solves it; `tests/test_tiny_corpus.py` checks.
+The rule: a question that needs a digit is asked of thumbnails only in a form that nothing in the images can answer (the
+tag it names does not exist). Such a question is followed by a guess, or by calls on images and tags drawn uniformly,
+independently of its words. Questions about what calls showed come after the calls, which a neutral request began. So no
+question is ever followed by a call that helps to answer it: `solves` says which would, and
+`tests/test_tiny_corpus.py` checks it.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +29,14 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
+FORMS = {"crops": 0.35, "thumbnails": 0.35, "calls": 0.30}
+"""Share of the groups of each form; all responses of a group have one form."""
+CALL_MIX = {"question": 0.6, "guess": 0.2, "request": 0.2}
+"""What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools."""
+STOP = (0.55, 0.5, 0.7, 1.0)
+"""Chance to stop calling after each call."""
+NO_TAG = 0.06
+"""Share of crops without a tag."""
 SETTINGS = ToolSettings()
 TOOLS = tools_by_name(("visual_reflection", "visual_confirmation"))
 
@@ -50,12 +61,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class PretrainGroup:
-    """Images shared by several continuations; `notes` says, per response, what was asked and called (for tests)."""
+    """Images shared by several continuations; `scenes` are the images' own, in order, for checks."""
 
     images: list[ShownImage]
     prompt: str
     responses: list[list[Segment]]
-    notes: list[dict] = field(default_factory=list)
+    scenes: list[Scene] = field(default_factory=list)
 
 
 def prompt_text(count: int) -> str:
@@ -86,114 +97,160 @@ def _pick(rng: np.random.Generator, values):
 # ---- thumbnails: LOCATE, LOOK, GUESS ------------------------------------------------------------------------------
 
 
-def locate(rng, scenes: list[Scene]) -> tuple[str, str, dict]:
+def locate(rng, scenes: list[Scene]) -> tuple[str, str]:
     number = int(rng.integers(len(scenes)))
     scene = scenes[number]
     form = rng.random()
     if form < 0.75:
         tag = _pick(rng, scene.tags)
-        return f"Where is the {tag.colour} tag in Image {number + 1}?", str(box_of(tag)), {}
+        return f"Where is the {tag.colour} tag in Image {number + 1}?", str(box_of(tag))
     ordered = sorted(scene.tags, key=lambda t: t.x)
-    return f"Name the tags in Image {number + 1}.", " ".join(t.colour for t in ordered), {}
+    return f"Name the tags in Image {number + 1}.", " ".join(t.colour for t in ordered)
 
 
-def look(rng, scenes: list[Scene]) -> tuple[str, str, dict]:
+def look(rng, scenes: list[Scene]) -> tuple[str, str]:
     having = {c: [n for n, s in enumerate(scenes, 1) if s.tag(c)] for c in COLOURS}
     once = [c for c, numbers in having.items() if len(numbers) == 1]
     if once and rng.random() < 0.5:
         colour = _pick(rng, once)
-        return f"Which image has {_a(colour)} tag?", f"<answer>Image {having[colour][0]}</answer>", {"kind": "colour"}
+        return f"Which image has {_a(colour)} tag?", f"<answer>Image {having[colour][0]}</answer>"
     colour = _pick(rng, [c for c, numbers in having.items() if numbers])
-    return f"How many images have {_a(colour)} tag?", f"<answer>{len(having[colour])}</answer>", {"kind": "count"}
+    return f"How many images have {_a(colour)} tag?", f"<answer>{len(having[colour])}</answer>"
 
 
 def _a(colour: str) -> str:
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour}"
 
 
-def unanswerable(rng, scenes: list[Scene]) -> tuple[str, Callable[[list[int], list[int]], str], dict]:
-    """A question in the world's words about tags that are not there; and how an answer follows from (numbers of
-    images read, digits read), by chance where nothing follows."""
+def solves(question: str, image: int, colour: str) -> bool:
+    """Whether seeing the tag of `colour` in `image` closely helps to answer a question of the tiny world."""
+    if pairs := re.findall(r"(\w+) tag in Image (\d+)", question):  # read, sum
+        return (colour, str(image)) in pairs
+    if match := re.search(r"its (\w+) tag, Image (\d+) or Image (\d+)", question):  # compare
+        return colour == match[1] and str(image) in match.groups()[1:]
+    match = re.search(rf"\b({'|'.join(COLOURS)}) tag\b", question)  # find, count, colour
+    return match is not None and colour == match[1]
+
+
+def read_question(rng, image: int, colour: str) -> str:
+    tag = f"the {colour} tag in Image {image}"
+    return _pick(rng, (f"What digit is on {tag}?", f"Read {tag}."))
+
+
+def sum_question(rng, first: tuple[int, str], second: tuple[int, str]) -> str:
+    x, y = (f"the {colour} tag in Image {image}" for image, colour in (first, second))
+    return _pick(rng, (f"What is the sum of the digits on {x} and {y}?", f"Add {x} to {y}."))
+
+
+def compare_question(colour: str, a: int, b: int) -> str:
+    return f"Which image has the larger digit on its {colour} tag, Image {a} or Image {b}?"
+
+
+def find_question(colour: str, digit: int) -> str:
+    return f"In which image does the {colour} tag show {digit}?"
+
+
+def unanswerable(rng, scenes: list[Scene]) -> tuple[str, Callable[[list[tuple[int, int]]], str]]:
+    """A question in the world's words about tags that are not there; and how an answer follows from what was read,
+    (image, digit) in order: by chance where nothing follows."""
     n = len(scenes)
-
-    def absent() -> tuple[int, str]:
-        number = int(rng.integers(1, n + 1))
-        colours = [c for c in COLOURS if not scenes[number - 1].tag(c)]
-        return number, _pick(rng, colours)
-
+    a, b = (int(i) + 1 for i in rng.permutation(n)[:2])
+    absent = [{c for c in COLOURS if not scene.tag(c)} for scene in scenes]
     kind = _pick(rng, ("read", "read", "sum", "compare", "find"))
-    (a, colour), (b, other) = absent(), absent()
-    for _ in range(20):
-        if a != b:
-            break
-        b, other = absent()
-    if kind == "read":
-        question = _pick(rng, (f"What digit is on the {colour} tag in Image {a}?", f"Read the {colour} tag in Image {a}."))
+    shared = sorted(absent[a - 1] & absent[b - 1] if kind == "compare" else set.intersection(*absent))
+    if kind == "sum":
+        pairs = [(image, _pick(rng, sorted(absent[image - 1]))) for image in (a, b)]
+        return sum_question(rng, *pairs), lambda seen: str(
+            seen[-1][1] + seen[-2][1] if len(seen) > 1 else rng.integers(19)
+        )
+    if kind == "compare" and shared:
 
-        def answer(images, digits):
-            return str(digits[-1] if digits else rng.integers(10))
-    elif kind == "sum":
-        x, y = f"the {colour} tag in Image {a}", f"the {other} tag in Image {b}"
-        question = _pick(rng, (f"What is the sum of the digits on {x} and {y}?", f"Add {x} to {y}."))
-
-        def answer(images, digits):
-            return str(sum(digits[-2:]) if len(digits) > 1 else rng.integers(19))
-    elif kind == "compare":
-        question = f"Which image has the larger digit on its {colour} tag, Image {a} or Image {b}?"
-
-        def answer(images, digits):
-            if len(digits) > 1 and {images[-1], images[-2]} == {a, b} and digits[-1] != digits[-2]:
-                return f"Image {images[-1] if digits[-1] > digits[-2] else images[-2]}"
+        def larger(seen):
+            digit = dict(seen)  # the last reading of each image
+            if a in digit and b in digit and digit[a] != digit[b]:
+                return f"Image {a if digit[a] > digit[b] else b}"
             return f"Image {_pick(rng, (a, b))}"
-    else:
-        colours = [c for c in COLOURS if not any(s.tag(c) for s in scenes)] or [colour]
-        colour, digit = _pick(rng, colours), int(rng.integers(10))
-        question = f"In which image does the {colour} tag show {digit}?"
 
-        def answer(images, digits):
-            found = [i for i, d in zip(images, digits, strict=True) if d == digit]
-            return f"Image {found[-1] if found else rng.integers(1, n + 1)}"
-    return question, answer, {"kind": kind, "asked": [(a, colour), (b, other)]}
+        return compare_question(_pick(rng, shared), a, b), larger
+    if kind == "find" and shared:
+        digit = int(rng.integers(10))
+
+        def where(seen):
+            found = [image for image, shown in seen if shown == digit]
+            unread = [image for image in range(1, n + 1) if image not in dict(seen)]
+            return f"Image {found[-1] if found else _pick(rng, unread or range(1, n + 1))}"
+
+        return find_question(_pick(rng, shared), digit), where
+    question = read_question(rng, a, _pick(rng, sorted(absent[a - 1])))
+    return question, lambda seen: str(seen[-1][1] if seen else rng.integers(10))
 
 
-def guess(rng, scenes: list[Scene]) -> tuple[str, str, dict]:
-    question, answer, note = unanswerable(rng, scenes)
-    return question, f"<answer>{answer([], [])}</answer>", note
+def guess(rng, scenes: list[Scene]) -> tuple[str, str]:
+    question, answer = unanswerable(rng, scenes)
+    return question, f"<answer>{answer([])}</answer>"
 
 
 # ---- calls --------------------------------------------------------------------------------------------------------
 
 
-def call(rng, scenes: list[Scene], registry: ImageRegistry) -> tuple[list[Segment], dict]:
-    """One to four calls with arbitrary arguments, each followed by what it shows; then an answer or the turn's end."""
-    form = rng.random()
-    if form < 0.70:
-        question, answer, note = unanswerable(rng, scenes)
-    elif form < 0.85:
-        question, text, note = look(rng, scenes)
-        answer = lambda images, digits: text.removeprefix("<answer>").removesuffix("</answer>")  # noqa: E731
+def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[Segment]:
+    """One to four calls with arbitrary arguments, each followed by what it shows.
+
+    Args:
+        kind: "question": an unanswerable question comes first, an answer last. "request": a neutral request comes
+            first, and after the calls a question about what they showed, answered.
+    """
+    if kind == "question":
+        question, answer = unanswerable(rng, scenes)
     else:
-        question, answer, note = _pick(rng, ("Use a tool.", "Look closely.", "Look again.")), None, {}
-    segments, said, images, digits, calls = [ask(question)], "", [], [], []
-    for turn in range(4):
+        question = _pick(rng, ("Use a tool.", "Look at something closely.", "Look again."))
+    segments, said, seen = [ask(question)], "", []
+    for number, tag, stop in zip(*_targets(rng, scenes, len(STOP), kind == "request"), STOP, strict=False):
         if rng.random() < 0.12:
-            arguments = {"images": [int(rng.integers(1, len(scenes) + 1))]}
-            name, reading = "visual_reflection", ""
+            name, reading, arguments = "visual_reflection", "", {"images": [number]}
+            if rng.random() < 0.25:
+                arguments["resolution"] = "high"
         else:
-            number = int(rng.integers(len(scenes)))
-            tag = _pick(rng, scenes[number].tags)
-            name, arguments = "visual_confirmation", {"image": number + 1, "label": tag.colour, "bbox_2d": box_of(tag)}
-            reading = f"Image {number + 1} {tag.colour} {tag.digit}.\n"
-            images, digits = [*images, number + 1], [*digits, tag.digit]
-            calls.append((number + 1, tag.colour))
+            name, arguments = "visual_confirmation", {"image": number, "label": tag.colour, "bbox_2d": box_of(tag)}
+            reading = _reading(number, tag)
+            seen.append((number, tag))
         text = format_call(name, arguments)
         result = TOOLS.execute(text, registry, SETTINGS)
         segments += [Segment(said + text, True), observation(result.parts, registry)]
         said = reading
-        if rng.random() < (0.55, 0.5, 0.7, 1.0)[turn]:
+        if rng.random() < stop:
             break
-    closing = f"<answer>{answer(images, digits)}</answer>" if answer else "Done."
-    return [*segments, say(said + closing)], note | {"calls": calls}
+    if kind == "question":
+        digits = [(number, tag.digit) for number, tag in seen]
+        return [*segments, say(f"{said}<answer>{answer(digits)}</answer>")]
+    segments.append(say(f"{said}Done."))
+    if seen:
+        question, _, answer = about(rng, seen)
+        asked = ask(question)
+        segments += [Segment(f"\n<|im_start|>user\n{asked.text}", False), say(f"<answer>{answer}</answer>")]
+    return segments
+
+
+def _targets(rng, scenes: list[Scene], count: int, alike: bool) -> tuple[list[int], list[Tag]]:
+    """Image numbers and tags for `count` calls: each time an image, then one of its tags not taken yet, uniformly.
+
+    With `alike`, half of the time tags of one colour come first, so that later questions can compare them.
+    """
+    left = {number: list(scene.tags) for number, scene in enumerate(scenes, 1)}
+    colour = _pick(rng, COLOURS) if alike and rng.random() < 0.5 else None
+    numbers, tags = [], []
+    for _ in range(count):
+        open_ = [number for number, rest in left.items() if rest]
+        if not open_:
+            break
+        wanted = [number for number in open_ if any(tag.colour == colour for tag in left[number])]
+        number = _pick(rng, wanted or open_)
+        same = [tag for tag in left[number] if tag.colour == colour]
+        tag = _pick(rng, same or left[number])
+        left[number].remove(tag)
+        numbers.append(number)
+        tags.append(tag)
+    return numbers, tags
 
 
 def observation(parts: list[str | int], registry: ImageRegistry) -> Segment:
@@ -215,93 +272,113 @@ def crop_near(rng, scene: Scene, tag: Tag) -> Image.Image:
     centre = [c * s for c, s in zip((tag.x, tag.y), (width, height), strict=True)]
     slack = [max(0.0, s / 2 - 13) for s in side]
     middle = [c + float(np.clip(rng.normal(0, 0.45), -1, 1)) * k for c, k in zip(centre, slack, strict=True)]
-    left, top = (round(min(max(m - s / 2, 0), full - s)) for m, s, full in zip(middle, side, (width, height), strict=True))
+    sizes = zip(middle, side, (width, height), strict=True)
+    left, top = (round(min(max(m - s / 2, 0), full - s)) for m, s, full in sizes)
     box = (left, top, min(width, left + round(side[0])), min(height, top + round(side[1])))
     return Image.fromarray(scene.pixels[box[1] : box[3], box[0] : box[2]])
 
 
-def read(rng, shown: list[Tag]) -> tuple[str, str, dict]:
+def crop_beside(rng, scene: Scene) -> Image.Image:
+    """A crop of the size a call makes in which no part of a tag lies."""
+    height, width = scene.pixels.shape[:2]
+    w, h = round(BOX / 1000 * width), round(BOX / 1000 * height)
+    while True:
+        left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+        middle = ((left + w / 2) / width, (top + h / 2) / height)
+        if all(max(abs(tag.x - middle[0]), abs(tag.y - middle[1])) > BOX / 2000 + 0.06 for tag in scene.tags):
+            return Image.fromarray(scene.pixels[top : top + h, left : left + w])
+
+
+def read(rng, shown: list[Tag | None]) -> tuple[str, str]:
     number = int(rng.integers(len(shown)))
-    tag = shown[number]
-    return f"What does Image {number + 1} show?", _reading(number + 1, tag), {}
+    return f"What does Image {number + 1} show?", _reading(number + 1, shown[number])
 
 
-def _reading(number: int, tag: Tag) -> str:
-    return f"Image {number} {tag.colour} {tag.digit}.\n"
+def _reading(number: int, tag: Tag | None) -> str:
+    """What is said of a tag seen closely in the given image `number`, itself or a crop of it; None: there is none."""
+    return f"Image {number} {tag.colour} {tag.digit}.\n" if tag else f"Image {number} no tag.\n"
 
 
-def answer_given(rng, shown: list[Tag]) -> tuple[str, str, dict]:
-    """A question in the world's words about crops that are given, one tag each: what they show, then the answer."""
-    numbers = [int(i) + 1 for i in rng.permutation(len(shown))]
-    a, b = numbers[0], numbers[1]
-    first, second = shown[a - 1], shown[b - 1]
-    kind = _pick(rng, ("read", "sum", "sum", "compare", "find"))
-    if kind == "compare" and (first.colour != second.colour or first.digit == second.digit):
-        kind = "sum"
-    if kind == "find" and len({t.digit for t in shown}) < len(shown):
-        kind = "sum"
-    if kind == "read":
-        question = _pick(rng, (f"What digit is on the {first.colour} tag in Image {a}?", f"Read the {first.colour} tag in Image {a}."))
-        return question, f"{_reading(a, first)}<answer>{first.digit}</answer>", {"kind": kind}
-    if kind == "sum":
-        x, y = f"the {first.colour} tag in Image {a}", f"the {second.colour} tag in Image {b}"
-        question = _pick(rng, (f"What is the sum of the digits on {x} and {y}?", f"Add {x} to {y}."))
+def answer_given(rng, shown: list[Tag | None]) -> tuple[str, str]:
+    """A question in the world's words about crops that are given: what they show, then the answer."""
+    question, evidence, answer = about(rng, [(n, tag) for n, tag in enumerate(shown, 1) if tag])
+    return question, f"{evidence}<answer>{answer}</answer>"
+
+
+def about(rng, seen: list[tuple[int, Tag]]) -> tuple[str, str, str]:
+    """A question in the world's words about tags seen closely, (image, tag); the readings it needs; its answer."""
+    seen = [seen[i] for i in rng.permutation(len(seen))]
+    (a, first), (b, second) = seen[0], seen[-1]
+    kind = _pick(rng, ("read", "sum", "sum", "compare", "compare", "find"))
+    if len(seen) == 1 or kind == "read":
+        return read_question(rng, a, first.colour), _reading(a, first), str(first.digit)
+    if kind == "compare" and first.colour == second.colour and first.digit != second.digit:
         evidence = _reading(a, first) + _reading(b, second)
-        return question, f"{evidence}<answer>{first.digit + second.digit}</answer>", {"kind": kind}
-    if kind == "compare":
-        larger = a if first.digit > second.digit else b
-        question = f"Which image has the larger digit on its {first.colour} tag, Image {a} or Image {b}?"
-        return question, f"{_reading(a, first)}{_reading(b, second)}<answer>Image {larger}</answer>", {"kind": kind}
-    tried = numbers[: int(rng.integers(1, len(numbers) + 1))]
-    evidence = "".join(_reading(n, shown[n - 1]) for n in tried)
-    question = f"In which image does the {first.colour} tag show {shown[tried[-1] - 1].digit}?"
-    return question, f"{evidence}<answer>Image {tried[-1]}</answer>", {"kind": kind}
+        return compare_question(first.colour, a, b), evidence, f"Image {a if first.digit > second.digit else b}"
+    alike = [(n, tag) for n, tag in seen if tag.colour == first.colour]
+    if kind == "find" and len({tag.digit for _, tag in alike}) == len(alike):
+        tried = alike[: int(rng.integers(1, len(alike) + 1))]
+        image, tag = tried[-1]
+        return find_question(tag.colour, tag.digit), "".join(_reading(n, t) for n, t in tried), f"Image {image}"
+    evidence = _reading(a, first) + _reading(b, second)
+    return sum_question(rng, (a, first.colour), (b, second.colour)), evidence, str(first.digit + second.digit)
 
 
 # ---- groups -------------------------------------------------------------------------------------------------------
 
 
 def make_group(rng: np.random.Generator, size: int, form: str | None = None) -> PretrainGroup:
-    """Images and `size` continuations of one form: "crops" (READ, ANSWER), "thumbnails" (LOCATE, LOOK, GUESS) or "calls"."""
-    form = form or ("crops" if (u := rng.random()) < 0.35 else "thumbnails" if u < 0.7 else "calls")
+    """Images and `size` continuations of one form: "crops" (READ, ANSWER), "thumbnails" (LOCATE, LOOK, GUESS) or
+    "calls" (CALL, GUESS); by default drawn by `FORMS`. All is a function of `rng`'s state.
+    """
+    form = form or str(rng.choice(list(FORMS), p=list(FORMS.values())))
     count = int(rng.integers(2, 5))
-    responses, notes = [], []
     if form == "crops":
-        same = rng.random() < 0.6
-        colour = _pick(rng, COLOURS)
-        images, shown = [], []
-        for _ in range(count):
-            others = [c for c in rng.permutation(COLOURS).tolist() if c != colour]
-            scene = make_scene(rng, "train", colours=[colour, *others[: int(rng.integers(1, 3))]])
-            tag = scene.tags[0] if same else _pick(rng, scene.tags)
-            images.append(ShownImage(crop_near(rng, scene, tag), SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels))
-            shown.append(tag)
-        for i in range(size):
-            question, text, note = (read if i % 2 else answer_given)(rng, shown)
-            responses.append([ask(question), say(text)])
-            notes.append(note)
-        return PretrainGroup(images, prompt_text(count), responses, notes)
-    shared = [c for c in COLOURS if rng.random() < 0.25][:1]
+        return _crops(rng, size, count)
+    palette = rng.permutation(COLOURS)[: int(rng.integers(4, 6))].tolist()  # no image has a colour outside it
+    shared = palette[:1] if rng.random() < 0.5 else []
     scenes = []
     for _ in range(count):
-        others = [c for c in rng.permutation(COLOURS).tolist() if c not in shared]
+        others = [c for c in rng.permutation(palette).tolist() if c not in shared]
         chosen = [*shared, *others][: int(rng.integers(2, 4))]
         scenes.append(make_scene(rng, "train", colours=rng.permutation(chosen).tolist()))
-    images = [ShownImage(Image.fromarray(s.pixels), *THUMBNAIL) for s in scenes]
+    images = [ShownImage(Image.fromarray(scene.pixels), *THUMBNAIL) for scene in scenes]
     registry = ImageRegistry()
     for image in images:
         shown = smart_resize(image.pixels.height, image.pixels.width, SETTINGS.patch_factor, *THUMBNAIL)
         registry.add(image.pixels, shown=shown, min_pixels=THUMBNAIL[0], max_pixels=THUMBNAIL[1])
+    responses = []
     for i in range(size):
+        skill = (locate, look, locate, guess)[i % 4]
         if form == "calls":
-            segments, note = call(rng, scenes, registry.fork())
-        else:
-            skill = (locate, look, locate, guess)[i % 4]
-            question, text, note = skill(rng, scenes)
-            segments = [ask(question), say(text)]
-        responses.append(segments)
-        notes.append(note)
-    return PretrainGroup(images, prompt_text(count), responses, notes)
+            kind = str(rng.choice(list(CALL_MIX), p=list(CALL_MIX.values())))
+            if kind != "guess":
+                responses.append(call(rng, scenes, registry.fork(), kind))
+                continue
+            skill = guess
+        question, text = skill(rng, scenes)
+        responses.append([ask(question), say(text)])
+    return PretrainGroup(images, prompt_text(count), responses, scenes)
+
+
+def _crops(rng, size: int, count: int) -> PretrainGroup:
+    """Crops as the given images, in 60 % of the groups around tags of one colour."""
+    same, colour = rng.random() < 0.6, _pick(rng, COLOURS)
+    images, shown, scenes = [], [], []
+    for number in range(count):
+        others = [c for c in rng.permutation(COLOURS).tolist() if c != colour]
+        scene = make_scene(rng, "train", colours=[colour, *others[: int(rng.integers(1, 3))]])
+        tag = scene.tags[0] if same else _pick(rng, scene.tags)
+        tag = None if number and rng.random() < NO_TAG else tag
+        pixels = crop_near(rng, scene, tag) if tag else crop_beside(rng, scene)
+        images.append(ShownImage(pixels, SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels))
+        shown.append(tag)
+        scenes.append(scene)
+    responses = []
+    for i in range(size):
+        question, text = (read if i % 2 else answer_given)(rng, shown)
+        responses.append([ask(question), say(text)])
+    return PretrainGroup(images, prompt_text(count), responses, scenes)
 
 
 def corpus_texts(count: int, seed: int) -> list[str]:

@@ -1,8 +1,8 @@
 """The tiny base's tokenizer: a sentencepiece BPE model, stored in Hugging Face's form with Qwen's markers.
 
-Made for short sequences in which what the policy decides stands alone: a digit, a colour and a coordinate (a multiple of
-25) are each one token, joined to nothing around them, while the words between them are few long pieces. No piece goes on
-after a line break, so text cut at line breaks, as prompts and observations are, gives the same tokens as the whole.
+Made for short sequences in which what the policy decides stands alone: a digit, a colour and a coordinate (a multiple
+of 25) are each one token, joined to nothing around them, while the words between them are few long pieces. No piece
+goes on after a line break, so text cut there, as prompts and observations are, gives the same tokens as the whole.
 """
 
 import json
@@ -137,7 +137,7 @@ def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
     for piece in sorted(vocab, key=vocab.__getitem__):
         if len(piece) > 1 and not piece.startswith("<0x") and piece != "<unk>":
             parts = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
-            merges += sorted((pair for pair in parts if pair not in _MERGES), key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+            merges += sorted(set(parts) - set(_MERGES), key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
     return merges
 
 

@@ -1,0 +1,70 @@
+"""Shared fixtures: the shipped tiny base with its tools and engine, and one batch of real rollouts."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from imagent_jax.compiling import use_compile_cache
+from imagent_jax.config import Config
+from imagent_jax.data.tiny_world import task_at
+from imagent_jax.rl.batch import pack_batch
+
+use_compile_cache("~/.cache/imagent_jax/tests")
+
+
+def small_config(**sections) -> Config:
+    """The default run at a size for tests; `sections` are dictionaries of changed settings."""
+    base = {
+        "run": {"compile_cache": ""},
+        "rollout": {"groups": 4, "group_size": 4, "response_tokens": 192},
+        "grpo": {"micro_groups": 2, "minibatches": 1},
+        "eval": {"groups": 8, "tasks": 8, "during": 8},
+        "data": {"train_size": 64, "test_size": 32},
+    }
+    for name, values in sections.items():
+        base.setdefault(name, {}).update(values)
+    return Config.from_dict(base)
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    return small_config()
+
+
+@pytest.fixture(scope="session")
+def parts(config):
+    """Model, parameters, processor, tools and engine of the shipped tiny base."""
+    from imagent_jax.train import Parts
+
+    return Parts(config)
+
+
+@pytest.fixture(scope="session")
+def tasks():
+    return [task_at(7, "train", i) for i in range(4)]
+
+
+@pytest.fixture(scope="session")
+def rollout(parts, tasks):
+    """4 tasks x 4 rollouts of the shipped base, sampled."""
+    return parts.engine.rollout(parts.params, tasks, group_size=4, seed=11)
+
+
+@pytest.fixture(scope="session")
+def batch(rollout, config):
+    """The rollout as a training batch, with rewards that spread in every group."""
+    rewards = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    return pack_batch(rollout, rewards, rewards - rewards.mean(1, keepdims=True), config.rollout.prompt_tokens,
+                      config.rollout.response_tokens)  # fmt: skip
+
+
+def replace(config: Config, **sections) -> Config:
+    """A config with some settings changed."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )

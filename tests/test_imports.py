@@ -1,0 +1,87 @@
+"""Which part may import which (the layout of the package), and what no part imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "imagent_jax"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ENTRY_POINTS = {"train", "evaluate", "tiny"}
+FORBIDDEN = {
+    "model": {"tools", "data", "rl", "evals", *ENTRY_POINTS},
+    "tools": {"data", "rl", "evals", *ENTRY_POINTS},
+    "data": {"tools", "rl", "evals", *ENTRY_POINTS},
+    "rl": {"evals", *ENTRY_POINTS},
+    "evals": ENTRY_POINTS,
+}
+SCORING = "imagent_jax.evals.scoring"  # how an answer is scored: rewards and benchmarks share it
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of the modules a file imports anywhere in it; `from a import b` gives both a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_relative_and_nested_imports_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "imagent_jax" / "tools" / "x.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("from ..rl import mask\ndef f():\n    import torch.nn as n\n    from . import y\n")
+    assert imported(file) == {"imagent_jax.rl", "imagent_jax.rl.mask", "torch.nn", "imagent_jax.tools", "imagent_jax.tools.y"}
+
+
+@pytest.mark.parametrize("part", sorted(FORBIDDEN))
+def test_imports_run_one_way(part):
+    sources = sorted((PACKAGE / part).rglob("*.py"))
+    assert sources
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources
+        for name in sorted(imported(path))
+        if name.startswith("imagent_jax.") and name.split(".")[1] in FORBIDDEN[part]
+        if not (part == "rl" and (name == SCORING or name.startswith(f"{SCORING}.")))
+    ]
+    assert wrong == []
+
+
+def test_scoring_which_rewards_share_knows_nothing_of_rl():
+    path = ROOT / (SCORING.replace(".", "/") + ".py")
+    assert [name for name in imported(path) if name.startswith("imagent_jax")] == []
+
+
+def test_nothing_imports_torch_or_tensorflow():
+    banned = {"torch", "torchvision", "tensorflow", "keras", "tf_keras"}
+    wrong = [f"{path.relative_to(ROOT)} imports {n}" for path in SOURCES for n in imported(path) if n.split(".")[0] in banned]
+    assert wrong == []
+
+
+def test_the_main_job_starts_without_tensorflow():
+    code = "import sys, imagent_jax.train; print(sorted(m for m in sys.modules if m.split('.')[0] == 'tensorflow'))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("part", ["model", "rl", "tools"])
+def test_the_root_shows_the_parts_as_links(part):
+    link = ROOT / part
+    assert link.is_symlink() and link.readlink() == Path("imagent_jax") / part
+    assert link.resolve() == (PACKAGE / part).resolve() and (link / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES}), ids=lambda f: str(f.relative_to(ROOT)))
+def test_every_package_says_what_it_is(folder):
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert docstring and len(docstring.splitlines()[0]) > 25

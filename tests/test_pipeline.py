@@ -1,0 +1,140 @@
+"""Caches and iterators: written once and whole, read at random, resumed exactly, no TensorFlow."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from imagent_jax.config import DataConfig
+from imagent_jax.data import tiny_world, tiny_world_builder
+from imagent_jax.data.pipeline import open_tasks, task_iterator
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    return DataConfig(cache_dir=str(tmp_path_factory.mktemp("cache")), train_size=50, test_size=8, seed=11)
+
+
+def _uids(iterator, batches):
+    return [[task.uid for task in next(iterator)] for _ in range(batches)]
+
+
+def test_the_cache_holds_the_generated_tasks_in_order(cfg):
+    train, test = open_tasks(cfg, "train"), open_tasks(cfg, "test")
+    assert (len(train), len(test)) == (50, 8)
+    for index in (0, 17, 49, -1):
+        assert train[index] == tiny_world.task_at(11, "train", index % 50)
+    assert list(test) == [tiny_world.task_at(11, "test", index) for index in range(8)]
+    assert [task.uid for task in train[3:5]] == ["tiny_world/train/11/3", "tiny_world/train/11/4"]
+    with pytest.raises(IndexError):
+        train[50]
+
+
+def test_the_cache_is_array_record_written_once(cfg, monkeypatch):
+    open_tasks(cfg, "train")
+    folder = tiny_world_builder.prepare(cfg.cache_dir, {"train": 50, "test": 8}, 11)
+    assert any(".array_record" in file.name for file in folder.iterdir())
+    monkeypatch.setattr(tiny_world_builder, "_write", None)
+    assert len(open_tasks(cfg, "train")) == 50
+
+
+def test_other_settings_use_another_folder():
+    hashes = [
+        tiny_world_builder.version_hash(sizes, seed)
+        for sizes, seed in (({"train": 4}, 0), ({"train": 5}, 0), ({"train": 4}, 1))
+    ]
+    assert len(set(hashes)) == 3
+
+
+def test_a_write_that_is_cut_short_leaves_nothing_to_be_used(tmp_path, monkeypatch):
+    cfg = DataConfig(cache_dir=str(tmp_path), train_size=5, test_size=2)
+    real, calls = tiny_world.task_at, []
+
+    def cut_short(seed, split, index):
+        calls.append(index)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(seed, split, index)
+
+    monkeypatch.setattr(tiny_world, "task_at", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        open_tasks(cfg, "train")
+    assert list((tmp_path / "tiny_world").iterdir()) == []
+    monkeypatch.setattr(tiny_world, "task_at", real)
+    assert len(open_tasks(cfg, "train")) == 5
+
+
+def test_a_folder_left_by_a_killed_process_is_never_read(tmp_path):
+    sizes = {"train": 3, "test": 2}
+    left = tmp_path / "tiny_world" / f".{tiny_world_builder.version_hash(sizes, 0)}-killed" / "tiny_world"
+    left.mkdir(parents=True)
+    (left / "garbage").write_bytes(b"half")
+    assert len(open_tasks(DataConfig(cache_dir=str(tmp_path), train_size=3, test_size=2), "test")) == 2
+
+
+def test_an_epoch_holds_every_task_once_and_the_next_is_shuffled_anew(cfg):
+    tasks = open_tasks(cfg, "train")
+    series = sum(_uids(task_iterator(tasks, 10, seed=1), 10), [])
+    first, second = series[:50], series[50:]
+    assert sorted(first) == sorted(second) == sorted(task.uid for task in tasks)
+    assert first != second and first != [task.uid for task in tasks]
+
+
+def test_the_series_is_a_function_of_the_seed(cfg):
+    tasks = open_tasks(cfg, "train")
+    assert _uids(task_iterator(tasks, 7, seed=1), 9) == _uids(task_iterator(tasks, 7, seed=1, threads=1, prefetch=1), 9)
+    assert _uids(task_iterator(tasks, 7, seed=1), 2) != _uids(task_iterator(tasks, 7, seed=2), 2)
+
+
+def test_an_iterator_resumes_where_its_state_was_taken(cfg):
+    tasks = open_tasks(cfg, "train")
+    iterator = task_iterator(tasks, 8, seed=-3)
+    for batches in (0, 3, 9):  # at the start, within an epoch, across its end
+        _uids(iterator, batches)
+        state = json.loads(json.dumps(iterator.get_state()))
+        following = [next(iterator) for _ in range(5)]
+        resumed = task_iterator(tasks, 8, seed=-3)
+        resumed.set_state(state)
+        assert [next(resumed) for _ in range(5)] == following
+
+
+def test_tensorflow_and_torch_are_never_imported(tmp_path):
+    code = f"""
+import sys
+from imagent_jax.config import DataConfig
+from imagent_jax.data.pipeline import open_tasks, task_iterator
+tasks = open_tasks(DataConfig(cache_dir={str(tmp_path)!r}, train_size=3, test_size=1), "train")
+print(len(next(task_iterator(tasks, 4, seed=0))), {{"tensorflow", "torch"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "4 set()\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "message"),
+    [
+        ({}, "valid", "There is no split 'valid'; use one of train, test."),
+        ({"name": "imagenet"}, "train", "There is no data set 'imagenet'; set data.name to tiny_world or jsonl."),
+        ({"train_size": 0}, "train", "set data.train_size above 0"),
+        ({"cache_dir": "/dev/null/x"}, "train", "cannot be written .*; set data.cache_dir."),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(changes, split, message):
+    with pytest.raises(ValueError, match=message):
+        open_tasks(DataConfig(**changes), split)
+
+
+def test_an_unreadable_cache_is_named(tmp_path):
+    cfg = DataConfig(cache_dir=str(tmp_path), train_size=2, test_size=1)
+    folder = tiny_world_builder.prepare(tmp_path, {"train": 2, "test": 1}, 0)
+    (folder / "dataset_info.json").unlink()
+    with pytest.raises(ValueError, match="cannot be read; delete it and start again"):
+        open_tasks(cfg, "train")
+
+
+def test_an_iterator_needs_tasks_and_a_batch(cfg):
+    with pytest.raises(ValueError, match="at least one task; got 0"):
+        task_iterator(open_tasks(cfg, "test"), 0, seed=0)
+    with pytest.raises(ValueError, match="no tasks to iterate over"):
+        task_iterator([], 2, seed=0)

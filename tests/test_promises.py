@@ -1,0 +1,212 @@
+"""The promises that need the whole machine: tokens, gradients, shared prompts, shapes, images, faults."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagent_jax.compiling import CompileCounter
+from imagent_jax.data.tiny_world import task_at
+from imagent_jax.model.features import FeatureStore
+from imagent_jax.rl.batch import check_images, pack_batch
+from imagent_jax.rl.learner import Tables, batch_loss, score
+from imagent_jax.rl.loss import loss_normaliser
+from imagent_jax.rl.mask import mask_tables, two_level_mask
+from imagent_jax.rl.rollout import RolloutEngine
+from imagent_jax.rl.trajectory import EndReason, TokenKind
+from imagent_jax.tools import ToolSet, tool
+
+
+def trainer_logprobs(parts, batch, features):
+    return np.asarray(jax.jit(score, static_argnums=(0, 4))(parts.model, parts.params, batch, features, 1.0)[0])
+
+
+def sampled(batch):
+    return (batch.kind != TokenKind.OBSERVATION) & (batch.kind != TokenKind.PAD)
+
+
+# ---- promise 1: token in, token out ---------------------------------------------------------------------------------
+
+
+def test_rollouts_have_several_turns_with_observation_images(rollout):
+    flat = [t for group in rollout.trajectories for t in group]
+    assert sum(len(t.turns) >= 2 and (t.vision >= 0).any() for t in flat) >= 3
+    assert all(len(t.ids) == len(t.kind) == len(t.vision) == t.positions.shape[1] == t.turns[-1].stop for t in flat)
+
+
+def test_trainer_recomputes_the_samplers_logprobs_turn_by_turn(parts, rollout, batch):
+    difference = np.abs(trainer_logprobs(parts, batch, rollout.store.features) - batch.logprobs)
+    for n, group in enumerate(rollout.trajectories):
+        for g, t in enumerate(group):
+            for turn in t.turns:
+                assert difference[n, g, turn.start : turn.stop].max() <= 1e-4, (t.task.uid, turn)
+
+
+def test_a_shifted_position_or_a_dropped_image_breaks_that_equality(parts, rollout, batch):
+    seen = batch.response_vision >= 0
+    n, g, first = np.argwhere(seen & (np.cumsum(seen, -1) == 1))[0]
+    later = sampled(batch)[n, g] & (np.arange(batch.kind.shape[2]) > first)
+    positions = np.array(batch.response_positions)
+    positions[1, n, g, first + 1] += 1
+    vision = np.where(np.arange(seen.shape[2]) == first, -1, batch.response_vision)
+    for wrong in (dataclasses.replace(batch, response_positions=positions), dataclasses.replace(batch, response_vision=vision)):
+        difference = np.abs(trainer_logprobs(parts, wrong, rollout.store.features) - batch.logprobs)
+        assert difference[n, g][later].max() > 1e-4
+
+
+def test_a_seed_gives_the_same_rollouts_whatever_stands_beside_a_task(parts, tasks, rollout):
+    again = parts.engine.rollout(parts.params, tasks[::-1], group_size=4, seed=11)
+    for group, other in zip(rollout.trajectories, again.trajectories[::-1], strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert np.array_equal(a.ids, b.ids) and a.end == b.end
+
+
+# ---- promise 2: only chosen tokens learn ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gradient(parts, config, rollout, batch):
+    """The gradient of the text parameters with respect to a batch whose advantages are given per token."""
+    tables = Tables(*mask_tables(config.mask)[:2])
+    text = {"text": parts.params["text"]}
+    frozen = {"vision": parts.params["vision"]}
+    from flax import nnx
+
+    @jax.jit
+    def compute(batch, features):
+        mask = two_level_mask(batch.kind, batch.end, batch.advantages, *tables)
+        normaliser = loss_normaliser(mask, cfg=config.grpo)
+
+        def loss(trained):
+            return batch_loss(parts.model, config, trained, nnx.State(frozen), features, batch, tables, normaliser, None, None)[0]
+
+        return jax.grad(loss)(nnx.State(text))
+
+    return lambda b: jax.tree.leaves(compute(b, rollout.store.features))
+
+
+def same(a, b):
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True))
+
+
+def test_a_dropped_trajectory_and_what_was_not_sampled_leave_every_gradient_bit_identical(gradient, batch):
+    end = np.array(batch.end)
+    end[1, 2] = EndReason.FAULT
+    batch = dataclasses.replace(batch, end=end)
+    reference = gradient(batch)
+    advantages, logprobs = np.array(batch.advantages), np.array(batch.logprobs)
+    advantages[1, 2] = -123.0 if advantages[1, 2] < 0 else 123.0
+    logprobs[~sampled(batch)] = 7.5
+    changed = dataclasses.replace(batch, advantages=advantages, logprobs=logprobs)
+    assert same(reference, gradient(changed))
+
+
+def test_every_kept_trajectory_changes_the_gradient(gradient, batch):
+    reference = gradient(batch)
+    for n, g in ((0, 0), (1, 1), (3, 2)):
+        advantages = np.array(batch.advantages)
+        advantages[n, g] *= 1.5
+        assert not same(reference, gradient(dataclasses.replace(batch, advantages=advantages)))
+
+
+# ---- promise 3: a group shares its prompt ---------------------------------------------------------------------------
+
+
+def test_shared_prompts_equal_the_naive_forward(parts, rollout, batch):
+    shared = trainer_logprobs(parts, batch, rollout.store.features)
+    n, g, r = batch.kind.shape
+    repeat = lambda x, axis=0: np.repeat(x, g, axis=axis)  # noqa: E731
+    naive = dataclasses.replace(
+        batch,
+        prompt_ids=repeat(batch.prompt_ids), prompt_len=repeat(batch.prompt_len), prompt_vision=repeat(batch.prompt_vision),
+        prompt_positions=repeat(batch.prompt_positions, 1), kind=batch.kind.reshape(n * g, 1, r),
+        response_ids=batch.response_ids.reshape(n * g, 1, r), response_vision=batch.response_vision.reshape(n * g, 1, r),
+        response_positions=batch.response_positions.reshape(3, n * g, 1, r),
+        logprobs=batch.logprobs.reshape(n * g, 1, r),
+    )  # fmt: skip
+    difference = np.abs(trainer_logprobs(parts, naive, rollout.store.features).reshape(n, g, r) - shared)
+    assert difference[sampled(batch)].max() <= 1e-5
+
+
+def test_the_vision_tower_runs_once_per_distinct_image(rollout, tasks):
+    given = sum(len(task.images) for task in tasks)
+    crops = {t.registry[i].image.tobytes() for group in rollout.trajectories for t in group
+             for i in range(len(t.task.images) + 1, len(t.registry) + 1)}  # fmt: skip
+    assert given <= rollout.store.encoded <= given + len(crops)
+    assert rollout.store.shown > rollout.store.encoded or not crops
+
+
+# ---- promise 4: static shapes ---------------------------------------------------------------------------------------
+
+
+def test_nothing_compiles_after_the_first_rollouts(parts):
+    tasks = [task_at(3, "train", i) for i in range(20)]
+    for i in range(2):
+        parts.engine.rollout(parts.params, tasks[4 * i : 4 * i + 4], group_size=4, seed=i)
+    counter = CompileCounter()
+    for i in range(2, 5):
+        parts.engine.rollout(parts.params, tasks[4 * i : 4 * i + 4], group_size=4, seed=i)
+    assert counter.count == 0
+
+
+# ---- promises 5 and 6 -----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_image_feature_is_an_error_that_names_the_task(rollout, parts):
+    t = next(t for group in rollout.trajectories for t in group if (t.vision >= 0).any())
+    broken = dataclasses.replace(t, vision=np.where(np.arange(len(t.vision)) == np.argmax(t.vision >= 0), -1, t.vision))
+    with pytest.raises(ValueError, match=t.task.uid):
+        check_images([broken], parts.processor.image_token_id)
+    check_images([t], parts.processor.image_token_id)
+
+
+@tool
+def visual_confirmation(context, image: int, bbox_2d: list[float], label: str = "") -> list[int]:
+    """Crop and enlarge.
+
+    Args:
+        image: image number
+        bbox_2d: box
+    """
+    raise OSError("disk full")
+
+
+def test_a_failing_tool_faults_its_trajectory_and_gives_no_gradient(parts, config, tasks, gradient):
+    engine = RolloutEngine(parts.model, parts.processor, ToolSet([visual_confirmation]), config)
+    out = engine.rollout(parts.params, tasks, group_size=4, seed=11)
+    ends = np.asarray([[t.end for t in group] for group in out.trajectories])
+    assert (ends == EndReason.FAULT).sum() >= 3
+    faulted = [t for group in out.trajectories for t in group if t.end == EndReason.FAULT]
+    assert all("disk full" in t.error and t.faulted_calls == 1 for t in faulted)
+    action, trajectory, counted = mask_tables(config.mask)
+    assert not trajectory[EndReason.FAULT] and not counted[EndReason.FAULT]
+    advantages = np.ones((4, 4), np.float32)
+    packed = pack_batch(out, advantages, advantages, config.rollout.prompt_tokens, config.rollout.response_tokens)
+    mask = np.asarray(two_level_mask(packed.kind, packed.end, packed.advantages, action, trajectory))
+    assert not mask[ends == EndReason.FAULT].any() and mask[ends != EndReason.FAULT].any(-1).all()
+
+
+def test_feature_rows_survive_encoding_under_other_parameters(parts, rollout):
+    again = rollout.store.encode_again(parts.params)
+    rows = len(rollout.store.packs) * rollout.store.rows
+    assert np.allclose(again[:rows], rollout.store.features[:rows], atol=1e-6)
+
+
+def test_the_tower_gradient_through_the_store_equals_autodiff(parts, rollout):
+    store = FeatureStore(parts.model, parts.params, 4)
+    store.add(rollout.prompts[0].images)
+    cotangent = jax.random.normal(jax.random.key(0), store.features.shape)
+    ours = store.gradient(parts.params, cotangent)
+
+    def whole(params):
+        from imagent_jax.model.qwen2_vl import encode_images
+
+        features = encode_images(parts.model, params, *map(jnp.asarray, store.packs[0]))
+        return jnp.sum(features * cotangent[: store.rows])
+
+    expected = jax.grad(whole)(parts.params)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected["vision"]), strict=True):
+        assert np.allclose(a, b, atol=1e-4)
+

@@ -1,0 +1,269 @@
+"""The tiny base's pre-training data and tokenizer: skills, and never the call that a question needs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagent_jax.data.tiny_world import COLOURS, KINDS, make_scene, make_task
+from imagent_jax.model.images import smart_resize
+from imagent_jax.model.processor import Processor
+from imagent_jax.tiny_base.corpus import (
+    SETTINGS,
+    SYSTEM,
+    THUMBNAIL,
+    TOOLS,
+    box_of,
+    corpus_texts,
+    crop_beside,
+    crop_near,
+    make_group,
+    prompt_text,
+    solves,
+)
+from imagent_jax.tiny_base.tokenizer import COORDINATES, MARKERS, SPECIAL, build_tokenizer
+from imagent_jax.tools import CallStatus, ImageRegistry, format_call, parse_call, to_pixels
+
+CALL = ("visual_confirmation", {"image": 2, "label": "red", "bbox_2d": [400, 175, 600, 375]})
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> Processor:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(folder, corpus_texts(2000, seed=0))
+    return Processor.from_pretrained(folder)
+
+
+def questions_and_calls(group, response):
+    """(questions asked so far, text of a call), for every call of a response."""
+    asked = []
+    for segment in response:
+        if segment.trained and "<tool_call>" in segment.text:
+            yield list(asked), parse_call(segment.text)
+        elif not segment.trained and "<tool_response>" not in segment.text:
+            text = segment.text.removeprefix("\n<|im_start|>user\n")
+            asked.append(text.removesuffix("<|im_end|>\n<|im_start|>assistant\n"))
+
+
+def tags_shown(group, call) -> list[tuple[int, str]]:
+    """(image, colour) of every tag whose centre a call shows."""
+    if call.name == "visual_reflection":
+        return [(n, tag.colour) for n in call.arguments["images"] for tag in group.scenes[n - 1].tags]
+    number, (x1, y1, x2, y2) = call.arguments["image"], call.arguments["bbox_2d"]
+    tags = group.scenes[number - 1].tags
+    return [(number, t.colour) for t in tags if x1 < 1000 * t.x < x2 and y1 < 1000 * t.y < y2]
+
+
+# ---- the rule -----------------------------------------------------------------------------------------------------
+
+
+def test_no_question_is_followed_by_a_call_that_helps_to_answer_it():
+    rng, calls, asked_of_tags = np.random.default_rng(0), 0, 0
+    for _ in range(2000):
+        group = make_group(rng, 3, "calls")
+        for response in group.responses:
+            for questions, call in questions_and_calls(group, response):
+                calls += 1
+                asked_of_tags += any("tag" in question for question in questions)
+                shown = tags_shown(group, call)
+                assert shown
+                assert not [(q, s) for q in questions for s in shown if solves(q, *s)]
+    assert calls > 5000
+    assert asked_of_tags > 0.5 * calls
+
+
+@pytest.mark.parametrize("form", ["crops", "thumbnails"])
+def test_other_forms_hold_no_call(form):
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        group = make_group(rng, 4, form)
+        assert not any("<tool_call>" in segment.text for response in group.responses for segment in response)
+
+
+def test_calls_are_drawn_independently_of_the_question():
+    rng, named, total, expected = np.random.default_rng(2), 0, 0, 0.0
+    for _ in range(1500):
+        group = make_group(rng, 3, "calls")
+        for response in group.responses:
+            questions, call = next(questions_and_calls(group, response), ([""], None))
+            match = re.fullmatch(r"(?:What digit is on|Read) the \w+ tag in Image (\d+)[?.]", questions[0])
+            if match and call and call.name == "visual_confirmation":
+                named, total = named + (call.arguments["image"] == int(match[1])), total + 1
+                expected += 1 / len(group.scenes)
+    assert total > 500
+    assert abs(named - expected) < 4 * np.sqrt(total * 0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_solves_recognises_the_tags_that_a_question_of_the_world_depends_on(kind):
+    rng = np.random.default_rng(3)
+    for _ in range(25):
+        task, scenes = make_task(rng, "train", kind)
+        assert all(solves(task.question, *target) for target in task.meta["targets"])
+        shown = {(n, tag.colour) for n, scene in enumerate(scenes, 1) for tag in scene.tags}
+        helpful = {tag for tag in shown if solves(task.question, *tag)}
+        assert helpful == {tuple(target) for target in task.meta["targets"]}
+
+
+def test_a_first_turn_about_absent_tags_is_a_call_about_as_often_as_a_guess():
+    rng, calls, guesses = np.random.default_rng(4), 0, 0
+    for _ in range(1500):
+        group = make_group(rng, 4)
+        for question, first, *_ in group.responses:
+            match = re.search("Read|digit|sum|Add|show [0-9]", question.text)
+            if match and group.images[0].max_pixels < SETTINGS.confirm_min_pixels:
+                calls, guesses = calls + ("<tool_call>" in first.text), guesses + ("<tool_call>" not in first.text)
+    assert 0.4 < calls / (calls + guesses) < 0.7
+
+
+# ---- what is said is true -------------------------------------------------------------------------------------------
+
+
+def test_boxes_contain_their_tag_and_nothing_outside_the_image():
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        scene = make_scene(rng, "train")
+        height, width = scene.pixels.shape[:2]
+        for tag in scene.tags:
+            x1, y1, x2, y2 = box_of(tag)
+            assert all(0 <= edge <= 1000 and edge % 25 == 0 for edge in (x1, y1, x2, y2))
+            assert x1 / 1000 * width <= tag.x * width - 11 and tag.x * width + 11 <= x2 / 1000 * width
+            assert y1 / 1000 * height <= tag.y * height - 11 and tag.y * height + 11 <= y2 / 1000 * height
+
+
+def test_observations_are_what_the_tools_return():
+    rng = np.random.default_rng(6)
+    seen = 0
+    for _ in range(60):
+        group = make_group(rng, 4, "calls")
+        for response in group.responses:
+            registry = ImageRegistry()
+            for scene in group.scenes:
+                height, width = scene.pixels.shape[:2]
+                shown = smart_resize(height, width, 28, *THUMBNAIL)
+                registry.add(Image.fromarray(scene.pixels), shown=shown, min_pixels=3136, max_pixels=4704)
+            for action, shown in zip(response, response[1:], strict=False):
+                if not (action.trained and "<tool_call>" in action.text):
+                    continue
+                result = TOOLS.execute(action.text, registry, SETTINGS)
+                assert result.status == CallStatus.EXECUTED
+                if result.name == "visual_confirmation":
+                    line, number = result.parts
+                    assert shown.text == (
+                        f"<|im_end|>\n<|im_start|>user\n<tool_response>\n{line}\n<image>\n</tool_response><|im_end|>\n"
+                        "<|im_start|>assistant\n"
+                    )
+                    entry = registry[number]
+                    box = to_pixels(result.arguments["bbox_2d"], registry[entry.parent], SETTINGS.coordinates)
+                    crop = group.scenes[entry.parent - 1].pixels[box[1] : box[3], box[0] : box[2]]
+                    assert np.array_equal(np.asarray(shown.images[0].pixels), crop)
+                    assert (shown.images[0].min_pixels, shown.images[0].max_pixels) == (7056, 9408)
+                    seen += 1
+    assert seen > 100
+
+
+def test_readings_and_answers_agree_with_the_tags():
+    rng, readings, answers = np.random.default_rng(7), 0, 0
+    for _ in range(400):
+        group = make_group(rng, 4)
+        for response in group.responses:
+            text = "".join(segment.text for segment in response)
+            said = re.findall(r"Image (\d) (\w+) (\d)\.\n", text)
+            for image, colour, digit in said:
+                assert group.scenes[int(image) - 1].tag(colour).digit == int(digit)
+                readings += 1
+            digit = {(colour, image): int(d) for image, colour, d in said}
+            question, answer = response[-2].text, re.search("<answer>(.*)</answer>", response[-1].text)
+            pairs = re.findall(r"(\w+) tag in Image (\d)", question)
+            if pairs and answer and all(pair in digit for pair in pairs):
+                assert answer[1] == str(sum(digit[pair] for pair in pairs))
+                answers += 1
+    assert readings > 500
+    assert answers > 100
+
+
+def test_crops_hold_their_tag_or_none():
+    rng = np.random.default_rng(8)
+    for _ in range(100):
+        scene = make_scene(rng, "train", colours=["red"], digits=[3])
+        height, width = scene.pixels.shape[:2]
+        marked = scene.pixels * 0
+        tag = scene.tags[0]
+        x, y = round(tag.x * width), round(tag.y * height)
+        marked[y - 11 : y + 11, x - 11 : x + 11] = 1
+        scene = type(scene)(marked, scene.tags)
+        assert np.asarray(crop_near(rng, scene, tag))[..., 0].sum() == 22 * 22
+        assert np.asarray(crop_beside(rng, scene)).sum() == 0
+
+
+def test_groups_and_texts_follow_from_the_seed():
+    def content(seed):
+        rng = np.random.default_rng(seed)
+        groups = [make_group(rng, 4) for _ in range(5)]
+        return [(g.prompt, g.responses[0][0].text, [i.pixels.tobytes() for i in g.images]) for g in groups]
+
+    assert content(1) == content(1) != content(2)
+    assert corpus_texts(50, 3) == corpus_texts(50, 3) != corpus_texts(50, 4)
+    assert len(corpus_texts(50, 3)) == 50
+
+
+# ---- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [
+    "".join(map(chr, range(32, 127))), "a  b\n\n c ", "  leading  ", "\n\n\r\n\t", "héé 漢字 😀 \u2581x\u00a0",
+    json.dumps({"a": [1, 2.5, None], "b": {"c": "d\n"}}, indent=2), "1000 1250 17 0025 3.75 x25 25y -50", "<0x41><unk>",
+    "redrum predicted blueberry", "\ue000 \ue001", "<answer>7</answer> <tool_call>\n</tool_call>", prompt_text(4),
+])  # fmt: skip
+def test_the_tokenizer_gives_back_the_text(processor, text):
+    assert processor.decode(processor.encode(text)) == text
+
+
+def test_all_of_the_corpus_comes_back(processor):
+    for text in corpus_texts(300, seed=9):
+        assert processor.decode(processor.encode(text)) == text
+
+
+def test_values_are_tokens_of_their_own(processor):
+    for value in (*"0123456789", *COORDINATES, *COLOURS, *MARKERS, *SPECIAL):
+        assert len(processor.encode(value)) == 1, value
+
+    def tokens(text):
+        return [processor.decode([i]) for i in processor.encode(text)]
+
+    assert tokens("12 17 125 1250") == ["1", "2", " ", "1", "7", " ", "125", " ", "1", "2", "5", "0"]
+    values = [t for t in tokens(format_call(*CALL)) if re.fullmatch(r"\d+|red", t)]
+    assert values == ["2", "red", "400", "175", "600", "375"]
+    assert not any(re.search(r"(?<!bbox_)(?<![xy])\d", t) and not t.isdigit() for t in tokens(prompt_text(2)))
+
+
+def test_sequences_are_short(processor):
+    def count(text):
+        return len(processor.encode(text))
+
+    assert count(TOOLS.system_prompt(SYSTEM, SETTINGS)) < 70
+    assert count(format_call(*CALL)) == 16
+    assert count("Image 2 red 7.\n<answer>7</answer><|im_end|>") <= 11
+    assert count("What is the sum of the digits on the red tag in Image 1 and the blue tag in Image 3?") <= 12
+
+
+def test_text_cut_as_a_rollout_cuts_it_gives_the_same_tokens(processor):
+    for text in corpus_texts(300, seed=10):
+        parts = [p for p in re.split(r"(?<=\n)(?=[^\n])|(?<=\d)(?=\n)|<image>", text) if p]
+        whole = [p for p in text.split("<image>") if p]
+        assert sum(map(processor.encode, parts), []) == sum(map(processor.encode, whole), [])
+
+
+def test_the_chat_template_writes_the_prompt_of_a_rollout(processor):
+    images = [{"type": "text", "text": "Image 1: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": [*images, {"type": "text", "text": "What digit is on the red tag in Image 1?"}]},
+    ]
+    text = processor.tokenizer.apply_chat_template(
+        messages, tools=TOOLS.schemas(SETTINGS), tokenize=False, add_generation_prompt=True
+    )
+    shown = prompt_text(1).replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    assert text == f"{shown}What digit is on the red tag in Image 1?<|im_end|>\n<|im_start|>assistant\n"

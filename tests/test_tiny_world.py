@@ -1,0 +1,172 @@
+"""The tiny world: deterministic, held-out split apart, answers right, digits readable only in crops."""
+
+import collections
+import importlib.resources
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.feature import hog
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from imagent_jax.data import tiny_world as world
+
+THUMBNAIL = {(280, 280): (56, 56), (224, 336): (84, 56), (336, 224): (56, 84)}  # (H, W) -> shown (width, height)
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return [world.task_at(7, "test", index) for index in range(400)]
+
+
+def test_a_task_is_a_function_of_seed_split_and_index():
+    first = [world.task_at(3, split, index) for split in world.SPLITS for index in (0, 5, 90)]
+    again = [world.task_at(3, split, index) for split in world.SPLITS for index in (0, 5, 90)]
+    assert first == again
+    others = [world.task_at(4, "train", 0), world.task_at(3, "train", 1), world.task_at(3, "test", 0)]
+    assert all(other.images != first[0].images for other in others)
+
+
+def test_images_have_the_promised_sizes_and_tags_are_in_place_and_apart(tasks):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = world.make_scene(rng, "train")
+        height, width = scene.pixels.shape[:2]
+        assert (height, width) in world.SIZES and scene.pixels.dtype == np.uint8
+        assert 2 <= len(scene.tags) <= 3 and len({tag.colour for tag in scene.tags}) == len(scene.tags)
+        assert all(0.12 <= v <= 0.88 for tag in scene.tags for v in (tag.x, tag.y))
+        for i, a in enumerate(scene.tags):
+            for b in scene.tags[:i]:
+                assert max(abs(a.x - b.x) * width, abs(a.y - b.y) * height) >= world.TAG_GAP - 1e-6
+    assert all(2 <= len(task.images) <= (3 if task.kind == "find" else 4) for task in tasks)
+
+
+def test_splits_share_no_digit_and_no_photograph():
+    with np.load(importlib.resources.files("imagent_jax.data") / "assets/digits.npz") as data:
+        train, test = data["train_rows"], data["test_rows"]
+        assert (len(train), len(test)) == (1300, 497)
+        assert sorted([*train, *test]) == list(range(1797))
+        assert all(np.isin(range(10), data[f"{split}_labels"]).all() for split in world.SPLITS)
+    names = {split: {name for name, _ in world.photographs(split)} for split in world.SPLITS}
+    assert len(names["train"]) == 10 and len(names["test"]) == 4
+    assert not names["train"] & names["test"]
+    rng = np.random.default_rng(1)
+    for split in world.SPLITS:
+        assert {world.make_scene(rng, split).photo for _ in range(200)} == names[split]
+
+
+def _solve(task) -> str:
+    """The answer, from the question's text and the tags of the images alone."""
+    tags = [{tag["colour"]: tag["digit"] for tag in image} for image in task.meta["tags"]]
+    named = [(c, int(i)) for c, i in re.findall(r"(\w+) tag in Image (\d)", task.question)]
+    colour = re.search(rf"({'|'.join(world.COLOURS)}) tag", task.question)[1]
+    having = [n for n, image in enumerate(tags, 1) if colour in image]
+    if task.kind == "read":
+        ((colour, image),) = named
+        return str(tags[image - 1][colour])
+    if task.kind == "sum":
+        assert len(named) == 2 and named[0][1] != named[1][1]
+        return str(sum(tags[image - 1][colour] for colour, image in named))
+    if task.kind == "compare":
+        a, b = (int(n) for n in re.findall(r"Image (\d)", task.question))
+        assert tags[a - 1][colour] != tags[b - 1][colour], "a tie"
+        return f"Image {max((a, b), key=lambda n: tags[n - 1][colour])}"
+    if task.kind == "find":
+        assert having == list(range(1, len(tags) + 1))
+        digit = int(re.search(r"show (\d)", task.question)[1])
+        (image,) = (n for n, image in enumerate(tags, 1) if image[colour] == digit)
+        return f"Image {image}"
+    if task.kind == "count":
+        return str(len(having))
+    assert task.kind == "colour" and len(having) == 1
+    return f"Image {having[0]}"
+
+
+def test_every_answer_follows_from_the_tags(tasks):
+    for task in tasks:
+        assert _solve(task) == task.answer, task.question
+        assert task.answer_type == ("choice" if task.kind in ("compare", "find", "colour") else "number")
+        assert all(colour in {tag["colour"] for tag in task.meta["tags"][n - 1]} for n, colour in task.meta["targets"])
+
+
+def test_meta_describes_the_images_in_their_order():
+    task, scenes = world.make_task(np.random.default_rng(5), "train", "sum")
+    for encoded, scene, tags in zip(task.images, scenes, task.meta["tags"], strict=True):
+        decoded = np.asarray(Image.open(io.BytesIO(encoded)), np.float32)
+        assert np.abs(decoded - scene.pixels).mean() < 4
+        assert [tag["digit"] for tag in tags] == [tag.digit for tag in scene.tags]
+
+
+def test_the_mix_of_kinds_is_the_promised_one(tasks):
+    shares = collections.Counter(task.kind for task in tasks)
+    promised = {"read": 0.30, "sum": 0.15, "compare": 0.15, "find": 0.15, "count": 0.10, "colour": 0.15}
+    assert {kind: shares[kind] / len(tasks) for kind in world.KINDS} == pytest.approx(promised, abs=1e-9)
+    rng = np.random.default_rng(2)
+    kinds = collections.Counter(world.make_task(rng, "train")[0].kind for _ in range(600))
+    assert {kind: kinds[kind] / 600 for kind in world.KINDS} == pytest.approx(promised, abs=0.05)
+
+
+def test_no_image_number_is_favoured_as_answer():
+    rng = np.random.default_rng(3)
+    for kind in ("find", "colour", "compare"):
+        counts = collections.Counter()
+        for _ in range(500):
+            task, _ = world.make_task(rng, "test", kind)
+            counts[len(task.images), task.answer] += 1
+        for n in {n for n, _ in counts}:
+            total = sum(counts[n, f"Image {i}"] for i in range(1, n + 1))
+            for i in range(1, n + 1):
+                deviation = np.sqrt((1 / n) * (1 - 1 / n) / total)
+                assert abs(counts[n, f"Image {i}"] / total - 1 / n) < 3.5 * deviation, (kind, n, i)
+
+
+def _views(split: str, count: int, seed: int):
+    """Of `count` tags: the region at thumbnail size, the crop as shown, the digit and the colour."""
+    rng = np.random.default_rng(seed)
+    thumbnails, crops, digits, colours = [], [], [], []
+    while len(digits) < count:
+        scene = world.make_scene(rng, split)
+        height, width = scene.pixels.shape[:2]
+        image = Image.open(io.BytesIO(world.encode_image(scene.pixels)))
+        small = image.resize(THUMBNAIL[height, width], Image.Resampling.BICUBIC)
+        factor, half = small.width / width, 0.22 * min(height, width) / 2
+        for tag in scene.tags:
+            x, y = tag.x * width, tag.y * height
+            box = [v * factor for v in (x - 13, y - 13, x + 13, y + 13)]
+            thumbnails.append(np.asarray(small.resize((8, 8), Image.Resampling.BICUBIC, box=box)).ravel() / 255)
+            crop = image.crop([round(v) for v in (x - half, y - half, x + half, y + half)])
+            centre = np.asarray(crop.resize((84, 84), Image.Resampling.BICUBIC))[24:60, 24:60].max(-1)
+            crops.append(hog(centre, orientations=8, pixels_per_cell=(6, 6), cells_per_block=(2, 2)))
+            digits.append(tag.digit)
+            colours.append(tag.colour)
+    return np.array(thumbnails), np.array(crops), np.array(digits), np.array(colours)
+
+
+@pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
+def test_thumbnails_show_colours_but_not_digits_and_crops_show_digits():
+    train, test = _views("train", 3000, 0), _views("test", 600, 1)
+
+    def accuracy(model, view, target):
+        return model.fit(train[view], train[target]).score(test[view], test[target])
+
+    assert accuracy(KNeighborsClassifier(1), 0, 3) > 0.995
+    assert accuracy(KNeighborsClassifier(1), 0, 2) < 0.25
+    assert accuracy(LogisticRegression(max_iter=100), 0, 2) < 0.45
+    assert accuracy(LogisticRegression(max_iter=60), 1, 2) > 0.90
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: world.task_at(0, "validation", 0), "no split 'validation'; use one of train, test"),
+        (lambda: world.make_task(np.random.default_rng(0), "train", "guess"), "no question kind 'guess'; use one of"),
+        (lambda: world.make_scene(np.random.default_rng(0), "train", colours=["red", "red"]), "different colours"),
+        (lambda: world.make_scene(np.random.default_rng(0), "train", colours=["red"], digits=[12]), "from 0 to 9"),
+    ],
+)
+def test_impossible_requests_are_refused_in_one_sentence(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
