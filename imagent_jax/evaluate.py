@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; prints the table of one model on the held-out split."""
     from imagent_jax.train import Parts
 
-    cfg: Config = parse_args(argv)
+    cfg: Config = parse_args(argv, program="imagent_jax.evaluate")
     console = Console()
     try:
         parts = Parts(cfg)

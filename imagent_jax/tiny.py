@@ -26,6 +26,8 @@ from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import create, encode_images, response_logprobs
 
 BLOCK = 144
+FIRST = 0.35
+"""Share of the time that goes to `FIRST_FORMS`."""
 
 
 class Shape(NamedTuple):
@@ -39,9 +41,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "thumbnails": (Shape(24, 8, 104, 24, 24),),
-    "crops": (Shape(16, 8, 128, 48, 32),),
-    "calls": (Shape(16, 4, 104, 96, 36), Shape(12, 4, 104, 144, 36), Shape(8, 4, 104, 256, 36)),
+    "crop": (Shape(64, 1, 72, 16, 22),),
+    "thumbnail": (Shape(48, 3, 64, 24, 10),),
+    "thumbnails": (Shape(24, 8, 104, 24, 20),),
+    "crops": (Shape(16, 8, 128, 48, 20),),
+    "calls": (Shape(16, 4, 104, 96, 44), Shape(12, 4, 104, 144, 44), Shape(8, 4, 104, 256, 44)),
 }
 """By form of group, narrowest first."""
 
@@ -75,7 +79,7 @@ def architecture(processor: Processor, vocab_size: int) -> dict:
         },
         "vision_config": {
             "model_type": "qwen2_vl_vision",
-            "depth": 4,
+            "depth": 3,
             "embed_dim": 128,
             "hidden_size": 128,
             "num_heads": 4,
@@ -146,14 +150,15 @@ def collate(groups, shape: Shape):
     return out, (patches.astype(np.float16), coords, image_id)
 
 
-def produce(folder: str, seed: int, out, stop) -> None:
+def produce(folder: str, seed: int, out, stop, share) -> None:
     """Worker process: batches for ever, each of one compiled shape."""
-    from imagent_jax.tiny_base.corpus import FORMS, make_group
+    from imagent_jax.tiny_base.corpus import FIRST_FORMS, FORMS, make_group
 
     processor, rng = Processor.from_pretrained(folder), np.random.default_rng(seed)
-    forms, weights = list(FORMS), np.asarray(list(FORMS.values()))
+    forms = list(FORMS)
     waiting = {shape: [] for shapes in SHAPES.values() for shape in shapes}
     while not stop.is_set():
+        weights = np.asarray([(FIRST_FORMS if share.value < FIRST else FORMS)[form] for form in forms])
         form = forms[rng.choice(len(forms), p=weights / weights.sum())]
         prompt, responses = encode_group(make_group(rng, SHAPES[form][0].size, form), processor)
         longest = max(sum(len(one.ids) for one, _ in response) for response in responses)
@@ -189,7 +194,7 @@ def train_step(model, optimizer, params, opt_state, batch, pack):
     return optax.apply_updates(params, updates), opt_state, value
 
 
-def build(out: Path, minutes: float, seed: int, rate: float = 2e-3, workers: int = 1) -> None:
+def build(out: Path, minutes: float, seed: int, rate: float = 1.5e-3, workers: int = 1) -> None:
     """Writes the tiny base into `out`: tokenizer, model, processor and generation config, and `built.json`."""
     from imagent_jax.tiny_base.corpus import corpus_texts
     from imagent_jax.tiny_base.tokenizer import build_tokenizer
@@ -209,13 +214,14 @@ def build(out: Path, minutes: float, seed: int, rate: float = 2e-3, workers: int
     )(learning_rate=rate)
     opt_state = optimizer.init(params)
     context = multiprocessing.get_context("spawn")
-    batches, stop = context.Queue(8), context.Event()
-    processes = [context.Process(target=produce, args=(str(out), 1000 * seed + i, batches, stop), daemon=True)
+    batches, stop, progress = context.Queue(4), context.Event(), context.Value("d", 0.0)
+    processes = [context.Process(target=produce, args=(str(out), 1000 * seed + i, batches, stop, progress), daemon=True)
                  for i in range(workers)]  # fmt: skip
     for process in processes:
         process.start()
     began, step, losses, waited = time.time(), 0, [], 0.0
     while (share := (time.time() - began) / (60 * minutes)) < 1:
+        progress.value = share
         opt_state.hyperparams["learning_rate"] = jnp.asarray(
             rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
         )
@@ -246,5 +252,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets" / "tiny_base")
     parser.add_argument("--minutes", type=float, default=25.0, help="training time after the first compilation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     build(**vars(parser.parse_args()))

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
+
 VOCAB, IMAGE, VISION_START, VISION_END = 120, 110, 112, 113
 PATCH, MERGE = 4, 2
 BUDGET = {"min_pixels": 64, "max_pixels": 1600}  # at 8 pixels a token: 1 to 25 tokens an image

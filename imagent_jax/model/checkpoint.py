@@ -51,7 +51,6 @@ def older_name(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-
 def _flat(params: nnx.State) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}
 
@@ -67,7 +66,7 @@ def _index(folder: Path) -> dict[str, Path]:
     if not single.is_file():
         raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json.")
     with _open(single) as file:
-        return {name: single for name in file.keys()}
+        return {name: single for name in file.keys()}  # noqa: SIM118 (it has no iterator)
 
 
 def _open(path: Path):
@@ -140,7 +139,8 @@ def load(
                 tensor = tensor.reshape(tensor.shape[0], -1)
             tensor = tensor.T if transposed else tensor
             if tensor.shape != want:
-                faults.append(f"{name.format(i)} has shape {tensor.shape}, expected {want} (as stored here)")
+                stored_shape, wanted = (tensor.shape[::-1], want[::-1]) if transposed else (tensor.shape, want)
+                faults.append(f"{name.format(i)} has shape {list(stored_shape)}, expected {list(wanted)}")
                 continue
             out[... if i is None else i] = tensor
         leaves.append((path, variable.replace(place(key, out) if place else jnp.asarray(out))))
@@ -188,17 +188,23 @@ def save(
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
             shards.append({})
         shards[-1][name] = tensor
+    stale = {*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"}
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        stale.discard(folder / "model.safetensors")
     else:
         weight_map = {}
         for i, shard in enumerate(shards, 1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
             weight_map |= {name: file for name in shard}
+            stale.discard(folder / file)
         total = sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        stale.discard(folder / "model.safetensors.index.json")
+    for path in stale:  # weights of an earlier save with other shards: a reader would take them for these
+        path.unlink(missing_ok=True)
     stored = str(next(iter(tensors.values())).dtype)
     hf = json.loads(model.cfg.hf) | {"dtype": stored, "architectures": ["Qwen2VLForConditionalGeneration"]}
     (folder / "config.json").write_text(json.dumps(hf, indent=2))

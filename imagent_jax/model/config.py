@@ -82,8 +82,9 @@ class Qwen2VLConfig:
         if text.get("hidden_act", "silu") != "silu" or vision.get("hidden_act", "quick_gelu") != "quick_gelu":
             raise ValueError("hidden_act differs from Qwen2-VL's (silu for text, quick_gelu for vision).")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-            raise ValueError(f"rope type {rope.get('rope_type')!r} is not supported; Qwen2-VL uses 'mrope'.")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "mrope"):
+            raise ValueError(f"rope type {rope_type!r} is not supported; Qwen2-VL uses 'mrope'.")
         heads, width = text["num_attention_heads"], text["hidden_size"]
         section = tuple(rope.get("mrope_section", (16, 24, 24)))
         if sum(section) * 2 != width // heads:
@@ -131,5 +132,7 @@ class Qwen2VLConfig:
             raise ValueError(f"{folder} holds no config.json; name a folder in Hugging Face's checkpoint form.")
         try:
             return cls.from_hf(json.loads(path.read_text()))
+        except KeyError as error:
+            raise ValueError(f"{path} has no {error}; name a complete Qwen2-VL checkpoint.") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

@@ -33,20 +33,20 @@ class FeatureStore:
     """Feature rows of every distinct image shown during a rollout, on the device.
 
     Images are packed into packs of `pack_blocks` blocks of `model.vision_block` patches, one compiled shape; an image
-    lies within one block. Pack p owns the rows from p * pack_rows on, so the packs can be encoded anew, or
-    differentiated, with the same row numbers.
+    lies within one block. There is room for `packs` packs at first. Pack p owns the rows from p * pack_rows on, so the
+    packs can be encoded anew, or differentiated, with the same row numbers.
 
     Attributes:
         features: Float[Array, "F D"], F grows by doubling.
         encoded: distinct images encoded so far; shown: images asked for so far (also metrics).
     """
 
-    def __init__(self, model: Model, params: nnx.State, pack_blocks: int):
+    def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4):
         self.model, self.params = model, params
         self.pack = pack_blocks * model.vision_block
         self.rows = self.pack // model.cfg.vision.merge_unit
         self.packs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.features = jnp.zeros((4 * self.rows, model.cfg.text.hidden_size), model.dtype)
+        self.features = jnp.zeros((packs * self.rows, model.cfg.text.hidden_size), model.dtype)
         self.encoded = self.shown = self.patches = 0
         self._first: dict[tuple, int] = {}
 

@@ -33,9 +33,9 @@ class Maker:
     def __init__(self, rngs: nnx.Rngs, dtype, layers: int | None = None):
         self.rngs, self.dtype, self.layers = rngs, dtype, layers
 
-    def __call__(self, shape: Sequence[int], axes: Sequence[str], init: Callable | float = 0.02) -> nnx.Param:
-        """Args: `init` is an initialiser, or a number (the deviation of a normal one)."""
-        init = nnx.initializers.normal(init) if isinstance(init, float) else init
+    def __call__(self, shape: Sequence[int], axes: Sequence[str], init: Callable | None = None) -> nnx.Param:
+        """A parameter of `shape`; by default normal with deviation 1/sqrt(inputs), where axis -2 counts inputs."""
+        init = init or nnx.initializers.normal(shape[-2] ** -0.5)
         if self.layers is not None:
             shape, axes = (self.layers, *shape), ("layers", *axes)
         return nnx.Param(init(self.rngs.params(), tuple(shape), self.dtype), logical_axes=tuple(axes))

@@ -17,7 +17,7 @@ from imagent_jax.model.vision import VisionTower
 
 
 class Qwen2VL(nnx.Module):
-    """The modules and their parameters; random at first (deviation 0.02)."""
+    """The modules and their parameters; random at first."""
 
     def __init__(self, cfg: Qwen2VLConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         self.cfg = cfg
@@ -94,10 +94,8 @@ def extend(
 ) -> tuple[Float[Array, "B V"], ResponseCache]:
     """Appends `count[b] <= S` tokens to response row b at index `start[b]`: logits after its last one (float32)."""
     text = model.bind(params).text
-    if features is None:
-        x = jnp.asarray(text.embed[...], model.dtype)[ids]
-    else:
-        x = embed(model, params, ids, vision, features)
+    plain = features is None
+    x = jnp.asarray(text.embed[...], model.dtype)[ids] if plain else embed(model, params, ids, vision, features)
     hidden, cache = text.extend(x, positions, start, prompt, prompt_len, cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return (last @ text.head(model.dtype)).astype(jnp.float32), cache

@@ -63,7 +63,8 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: TextConfig, rngs: nnx.Rngs, dtype):
         self.cfg = cfg
         make = Maker(rngs, dtype)
-        self.embed = make((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+        spread = nnx.initializers.normal(cfg.hidden_size**-0.5)
+        self.embed = make((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), spread)
         self.layers = DecoderLayers(cfg, rngs, dtype)
         self.norm = make.ones(cfg.hidden_size)
         if not cfg.tie_word_embeddings:

@@ -18,6 +18,7 @@ def pack_batch(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.ndarra
     """
     ids, positions, vision = pad_prompts(rollout.prompts, rollout.prompt_vision, prompt_tokens)
     groups = rollout.trajectories
+    check_images([t for group in groups for t in group], rollout.image_token_id)
     n, g, r = len(groups), len(groups[0]), response_tokens
     response = {
         "response_ids": np.zeros((n, g, r), np.int32),
@@ -54,7 +55,8 @@ def check_images(trajectories: Sequence[Trajectory], image_token_id: int) -> Non
         ValueError: they differ; the sentence names the task and both counts.
     """
     for t in trajectories:
-        placeholders, features = int(np.sum((t.ids == image_token_id) & (t.kind == TokenKind.OBSERVATION))), int(np.sum(t.vision >= 0))
+        placeholders = int(np.sum((t.ids == image_token_id) & (t.kind == TokenKind.OBSERVATION)))
+        features = int(np.sum(t.vision >= 0))
         if placeholders != features:
             raise ValueError(
                 f"Task {t.task.uid}, rollout {t.rollout}: {placeholders} image placeholders but {features} image features."

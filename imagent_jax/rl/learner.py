@@ -16,7 +16,7 @@ from flax import nnx
 from imagent_jax.config import Config
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, response_logprobs
-from imagent_jax.rl.batch import split_groups
+from imagent_jax.rl.batch import split_groups, take_groups
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import two_level_mask
 from imagent_jax.rl.trajectory import GroupBatch
@@ -52,6 +52,12 @@ def batch_loss(model, cfg, trained, frozen, features, batch: GroupBatch, tables:
     )  # fmt: skip
 
 
+@partial(jax.jit, static_argnums=0)
+def part_normaliser(cfg, batch, tables):
+    """What a micro-batch adds to the denominator of the loss."""
+    return loss_normaliser(two_level_mask(batch.kind, batch.end, batch.advantages, *tables), cfg=cfg.grpo)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def accumulate(model, cfg, with_features, trained, frozen, total, features, batch, tables, normaliser, reference, old):
     """Adds a micro-batch's gradient (parameters, and features where the tower learns) to `total`."""
@@ -80,6 +86,7 @@ class Learner:
 
     def __init__(self, model: Model, cfg: Config, optimizer, tables: Tables, reference: nnx.State | None = None):
         self.model, self.cfg, self.optimizer, self.tables, self.reference = model, cfg, optimizer, tables, reference
+        self.warm = False
         r = cfg.rollout.response_tokens
         self.widths = sorted({max(1, r // 2), max(1, 3 * r // 4), r})
 
@@ -95,38 +102,46 @@ class Learner:
     def update(self, params: nnx.State, opt_state, batch: GroupBatch, store: FeatureStore):
         """`grpo.epochs` passes over the batch in `grpo.minibatches` optimizer updates each.
 
+        The first call compiles the gradient for every response width, so that no later one compiles anything.
         Returns parameters, optimizer state, metrics (floats).
         """
         cfg, sums = self.cfg.grpo, []
-        micro = split_groups(batch, min(cfg.micro_groups, len(batch.prompt_len)), self.widths)
-        frozen = store.encode_again(self.reference) if cfg.kl else None
-        # micro-batch, reference log-probabilities, the trainer's own at the start
-        parts = [
-            (part, self._score(self.reference, part, frozen) if cfg.kl else None,
-             self._score(params, part, store.features) if cfg.recompute else None)
-            for part in micro
-        ]  # fmt: skip
+        size = min(cfg.micro_groups, len(batch.prompt_len))
+        reference = store.encode_again(self.reference) if cfg.kl else None
+
+        def with_logprobs(part: GroupBatch):  # micro-batch, the reference's log-probabilities, the trainer's at the start
+            kl = self._score(self.reference, part, reference) if cfg.kl else None
+            return part, kl, self._score(params, part, store.features) if cfg.recompute else None
+
+        if not self.warm:
+            index = np.argsort(batch.response_len.max(axis=1), kind="stable")[:size]
+            for width in self.widths:
+                self._gradient(params, [with_logprobs(take_groups(batch, index, width))], store, fresh=True)
+            self.warm = True
+        parts = [with_logprobs(part) for part in split_groups(batch, size, self.widths)]
         per_update = max(1, len(parts) // cfg.minibatches)
         for epoch in range(cfg.epochs):
             order = np.random.default_rng(epoch).permutation(len(parts))
             for begin in range(0, len(parts), per_update):
                 chunk = [parts[i] for i in order[begin : begin + per_update]]
-                params, opt_state, metrics = self._update_once(params, opt_state, chunk, store, fresh=not sums)
-                sums.append(metrics)
+                gradients, metrics = self._gradient(params, chunk, store, fresh=not sums)
+                trained, frozen = self.split(params)
+                trained, opt_state, norm = apply_gradients(self.optimizer, trained, opt_state, gradients)
+                params = nnx.merge_state(trained, frozen)
+                sums.append(metrics | {"grad_norm": norm})
         sums = jax.device_get(sums)
         return params, opt_state, {key: float(np.mean([m[key] for m in sums])) for key in sums[0]}
 
     def _score(self, params, part, features):
         return score_jit(self.model, params, part, features, temperature=self.cfg.rollout.temperature)[0]
 
-    def _update_once(self, params, opt_state, parts, store, fresh: bool):
-        """One optimizer update from the gradient of `parts`; `fresh`: the rollout's features are the parameters' own."""
+    def _gradient(self, params, parts, store, fresh: bool):
+        """Gradient and metrics of one update; `fresh`: the rollout's features are those of these parameters."""
         trained, frozen = self.split(params)
         learns = not self.cfg.model.freeze_vision
         features = store.features if fresh or not learns else store.encode_again(params)
         total = jax.tree.map(jnp.zeros_like, (trained, features) if learns else (trained,))
-        masks = [two_level_mask(p.kind, p.end, p.advantages, *self.tables) for p, _, _ in parts]
-        normaliser = sum(loss_normaliser(m, cfg=self.cfg.grpo) for m in masks)
+        normaliser = sum(part_normaliser(self.cfg, part, self.tables) for part, _, _ in parts)
         sums = []
         for part, reference, old in parts:
             total, value, metrics = accumulate(
@@ -138,5 +153,4 @@ class Learner:
         gradients = total[0]
         if learns:
             gradients["vision"] = jax.tree.map(jnp.add, gradients["vision"], store.gradient(params, total[1]))
-        trained, opt_state, norm = apply_gradients(self.optimizer, trained, opt_state, gradients)
-        return nnx.merge_state(trained, frozen), opt_state, metrics | {"loss": loss, "grad_norm": norm}
+        return gradients, metrics | {"loss": loss}

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -57,6 +56,7 @@ class RolloutBatch:
     store: FeatureStore
     times: dict[str, float]
     sampled_tokens: int
+    image_token_id: int
 
 
 class RolloutEngine:
@@ -140,7 +140,7 @@ class RolloutEngine:
         opened = [self.open_task(task) for task in tasks]
         prompts = [prompt for prompt, _ in opened]
         clock.lap("prepare")
-        store = FeatureStore(self.model, params, cfg.images.pack_blocks)
+        store = FeatureStore(self.model, params, cfg.images.pack_blocks, cfg.images.packs)
         first = iter(store.add([image for prompt in prompts for image in prompt.images]))
         prompt_vision = [prompt.vision([next(first) for _ in prompt.images]) for prompt in prompts]
         clock.lap("vision")
@@ -171,7 +171,9 @@ class RolloutEngine:
         clock.lap("finish")
         trajectories = [done[k * g : (k + 1) * g] for k in range(n)]
         count = sum(turn.stop - turn.start for t in done for turn in t.turns)
-        return RolloutBatch(list(tasks), prompts, prompt_vision, trajectories, store, clock.times, count)
+        return RolloutBatch(
+            list(tasks), prompts, prompt_vision, trajectories, store, clock.times, count, self.processor.image_token_id
+        )
 
     def _act(self, rows: list[Row], waiting: list[int], sampled, length) -> dict[int, Encoded]:
         """Ends each stopped row's turn, runs its call if it made one; the observations by row."""

@@ -29,8 +29,10 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crops": 0.35, "thumbnails": 0.35, "calls": 0.30}
-"""Share of the groups of each form; all responses of a group have one form."""
+FORMS = {"crop": 0.15, "thumbnail": 0.15, "crops": 0.27, "thumbnails": 0.25, "calls": 0.18}
+"""Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
+FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
+"""The same at the beginning: seeing comes before choosing among images."""
 CALL_MIX = {"question": 0.6, "guess": 0.2, "request": 0.2}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools."""
 STOP = (0.55, 0.5, 0.7, 1.0)
@@ -329,11 +331,12 @@ def about(rng, seen: list[tuple[int, Tag]]) -> tuple[str, str, str]:
 
 def make_group(rng: np.random.Generator, size: int, form: str | None = None) -> PretrainGroup:
     """Images and `size` continuations of one form: "crops" (READ, ANSWER), "thumbnails" (LOCATE, LOOK, GUESS) or
-    "calls" (CALL, GUESS); by default drawn by `FORMS`. All is a function of `rng`'s state.
+    "calls" (CALL, GUESS), "crop" (READ) and "thumbnail" (LOCATE) of a single image; by default drawn by `FORMS`.
+    All is a function of `rng`'s state.
     """
     form = form or str(rng.choice(list(FORMS), p=list(FORMS.values())))
-    count = int(rng.integers(2, 5))
-    if form == "crops":
+    count = 1 if form in ("crop", "thumbnail") else int(rng.integers(2, 5))
+    if form in ("crop", "crops"):
         return _crops(rng, size, count)
     palette = rng.permutation(COLOURS)[: int(rng.integers(4, 6))].tolist()  # no image has a colour outside it
     shared = palette[:1] if rng.random() < 0.5 else []
@@ -349,7 +352,7 @@ def make_group(rng: np.random.Generator, size: int, form: str | None = None) -> 
         registry.add(image.pixels, shown=shown, min_pixels=THUMBNAIL[0], max_pixels=THUMBNAIL[1])
     responses = []
     for i in range(size):
-        skill = (locate, look, locate, guess)[i % 4]
+        skill = locate if form == "thumbnail" else (locate, look, locate, guess)[i % 4]
         if form == "calls":
             kind = str(rng.choice(list(CALL_MIX), p=list(CALL_MIX.values())))
             if kind != "guess":
@@ -369,14 +372,14 @@ def _crops(rng, size: int, count: int) -> PretrainGroup:
         others = [c for c in rng.permutation(COLOURS).tolist() if c != colour]
         scene = make_scene(rng, "train", colours=[colour, *others[: int(rng.integers(1, 3))]])
         tag = scene.tags[0] if same else _pick(rng, scene.tags)
-        tag = None if number and rng.random() < NO_TAG else tag
+        tag = None if (number or count == 1) and rng.random() < NO_TAG else tag
         pixels = crop_near(rng, scene, tag) if tag else crop_beside(rng, scene)
         images.append(ShownImage(pixels, SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels))
         shown.append(tag)
         scenes.append(scene)
     responses = []
     for i in range(size):
-        question, text = (read if i % 2 else answer_given)(rng, shown)
+        question, text = (read if i % 2 or count == 1 else answer_given)(rng, shown)
         responses.append([ask(question), say(text)])
     return PretrainGroup(images, prompt_text(count), responses, scenes)
 

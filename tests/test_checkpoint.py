@@ -1,0 +1,215 @@
+"""Checkpoints in Hugging Face's form: both name styles, one file or shards, in and out; faults in one sentence."""
+
+import json
+
+import hf_oracle
+import jax
+import numpy as np
+import pytest
+import torch
+from hf_oracle import save_checkpoint, tiny_model
+from safetensors.numpy import load_file, save_file
+from transformers import Qwen2VLForConditionalGeneration
+
+from imagent_jax.model import checkpoint
+from imagent_jax.model.config import Qwen2VLConfig
+
+REFERENCES = {"tied": tiny_model(tied=True), "untied": tiny_model(tied=False)}
+
+
+@pytest.fixture(params=REFERENCES)
+def reference(request):
+    return REFERENCES[request.param]
+
+
+def arrays(params) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same(a, b):
+    a, b = arrays(a), arrays(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def assert_holds_the_weights_of(model: Qwen2VLForConditionalGeneration, folder):
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    theirs, ours = model.state_dict(), loaded.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_both_name_styles_load_to_the_same_parameters(reference, tmp_path, shards):
+    newer = checkpoint.load(save_checkpoint(reference, tmp_path / "newer", shards=shards))
+    older = checkpoint.load(save_checkpoint(reference, tmp_path / "older", older=True, shards=shards))
+    own = tmp_path / "own"
+    reference.save_pretrained(own)
+    assert_same(newer[1], older[1])
+    assert_same(newer[1], checkpoint.load(own)[1])
+    assert newer[0].cfg == older[0].cfg
+    total = sum(array.size for array in arrays(newer[1]).values())
+    assert total == sum(p.numel() for p in reference.parameters())
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 60_000])
+def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp_path, shard_bytes):
+    model, params = checkpoint.load(save_checkpoint(reference, tmp_path / "in", older=True))
+    checkpoint.save(tmp_path / "out", model, params, max_shard_bytes=shard_bytes)
+    assert (tmp_path / "out/model.safetensors.index.json").is_file() == (shard_bytes < 2**30)
+    assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 3) == (shard_bytes < 2**30)
+    assert_holds_the_weights_of(reference, tmp_path / "out")
+    again, reloaded = checkpoint.load(tmp_path / "out")
+    assert again.cfg == model.cfg
+    assert_same(params, reloaded)
+
+
+def test_saving_again_with_other_sharding_leaves_no_stale_file(tmp_path):
+    model, params = checkpoint.load(save_checkpoint(REFERENCES["tied"], tmp_path / "in"))
+    changed = jax.tree.map(lambda x: x + 1, params)
+    for first, second in ((60_000, 2**30), (2**30, 60_000)):
+        folder = tmp_path / str(first)
+        checkpoint.save(folder, model, params, max_shard_bytes=first)
+        checkpoint.save(folder, model, changed, max_shard_bytes=second)
+        assert_same(changed, checkpoint.load(folder)[1])
+
+
+def test_bfloat16_files_load_exactly_and_can_be_written(tmp_path):
+    reference = tiny_model(seed=3).to(torch.bfloat16)
+    folder = save_checkpoint(reference, tmp_path / "in", dtype=torch.bfloat16)
+    model, params = checkpoint.load(folder)
+    assert {array.dtype for array in arrays(params).values()} == {np.dtype("float32")}
+    assert_same(params, jax.tree.map(lambda x: x.astype("float32"), checkpoint.load(folder, param_dtype="bfloat16")[1]))
+    checkpoint.save(tmp_path / "out", model, params, dtype="bfloat16")
+    assert_holds_the_weights_of(reference.float(), tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_tied_checkpoint_that_also_stores_its_head_is_accepted(tmp_path):
+    folder = save_checkpoint(REFERENCES["tied"], tmp_path)
+    _, params = checkpoint.load(folder)
+    edit(folder, lambda t: t | {"lm_head.weight": t["model.language_model.embed_tokens.weight"].copy()})
+    assert_same(params, checkpoint.load(folder)[1])
+
+
+def test_tokenizer_and_preprocessor_files_travel_with_the_weights(tmp_path):
+    source = save_checkpoint(REFERENCES["tied"], tmp_path / "in")
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
+        (source / name).write_text(name)
+    model, params = checkpoint.load(source)
+    checkpoint.save(tmp_path / "out", model, params, source=source)
+    assert (tmp_path / "out/tokenizer.json").read_text() == "tokenizer.json"
+    assert {p.name for p in source.iterdir()} == {p.name for p in (tmp_path / "out").iterdir()}
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_checkpoint(REFERENCES["untied"], tmp_path / "checkpoint")
+
+
+def edit(folder, change):
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_missing_extra_and_misshaped_tensors_are_named_together(folder):
+    down, norm = "model.language_model.layers.1.mlp.down_proj.weight", "model.visual.blocks.1.norm2.bias"
+    extra = "model.adapter.weight"
+
+    def change(tensors):
+        del tensors[norm]
+        return tensors | {extra: np.zeros(3, np.float32), down: tensors[down][:, :-1].copy()}
+
+    edit(folder, change)
+    with pytest.raises(ValueError, match="the weights do not fit config.json") as error:
+        checkpoint.load(folder)
+    for fault in (f"missing {norm}", f"unexpected {extra}", f"{down} has shape [64, 79], expected [64, 80]"):
+        assert fault in str(error.value)
+
+
+def test_many_faults_are_counted_not_all_listed(folder):
+    edit(folder, lambda tensors: {k: v for k, v in tensors.items() if "visual" not in k})
+    with pytest.raises(ValueError, match=r"and \d+ more"):
+        checkpoint.load(folder)
+
+
+def test_weights_of_another_size_than_the_config_are_refused(folder):
+    edit_config(folder, text_config=json.loads((folder / "config.json").read_text())["text_config"] | {"vocab_size": 121})
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \[120, 64\], expected \[121, 64\]"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl", None])
+def test_another_architecture_is_named(folder, kind):
+    edit_config(folder, model_type=kind)
+    with pytest.raises(ValueError, match=rf"config.json: model_type is {kind!r}.*'qwen2_vl'"):
+        checkpoint.load(folder)
+
+
+def test_a_config_without_a_needed_setting_is_refused_with_its_name(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "vision_config"}))
+    with pytest.raises(ValueError, match="has no 'vision_config'; name a complete Qwen2-VL checkpoint"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"use_sliding_window": True}, "sliding-window attention is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act differs"),
+        ({"rope_parameters": {"rope_type": "yarn", "mrope_section": [2, 3, 3]}}, "rope type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 4]}}, r"mrope_section \[2, 3, 4\] must sum"),
+    ],
+)
+def test_a_setting_that_would_not_be_honoured_is_refused(changes, sentence):
+    hf = hf_oracle.config_json(REFERENCES["tied"])
+    with pytest.raises(ValueError, match=sentence):
+        Qwen2VLConfig.from_hf(hf | {"text_config": hf["text_config"] | changes})
+
+
+def test_both_config_forms_mean_the_same(reference):
+    newer, older = (Qwen2VLConfig.from_hf(hf_oracle.config_json(reference, older)) for older in (False, True))
+    assert newer == older
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("config.json", "holds no config.json"),
+        ("model.safetensors", "neither model.safetensors nor model.safetensors.index.json"),
+    ],
+)
+def test_a_missing_file_is_named(folder, name, sentence):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=sentence):
+        checkpoint.load(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = save_checkpoint(REFERENCES["untied"], tmp_path, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match="the index names model-00002-of-00003.safetensors, which is not there"):
+        checkpoint.load(folder)
+
+
+def test_a_truncated_weight_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file"):
+        checkpoint.load(folder)
+
+
+def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is neither a folder nor a hub id"):
+        checkpoint.resolve(str(tmp_path / "nothing here"))
+    assert checkpoint.resolve(str(tmp_path)) == tmp_path

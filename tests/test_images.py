@@ -1,0 +1,149 @@
+"""Images are prepared exactly as transformers' own Qwen2-VL processor prepares them."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
+
+from imagent_jax.model.images import PreparedImage, pack_images, patch_coords, prepare_image, smart_resize, to_rgb
+
+BUDGET = {"min_pixels": 3136, "max_pixels": 12544}
+
+
+def noise(size, seed=0, channels=3):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8))
+
+
+def assert_equal_to_reference(image, **settings):
+    settings = BUDGET | settings
+    theirs = reference.Qwen2VLImageProcessorPil(**settings)([image])
+    ours = prepare_image(image, **settings)
+    assert theirs["image_grid_thw"].tolist() == [[1, *ours.grid]]
+    assert ours.patches.dtype == np.float32
+    np.testing.assert_array_equal(ours.patches, theirs["pixel_values"])
+    return ours
+
+
+SIZES = [(28, 28), (56, 56), (84, 112), (1, 1), (3, 200), (500, 7), (77, 133), (133, 77), (301, 299), (1023, 769)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_equal_the_reference_to_the_last_bit(size):
+    assert_equal_to_reference(noise(size))
+
+
+def test_every_pixel_value_is_normalised_to_the_same_bits():
+    ramp = np.stack([np.arange(3136, dtype=np.uint32).reshape(56, 56) % 256] * 3, -1).astype(np.uint8)
+    assert assert_equal_to_reference(Image.fromarray(ramp)).size == (56, 56)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
+def test_other_colour_modes_equal_the_reference(mode):
+    if mode == "RGBA":
+        image = noise((61, 90), channels=4)
+    elif mode == "I;16":
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 60000, (61, 90), dtype=np.uint16))
+    else:
+        image = noise((61, 90)).convert(mode)
+    assert image.mode == mode
+    assert_equal_to_reference(image)
+
+
+def test_a_palette_with_a_transparent_colour_is_laid_over_white():
+    image = noise((40, 60)).convert("P")
+    image.info["transparency"] = image.getpixel((0, 0))
+    assert_equal_to_reference(image)
+    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_transparent_pixels_become_white():
+    assert to_rgb(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_decoded_jpeg_with_an_orientation_tag_is_not_turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    noise((90, 140)).save(buffer, "JPEG", exif=exif)
+    ours = assert_equal_to_reference(Image.open(buffer))
+    assert ours.size[0] < ours.size[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"patch_size": 16},
+        {"patch_size": 4},
+        {"temporal_patch_size": 1},
+        {"merge_size": 1},
+        {"min_pixels": 50000, "max_pixels": 60000},
+        {"min_pixels": 784, "max_pixels": 784},
+    ],
+)
+def test_other_geometries_equal_the_reference(settings):
+    assert_equal_to_reference(noise((61, 149)), **settings)
+
+
+def test_other_means_and_deviations_equal_the_reference():
+    mean, std = (0.5, 0.25, 0.1), (0.5, 0.3, 0.7)
+    theirs = reference.Qwen2VLImageProcessorPil(image_mean=mean, image_std=std, **BUDGET)([noise((61, 149))])
+    ours = prepare_image(noise((61, 149)), mean=mean, std=std, **BUDGET)
+    np.testing.assert_array_equal(ours.patches, theirs["pixel_values"])
+
+
+def test_smart_resize_equals_the_reference_on_random_sizes_and_budgets():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        h, w = (int(side) for side in np.exp(rng.uniform(0, 8, 2)))
+        low = int(rng.integers(1, 8000))
+        args = (int(rng.choice([8, 28, 32])), low, low + int(rng.integers(0, 10**6)))
+        if max(h, w) / min(h, w) <= 200:
+            assert smart_resize(h, w, *args) == reference.smart_resize(h, w, *args)
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201), (0, 5)])
+def test_a_side_more_than_200_times_the_other_is_refused(size):
+    with pytest.raises(ValueError, match="at most 200 times the shorter"):
+        smart_resize(*size)
+
+
+def test_patch_coords_name_where_each_patch_was_cut():
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    pixels = np.zeros((3 * 56, 2 * 56, 3), np.uint8)
+    rows, columns = np.indices(pixels.shape[:2])
+    pixels[..., 0], pixels[..., 1] = rows // 14, columns // 14
+    image = prepare_image(Image.fromarray(pixels), min_pixels=1, max_pixels=10**6, mean=mean, std=std)
+    patches = image.patches.reshape(len(image.patches), 3, -1) * 255
+    np.testing.assert_allclose(patch_coords(image.grid), patches[:, :2].mean(-1), atol=1e-4)
+    assert patch_coords((2, 4)).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+
+
+def blank(grid):
+    return PreparedImage(np.full((grid[0] * grid[1], 6), grid[0] * 100.0 + grid[1], np.float32), grid, (0, 0))
+
+
+def test_packed_images_never_straddle_a_block_and_pads_are_marked():
+    images = [blank(grid) for grid in ((2, 4), (4, 4), (2, 2), (2, 6))]
+    patches, coords, image_id, first = pack_images(images, block=20, n_blocks=3)
+    assert first == [0, 20, 36, 40]
+    assert patches.shape == (60, 6) and coords.shape == (60, 2)
+    for number, (image, row) in enumerate(zip(images, first, strict=True)):
+        rows = slice(row, row + len(image.patches))
+        assert row // 20 == (rows.stop - 1) // 20 and row % 4 == 0
+        assert (image_id[rows] == number).all()
+        np.testing.assert_array_equal(patches[rows], image.patches)
+        np.testing.assert_array_equal(coords[rows], patch_coords(image.grid))
+    assert (image_id == -1).sum() == 60 - 8 - 16 - 4 - 12 and not patches[image_id == -1].any()
+
+
+def test_no_images_give_a_pack_of_padding():
+    _, _, image_id, first = pack_images([], block=16, n_blocks=2)
+    assert first == [] and (image_id == -1).all() and len(image_id) == 32
+
+
+@pytest.mark.parametrize("grids", [[(4, 6)], [(4, 4), (4, 4), (2, 2)]])
+def test_images_that_do_not_fit_the_pack_are_refused_with_the_setting(grids):
+    with pytest.raises(ValueError, match=f"{len(grids)} images do not fit 2 blocks of 16 patches; raise images.vision_block"):
+        pack_images([blank(grid) for grid in grids], block=16, n_blocks=2)

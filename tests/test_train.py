@@ -1,0 +1,129 @@
+"""The main job: what it writes, that it learns, that it resumes bit for bit, and that bad input is one sentence."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from imagent_jax import train as job
+from imagent_jax.config import Config, read_args
+from imagent_jax.model import checkpoint
+
+SMALL = [
+    "--run.compile_cache=", "--rollout.groups=4", "--rollout.group_size=4", "--grpo.micro_groups=2", "--grpo.minibatches=1",
+    "--eval.tasks=8", "--eval.during=8", "--eval.groups=8", "--data.train_size=64", "--data.test_size=32",
+]  # fmt: skip
+
+
+def run(folder, *flags):
+    return job.main([*SMALL, f"--run.dir={folder}", f"--data.cache_dir={folder}/data", *flags])
+
+
+def metrics(folder, name):
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of four steps, checkpoints every two."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert run(folder, "--run.name=whole", "--run.steps=4", "--run.checkpoint_every=2", "--eval.every=2") == 0
+    return folder
+
+
+def test_a_run_leaves_the_promised_folder(whole):
+    path = whole / "whole"
+    assert Config.from_yaml((path / "config.yaml").read_text()).run.steps == 4
+    records = metrics(whole, "whole")
+    steps = [r for r in records if "reward/total" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4] and "eval/accuracy" in steps[1]
+    keys = {"reward/answer", "reward/tool_gain", "tools/executed_rate", "mask/dropped_tokens", "time/train", "time/decode",
+            "compile/count", "entropy", "clip/high", "groups/flat", "grad_norm"}  # fmt: skip
+    assert keys <= steps[0].keys() and "base/accuracy" in records[0] and "final/accuracy" in records[-1]
+    trajectory = json.loads((path / "trajectories" / "train-000001.jsonl").read_text().splitlines()[0])
+    assert trajectory["turns"][0]["text"] and trajectory["end"] in ("ANSWERED", "TRUNCATED", "OVER_TURNS", "VOID", "REPEATED")
+    model, _ = checkpoint.load(path / "model")
+    assert model.cfg.text.num_layers == 4
+
+
+def test_nothing_compiles_after_the_first_steps(whole):
+    steps = [r for r in metrics(whole, "whole") if "reward/total" in r]
+    assert steps[0]["compile/count"] > 0 and steps[2]["compile/count"] == 0 and steps[3]["compile/count"] == 0
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):
+    class StopAfterTwo:
+        asked = False
+
+    interrupt = StopAfterTwo()
+    save = job.RunFolder.save
+
+    def stop(self, step, *rest):
+        save(self, step, *rest)
+        interrupt.asked = step == 2
+
+    monkeypatch.setattr(job, "Interrupt", lambda: interrupt)
+    monkeypatch.setattr(job.RunFolder, "save", stop)
+    flags = ("--run.name=cut", "--run.steps=4", "--run.checkpoint_every=2", "--eval.every=2")
+    assert run(tmp_path, *flags) == 0
+    assert [r["step"] for r in metrics(tmp_path, "cut")] == [0, 1, 2]
+    monkeypatch.undo()
+    assert run(tmp_path, *flags, "--run.resume=true") == 0
+    a, b = (checkpoint.load(folder / "model")[1] for folder in (whole / "whole", tmp_path / "cut"))
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    same = ("reward/total", "accuracy", "loss", "grad_norm", "entropy", "final/accuracy")
+    for x, y in zip(metrics(whole, "whole"), metrics(tmp_path, "cut"), strict=True):
+        assert {k: x[k] for k in same if k in x} == {k: y[k] for k in same if k in y}
+
+
+def test_the_saved_config_reproduces_the_settings(whole):
+    path = whole / "whole" / "config.yaml"
+    assert read_args(["--config", str(path)]).to_dict() == yaml.safe_load(path.read_text())
+
+
+def test_ctrl_c_saves_and_ends_with_a_sentence(tmp_path):
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "imagent_jax.train", *SMALL, f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path}/data",
+               "--run.name=cut", "--run.steps=500", "--eval.every=0"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    path = tmp_path / "cut" / "metrics.jsonl"
+    for _ in range(600):
+        if path.exists() and len(path.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "continue with --run.resume true" in " ".join(out.split())
+    last = metrics(tmp_path, "cut")[-1]["step"]
+    assert str(last) in [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--rollout.prompt_tokens=40"], "rollout.prompt_tokens=40"),
+        (["--images.vision_block=16", "--images.max_pixels=4704"], "vision_block"),
+        (["--reward.custom=[nowhere:reward]"], "nowhere:reward"),
+        (["--run.resume=true", "--run.name=none"], "holds no checkpoints"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) if "vision_block" in words else _no_exit() as _:
+        code = run(tmp_path, "--run.steps=1", *flags)
+        assert code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and words in error and len(error.splitlines()) == 1
+
+
+def _no_exit():
+    import contextlib
+
+    return contextlib.nullcontext()
