@@ -5,6 +5,7 @@ answering, looking, calling with arbitrary arguments and guessing. No question i
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import queue
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
@@ -26,8 +28,8 @@ from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import create, encode_images, response_logprobs
 
 BLOCK = 144
-FIRST = 0.35
-"""Share of the time that goes to `FIRST_FORMS`."""
+SEEING, FIRST = 0.4, 0.5
+"""Until this share of the time the tower learns alone; until that share the corpus is `FIRST_FORMS`."""
 
 
 class Shape(NamedTuple):
@@ -153,11 +155,20 @@ def collate(groups, shape: Shape):
 def produce(folder: str, seed: int, out, stop, share) -> None:
     """Worker process: batches for ever, each of one compiled shape."""
     from imagent_jax.tiny_base.corpus import FIRST_FORMS, FORMS, make_group
+    from imagent_jax.tiny_base.vision import labelled_pack
+
+    def put(item) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return out.put(item, timeout=1)
 
     processor, rng = Processor.from_pretrained(folder), np.random.default_rng(seed)
     forms = list(FORMS)
     waiting = {shape: [] for shapes in SHAPES.values() for shape in shapes}
     while not stop.is_set():
+        if share.value < SEEING:
+            put(("vision", labelled_pack(rng, processor, BLOCK)))
+            continue
         weights = np.asarray([(FIRST_FORMS if share.value < FIRST else FORMS)[form] for form in forms])
         form = forms[rng.choice(len(forms), p=weights / weights.sum())]
         prompt, responses = encode_group(make_group(rng, SHAPES[form][0].size, form), processor)
@@ -169,12 +180,7 @@ def produce(folder: str, seed: int, out, stop, share) -> None:
         if len(waiting[shape]) == shape.groups:
             batch = collate(waiting[shape], shape)
             waiting[shape] = []
-            while not stop.is_set():
-                try:
-                    out.put(batch, timeout=1)
-                    break
-                except queue.Full:
-                    continue
+            put(("text", batch))
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -191,13 +197,14 @@ def train_step(model, optimizer, params, opt_state, batch, pack):
 
     value, gradients = jax.value_and_grad(loss)(params)
     updates, opt_state = optimizer.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, value
+    return optax.apply_updates(params, updates), opt_state, {"loss": value}
 
 
 def build(out: Path, minutes: float, seed: int, rate: float = 1.5e-3, workers: int = 1) -> None:
     """Writes the tiny base into `out`: tokenizer, model, processor and generation config, and `built.json`."""
     from imagent_jax.tiny_base.corpus import corpus_texts
     from imagent_jax.tiny_base.tokenizer import build_tokenizer
+    from imagent_jax.tiny_base.vision import new_head, vision_step
 
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
@@ -212,33 +219,44 @@ def build(out: Path, minutes: float, seed: int, rate: float = 1.5e-3, workers: i
             optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.98, weight_decay=0.02)
         )
     )(learning_rate=rate)
-    opt_state = optimizer.init(params)
+    seeing = (params["vision"], new_head(cfg.text.hidden_size, seed))
+    opt_state = optimizer.init(seeing)
     context = multiprocessing.get_context("spawn")
     batches, stop, progress = context.Queue(4), context.Event(), context.Value("d", 0.0)
     processes = [context.Process(target=produce, args=(str(out), 1000 * seed + i, batches, stop, progress), daemon=True)
                  for i in range(workers)]  # fmt: skip
     for process in processes:
         process.start()
-    began, step, losses, waited = time.time(), 0, [], 0.0
+    began, step, waited, stage, record = time.time(), 0, 0.0, "vision", []
     while (share := (time.time() - began) / (60 * minutes)) < 1:
         progress.value = share
-        opt_state.hyperparams["learning_rate"] = jnp.asarray(
-            rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
-        )
         t = time.time()
-        batch, pack = batches.get()
+        kind, item = batches.get()
         waited += time.time() - t
-        params, opt_state, value = train_step(model, optimizer, params, opt_state, batch, pack)
-        losses.append(value)
+        if stage == "vision" and kind == "text":  # the tower has learnt to see: on to the whole model
+            stage, params = "text", nnx.State({**params, "vision": seeing[0]})
+            opt_state, record = optimizer.init(params), []
+        elif stage != kind:
+            continue
+        part = share / SEEING if stage == "vision" else (share - SEEING) / (1 - SEEING)
+        opt_state.hyperparams["learning_rate"] = jnp.asarray(
+            rate * min(1.0, (len(record) + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(part, 1.0))))
+        )
+        if stage == "vision":
+            seeing, opt_state, value = vision_step(model, optimizer, params, seeing, opt_state, item)
+        else:
+            params, opt_state, value = train_step(model, optimizer, params, opt_state, *item)
+        record.append(value)
         step += 1
-        if step % 100 == 0:
-            mean = float(np.mean(jax.device_get(losses[-100:])))
-            print(f"step {step}  loss {mean:.4f}  {time.time() - began:.0f} s (waited for data {waited:.0f} s)", flush=True)
-        if step % 250 == 0:
+        if step % 50 == 0:
+            recent = jax.device_get(record[-50:])
+            shown = {k: round(float(np.mean([r[k] for r in recent])), 3) for k in recent[0]}
+            print(f"step {step} {stage} {shown}  {time.time() - began:.0f} s (waited for data {waited:.0f} s)", flush=True)
+        if step % 250 == 0 and stage == "text":
             checkpoint.save(out, model, params, dtype=jnp.bfloat16)
     stop.set()
     checkpoint.save(out, model, params, dtype=jnp.bfloat16)
-    final = float(np.mean(jax.device_get(losses[-100:])))
+    final = float(np.mean([r["loss"] for r in jax.device_get(record[-100:])]))
     (out / "built.json").write_text(json.dumps({
         "command": f"python -m imagent_jax.tiny --minutes {minutes} --seed {seed}", "seed": seed, "steps": step,
         "parameters": sum(x.size for x in jax.tree.leaves(params)), "loss_last_100": round(final, 4),

@@ -54,12 +54,15 @@ def test_both_name_styles_load_to_the_same_parameters(reference, tmp_path, shard
     assert total == sum(p.numel() for p in reference.parameters())
 
 
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("shard_bytes", [2**30, 60_000])
-def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp_path, shard_bytes):
+def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp_path, shard_bytes, older):
     model, params = checkpoint.load(save_checkpoint(reference, tmp_path / "in", older=True))
-    checkpoint.save(tmp_path / "out", model, params, max_shard_bytes=shard_bytes)
+    checkpoint.save(tmp_path / "out", model, params, max_shard_bytes=shard_bytes, older_names=older)
     assert (tmp_path / "out/model.safetensors.index.json").is_file() == (shard_bytes < 2**30)
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 3) == (shard_bytes < 2**30)
+    names = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
+    assert names == set(hf_oracle.tensors(reference, older))
     assert_holds_the_weights_of(reference, tmp_path / "out")
     again, reloaded = checkpoint.load(tmp_path / "out")
     assert again.cfg == model.cfg
@@ -96,7 +99,7 @@ def test_a_tied_checkpoint_that_also_stores_its_head_is_accepted(tmp_path):
 
 def test_tokenizer_and_preprocessor_files_travel_with_the_weights(tmp_path):
     source = save_checkpoint(REFERENCES["tied"], tmp_path / "in")
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
         (source / name).write_text(name)
     model, params = checkpoint.load(source)
     checkpoint.save(tmp_path / "out", model, params, source=source)

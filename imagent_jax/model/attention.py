@@ -37,7 +37,7 @@ def _values(weights: Array, v: Array) -> Array:
 
 
 def attend(
-    q: Float[Array, "*b S Q H"], k: Float[Array, "*b T K H"], v: Float[Array, "*b T K H"], mask: Bool[Array, "*b S T"]
+    q: Float[Array, "*b S Q H"], k: Float[Array, "*b T K H"], v: Float[Array, "*b T K H"], mask: Bool[Array, "*#b S T"]
 ) -> Float[Array, "*b S Q H"]:
     """Plain masked attention; every query must see at least one key."""
     k, v = jnp.swapaxes(k, -2, -3), jnp.swapaxes(v, -2, -3)

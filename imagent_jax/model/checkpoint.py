@@ -172,9 +172,15 @@ def save(
     source: str | Path | None = None,
     dtype=None,
     max_shard_bytes: int = 5 * 2**30,
+    older_names: bool = False,
 ) -> None:
     """Writes a folder that Hugging Face loads: config, safetensors (sharded with an index when large) and, from
-    `source`, the tokenizer and preprocessor files."""
+    `source`, the tokenizer and preprocessor files. Weights of an earlier save in that folder are replaced.
+
+    Args:
+        dtype: of the stored tensors; default the parameters' own.
+        older_names: name tensors as the hub's older files do (`model.layers.*`, `visual.*`), for older readers.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = to_tensors(params, dtype)
@@ -183,6 +189,8 @@ def save(
     tensors["model.visual.patch_embed.proj.weight"] = patch.reshape(
         -1, vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
     )
+    if older_names:
+        tensors = {older_name(name): tensor for name, tensor in tensors.items()}
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
@@ -208,8 +216,8 @@ def save(
     stored = str(next(iter(tensors.values())).dtype)
     hf = json.loads(model.cfg.hf) | {"dtype": stored, "architectures": ["Qwen2VLForConditionalGeneration"]}
     (folder / "config.json").write_text(json.dumps(hf, indent=2))
-    for pattern in ("tokenizer*", "preprocessor_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-                    "chat_template*", "generation_config.json", "added_tokens.json"):  # fmt: skip
+    for pattern in ("tokenizer*", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
+                    "vocab.json", "merges.txt", "chat_template*", "generation_config.json", "added_tokens.json"):  # fmt: skip
         for path in Path(source).glob(pattern) if source else ():
             if path.parent.resolve() != folder.resolve():
                 shutil.copy(path, folder / path.name)

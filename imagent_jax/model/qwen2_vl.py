@@ -84,7 +84,7 @@ def extend(
     params: nnx.State,
     ids: Int[Array, "B S"],
     positions: Int[Array, "3 B S"],
-    vision: Int[Array, "B S"],
+    vision: Int[Array, "B S"] | None,
     count: Int[Array, " B"],
     start: Int[Array, " B"],
     prompt: PromptCache,

@@ -15,7 +15,7 @@ from PIL import Image
 from imagent_jax.config import Config
 from imagent_jax.data.task import Task
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.images import PreparedImage, smart_resize
+from imagent_jax.model.images import PreparedImage, smart_resize, to_rgb
 from imagent_jax.model.interleave import Encoded, encode_parts, pad_prompts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model
@@ -88,7 +88,7 @@ class RolloutEngine:
         cfg, registry = self.cfg.images, ImageRegistry()
         for number, data in enumerate(task.images, 1):
             try:
-                image = Image.open(io.BytesIO(data)).convert("RGB")
+                image = to_rgb(Image.open(io.BytesIO(data)))
                 shown = smart_resize(image.height, image.width, self.settings.patch_factor, cfg.min_pixels, cfg.max_pixels)
             except (OSError, ValueError) as error:
                 raise ValueError(f"Task {task.uid}: Image {number} cannot be used ({error}); mend or drop it.") from error

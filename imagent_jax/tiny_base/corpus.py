@@ -269,6 +269,12 @@ def observation(parts: list[str | int], registry: ImageRegistry) -> Segment:
 
 def crop_near(rng, scene: Scene, tag: Tag) -> Image.Image:
     """A crop of about the size a call makes, with the tag wholly inside, off its centre by chance."""
+    left, top, right, bottom = box_near(rng, scene, tag)
+    return Image.fromarray(scene.pixels[top:bottom, left:right])
+
+
+def box_near(rng, scene: Scene, tag: Tag) -> tuple[int, int, int, int]:
+    """Where such a crop lies: (left, top, right, bottom) in pixels."""
     height, width = scene.pixels.shape[:2]
     side = [BOX / 1000 * s * rng.uniform(0.85, 1.15) for s in (width, height)]
     centre = [c * s for c, s in zip((tag.x, tag.y), (width, height), strict=True)]
@@ -276,8 +282,7 @@ def crop_near(rng, scene: Scene, tag: Tag) -> Image.Image:
     middle = [c + float(np.clip(rng.normal(0, 0.45), -1, 1)) * k for c, k in zip(centre, slack, strict=True)]
     sizes = zip(middle, side, (width, height), strict=True)
     left, top = (round(min(max(m - s / 2, 0), full - s)) for m, s, full in sizes)
-    box = (left, top, min(width, left + round(side[0])), min(height, top + round(side[1])))
-    return Image.fromarray(scene.pixels[box[1] : box[3], box[0] : box[2]])
+    return left, top, min(width, left + round(side[0])), min(height, top + round(side[1]))
 
 
 def crop_beside(rng, scene: Scene) -> Image.Image:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from imagent_jax.model.images import to_rgb
+
 
 class ToolError(Exception):
     """A mistake the policy can repair. Its message is shown: one short line, what was wrong, what was expected."""
@@ -106,7 +108,7 @@ class ImageRegistry:
                     f"box {tuple(box)} is not inside Image {parent}, {source.width} x {source.height} pixels"
                 )
             box = (left, top, right, bottom)
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = to_rgb(image)
         rgb.load()  # decoded once, here: tools on several threads then only read it
         number = len(self._entries) + 1
         self._entries.append(ImageEntry(number, rgb, (height, width), parent, box, origin, min_pixels, max_pixels))
