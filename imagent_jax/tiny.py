@@ -1,14 +1,14 @@
-"""Builds the tiny base from nothing: `python -m imagent_jax.tiny [--out FOLDER] [--minutes 25] [--seed 0]`.
+"""Builds the tiny base: `python -m imagent_jax.tiny [--out FOLDER] [--vision-steps N] [--text-steps N] [--seed 0]`.
 
 Trains a sentencepiece tokenizer and a small Qwen2-VL on the corpus of `imagent_jax.tiny_base.corpus`: locating, reading,
 answering, looking, calling with arbitrary arguments and guessing. No question is ever paired with the call that solves it.
+First the vision tower learns alone what is where (`tiny_base/vision.py`), then the whole model learns the corpus. A folder
+that holds a model already is trained further; `built.json` lists every command that made it.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
-import queue
 import time
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,8 @@ from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import create, encode_images, response_logprobs
 
 BLOCK = 144
-SEEING, FIRST = 0.4, 0.5
-"""Until this share of the time the tower learns alone; until that share the corpus is `FIRST_FORMS`."""
+FIRST = 0.15
+"""Share of the text steps whose corpus is `FIRST_FORMS`."""
 
 
 class Shape(NamedTuple):
@@ -152,25 +152,19 @@ def collate(groups, shape: Shape):
     return out, (patches.astype(np.float16), coords, image_id)
 
 
-def produce(folder: str, seed: int, out, stop, share) -> None:
-    """Worker process: batches for ever, each of one compiled shape."""
+def produce(folder: str, seed: int, vision_steps: int, text_steps: int, out) -> None:
+    """Worker process: one item a step, packs for the tower first, then batches of text; a function of its arguments."""
     from imagent_jax.tiny_base.corpus import FIRST_FORMS, FORMS, make_group
     from imagent_jax.tiny_base.vision import labelled_pack
 
-    def put(item) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return out.put(item, timeout=1)
-
     processor, rng = Processor.from_pretrained(folder), np.random.default_rng(seed)
-    forms = list(FORMS)
+    for _ in range(vision_steps):
+        out.put(labelled_pack(rng, processor, BLOCK))
     waiting = {shape: [] for shapes in SHAPES.values() for shape in shapes}
-    while not stop.is_set():
-        if share.value < SEEING:
-            put(("vision", labelled_pack(rng, processor, BLOCK)))
-            continue
-        weights = np.asarray([(FIRST_FORMS if share.value < FIRST else FORMS)[form] for form in forms])
-        form = forms[rng.choice(len(forms), p=weights / weights.sum())]
+    done = 0
+    while done < text_steps:
+        forms = FIRST_FORMS if done < FIRST * text_steps else FORMS
+        form = str(rng.choice(list(forms), p=list(forms.values())))
         prompt, responses = encode_group(make_group(rng, SHAPES[form][0].size, form), processor)
         longest = max(sum(len(one.ids) for one, _ in response) for response in responses)
         shape = next((s for s in SHAPES[form] if s.width >= longest and s.prompt >= len(prompt.ids)), None)
@@ -178,9 +172,9 @@ def produce(folder: str, seed: int, out, stop, share) -> None:
             continue
         waiting[shape].append((prompt, responses))
         if len(waiting[shape]) == shape.groups:
-            batch = collate(waiting[shape], shape)
+            out.put(collate(waiting[shape], shape))
             waiting[shape] = []
-            put(("text", batch))
+            done += 1
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -200,75 +194,86 @@ def train_step(model, optimizer, params, opt_state, batch, pack):
     return optax.apply_updates(params, updates), opt_state, {"loss": value}
 
 
-def build(out: Path, minutes: float, seed: int, rate: float = 1.5e-3, workers: int = 1) -> None:
-    """Writes the tiny base into `out`: tokenizer, model, processor and generation config, and `built.json`."""
+def schedule(rate: float, steps: int) -> optax.Schedule:
+    """100 steps of warm-up, then a cosine to 2 % of `rate`."""
+    return optax.warmup_cosine_decay_schedule(0.0, rate, min(100, steps), max(steps, 1), 0.02 * rate)
+
+
+def adam(rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule(rate, steps), b1=0.9, b2=0.98, weight_decay=0.02)
+    )
+
+
+def start(out: Path, seed: int):
+    """Processor, model and parameters: those in `out`, or new ones with a tokenizer made from the corpus."""
     from imagent_jax.tiny_base.corpus import corpus_texts
     from imagent_jax.tiny_base.tokenizer import build_tokenizer
-    from imagent_jax.tiny_base.vision import new_head, vision_step
+    from imagent_jax.tiny_base.vision import labelled_pack, whitening
 
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
         build_tokenizer(out, corpus_texts(8000, seed))
     processor = Processor.from_pretrained(out)
+    if (out / "model.safetensors").exists():
+        return processor, *checkpoint.load(out, vision_block=BLOCK)
     vocab = len(processor.tokenizer)
-    cfg = Qwen2VLConfig.from_hf(architecture(processor, vocab + -vocab % 64))
-    model, params = create(cfg, seed, vision_block=BLOCK)
-    print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, vocabulary {vocab}; {minutes} minutes to {out}")
-    optimizer = optax.inject_hyperparams(
-        lambda learning_rate: optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b1=0.9, b2=0.98, weight_decay=0.02)
-        )
-    )(learning_rate=rate)
-    seeing = (params["vision"], new_head(cfg.text.hidden_size, seed))
-    opt_state = optimizer.init(seeing)
+    model, params = create(Qwen2VLConfig.from_hf(architecture(processor, vocab + -vocab % 64)), seed, vision_block=BLOCK)
+    rng = np.random.default_rng(seed)
+    patch_embed = whitening([labelled_pack(rng, processor, BLOCK) for _ in range(6)], model.cfg.vision.embed_dim)
+    params["vision"]["patch_embed"] = params["vision"]["patch_embed"].replace(jnp.asarray(patch_embed))
+    return processor, model, params
+
+
+def build(out: Path, vision_steps: int, text_steps: int, seed: int, rate: float) -> None:
+    """Writes the tiny base into `out`: tokenizer, model, processor and generation config, and `built.json`."""
+    from imagent_jax.tiny_base.vision import new_head, vision_step
+
+    processor, model, params = start(out, seed)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{size:,} parameters; {vision_steps} steps of the tower and {text_steps} of the whole, to {out}", flush=True)
     context = multiprocessing.get_context("spawn")
-    batches, stop, progress = context.Queue(4), context.Event(), context.Value("d", 0.0)
-    processes = [context.Process(target=produce, args=(str(out), 1000 * seed + i, batches, stop, progress), daemon=True)
-                 for i in range(workers)]  # fmt: skip
-    for process in processes:
-        process.start()
-    began, step, waited, stage, record = time.time(), 0, 0.0, "vision", []
-    while (share := (time.time() - began) / (60 * minutes)) < 1:
-        progress.value = share
-        t = time.time()
-        kind, item = batches.get()
-        waited += time.time() - t
-        if stage == "vision" and kind == "text":  # the tower has learnt to see: on to the whole model
-            stage, params = "text", nnx.State({**params, "vision": seeing[0]})
-            opt_state, record = optimizer.init(params), []
-        elif stage != kind:
-            continue
-        part = share / SEEING if stage == "vision" else (share - SEEING) / (1 - SEEING)
-        opt_state.hyperparams["learning_rate"] = jnp.asarray(
-            rate * min(1.0, (len(record) + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(part, 1.0))))
-        )
-        if stage == "vision":
-            seeing, opt_state, value = vision_step(model, optimizer, params, seeing, opt_state, item)
-        else:
-            params, opt_state, value = train_step(model, optimizer, params, opt_state, *item)
+    items = context.Queue(4)
+    built = out / "built.json"
+    history = json.loads(built.read_text()) if built.exists() else {"parameters": size, "commands": []}
+    arguments = (str(out), seed + 1000 * len(history["commands"]), vision_steps, text_steps, items)
+    worker = context.Process(target=produce, args=arguments, daemon=True)
+    worker.start()
+    began, record = time.time(), []
+
+    def note(step: int, total: int, stage: str, value: dict) -> None:
         record.append(value)
-        step += 1
-        if step % 50 == 0:
+        if step % 50 == 0 or step == total:
             recent = jax.device_get(record[-50:])
             shown = {k: round(float(np.mean([r[k] for r in recent])), 3) for k in recent[0]}
-            print(f"step {step} {stage} {shown}  {time.time() - began:.0f} s (waited for data {waited:.0f} s)", flush=True)
-        if step % 250 == 0 and stage == "text":
+            print(f"{stage} {step}/{total}  {shown}  {time.time() - began:.0f} s", flush=True)
+            history[stage] = shown
+        if step % 250 == 0 or step == total:
             checkpoint.save(out, model, params, dtype=jnp.bfloat16)
-    stop.set()
-    checkpoint.save(out, model, params, dtype=jnp.bfloat16)
-    final = float(np.mean([r["loss"] for r in jax.device_get(record[-100:])]))
-    (out / "built.json").write_text(json.dumps({
-        "command": f"python -m imagent_jax.tiny --minutes {minutes} --seed {seed}", "seed": seed, "steps": step,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)), "loss_last_100": round(final, 4),
-    }, indent=2))  # fmt: skip
-    for process in processes:
-        process.terminate()
+
+    optimizer = adam(rate, vision_steps)
+    seeing = (jax.tree.map(jnp.copy, params["vision"]), new_head(model.cfg.text.hidden_size, seed))
+    opt_state = optimizer.init(seeing)
+    for step in range(1, vision_steps + 1):
+        seeing, opt_state, value = vision_step(model, optimizer, params, seeing, opt_state, items.get())
+        params = nnx.State({**params, "vision": seeing[0]}) if step % 250 == 0 or step == vision_steps else params
+        note(step, vision_steps, "vision", value)
+    optimizer, record = adam(rate, text_steps), []
+    opt_state = optimizer.init(params)
+    for step in range(1, text_steps + 1):
+        params, opt_state, value = train_step(model, optimizer, params, opt_state, *items.get())
+        note(step, text_steps, "text", value)
+    flags = f"--vision-steps {vision_steps} --text-steps {text_steps} --seed {seed} --rate {rate}"
+    history["commands"].append(f"python -m imagent_jax.tiny {flags}")
+    built.write_text(json.dumps(history, indent=2))
+    worker.join()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets" / "tiny_base")
-    parser.add_argument("--minutes", type=float, default=25.0, help="training time after the first compilation")
+    parser.add_argument("--vision-steps", type=int, default=3000, help="updates of the vision tower alone")
+    parser.add_argument("--text-steps", type=int, default=3000, help="updates of the whole model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     build(**vars(parser.parse_args()))

@@ -274,15 +274,15 @@ def crop_near(rng, scene: Scene, tag: Tag) -> Image.Image:
 
 
 def box_near(rng, scene: Scene, tag: Tag) -> tuple[int, int, int, int]:
-    """Where such a crop lies: (left, top, right, bottom) in pixels."""
+    """Where such a crop lies: (left, top, right, bottom) in pixels. Now and then the tag is far off its centre."""
     height, width = scene.pixels.shape[:2]
-    side = [BOX / 1000 * s * rng.uniform(0.85, 1.15) for s in (width, height)]
-    centre = [c * s for c, s in zip((tag.x, tag.y), (width, height), strict=True)]
-    slack = [max(0.0, s / 2 - 13) for s in side]
-    middle = [c + float(np.clip(rng.normal(0, 0.45), -1, 1)) * k for c, k in zip(centre, slack, strict=True)]
+    side = [round(BOX / 1000 * s) for s in (width, height)]
+    spread = 1.0 if rng.random() < 0.15 else 0.35
+    middle = [c * s + rng.uniform(-spread, spread) * (half / 2 - 13)
+              for c, s, half in zip((tag.x, tag.y), (width, height), side, strict=True)]  # fmt: skip
     sizes = zip(middle, side, (width, height), strict=True)
     left, top = (round(min(max(m - s / 2, 0), full - s)) for m, s, full in sizes)
-    return left, top, min(width, left + round(side[0])), min(height, top + round(side[1]))
+    return left, top, left + side[0], top + side[1]
 
 
 def crop_beside(rng, scene: Scene) -> Image.Image:

@@ -22,8 +22,8 @@ from imagent_jax.tiny_base.corpus import SETTINGS, STEP, THUMBNAIL, box_near, bo
 
 HEADS = {"colour": len(COLOURS) + 1, "digit": 10, "x": 1000 // STEP + 1, "y": 1000 // STEP + 1, "row": 8, "column": 8}
 """Classes of each label; label -1 is not counted. "digit" is asked of crops only."""
-BLOCKS = 60
-CROPS, THUMBNAILS = 80, 132
+BLOCKS = 52
+CROPS, THUMBNAILS = 120, 60
 
 
 class Labelled(NamedTuple):
@@ -66,6 +66,14 @@ def labelled_pack(rng: np.random.Generator, processor: Processor, block: int) ->
                 corner = box_of(tag)
                 labels["x"][at], labels["y"][at] = corner[0] // STEP, corner[1] // STEP
     return Labelled(patches.astype(np.float16), coords, image, labels)
+
+
+def whitening(packs: list[Labelled], width: int) -> np.ndarray:
+    """A patch embedding, float32[C, width], that gives uncorrelated outputs of deviation one on these patches: the
+    leading principal components, each divided by its deviation (the fine strokes of a digit count as much as light)."""
+    patches = np.concatenate([pack.patches[pack.image >= 0] for pack in packs]).astype(np.float64)
+    values, vectors = np.linalg.eigh(np.cov(patches, rowvar=False))
+    return (vectors[:, -width:] / np.sqrt(values[-width:] + 1e-2)).astype(np.float32)
 
 
 def new_head(width: int, seed: int) -> dict[str, jax.Array]:
