@@ -58,12 +58,16 @@ class Parts:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask for a stop after the current step; a second Ctrl-C stops at once."""
+    """While open, Ctrl-C and SIGTERM set `asked` (stop after the current step); a second one stops at once."""
 
-    def __init__(self):
+    def __enter__(self) -> "Interrupt":
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number, frame) -> None:
         if self.asked:
@@ -92,10 +96,9 @@ def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, l
     return rewards, np.asarray(advantages), parts, means | {k: float(v) for k, v in stats.items()} | summarise(flat)
 
 
-def train(cfg: Config, console: Console) -> dict[str, float]:
+def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, float]:
     """Runs the whole job; returns the last evaluation. See the module docstring."""
-    began = time.perf_counter()
-    interrupt, compiles = Interrupt(), CompileCounter()
+    began, compiles = time.perf_counter(), CompileCounter()
     use_compile_cache(cfg.run.compile_cache)
 
     # ---- what this run is ---------------------------------------------------------------------------------------
@@ -105,14 +108,16 @@ def train(cfg: Config, console: Console) -> dict[str, float]:
     )
     folder = RunFolder(cfg)
     console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
-    parts = Parts(cfg)
+    with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
+        parts = Parts(cfg)
+        train_tasks, test_tasks = open_tasks(cfg.data, "train"), parts.test_tasks(cfg.eval.tasks)
     params = parts.params
     optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
     action, trajectory, _ = mask_tables(cfg.mask)
     reference = params if cfg.grpo.kl > 0 else None
     learner = Learner(parts.model, cfg, optimizer, Tables(action, trajectory), reference)
     opt_state = learner.init(params)
-    iterator = task_iterator(open_tasks(cfg.data, "train"), cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
+    iterator = task_iterator(train_tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
     step, evaluations = 0, {}
     if cfg.run.resume:
         params, opt_state, progress = folder.restore(params, opt_state)
@@ -123,10 +128,11 @@ def train(cfg: Config, console: Console) -> dict[str, float]:
 
     def held_out(count: int, name: str) -> dict[str, float]:
         start = time.perf_counter()
-        metrics, trajectories = evaluate(
-            parts.engine, params, parts.test_tasks(count), groups=cfg.eval.groups, seed=cfg.eval.seed,
-            greedy=cfg.eval.greedy, temperature=cfg.rollout.temperature,
-        )  # fmt: skip
+        with console.status(f"Evaluating on {min(count, len(test_tasks))} held-out tasks"):
+            metrics, trajectories = evaluate(
+                parts.engine, params, test_tasks[:count], groups=cfg.eval.groups, seed=cfg.eval.seed,
+                greedy=cfg.eval.greedy, temperature=cfg.rollout.temperature,
+            )  # fmt: skip
         records = [trajectory_record(t, {}) for t in trajectories]
         folder.log_trajectories(step, records[: cfg.run.log_trajectories], name)
         metrics["time/evaluation"] = time.perf_counter() - start
@@ -204,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: exit code 0, or 2 after one sentence about bad input."""
     cfg = parse_args(argv)
     try:
-        train(cfg, Console())
+        with Interrupt() as interrupt:
+            train(cfg, Console(), interrupt)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """The main job: what it writes, that it learns, that it resumes bit for bit, and that bad input is one sentence."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):
         save(self, step, *rest)
         interrupt.asked = step == 2
 
-    monkeypatch.setattr(job, "Interrupt", lambda: interrupt)
+    monkeypatch.setattr(job, "Interrupt", lambda: contextlib.nullcontext(interrupt))
     monkeypatch.setattr(job.RunFolder, "save", stop)
     flags = ("--run.name=cut", "--run.steps=4", "--run.checkpoint_every=2", "--eval.every=2")
     assert run(tmp_path, *flags) == 0
@@ -116,14 +117,8 @@ def test_ctrl_c_saves_and_ends_with_a_sentence(tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, flags, words):
-    with pytest.raises(SystemExit) if "vision_block" in words else _no_exit() as _:
+    with pytest.raises(SystemExit) if "vision_block" in words else contextlib.nullcontext():
         code = run(tmp_path, "--run.steps=1", *flags)
         assert code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and len(error.splitlines()) == 1
-
-
-def _no_exit():
-    import contextlib
-
-    return contextlib.nullcontext()
