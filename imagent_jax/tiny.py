@@ -2,7 +2,7 @@
 
 Trains a sentencepiece tokenizer and a small Qwen2-VL on the corpus of `imagent_jax.tiny_base.corpus`: locating, reading,
 answering, looking, calling with arbitrary arguments and guessing. No question is ever paired with the call that solves it.
-First the vision tower learns alone what is where (`tiny_base/vision.py`), then the whole model learns the corpus. A folder
+First the vision tower learns alone what is where (`tiny_base/vision.py`), then the decoder learns the corpus. A folder
 that holds a model already is trained further; `built.json` lists every command that made it.
 """
 
@@ -180,18 +180,21 @@ def produce(folder: str, seed: int, vision_steps: int, text_steps: int, out) -> 
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def train_step(model, optimizer, params, opt_state, batch, pack):
-    """One update of next-token prediction on the trained tokens; returns the mean loss (nats a token)."""
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def train_step(model, optimizer, params, text, opt_state, batch, pack):
+    """One update of the decoder, `text`, by next-token prediction on the trained tokens; the tower stays as it learnt
+    to see (Adam would walk it off on gradients that are mostly noise). Returns the mean loss (nats a token)."""
+    features = encode_images(model, params, pack[0].astype(jnp.float32), *pack[1:])
 
-    def loss(params):
-        features = encode_images(model, params, pack[0].astype(jnp.float32), *pack[1:])
-        logprobs, _ = response_logprobs(model, params, features=features, **{k: v for k, v in batch.items() if k != "trained"})
+    def loss(text):
+        arrays = {k: v for k, v in batch.items() if k != "trained"}
+        whole = nnx.State({**params, "text": text})
+        logprobs, _ = response_logprobs(model, whole, features=features, **arrays)
         return -jnp.sum(jnp.where(batch["trained"], logprobs, 0.0)) / jnp.sum(batch["trained"])
 
-    value, gradients = jax.value_and_grad(loss)(params)
-    updates, opt_state = optimizer.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, {"loss": value}
+    value, gradients = jax.value_and_grad(loss)(text)
+    updates, opt_state = optimizer.update(gradients, opt_state, text)
+    return optax.apply_updates(text, updates), opt_state, {"loss": value}
 
 
 def schedule(rate: float, steps: int) -> optax.Schedule:
@@ -215,6 +218,8 @@ def start(out: Path, seed: int):
     if not (out / "tokenizer.json").exists():
         build_tokenizer(out, corpus_texts(8000, seed))
     processor = Processor.from_pretrained(out)
+    ends = {"eos_token_id": processor.im_end_id, "pad_token_id": processor.endoftext_id, "do_sample": False}
+    (out / "generation_config.json").write_text(json.dumps(ends, indent=2))
     if (out / "model.safetensors").exists():
         return processor, *checkpoint.load(out, vision_block=BLOCK)
     vocab = len(processor.tokenizer)
@@ -231,7 +236,7 @@ def build(out: Path, vision_steps: int, text_steps: int, seed: int, rate: float)
 
     processor, model, params = start(out, seed)
     size = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{size:,} parameters; {vision_steps} steps of the tower and {text_steps} of the whole, to {out}", flush=True)
+    print(f"{size:,} parameters; {vision_steps} steps of the tower and {text_steps} of the decoder, to {out}", flush=True)
     context = multiprocessing.get_context("spawn")
     items = context.Queue(4)
     built = out / "built.json"
@@ -259,9 +264,11 @@ def build(out: Path, vision_steps: int, text_steps: int, seed: int, rate: float)
         params = nnx.State({**params, "vision": seeing[0]}) if step % 250 == 0 or step == vision_steps else params
         note(step, vision_steps, "vision", value)
     optimizer, record = adam(rate, text_steps), []
-    opt_state = optimizer.init(params)
+    text = jax.tree.map(jnp.copy, params["text"])
+    opt_state = optimizer.init(text)
     for step in range(1, text_steps + 1):
-        params, opt_state, value = train_step(model, optimizer, params, opt_state, *items.get())
+        text, opt_state, value = train_step(model, optimizer, params, text, opt_state, *items.get())
+        params = nnx.State({**params, "text": text}) if step % 250 == 0 or step == text_steps else params
         note(step, text_steps, "text", value)
     flags = f"--vision-steps {vision_steps} --text-steps {text_steps} --seed {seed} --rate {rate}"
     history["commands"].append(f"python -m imagent_jax.tiny {flags}")
@@ -273,7 +280,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets" / "tiny_base")
     parser.add_argument("--vision-steps", type=int, default=3000, help="updates of the vision tower alone")
-    parser.add_argument("--text-steps", type=int, default=3000, help="updates of the whole model")
+    parser.add_argument("--text-steps", type=int, default=3000, help="updates of the decoder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     build(**vars(parser.parse_args()))

@@ -82,7 +82,7 @@ def new_head(width: int, seed: int) -> dict[str, jax.Array]:
     return {n: jax.random.normal(k, (width, c)) * width**-0.5 for k, (n, c) in zip(keys, HEADS.items(), strict=True)}
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def vision_step(model: Model, optimizer, params, trained, opt_state, pack: Labelled):
     """One update of (tower, head) on a pack; returns them, and the accuracy of each head."""
 
