@@ -130,12 +130,14 @@ def test_shared_prompts_equal_the_naive_forward(parts, rollout, batch):
     assert difference[sampled(batch)].max() <= 1e-5
 
 
-def test_the_vision_tower_runs_once_per_distinct_image(rollout, tasks):
+def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
     given = sum(len(task.images) for task in tasks)
-    crops = {t.registry[i].image.tobytes() for group in rollout.trajectories for t in group
-             for i in range(len(t.task.images) + 1, len(t.registry) + 1)}  # fmt: skip
-    assert given <= rollout.store.encoded <= given + len(crops)
-    assert rollout.store.shown > rollout.store.encoded or not crops
+    crops = sum(len(t.registry) - len(t.task.images) for group in rollout.trajectories for t in group)
+    assert given < rollout.store.encoded <= given + crops
+    store = FeatureStore(parts.model, parts.params, 4)
+    images = rollout.prompts[0].images
+    first = store.add(images)
+    assert store.add(images[::-1]) == first[::-1] and store.encoded == len(images) and store.shown == 2 * len(images)
 
 
 # ---- promise 4: static shapes ---------------------------------------------------------------------------------------
