@@ -5,9 +5,9 @@ of 25) are each one token, joined to nothing around them, while the words betwee
 goes on after a line break, so text cut there, as prompts and observations are, gives the same tokens as the whole.
 """
 
+import io
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -118,17 +118,16 @@ def _train(texts: Sequence[str], vocab_size: int) -> bytes:
     """Sentencepiece BPE on the pieces of `texts`; returns its model file."""
     table = str.maketrans(_STAND_IN)
     characters = "".join(map(chr, range(33, 127))) + "".join(_STAND_IN.values())
-    with tempfile.TemporaryDirectory() as scratch:
-        corpus, prefix = Path(scratch) / "corpus.txt", Path(scratch) / "tokenizer"
-        corpus.write_text("\n".join(piece.translate(table) for text in texts for piece in pieces_apart(text)))
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(corpus), model_prefix=str(prefix), model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-            required_chars=characters, split_by_whitespace=False, split_by_number=False, split_by_unicode_script=False,
-            add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
-            max_sentencepiece_length=64, character_coverage=1.0, hard_vocab_limit=False, bos_id=-1, eos_id=-1,
-            minloglevel=2, num_threads=2, max_sentence_length=100000, shuffle_input_sentence=False,
-        )  # fmt: skip
-        return prefix.with_suffix(".model").read_bytes()
+    sentences = (piece.translate(table) for text in texts for piece in pieces_apart(text))
+    written = io.BytesIO()  # a file's path would be kept in the model
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=written, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
+        required_chars=characters, split_by_whitespace=False, split_by_number=False, split_by_unicode_script=False,
+        add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        max_sentencepiece_length=64, character_coverage=1.0, hard_vocab_limit=False, bos_id=-1, eos_id=-1,
+        minloglevel=2, num_threads=2, max_sentence_length=100000, shuffle_input_sentence=False,
+    )  # fmt: skip
+    return written.getvalue()
 
 
 def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
