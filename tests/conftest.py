@@ -4,8 +4,6 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -61,10 +59,3 @@ def batch(rollout, config):
     rewards = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
     return pack_batch(rollout, rewards, rewards - rewards.mean(1, keepdims=True), config.rollout.prompt_tokens,
                       config.rollout.response_tokens)  # fmt: skip
-
-
-def replace(config: Config, **sections) -> Config:
-    """A config with some settings changed."""
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    )
