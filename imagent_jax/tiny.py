@@ -202,10 +202,25 @@ def schedule(rate: float, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, rate, min(100, steps), max(steps, 1), 0.02 * rate)
 
 
-def adam(rate: float, steps: int) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule(rate, steps), b1=0.9, b2=0.98, weight_decay=0.02)
-    )
+def muon(rate: float, steps: int) -> optax.GradientTransformation:
+    """Muon (Jordan 2024, scaled as in arXiv 2502.16982) on the layers' matrices, stacked [L, in, out] or single
+    [in, out]; AdamW on everything else. It needs about half the updates AdamW alone does."""
+
+    def dimensions(params):
+        def one(path, value):
+            names = {getattr(key, "key", None) for key in path}
+            matrix = value.ndim == (3 if names & {"layers", "blocks"} else 2)
+            if matrix and names & {"layers", "blocks", "merge_fc1", "merge_fc2"}:
+                return optax.contrib.MuonDimensionNumbers(value.ndim - 2, value.ndim - 1)
+            return None
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    scaled = optax.contrib.muon(
+        schedule(rate, steps), weight_decay=0.02, adam_weight_decay=0.02, adam_b2=0.98, consistent_rms=0.2,
+        muon_weight_dimension_numbers=dimensions,
+    )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(1.0), scaled)
 
 
 def start(out: Path, seed: int):
@@ -256,14 +271,14 @@ def build(out: Path, vision_steps: int, text_steps: int, seed: int, rate: float)
         if step % 250 == 0 or step == total:
             checkpoint.save(out, model, params, dtype=jnp.bfloat16)
 
-    optimizer = adam(rate, vision_steps)
+    optimizer = muon(rate, vision_steps)
     seeing = (jax.tree.map(jnp.copy, params["vision"]), new_head(model.cfg.text.hidden_size, seed))
     opt_state = optimizer.init(seeing)
     for step in range(1, vision_steps + 1):
         seeing, opt_state, value = vision_step(model, optimizer, params, seeing, opt_state, items.get())
         params = nnx.State({**params, "vision": seeing[0]}) if step % 250 == 0 or step == vision_steps else params
         note(step, vision_steps, "vision", value)
-    optimizer, record = adam(rate, text_steps), []
+    optimizer, record = muon(rate, text_steps), []
     text = jax.tree.map(jnp.copy, params["text"])
     opt_state = optimizer.init(text)
     for step in range(1, text_steps + 1):

@@ -29,13 +29,15 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.15, "thumbnail": 0.15, "crops": 0.27, "thumbnails": 0.25, "calls": 0.18}
+FORMS = {"crop": 0.10, "thumbnail": 0.12, "crops": 0.24, "thumbnails": 0.30, "calls": 0.24}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
-CALL_MIX = {"question": 0.6, "guess": 0.2, "request": 0.2}
+THUMBNAIL_MIX = {"locate": 0.70, "look": 0.24, "guess": 0.06}
+"""What is asked in a "thumbnails" group."""
+CALL_MIX = {"question": 0.70, "guess": 0.05, "request": 0.25}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools."""
-STOP = (0.55, 0.5, 0.7, 1.0)
+STOP = (0.45, 0.5, 0.6, 1.0)
 """Chance to stop calling after each call."""
 NO_TAG = 0.06
 """Share of crops without a tag."""
@@ -99,15 +101,11 @@ def _pick(rng: np.random.Generator, values):
 # ---- thumbnails: LOCATE, LOOK, GUESS ------------------------------------------------------------------------------
 
 
-def locate(rng, scenes: list[Scene]) -> tuple[str, str]:
-    number = int(rng.integers(len(scenes)))
-    scene = scenes[number]
-    form = rng.random()
-    if form < 0.75:
-        tag = _pick(rng, scene.tags)
-        return f"Where is the {tag.colour} tag in Image {number + 1}?", str(box_of(tag))
-    ordered = sorted(scene.tags, key=lambda t: t.x)
-    return f"Name the tags in Image {number + 1}.", " ".join(t.colour for t in ordered)
+def locate(rng, scenes: list[Scene], number: int, tag: Tag) -> tuple[str, str]:
+    if rng.random() < 0.8:
+        return f"Where is the {tag.colour} tag in Image {number}?", str(box_of(tag))
+    ordered = sorted(scenes[number - 1].tags, key=lambda t: t.x)
+    return f"Name the tags in Image {number}.", " ".join(t.colour for t in ordered)
 
 
 def look(rng, scenes: list[Scene]) -> tuple[str, str]:
@@ -355,16 +353,16 @@ def make_group(rng: np.random.Generator, size: int, form: str | None = None) -> 
     for image in images:
         shown = smart_resize(image.pixels.height, image.pixels.width, SETTINGS.patch_factor, *THUMBNAIL)
         registry.add(image.pixels, shown=shown, min_pixels=THUMBNAIL[0], max_pixels=THUMBNAIL[1])
+    targets = [(number, tag) for number, scene in enumerate(scenes, 1) for tag in scene.tags]
+    targets = [targets[i] for i in rng.permutation(len(targets))]
+    mix = {"thumbnail": {"locate": 1.0}, "thumbnails": THUMBNAIL_MIX, "calls": CALL_MIX}[form]
     responses = []
-    for i in range(size):
-        skill = locate if form == "thumbnail" else (locate, look, locate, guess)[i % 4]
-        if form == "calls":
-            kind = str(rng.choice(list(CALL_MIX), p=list(CALL_MIX.values())))
-            if kind != "guess":
-                responses.append(call(rng, scenes, registry.fork(), kind))
-                continue
-            skill = guess
-        question, text = skill(rng, scenes)
+    for i, skill in enumerate(rng.choice(list(mix), size, p=list(mix.values()))):
+        if skill in ("question", "request"):
+            responses.append(call(rng, scenes, registry.fork(), skill))
+            continue
+        asked = {"look": look, "guess": guess}.get(skill)
+        question, text = asked(rng, scenes) if asked else locate(rng, scenes, *targets[i % len(targets)])
         responses.append([ask(question), say(text)])
     return PretrainGroup(images, prompt_text(count), responses, scenes)
 

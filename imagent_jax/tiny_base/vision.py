@@ -23,7 +23,8 @@ from imagent_jax.tiny_base.corpus import SETTINGS, STEP, THUMBNAIL, box_near, bo
 HEADS = {"colour": len(COLOURS) + 1, "digit": 10, "x": 1000 // STEP + 1, "y": 1000 // STEP + 1, "row": 8, "column": 8}
 """Classes of each label; label -1 is not counted. "digit" is asked of crops only."""
 BLOCKS = 52
-CROPS, THUMBNAILS = 120, 60
+SCENES = 60
+"""Scenes of a pack; each gives its thumbnail and crops around two of its tags."""
 
 
 class Labelled(NamedTuple):
@@ -36,19 +37,17 @@ class Labelled(NamedTuple):
 
 
 def labelled_pack(rng: np.random.Generator, processor: Processor, block: int) -> Labelled:
-    """`CROPS` crops around tags and `THUMBNAILS` thumbnails of the train split, with labels."""
+    """Thumbnails and crops of `SCENES` scenes of the train split, with labels."""
+    scenes = [make_scene(rng, "train") for _ in range(SCENES)]
+    views = [(scene, box_near(rng, scene, tag)) for scene in scenes for tag in scene.tags[:2]]
     images, places = [], []
-    for i in range(CROPS + THUMBNAILS):
-        scene = make_scene(rng, "train")
+    for scene, box in views + [(scene, None) for scene in scenes]:
         height, width = scene.pixels.shape[:2]
-        crop = i < CROPS
-        box = box_near(rng, scene, scene.tags[0]) if crop else (0, 0, width, height)
-        budget = (SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels) if crop else THUMBNAIL
-        pixels = Image.fromarray(scene.pixels[box[1] : box[3], box[0] : box[2]])
-        images.append(processor.prepare(pixels, *budget))
-        size = (box[2] - box[0], box[3] - box[1])
-        inside = [(((t.x * width - box[0]) / size[0], (t.y * height - box[1]) / size[1]), t) for t in scene.tags]
-        places.append([(at, t, crop) for at, t in inside if 0 <= at[0] < 1 and 0 <= at[1] < 1])
+        left, top, right, bottom = box or (0, 0, width, height)
+        budget = (SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels) if box else THUMBNAIL
+        images.append(processor.prepare(Image.fromarray(scene.pixels[top:bottom, left:right]), *budget))
+        spots = [((t.x * width - left) / (right - left), (t.y * height - top) / (bottom - top), t) for t in scene.tags]
+        places.append([(x, y, tag, box) for x, y, tag in spots if 0 <= x < 1 and 0 <= y < 1])
     patches, coords, image, first = pack_images(images, block, BLOCKS)
     labels = {name: np.full(len(patches) // 4, -1, np.int32) for name in HEADS}
     for prepared, start, tags in zip(images, first, places, strict=True):
@@ -57,7 +56,7 @@ def labelled_pack(rng: np.random.Generator, processor: Processor, block: int) ->
         labels["row"][own] = np.repeat(np.arange(rows), columns)
         labels["column"][own] = np.tile(np.arange(columns), rows)
         labels["colour"][own] = len(COLOURS)
-        for (x, y), tag, crop in tags:
+        for x, y, tag, crop in tags:
             at = own.start + int(y * rows) * columns + int(x * columns)
             labels["colour"][at] = COLOURS.index(tag.colour)
             if crop:
