@@ -1,11 +1,114 @@
-"""The attention seam: every attention of the model goes through these functions (XLA; softmax in float32).
+"""The attention seam: every attention of the model goes through `attention` (training, prompts, vision) or, for tokens
+appended to a cache, `attend_two_part`. Softmax is in float32 everywhere.
 
 `q` has Q heads, `k` and `v` K heads with Q = K * (Q // K); query head i reads key head i // (Q // K).
+
+Backends of `attention`: `xla` is the oracle and runs anywhere; `cudnn` is NVIDIA's fused kernel; `splash` is the Pallas TPU
+kernel (`splash_interpret`: the same kernel in Pallas' interpreter, slow, on any machine). None of them needs a gradient
+through a merge by log-sum-exp: jax's fused kernels return that statistic without its gradient, so each backend computes
+the two-part softmax as one (`_cudnn`, `splash.splash_attention`).
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+class Causal(NamedTuple):
+    """Right-padded sequences: a token sees itself and what precedes it; `length` are real (None: all)."""
+
+    length: Int[Array, "*b"] | None = None
+
+    def real(self, tokens: int) -> Bool[Array, "*#b S"]:
+        return jnp.ones(tokens, bool) if self.length is None else _below(self.length, tokens)
+
+    def seen(self, tokens: int) -> Bool[Array, "S S"]:
+        return jnp.tril(jnp.ones((tokens, tokens), bool))
+
+
+class Packed(NamedTuple):
+    """Packs of pieces in any order: a token sees the tokens of its own id, before and after it; -1 is padding."""
+
+    ids: Int[Array, "*b S"]
+
+    def real(self, tokens: int) -> Bool[Array, "*b S"]:
+        return self.ids >= 0
+
+    def seen(self, tokens: int) -> Bool[Array, "*b S S"]:
+        return self.ids[..., :, None] == self.ids[..., None, :]
+
+
+class Shared(NamedTuple):
+    """Keys that all G rows of a group see besides their own: those of its prompt, of which `length` are real."""
+
+    k: Float[Array, "N P K H"]
+    v: Float[Array, "N P K H"]
+    length: Int[Array, " N"]
+
+
+def choose_attention(setting: str, dtype: str) -> str:
+    """The backend for `model.attention` on the attached devices.
+
+    Raises:
+        ValueError: the backend asked for cannot run here.
+    """
+    platform = jax.default_backend()
+    if setting == "auto":
+        return {"tpu": "splash", "gpu": "cudnn" if dtype == "bfloat16" else "xla"}.get(platform, "xla")
+    needs = {"cudnn": "gpu", "splash": "tpu"}.get(setting, platform)
+    if platform != needs:
+        raise ValueError(f"model.attention is {setting!r}, which runs on a {needs}, not on this {platform}; choose 'auto'.")
+    if setting == "cudnn" and dtype != "bfloat16":
+        raise ValueError(f"model.attention is 'cudnn', which needs model.dtype 'bfloat16', not {dtype!r}; choose 'auto'.")
+    return setting
+
+
+def attention(
+    q: Float[Array, "*b S Q H"],
+    k: Float[Array, "*b S K H"],
+    v: Float[Array, "*b S K H"],
+    mask: Causal | Packed,
+    shared: Shared | None = None,
+    backend: str = "xla",
+) -> Float[Array, "*b S Q H"]:
+    """Self-attention of a sequence, and to the keys its group shares; softmax(q k^T / sqrt(H)) v.
+
+    Whatever stands at padding of `q`, `k`, `v` and `shared`, NaN included, reaches no output and no gradient; outputs and
+    gradients at padding are zero.
+
+    Args:
+        mask: who sees whom in the sequence.
+        shared: with it, q is [N G S Q H], `mask` is `Causal`, and every row also sees its group's real shared keys, which
+            are stored and read once per group. Equal to attention over [shared | own] of every row.
+    """
+    real = mask.real(q.shape[-3])[..., None, None]
+    q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
+    if shared is not None:
+        real_shared = _below(shared.length, shared.k.shape[1])[..., None, None]
+        shared = shared._replace(k=jnp.where(real_shared, shared.k, 0), v=jnp.where(real_shared, shared.v, 0))
+    return jnp.where(real, _BACKENDS[backend](q, k, v, mask, shared), 0)
+
+
+def _below(length: Int[Array, "*b"], tokens: int) -> Bool[Array, "*b S"]:
+    return jnp.arange(tokens) < length[..., None]
+
+
+def pad_to(x: Array, axis: int, multiple: int, value=0) -> Array:
+    """`x` with `axis` filled up to a multiple."""
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, width, constant_values=value)
+
+
+# ---- XLA: the oracle ------------------------------------------------------------------------------------------------
+
+
+def _xla(q, k, v, mask, shared):
+    seen = mask.seen(q.shape[-3])
+    return attend(q, k, v, seen) if shared is None else attend_two_part(q, *shared, k, v, seen)
 
 
 def _heads_first(x: Array, kv_heads: int) -> Array:
@@ -52,14 +155,6 @@ def _flat(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], -1, 1)
 
 
-def attend_causal(
-    q: Float[Array, "*b S Q H"], k: Float[Array, "*b S K H"], v: Float[Array, "*b S K H"]
-) -> Float[Array, "*b S Q H"]:
-    """Causal attention. Right-padding needs no further mask: no real query sees a later key."""
-    s = q.shape[-3]
-    return attend(q, k, v, jnp.tril(jnp.ones((s, s), bool)))
-
-
 def attend_two_part(
     q: Float[Array, "N G S Q H"],
     prompt_k: Float[Array, "N P K H"],
@@ -92,3 +187,63 @@ def attend_two_part(
     out_shared = _values(shared.reshape(n, kv, g * s, per, -1), prompt_v).reshape(n, kv, g, s * per, width)
     out = jnp.swapaxes(out_shared, 1, 2) + _values(own, own_v)  # [N G K S*q H]
     return _tokens_first(out / _flat(total).astype(out.dtype), s)
+
+
+# ---- cuDNN ----------------------------------------------------------------------------------------------------------
+
+
+def _cudnn(q, k, v, mask, shared, implementation="cudnn"):
+    """`jax.nn.dot_product_attention`: causal without a mask array where there is padding on the right only, else with one.
+
+    With `shared`, the G rows of a group become heads of one sequence, so that one mask [S, P + S] serves them all.
+    """
+    if shared is None:
+        *lead, s, _, _ = q.shape
+        flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
+        if isinstance(mask, Causal):
+            out = jax.nn.dot_product_attention(*flat, is_causal=True, implementation=implementation)
+        else:
+            flat, ids = [pad_to(x, 1, _CUDNN) for x in flat], pad_to(mask.ids.reshape(-1, s), 1, _CUDNN, -1)
+            seen = Packed(ids).seen(ids.shape[1])[:, None]
+            out = jax.nn.dot_product_attention(*flat, mask=seen, implementation=implementation)[:, :s]
+        return out.reshape(q.shape)
+    n, g, s, heads, width = q.shape
+
+    def rows_as_heads(x):  # [N G S K H] -> [N S G*K H]
+        return jnp.moveaxis(x, 1, 2).reshape(n, x.shape[2], -1, width)
+
+    def all_keys(of_group, own):
+        of_group = jnp.broadcast_to(of_group[:, None], (n, g, *of_group.shape[1:]))
+        return pad_to(jnp.concatenate([rows_as_heads(of_group), rows_as_heads(own)], axis=1), 1, _CUDNN)
+
+    p = shared.k.shape[1]
+    seen = jnp.concatenate(
+        [
+            jnp.broadcast_to(_below(shared.length, p)[:, None], (n, s, p)),
+            jnp.broadcast_to(mask.seen(s), (n, s, s)),
+            jnp.zeros((n, s, -(p + s) % _CUDNN), bool),
+        ],
+        axis=2,
+    )
+    seen = jnp.pad(seen, ((0, 0), (0, -s % _CUDNN), (0, 0)), constant_values=True)[:, None]
+    out = jax.nn.dot_product_attention(
+        pad_to(rows_as_heads(q), 1, _CUDNN), all_keys(shared.k, k), all_keys(shared.v, v), mask=seen, implementation=implementation
+    )
+    return jnp.moveaxis(out[:, :s].reshape(n, s, g, heads, width), 2, 1)
+
+
+_CUDNN = 64
+"""Sequences with a mask array are filled up to a multiple of this (cuDNN's mask needs even lengths; tiles are of 64)."""
+
+
+# ---- choice ---------------------------------------------------------------------------------------------------------
+
+
+def _splash(q, k, v, mask, shared, interpret=False):
+    from imagent_jax.model.splash import splash_attention  # imports Pallas, which no other backend needs
+
+    packed = mask.ids if isinstance(mask, Packed) else None
+    return splash_attention(q, k, v, packed, shared, interpret=interpret)
+
+
+_BACKENDS = {"xla": _xla, "cudnn": _cudnn, "splash": _splash, "splash_interpret": partial(_splash, interpret=True)}

@@ -34,6 +34,7 @@ class Model(NamedTuple):
     remat: str = "none"
     vision_block: int = 144
     logprob_chunk: int = 2048
+    attention: str = "xla"
 
     def bind(self, params: nnx.State) -> Qwen2VL:
         return nnx.merge(self.graphdef, params)
@@ -49,7 +50,8 @@ def encode_images(
     """Features of a pack of images (F = M / 4); see `VisionTower`."""
     with jax.named_scope("vision"):
         return model.bind(params).vision(
-            patches, coords, image, block=model.vision_block, dtype=model.dtype, remat=model.remat != "none"
+            patches, coords, image, block=model.vision_block, dtype=model.dtype, remat=model.remat != "none",
+            backend=model.attention,
         )
 
 
@@ -74,9 +76,9 @@ def prefill(
     """Prompts, once per group: logits after the last prompt token (float32) and the prompt cache."""
     with jax.named_scope("prefill"):
         text = model.bind(params).text
-        hidden, cache = text.prefill(embed(model, params, ids, vision, features), positions)
+        hidden, cache = text.prefill(embed(model, params, ids, vision, features), positions, prompt_len, model.attention)
         last = jnp.take_along_axis(hidden, prompt_len[:, None, None] - 1, axis=1)[:, 0]
-        return (last @ text.head(model.dtype)).astype(jnp.float32), cache
+        return logits(last, text.head(model.dtype)), cache
 
 
 def extend(
@@ -98,7 +100,7 @@ def extend(
     x = jnp.asarray(text.embed[...], model.dtype)[ids] if plain else embed(model, params, ids, vision, features)
     hidden, cache = text.extend(x, positions, start, prompt, prompt_len, cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return (last @ text.head(model.dtype)).astype(jnp.float32), cache
+    return logits(last, text.head(model.dtype)), cache
 
 
 def empty_cache(model: Model, rows: int, length: int) -> ResponseCache:
@@ -106,6 +108,11 @@ def empty_cache(model: Model, rows: int, length: int) -> ResponseCache:
     t = model.cfg.text
     shape = (t.num_layers, rows, length, t.num_kv_heads, t.head_dim)
     return ResponseCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+
+
+def logits(hidden: Float[Array, "*b D"], head: Float[Array, "D V"]) -> Float[Array, "*b V"]:
+    """Logits in float32, whatever the compute dtype: sums and results of the product are never rounded to bfloat16."""
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
 
 def token_logprobs(
@@ -128,9 +135,9 @@ def token_logprobs(
     @jax.checkpoint
     def one(_, inputs):
         h, t = inputs
-        logits = jax.nn.log_softmax((h @ head).astype(jnp.float32) / temperature, axis=-1)
-        entropy = -jnp.sum(jnp.exp(logits) * logits, axis=-1)
-        return None, (jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0], jax.lax.stop_gradient(entropy))
+        logprobs = jax.nn.log_softmax(logits(h, head) / temperature, axis=-1)
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        return None, (jnp.take_along_axis(logprobs, t[:, None], axis=-1)[:, 0], jax.lax.stop_gradient(entropy))
 
     _, (logprobs, entropy) = jax.lax.scan(one, None, (hidden, targets))
     return logprobs.reshape(-1)[:total], entropy.reshape(-1)[:total]
@@ -148,6 +155,7 @@ def response_logprobs(
     response_vision: Int[Array, "N G R"],
     features: Float[Array, "F D"],
     temperature: float = 1.0,
+    response_len: Int[Array, "N G"] | None = None,
 ) -> tuple[Float[Array, "N G R"], Float[Array, "N G R"]]:
     """The training forward: log-probability and entropy of every response token given what precedes it."""
     with jax.named_scope("two_streams"):
@@ -158,7 +166,9 @@ def response_logprobs(
             prompt_len,
             embed(model, params, response_ids, response_vision, features),
             response_positions,
-            remat=model.remat,
+            response_len,
+            model.remat,
+            model.attention,
         )
         n, g, r, d = hidden.shape
         last = jnp.take_along_axis(prompt, prompt_len[:, None, None] - 1, axis=1)[:, None]  # [N 1 1 D]

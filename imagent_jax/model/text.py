@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagent_jax.model.attention import attend_causal, attend_two_part
+from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention
 from imagent_jax.model.config import TextConfig
 from imagent_jax.model.params import Maker, weights
 from imagent_jax.model.rope import mrope, rotate
@@ -92,14 +92,18 @@ class Decoder(nnx.Module):
         return mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)
 
     def prefill(
-        self, x: Float[Array, "N P D"], positions: Int[Array, "3 N P"]
+        self,
+        x: Float[Array, "N P D"],
+        positions: Int[Array, "3 N P"],
+        prompt_len: Int[Array, " N"] | None = None,
+        backend: str = "xla",
     ) -> tuple[Float[Array, "N P D"], PromptCache]:
         """Prompts alone: final hidden states (before the head, after the norm) and their cache."""
         rope, dtype = self._rope(positions), x.dtype
 
         def layer(x, w):
             q, k, v = self._qkv(w, x, rope)
-            return self._finish(w, x, attend_causal(q, k, v)), PromptCache(k, v)
+            return self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend)), PromptCache(k, v)
 
         x, cache = jax.lax.scan(layer, x, weights(self.layers, dtype))
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), cache
@@ -150,21 +154,23 @@ class Decoder(nnx.Module):
         prompt_len: Int[Array, " N"],
         x: Float[Array, "N G R D"],
         positions: Int[Array, "3 N G R"],
+        response_len: Int[Array, "N G"] | None = None,
         remat: str = "none",
+        backend: str = "xla",
     ) -> tuple[Float[Array, "N P D"], Float[Array, "N G R D"]]:
         """The training forward: prompts once, [N P], and responses, [N G R], through each layer together.
 
         Equal to running every [prompt | response] row alone. Padding is on the right of both streams.
         """
-        rope_prompt, rope, dtype, r = self._rope(prompt_positions), self._rope(positions), x.dtype, x.shape[2]
-        mask = jnp.tril(jnp.ones((r, r), bool))
+        rope_prompt, rope, dtype = self._rope(prompt_positions), self._rope(positions), x.dtype
 
         def layer(carry, w):
             p, x = carry
             pq, pk, pv = self._qkv(w, p, rope_prompt)
             q, k, v = self._qkv(w, x, rope)
-            out = attend_two_part(q, pk, pv, prompt_len, k, v, mask)
-            return (self._finish(w, p, attend_causal(pq, pk, pv)), self._finish(w, x, out)), None
+            prompt_out = attention(pq, pk, pv, Causal(prompt_len), backend=backend)
+            out = attention(q, k, v, Causal(response_len), Shared(pk, pv, prompt_len), backend=backend)
+            return (self._finish(w, p, prompt_out), self._finish(w, x, out)), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])

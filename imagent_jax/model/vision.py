@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagent_jax.model.attention import attend
+from imagent_jax.model.attention import Packed, attention
 from imagent_jax.model.config import VisionConfig
 from imagent_jax.model.params import Maker, weights
 from imagent_jax.model.rope import rope_2d, rotate
@@ -55,6 +55,7 @@ class VisionTower(nnx.Module):
         block: int,
         dtype=jnp.float32,
         remat: bool = False,
+        backend: str = "xla",
     ) -> Float[Array, "F D"]:
         """Encodes a pack of images.
 
@@ -74,13 +75,12 @@ class VisionTower(nnx.Module):
             raise ValueError(f"{m} patches do not fill blocks of {block}; pad the pack to a multiple.")
         blocks = (m // block, block)
         image = image.reshape(blocks)
-        mask = image[:, :, None] == image[:, None, :]
         cos, sin = (t.reshape(*blocks, -1) for t in rope_2d(coords, cfg.head_dim, cfg.rope_theta))
 
         def layer(x, w):
             h = layer_norm(x, w["norm1"], w["norm1_bias"])
             q, k, v = jnp.split((h @ w["qkv"] + w["qkv_bias"]).reshape(*blocks, 3 * cfg.num_heads, -1), 3, axis=-2)
-            out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
+            out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, Packed(image), backend=backend)
             x = x + out.reshape(*blocks, -1) @ w["proj"] + w["proj_bias"]
             h = layer_norm(x, w["norm2"], w["norm2_bias"]) @ w["fc1"] + w["fc1_bias"]
             return x + (h * jax.nn.sigmoid(1.702 * h)) @ w["fc2"] + w["fc2_bias"], None

@@ -34,6 +34,7 @@ def score(model: Model, params: nnx.State, batch: GroupBatch, features, temperat
     return response_logprobs(
         model, params, batch.prompt_ids, batch.prompt_positions, batch.prompt_vision, batch.prompt_len,
         batch.response_ids, batch.response_positions, batch.response_vision, features, temperature,
+        batch.response_len,
     )  # fmt: skip
 
 

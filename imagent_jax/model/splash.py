@@ -1,0 +1,79 @@
+"""Attention by the Pallas splash kernel (TPU): the backend `splash` of `attention`."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from imagent_jax.model.attention import pad_to
+
+BLOCKS = (512, 256, 128)
+"""Tokens of a tile of queries or keys; the first that divides their number."""
+_LANES = 128
+
+
+@dataclass(frozen=True)
+class _GroupMask(splash_mask.Mask):
+    """Queries of G rows of S tokens over [P shared | G x S own keys]: all of the shared keys, and causally a row's own."""
+
+    p: int
+    g: int
+    s: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.g * self.s, self.p + self.g * self.s
+
+    def __getitem__(self, index) -> np.ndarray:
+        q, k = (np.arange(n)[i] for i, n in zip(index, self.shape, strict=True))
+        q, k = q[:, None], k[None, :] - self.p
+        return (k < 0) | ((q // self.s == k // self.s) & (q >= k))
+
+
+@lru_cache
+def _splash_kernel(mask: _GroupMask | int, heads: int, interpret: bool):
+    """The kernel for a static mask (an int: all of that many tokens see each other)."""
+    mask = splash_mask.FullMask((mask, mask)) if isinstance(mask, int) else mask
+    bq, bk = (next(b for b in BLOCKS if n % b == 0) for n in mask.shape)
+    blocks = splash.BlockSizes(
+        block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk,
+        block_q_dq=bq, block_kv_dq=bk,
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(
+            splash_mask.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+
+
+def splash_attention(q, k, v, packed, shared, *, interpret: bool = False):
+    """`attention` by the splash kernel; `packed` are the ids of `Packed`, None for `Causal`.
+
+    The rows of a group are one sequence to the kernel: G rows of queries over [shared | own keys of all rows]. A static
+    mask says who sees whom, blocks that nobody sees cost nothing, and segment ids hide padding. So shared keys exist once,
+    and their gradient is summed over the group inside the kernel.
+    """
+    if shared is None:
+        q, k, v = (x[..., None, :, :, :] for x in (q, k, v))  # G = 1
+    *lead, g, s, heads, width = q.shape
+    q, k, v = (pad_to(x.reshape(-1, *x.shape[-4:]), 2, _LANES) for x in (q, k, v))
+    b, padded = q.shape[0], q.shape[2]
+    q_ids = jnp.zeros((b, g * padded), jnp.int32)
+    if packed is not None:
+        q_ids = pad_to(packed.reshape(b, s), 1, _LANES, -1)
+    q, k, v = (x.reshape(b, g * padded, *x.shape[3:]) for x in (q, k, v))
+    k_ids, p = q_ids, 0
+    if shared is not None:
+        hidden = jnp.where(jnp.arange(shared.k.shape[1]) < shared.length[:, None], 0, -1)
+        k_ids = jnp.concatenate([pad_to(hidden, 1, _LANES, -1), q_ids], axis=1)
+        p = k_ids.shape[1] - g * padded
+        k = jnp.concatenate([pad_to(shared.k, 1, _LANES), k], axis=1)
+        v = jnp.concatenate([pad_to(shared.v, 1, _LANES), v], axis=1)
+    kernel = _splash_kernel(padded if packed is not None else _GroupMask(p, g, padded), heads, interpret)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * width**-0.5, k, v))
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q_ids, k_ids))  # [B Q G*S H]
+    out = jnp.swapaxes(out, 1, 2).reshape(b, g, padded, heads, width)[:, :, :s]
+    return out.reshape(*lead, g, s, heads, width) if shared is not None else out.reshape(*lead, s, heads, width)
