@@ -3,7 +3,8 @@
 Trains a sentencepiece tokenizer and a small Qwen2-VL on the corpus of `imagent_jax.tiny_base.corpus`: locating, reading,
 answering, looking, calling with arbitrary arguments and guessing. No question is ever paired with the call that solves it.
 First the vision tower learns alone what is where (`tiny_base/vision.py`), then the decoder learns the corpus. A folder
-that holds a model already is trained further; `built.json` lists every command that made it.
+that holds a model already is trained further (0 and 0 steps only measure it); `built.json` lists every command that made
+it, and its skills on the held-out split.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from imagent_jax.evals.tiny_skills import measure
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.images import pack_images
@@ -286,9 +288,12 @@ def build(out: Path, vision_steps: int, text_steps: int, seed: int, rate: float)
         params = nnx.State({**params, "text": text}) if step % 250 == 0 or step == text_steps else params
         note(step, text_steps, "text", value)
     flags = f"--vision-steps {vision_steps} --text-steps {text_steps} --seed {seed} --rate {rate}"
-    history["commands"].append(f"python -m imagent_jax.tiny {flags}")
-    built.write_text(json.dumps(history, indent=2))
     worker.join()
+    if vision_steps + text_steps:
+        history["commands"].append(f"python -m imagent_jax.tiny {flags}")
+    history["skills"] = measure(out)
+    built.write_text(json.dumps(history, indent=2))
+    print(json.dumps(history, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The main job: what it writes, that it learns, that it resumes bit for bit, and that bad input is one sentence."""
 
 import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from imagent_jax import train as job
 from imagent_jax.config import Config, read_args
+from imagent_jax.data.tiny_world import make_task
 from imagent_jax.model import checkpoint
 
 SMALL = [
@@ -54,6 +57,29 @@ def test_a_run_leaves_the_promised_folder(whole):
 def test_nothing_compiles_after_the_first_steps(whole):
     steps = [r for r in metrics(whole, "whole") if "reward/total" in r]
     assert steps[0]["compile/count"] > 0 and steps[2]["compile/count"] == 0 and steps[3]["compile/count"] == 0
+
+
+def test_thirty_steps_over_random_sizes_counts_and_turns_compile_nothing(tmp_path):
+    rng, sizes = np.random.default_rng(0), set()
+    for split, count in (("train", 60), ("test", 8)):
+        rows = []
+        for i in range(count):
+            task, _ = make_task(rng, "train")
+            names = []
+            for number, data in enumerate(task.images):
+                size = tuple(int(side) for side in rng.integers(90, 500, 2))
+                sizes.add(size)
+                names.append(f"{split}-{i}-{number}.png")
+                Image.open(io.BytesIO(data)).resize(size).save(tmp_path / names[-1])
+            rows.append({"uid": f"{split}-{i}", "question": task.question, "images": names, "answer": task.answer})
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    flags = ["--data.name=jsonl", f"--data.path={tmp_path}", "--run.steps=30", "--rollout.groups=2", "--rollout.group_size=2",
+             "--grpo.micro_groups=1", "--eval.every=0", "--run.name=sizes"]  # fmt: skip
+    assert run(tmp_path, *flags) == 0
+    steps = [r for r in metrics(tmp_path, "sizes") if "reward/total" in r]
+    assert len(steps) == 30 and len(sizes) > 100
+    assert len({r["tools/calls"] for r in steps}) > 3 and len({r["length"] for r in steps}) > 10
+    assert sum(r["compile/count"] for r in steps[2:]) == 0, [r["compile/count"] for r in steps]
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):

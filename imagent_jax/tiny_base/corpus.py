@@ -332,22 +332,22 @@ def about(rng, seen: list[tuple[int, Tag]]) -> tuple[str, str, str]:
 # ---- groups -------------------------------------------------------------------------------------------------------
 
 
-def make_group(rng: np.random.Generator, size: int, form: str | None = None) -> PretrainGroup:
+def make_group(rng: np.random.Generator, size: int, form: str | None = None, split: str = "train") -> PretrainGroup:
     """Images and `size` continuations of one form: "crops" (READ, ANSWER), "thumbnails" (LOCATE, LOOK, GUESS) or
     "calls" (CALL, GUESS), "crop" (READ) and "thumbnail" (LOCATE) of a single image; by default drawn by `FORMS`.
-    All is a function of `rng`'s state.
+    All is a function of `rng`'s state. Pre-training uses the train split only; skills are measured on the other.
     """
     form = form or str(rng.choice(list(FORMS), p=list(FORMS.values())))
     count = 1 if form in ("crop", "thumbnail") else int(rng.integers(2, 5))
     if form in ("crop", "crops"):
-        return _crops(rng, size, count)
+        return _crops(rng, size, count, split)
     palette = rng.permutation(COLOURS)[: int(rng.integers(4, 6))].tolist()  # no image has a colour outside it
     shared = palette[:1] if rng.random() < 0.5 else []
     scenes = []
     for _ in range(count):
         others = [c for c in rng.permutation(palette).tolist() if c not in shared]
         chosen = [*shared, *others][: int(rng.integers(2, 4))]
-        scenes.append(make_scene(rng, "train", colours=rng.permutation(chosen).tolist()))
+        scenes.append(make_scene(rng, split, colours=rng.permutation(chosen).tolist()))
     images = [ShownImage(Image.fromarray(scene.pixels), *THUMBNAIL) for scene in scenes]
     registry = ImageRegistry()
     for image in images:
@@ -367,13 +367,13 @@ def make_group(rng: np.random.Generator, size: int, form: str | None = None) -> 
     return PretrainGroup(images, prompt_text(count), responses, scenes)
 
 
-def _crops(rng, size: int, count: int) -> PretrainGroup:
+def _crops(rng, size: int, count: int, split: str) -> PretrainGroup:
     """Crops as the given images, in 60 % of the groups around tags of one colour."""
     same, colour = rng.random() < 0.6, _pick(rng, COLOURS)
     images, shown, scenes = [], [], []
     for number in range(count):
         others = [c for c in rng.permutation(COLOURS).tolist() if c != colour]
-        scene = make_scene(rng, "train", colours=[colour, *others[: int(rng.integers(1, 3))]])
+        scene = make_scene(rng, split, colours=[colour, *others[: int(rng.integers(1, 3))]])
         tag = scene.tags[0] if same else _pick(rng, scene.tags)
         tag = None if (number or count == 1) and rng.random() < NO_TAG else tag
         pixels = crop_near(rng, scene, tag) if tag else crop_beside(rng, scene)
