@@ -14,8 +14,7 @@ from PIL import Image
 from imagent_jax.model import checkpoint
 from imagent_jax.model.images import pack_images, prepare_image
 from imagent_jax.model.positions import mrope_positions
-from imagent_jax.model.qwen2_vl import embed, encode_images, extend, prefill, response_logprobs
-from imagent_jax.model.text import ResponseCache
+from imagent_jax.model.qwen2_vl import embed, empty_cache, encode_images, extend, prefill, response_logprobs
 from imagent_jax.rl import sampler
 
 BLOCK, BLOCKS, WIDTH = 100, 12, 96  # patches a block, blocks a pack, padded prompt length
@@ -271,19 +270,19 @@ def test_garbage_in_unused_cache_and_padding_changes_nothing(pair):
     features = jax.jit(encode_images, static_argnums=0)(model, params, *packed)
     p = batch(prompts, first, 64)
     pad = np.arange(64) >= p.length[:, None]
-    t, outs = model.cfg.text, []
+    outs = []
     for poison in (0, 1e4):
         ids = np.where(pad, 99 if poison else 0, p.ids)
         positions = np.where(pad, 500 if poison else 0, p.positions)
         logits, cache = jax.jit(prefill, static_argnums=0)(
             model, params, ids, positions, p.vision, p.length, features
         )
-        empty = jnp.full((t.num_layers, 2, 32, t.num_kv_heads, t.head_dim), float(poison))
+        empty = jax.tree.map(lambda x, poison=poison: jnp.full_like(x, float(poison)), empty_cache(model, 2, 32))
         start, count = np.zeros(2, np.int32), np.full(2, 4, np.int32)
         place = (np.arange(4) + p.following[:, None]).astype(np.int32)
         more, _ = jax.jit(extend, static_argnums=0)(
             model, params, np.full((2, 4), 5, np.int32), np.stack([place] * 3), np.full((2, 4), -1, np.int32), count, start,
-            cache, p.length, ResponseCache(empty, empty), features,
+            cache, p.length, empty, features,
         )  # fmt: skip
         outs.append((np.asarray(logits), np.asarray(more)))
     np.testing.assert_array_equal(outs[0], outs[1])

@@ -108,7 +108,9 @@ def pad_to(x: Array, axis: int, multiple: int, value=0) -> Array:
 
 def _xla(q, k, v, mask, shared):
     seen = mask.seen(q.shape[-3])
-    return attend(q, k, v, seen) if shared is None else attend_two_part(q, *shared, k, v, seen)
+    if shared is None:
+        return attend(q, k, v, seen)
+    return attend_two_part(q, *cached(shared.k, shared.v), shared.length, *cached(k, v), seen)
 
 
 def _heads_first(x: Array, kv_heads: int) -> Array:
@@ -126,9 +128,9 @@ def _tokens_first(x: Array, s: int) -> Array:
 
 
 def _logits(q: Array, k: Array, mask: Array) -> Array:
-    """[*b K S*q H] x [*b K T H] -> float32 [*b K S q T]; -inf where `mask` (broadcast to [*b 1 S 1 T]) is False."""
+    """[*b K S*q H] x [*b K H T] -> float32 [*b K S q T]; -inf where `mask` (broadcast to [*b 1 S 1 T]) is False."""
     s = mask.shape[-3]
-    logits = jnp.matmul(q * q.shape[-1] ** -0.5, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
+    logits = jnp.matmul(q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(*logits.shape[:-2], s, logits.shape[-2] // s, logits.shape[-1])
     return jnp.where(mask, logits, -jnp.inf)
 
@@ -143,7 +145,7 @@ def attend(
     q: Float[Array, "*b S Q H"], k: Float[Array, "*b T K H"], v: Float[Array, "*b T K H"], mask: Bool[Array, "*#b S T"]
 ) -> Float[Array, "*b S Q H"]:
     """Plain masked attention; every query must see at least one key."""
-    k, v = jnp.swapaxes(k, -2, -3), jnp.swapaxes(v, -2, -3)
+    k, v = cached(k, v)
     logits = _logits(_heads_first(q, k.shape[-3]), k, mask[..., None, :, None, :])
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     out = _values(weights, v) / _flat(weights.sum(-1)).astype(v.dtype)
@@ -155,26 +157,29 @@ def _flat(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], -1, 1)
 
 
+def cached(k: Float[Array, "*b T K H"], v: Float[Array, "*b T K H"]) -> tuple[Float[Array, "*b K H T"], Float[Array, "*b K T H"]]:
+    """Keys and values in the layouts that attention's two matrix products read, so that a cache is read without copies."""
+    return jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -2, -3)
+
+
 def attend_two_part(
     q: Float[Array, "N G S Q H"],
-    prompt_k: Float[Array, "N P K H"],
-    prompt_v: Float[Array, "N P K H"],
+    prompt_k: Float[Array, "N K H P"],
+    prompt_v: Float[Array, "N K P H"],
     prompt_len: Int[Array, " N"],
-    own_k: Float[Array, "N G R K H"],
-    own_v: Float[Array, "N G R K H"],
+    own_k: Float[Array, "N G K H R"],
+    own_v: Float[Array, "N G K R H"],
     own_mask: Bool[Array, "*b S R"],
 ) -> Float[Array, "N G S Q H"]:
-    """Responses over their group's shared prompt keys and over their own keys, merged by log-sum-exp.
+    """Responses over their group's shared prompt keys and over their own keys (see `cached`), merged by log-sum-exp.
 
     The G rows of a group enter one matrix product with the prompt keys, which are stored and read once per group.
     Equal to attention over the concatenation [prompt | own] of every row. `own_mask` broadcasts to [N G S R].
     """
     n, g, s, heads, width = q.shape
-    kv = own_k.shape[-2]
+    kv = own_k.shape[2]
     per = heads // kv
-    own_k, own_v = jnp.swapaxes(own_k, -2, -3), jnp.swapaxes(own_v, -2, -3)  # [N G K R H]
-    prompt_k, prompt_v = jnp.swapaxes(prompt_k, -2, -3), jnp.swapaxes(prompt_v, -2, -3)  # [N K P H]
-    valid = jnp.arange(prompt_k.shape[2]) < prompt_len[:, None]  # [N P]
+    valid = jnp.arange(prompt_k.shape[-1]) < prompt_len[:, None]  # [N P]
     own_q = _heads_first(q, kv)  # [N G K S*q H]
     shared_q = jnp.swapaxes(own_q, 1, 2).reshape(n, kv, g * s * per, width)
     shared = _logits(shared_q, prompt_k, valid[:, None, None, None, :]).reshape(n, kv, g, s, per, -1)

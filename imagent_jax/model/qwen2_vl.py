@@ -106,8 +106,9 @@ def extend(
 def empty_cache(model: Model, rows: int, length: int) -> ResponseCache:
     """A response cache of zeros for `rows` rollouts of up to `length` tokens."""
     t = model.cfg.text
-    shape = (t.num_layers, rows, length, t.num_kv_heads, t.head_dim)
-    return ResponseCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+    shape = rows, t.num_kv_heads, t.head_dim, length
+    zeros = [jnp.zeros(s, model.dtype) for s in (shape, (*shape[:2], length, t.head_dim)) for _ in range(t.num_layers)]
+    return ResponseCache(tuple(zeros[: t.num_layers]), tuple(zeros[t.num_layers :]))
 
 
 def logits(hidden: Float[Array, "*b D"], head: Float[Array, "D V"]) -> Float[Array, "*b V"]:

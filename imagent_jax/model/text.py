@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention
+from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention, cached
 from imagent_jax.model.config import TextConfig
 from imagent_jax.model.params import Maker, weights
 from imagent_jax.model.rope import mrope, rotate
@@ -21,17 +21,17 @@ REMAT_POLICIES = {
 
 
 class PromptCache(NamedTuple):
-    """Keys and values of the prompts, written once per group."""
+    """Keys and values of the prompts, written once per group; layouts as in `attention.cached`."""
 
-    k: Float[Array, "layers N P K H"]
-    v: Float[Array, "layers N P K H"]
+    k: Float[Array, "layers N K H P"]
+    v: Float[Array, "layers N K P H"]
 
 
 class ResponseCache(NamedTuple):
-    """Keys and values of the responses, one row a rollout (row = group * G + rollout)."""
+    """Keys and values of the responses by layer, one row a rollout (row = group * G + rollout)."""
 
-    k: Float[Array, "layers B R K H"]
-    v: Float[Array, "layers B R K H"]
+    k: tuple[Float[Array, "B K H R"], ...]
+    v: tuple[Float[Array, "B K R H"], ...]
 
 
 def rms_norm(x, scale, eps: float):
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
 
         def layer(x, w):
             q, k, v = self._qkv(w, x, rope)
-            return self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend)), PromptCache(k, v)
+            return self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend)), PromptCache(*cached(k, v))
 
         x, cache = jax.lax.scan(layer, x, weights(self.layers, dtype))
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), cache
@@ -123,28 +123,23 @@ class Decoder(nnx.Module):
         next call before anything can see it.
         """
         rope, (b, s, _), dtype = self._rope(positions), x.shape, x.dtype
-        n, r = prompt_len.shape[0], cache.k.shape[2]
+        n, r = prompt_len.shape[0], cache.k[0].shape[-1]
         g = b // n
         index = start[:, None] + jnp.arange(s)  # [B S]
         mask = (jnp.arange(r) <= index[..., None]).reshape(n, g, s, r)
-        rows = jnp.arange(b)[:, None]
+        rows, stacked, keys, values = jnp.arange(b)[:, None], weights(self.layers, dtype), [], []
 
-        def layer(carry, inputs):
-            x, cache = carry
-            i, w, (prompt_k, prompt_v) = inputs
+        def split(t):
+            return t.reshape(n, g, *t.shape[1:])
+
+        for i in range(self.cfg.num_layers):  # unrolled: every layer's cache is an array of its own, updated in place
+            w = jax.tree.map(lambda a, i=i: a[i], stacked)
             q, k, v = self._qkv(w, x, rope)
-            cache = ResponseCache(
-                cache.k.at[i, rows, index].set(k, mode="drop"), cache.v.at[i, rows, index].set(v, mode="drop")
-            )
-
-            def split(t):
-                return t.reshape(n, g, *t.shape[1:])
-
-            out = attend_two_part(split(q), prompt_k, prompt_v, prompt_len, split(cache.k[i]), split(cache.v[i]), mask)
-            return (self._finish(w, x, out.reshape(b, s, *out.shape[3:])), cache), None
-
-        inputs = (jnp.arange(self.cfg.num_layers), weights(self.layers, dtype), prompt)
-        (x, cache), _ = jax.lax.scan(layer, (x, cache), inputs)
+            keys.append(cache.k[i].at[rows, :, :, index].set(k, mode="drop"))
+            values.append(cache.v[i].at[rows, :, index].set(v, mode="drop"))
+            out = attend_two_part(split(q), prompt.k[i], prompt.v[i], prompt_len, split(keys[i]), split(values[i]), mask)
+            x = self._finish(w, x, out.reshape(b, s, *out.shape[3:]))
+        cache = ResponseCache(tuple(keys), tuple(values))
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), cache
 
     def two_streams(
