@@ -42,13 +42,14 @@ def evaluate(
     engine: RolloutEngine, params, tasks: Sequence[Task], *, groups: int, seed: int, greedy: bool, temperature: float,
     progress=None,
 ) -> tuple[dict[str, float], list[Trajectory]]:  # fmt: skip
-    """One rollout of every task, in batches of `groups` (the last one filled up with repeats, which are not counted)."""
+    """One rollout of every task, `groups` at a time."""
     done: list[Trajectory] = []
-    for begin in range(0, len(tasks), groups):
-        batch = list(tasks[begin : begin + groups])
-        filled = [batch[i % len(batch)] for i in range(groups)]
-        out = engine.rollout(params, filled, group_size=1, seed=seed, temperature=temperature, greedy=greedy)
-        done += [group[0] for group in out.trajectories[: len(batch)]]
+    for begin in range(0, len(tasks), 4 * groups):  # bounds the room for encoded images
+        out = engine.rollout(
+            params, tasks[begin : begin + 4 * groups], group_size=1, seed=seed, temperature=temperature, greedy=greedy,
+            slots=groups, packs=4 * engine.cfg.images.packs,
+        )  # fmt: skip
+        done += [group[0] for group in out.trajectories]
         if progress:
             progress(len(done), len(tasks))
     return summarise(done), done

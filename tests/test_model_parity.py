@@ -15,6 +15,7 @@ from imagent_jax.model import checkpoint
 from imagent_jax.model.images import pack_images, prepare_image
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.qwen2_vl import embed, empty_cache, encode_images, extend, prefill, response_logprobs
+from imagent_jax.model.text import ResponseCache
 from imagent_jax.rl import sampler
 
 BLOCK, BLOCKS, WIDTH = 100, 12, 96  # patches a block, blocks a pack, padded prompt length
@@ -204,24 +205,25 @@ def started(model, params, prompts, images):
     features = jax.jit(encode_images, static_argnums=0)(model, params, *packed)
     count = sum(len(shown) for _, shown in prompts)
     p = batch(prompts, first[:count], 64)
-    state, cache = sampler.start(
-        model, ROWS, 192, params, p.ids, p.positions, p.vision, p.length, features, p.following
-    )
-    return state, cache, p, features, first[count:]
+    slots = np.arange(len(prompts))
+    state = sampler.admit(
+        model, params, sampler.empty(model, len(prompts), ROWS, 64, 192), slots, p.ids, p.positions, p.vision, p.length,
+        p.following, slots, 0, features,
+    )  # fmt: skip
+    return state, p, features, first[count:]
 
 
-def decode(model, params, state, cache, length, steps):
-    keys = jax.random.split(jax.random.key(0), ROWS * len(length))
-    return sampler.decode(model, True, params, state, cache, length, keys, NEVER, 1.0, steps)[0]
+def decode(model, params, state, steps, rows=None):
+    return sampler.decode(model, True, params, state, rows, NEVER, 1.0, steps)
 
 
 def test_greedy_generation_equals_the_reference_for_64_tokens(pair):
     reference, model, params = pair
     prompts, _ = generation()
     theirs = hf_oracle.greedy(reference, prompts, 64)
-    state, cache, p, _, _ = started(model, params, prompts, [image for _, shown in prompts for image in shown])
-    for steps in (1, 40, 23):
-        state = decode(model, params, state, cache, p.length, steps)
+    state, _, _, _ = started(model, params, prompts, [image for _, shown in prompts for image in shown])
+    for steps, rows in ((1, None), (40, np.asarray([4, 1, 6])), (40, np.asarray([0, 2, 3, 5])), (23, None)):
+        state = decode(model, params, state, steps, rows)  # all rows, or some of them apart from the others (6: none)
     assert np.asarray(state.length).tolist() == [64] * 6
     for b, ids in enumerate(np.asarray(state.ids)):
         assert ids[:64].tolist() == theirs[b // ROWS]
@@ -233,8 +235,8 @@ def test_greedy_generation_equals_the_reference_after_images_shown_midway(pair):
     prompts, shown = generation()
     later = [part for parts in shown if parts for part in parts if isinstance(part, Image.Image)]
     images = [image for _, shown_first in prompts for image in shown_first] + later
-    state, cache, p, features, first = started(model, params, prompts, images)
-    state = decode(model, params, state, cache, p.length, 20)
+    state, p, features, first = started(model, params, prompts, images)
+    state = decode(model, params, state, 20)
     middle = np.asarray(state.ids)[:, :20]
 
     shown_ids = [interleave(parts) if parts else [] for parts in shown]
@@ -245,10 +247,10 @@ def test_greedy_generation_equals_the_reference_after_images_shown_midway(pair):
         count = np.clip(o.length - begin, 0, chunk)
         part = slice(begin, begin + chunk)
         state = sampler.observe(
-            model, params, state, cache, p.length, o.ids[:, part], o.positions[:, :, part], o.vision[:, part], count,
+            model, params, state, np.arange(6), o.ids[:, part], o.positions[:, :, part], o.vision[:, part], count,
             (count > 0) & (begin + chunk >= o.length), features,
         )  # fmt: skip
-    state = decode(model, params, state, cache, p.length, 64)
+    state = decode(model, params, state, 64)
 
     beginnings = [
         (prompts[b // ROWS][0] + middle[b].tolist() + shown_ids[b], prompts[b // ROWS][1] + shown_images[b]) for b in range(6)
@@ -277,7 +279,7 @@ def test_garbage_in_unused_cache_and_padding_changes_nothing(pair):
         logits, cache = jax.jit(prefill, static_argnums=0)(
             model, params, ids, positions, p.vision, p.length, features
         )
-        empty = jax.tree.map(lambda x, poison=poison: jnp.full_like(x, float(poison)), empty_cache(model, 2, 32))
+        empty = jax.tree.map(lambda x, poison=poison: jnp.full_like(x, float(poison)), empty_cache(model, ResponseCache, 2, 32))
         start, count = np.zeros(2, np.int32), np.full(2, 4, np.int32)
         place = (np.arange(4) + p.following[:, None]).astype(np.int32)
         more, _ = jax.jit(extend, static_argnums=0)(

@@ -231,9 +231,8 @@ def _cudnn(q, k, v, mask, shared, implementation="cudnn"):
         axis=2,
     )
     seen = jnp.pad(seen, ((0, 0), (0, -s % _CUDNN), (0, 0)), constant_values=True)[:, None]
-    out = jax.nn.dot_product_attention(
-        pad_to(rows_as_heads(q), 1, _CUDNN), all_keys(shared.k, k), all_keys(shared.v, v), mask=seen, implementation=implementation
-    )
+    queries, keys, values = pad_to(rows_as_heads(q), 1, _CUDNN), all_keys(shared.k, k), all_keys(shared.v, v)
+    out = jax.nn.dot_product_attention(queries, keys, values, mask=seen, implementation=implementation)
     return jnp.moveaxis(out[:, :s].reshape(n, s, g, heads, width), 2, 1)
 
 

@@ -103,12 +103,11 @@ def extend(
     return logits(last, text.head(model.dtype)), cache
 
 
-def empty_cache(model: Model, rows: int, length: int) -> ResponseCache:
-    """A response cache of zeros for `rows` rollouts of up to `length` tokens."""
+def empty_cache(model: Model, kind: type, rows: int, length: int):
+    """A `PromptCache` or `ResponseCache` (`kind`) of zeros for `rows` sequences of up to `length` tokens."""
     t = model.cfg.text
-    shape = rows, t.num_kv_heads, t.head_dim, length
-    zeros = [jnp.zeros(s, model.dtype) for s in (shape, (*shape[:2], length, t.head_dim)) for _ in range(t.num_layers)]
-    return ResponseCache(tuple(zeros[: t.num_layers]), tuple(zeros[t.num_layers :]))
+    shapes = (rows, t.num_kv_heads, t.head_dim, length), (rows, t.num_kv_heads, length, t.head_dim)
+    return kind(*(tuple(jnp.zeros(shape, model.dtype) for _ in range(t.num_layers)) for shape in shapes))
 
 
 def logits(hidden: Float[Array, "*b D"], head: Float[Array, "D V"]) -> Float[Array, "*b V"]:

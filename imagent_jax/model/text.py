@@ -21,10 +21,10 @@ REMAT_POLICIES = {
 
 
 class PromptCache(NamedTuple):
-    """Keys and values of the prompts, written once per group; layouts as in `attention.cached`."""
+    """Keys and values of the prompts by layer, written once per group; layouts as in `attention.cached`."""
 
-    k: Float[Array, "layers N K H P"]
-    v: Float[Array, "layers N K P H"]
+    k: tuple[Float[Array, "N K H P"], ...]
+    v: tuple[Float[Array, "N K P H"], ...]
 
 
 class ResponseCache(NamedTuple):
@@ -103,10 +103,10 @@ class Decoder(nnx.Module):
 
         def layer(x, w):
             q, k, v = self._qkv(w, x, rope)
-            return self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend)), PromptCache(*cached(k, v))
+            return self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend)), cached(k, v)
 
-        x, cache = jax.lax.scan(layer, x, weights(self.layers, dtype))
-        return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), cache
+        x, (k, v) = jax.lax.scan(layer, x, weights(self.layers, dtype))
+        return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), PromptCache(tuple(k), tuple(v))
 
     def extend(
         self,

@@ -4,6 +4,7 @@ import io
 import re
 import time
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,8 @@ from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model
 from imagent_jax.rl import sampler
 from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory, Turn
-from imagent_jax.tools import CallStatus, ImageRegistry, ToolSet, ToolSettings
+from imagent_jax.tools import CallResult, CallStatus, ImageRegistry, ToolSet, ToolSettings
+from imagent_jax.tools.pool import CallPool
 
 TURN_END = "<|im_end|>\n"
 ASSISTANT = "<|im_start|>assistant\n"
@@ -129,89 +131,52 @@ class RolloutEngine:
         seed: int,
         temperature: float = 1.0,
         greedy: bool = False,
+        slots: int | None = None,
+        packs: int | None = None,
     ) -> RolloutBatch:
         """`group_size` rollouts of every task, until each has ended.
+
+        Args:
+            slots: groups in progress at a time (default: all tasks); a finished group's slot goes to the next task.
+            packs: see `FeatureStore` (default: `images.packs`).
 
         Raises:
             ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
         """
-        cfg, clock = self.cfg, _Clock()
-        n, g, p, r = len(tasks), group_size, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens
-        opened = [self.open_task(task) for task in tasks]
-        prompts = [prompt for prompt, _ in opened]
-        clock.lap("prepare")
-        store = FeatureStore(self.model, params, cfg.images.pack_blocks, cfg.images.packs)
-        first = iter(store.add([image for prompt in prompts for image in prompt.images]))
-        prompt_vision = [prompt.vision([next(first) for _ in prompt.images]) for prompt in prompts]
-        clock.lap("vision")
-        ids, positions, vision = pad_prompts(prompts, prompt_vision, p)
-        prompt_len = np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
-        next_position = np.asarray([prompt.next_position for prompt in prompts], np.int32)
-        state, prompt_cache = sampler.start(
-            self.model, g, r, params, ids, positions, vision, prompt_len, store.features, next_position
-        )
-        rows = [Row(task, i, registry.fork(), position=int(next_position[k]))
-                for k, (task, (_, registry)) in enumerate(zip(tasks, opened, strict=True)) for i in range(g)]  # fmt: skip
-        keys = row_keys(seed, rows)
-        clock.lap("prefill", state.logits)
-        while any(row.end is None for row in rows):
-            state, _ = sampler.decode(
-                self.model, greedy, params, state, prompt_cache, prompt_len, keys, self.stops, temperature,
-                min(cfg.rollout.decode_chunk, r),
-            )  # fmt: skip
-            sampled, length, live = jax.device_get((state.ids, state.length, state.live))
-            clock.lap("decode")
-            waiting = [b for b, row in enumerate(rows) if row.end is None and not live[b]]
-            observations = self._act(rows, waiting, sampled, length)
-            clock.lap("tools")
-            state = self._observe(params, state, prompt_cache, prompt_len, rows, observations, store)
-            clock.lap("observe", state.logits)
-        ids, logprobs = jax.device_get((state.ids, state.logprobs))
-        done = [self._finish(row, ids[b], logprobs[b]) for b, row in enumerate(rows)]
-        clock.lap("finish")
-        trajectories = [done[k * g : (k + 1) * g] for k in range(n)]
-        count = sum(turn.stop - turn.start for t in done for turn in t.turns)
+        store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs)
+        run = _Run(self, params, store, list(tasks), group_size, slots or len(tasks), (seed, temperature, greedy))
+        run.to_the_end()
+        done = run.done
+        count = sum(turn.stop - turn.start for group in done for t in group.trajectories for turn in t.turns)
         return RolloutBatch(
-            list(tasks), prompts, prompt_vision, trajectories, store, clock.times, count, self.processor.image_token_id
-        )
+            list(tasks), [group.prompt for group in done], [group.vision for group in done],
+            [group.trajectories for group in done], store, run.clock.times, count, self.processor.image_token_id,
+        )  # fmt: skip
 
-    def _act(self, rows: list[Row], waiting: list[int], sampled, length) -> dict[int, Encoded]:
-        """Ends each stopped row's turn, runs its call if it made one; the observations by row."""
-        callers, requests = [], []
-        for b in waiting:
-            row = rows[b]
-            ids = sampled[b, row.seen : length[b]]
-            text = self.processor.decode(ids)
-            turn = Turn(row.seen, int(length[b]), text, None)
-            row.turns.append(turn)
-            row.seen = turn.stop
-            row.positions.append(np.tile(row.position + np.arange(len(ids), dtype=np.int32), (3, 1)))
-            row.position += len(ids)
-            row.vision.append(np.full(len(ids), -1, np.int32))
-            row.kinds.append(token_kinds(ids, text, self.processor))
-            if "<tool_call>" in text:
-                full = length[b] >= self.cfg.rollout.response_tokens and not text.endswith("</tool_call>")
-                if full:
-                    row.end = EndReason.TRUNCATED
-                elif sum(turn.call is not None for turn in row.turns) >= self.cfg.tools.max_turns:
-                    row.end = EndReason.OVER_TURNS
-                else:
-                    callers.append(b)
-                    requests.append((text, row.registry))
-            elif extract_answer(text) is not None:
-                row.end = EndReason.ANSWERED
-            elif length[b] >= self.cfg.rollout.response_tokens:
+    def end_turn(self, row: Row, ids: np.ndarray) -> str | None:
+        """Books the sampled tokens of a turn. The call that it makes, as text; None where the trajectory ended with it."""
+        text, length = self.processor.decode(ids), row.seen + len(ids)
+        row.turns.append(Turn(row.seen, length, text, None))
+        row.seen = length
+        row.positions.append(np.tile(row.position + np.arange(len(ids), dtype=np.int32), (3, 1)))
+        row.position += len(ids)
+        row.vision.append(np.full(len(ids), -1, np.int32))
+        row.kinds.append(token_kinds(ids, text, self.processor))
+        full = length >= self.cfg.rollout.response_tokens
+        if "<tool_call>" in text:
+            if full and not text.endswith("</tool_call>"):
                 row.end = EndReason.TRUNCATED
+            elif sum(turn.call is not None for turn in row.turns) >= self.cfg.tools.max_turns:
+                row.end = EndReason.OVER_TURNS
             else:
-                row.end = EndReason.VOID
-        results = self.tools.execute_many(requests, self.settings, self.cfg.tools.workers, self.cfg.tools.timeout_s)
-        observations = {}
-        for b, result in zip(callers, results, strict=True):
-            if (encoded := self._respond(rows[b], result)) is not None:
-                observations[b] = encoded
-        return observations
+                return text
+        elif extract_answer(text) is not None:
+            row.end = EndReason.ANSWERED
+        else:
+            row.end = EndReason.TRUNCATED if full else EndReason.VOID
+        return None
 
-    def _respond(self, row: Row, result) -> Encoded | None:
+    def respond(self, row: Row, result) -> Encoded | None:
         """Books a finished call; its observation, or None where the trajectory ends with it."""
         row.turns[-1].call = result
         if result.status == CallStatus.FAULT:
@@ -243,50 +208,176 @@ class RolloutEngine:
             return None
         return encoded
 
-    def _observe(self, params, state, prompt_cache, prompt_len, rows, observations: dict[int, Encoded], store):
-        """Appends all observations in chunks of `rollout.observation_tokens`."""
+
+@dataclass
+class _Group:
+    """A task in its slot, and what came of it."""
+
+    index: int
+    prompt: Encoded
+    vision: np.ndarray
+    rows: list[Row]
+    trajectories: list[Trajectory] = field(default_factory=list)
+
+
+class _Run:
+    """One call of `RolloutEngine.rollout`: the schedule.
+
+    Slots are filled, live rows decode a chunk of tokens, calls run on the pool meanwhile, observations are appended, and
+    a finished group makes room. Work on few rows (observations, stragglers) is done on a quarter of the batch. What is
+    done when depends on sampled tokens only, never on how long a tool took, so that a run repeats to the bit.
+    """
+
+    def __init__(self, engine: RolloutEngine, params, store, tasks: list[Task], group_size: int, slots: int, sampling):
+        self.engine, self.params, self.store, self.tasks, self.g = engine, params, store, tasks, group_size
+        self.cfg, self.model = engine.cfg, engine.model
+        self.seed, self.temperature, self.greedy = sampling
+        self.slots, self.rows = slots, slots * group_size
+        self.few = -(-self.rows // 4)
+        self.admitted = max(d for d in range(1, -(-slots // 4) + 1) if slots % d == 0)
+        self.state = sampler.empty(
+            self.model, slots, group_size, self.cfg.rollout.prompt_tokens, self.cfg.rollout.response_tokens
+        )
+        self.live = np.zeros(self.rows, bool)
+        self.queue, self.groups, self.free = deque(range(len(tasks))), {}, list(range(slots))
+        self.pool = CallPool(engine.tools, engine.settings, self.cfg.tools.workers, self.cfg.tools.timeout_s)
+        self.calling: deque[int] = deque()  # rows whose calls run, oldest first
+        self.results: dict[int, CallResult] = {}
+        self.done: list[_Group] = [None] * len(tasks)
+        self.clock = _Clock()
+
+    def to_the_end(self) -> None:
+        while self.queue or self.groups:
+            while self.queue and (len(self.free) >= self.admitted or not self.groups):
+                self._admit()
+            while self.calling and (len(self.calling) >= self.few or not self.live.any()):
+                self._observe([self.calling.popleft() for _ in range(min(self.few, len(self.calling)))])
+            if self.live.any():
+                self._decode()
+            self._collect()
+
+    def row(self, b: int) -> Row:
+        return self.groups[b // self.g].rows[b % self.g]
+
+    def _padded(self, rows: Sequence[int], size: int, none: int) -> np.ndarray:
+        return np.asarray([*rows, *[none] * (size - len(rows))], np.int32)
+
+    def _admit(self) -> None:
+        """The next tasks into free slots."""
+        engine, slots = self.engine, self.free[: self.admitted]
+        indices = [self.queue.popleft() for _ in range(min(len(slots), len(self.queue)))]
+        slots = slots[: len(indices)]
+        self.free = [slot for slot in self.free if slot not in slots]
+        opened = [engine.open_task(self.tasks[i]) for i in indices]
+        self.clock.lap("prepare")
+        prompts = [prompt for prompt, _ in opened]
+        first = iter(self.store.add([image for prompt in prompts for image in prompt.images]))
+        vision = [prompt.vision([next(first) for _ in prompt.images]) for prompt in prompts]
+        for slot, index, (prompt, registry), shown in zip(slots, indices, opened, vision, strict=True):
+            rows = [Row(self.tasks[index], i, registry.fork(), position=prompt.next_position) for i in range(self.g)]
+            self.groups[slot] = _Group(index, prompt, shown, rows)
+            self.live[slot * self.g : (slot + 1) * self.g] = True
+        self.clock.lap("vision", self.store.features)
+        more = self.admitted - len(prompts)  # filled up with repeats that go nowhere
+        ids, positions, shown = pad_prompts(
+            prompts + prompts[:1] * more, vision + vision[:1] * more, self.cfg.rollout.prompt_tokens
+        )
+
+        def column(values):
+            return self._padded(values, self.admitted, 1)
+
+        self.state = sampler.admit(
+            self.model, self.params, self.state, self._padded(slots, self.admitted, self.slots), ids, positions, shown,
+            column([len(prompt.ids) for prompt in prompts]), column([prompt.next_position for prompt in prompts]),
+            column([zlib.crc32(self.tasks[i].uid.encode()) >> 1 for i in indices]),
+            np.uint32(self.seed % 2**32), self.store.features,
+        )  # fmt: skip
+        self.clock.lap("prefill", self.state.logits)
+
+    def _decode(self) -> None:
+        """A chunk of tokens for all live rows; turns that ended are booked and their calls begun."""
+        cfg, rows = self.cfg.rollout, np.flatnonzero(self.live)
+        few = self._padded(rows, self.few, self.rows) if len(rows) <= self.few < self.rows else None
+        self.state = sampler.decode(
+            self.model, self.greedy, self.params, self.state, few, self.engine.stops, self.temperature, cfg.decode_chunk
+        )
+        ids, length, live = jax.device_get((self.state.ids, self.state.length, self.state.live))
+        self.clock.lap("decode")
+        for b in rows[~live[rows]]:
+            row = self.row(b)
+            text = self.engine.end_turn(row, ids[b, row.seen : length[b]])
+            if text is not None:
+                self.pool.submit(int(b), text, row.registry)
+                self.calling.append(int(b))
+        self.live = live.copy()
+        self.clock.lap("host")
+
+    def _observe(self, rows: list[int]) -> None:
+        """Waits for the calls of these rows and appends what they show, in chunks of `rollout.observation_tokens`."""
+        while any(b not in self.results for b in rows):
+            self.results.update(self.pool.poll(1.0))
+        self.clock.lap("tools")
+        responses = {b: self.engine.respond(self.row(b), self.results.pop(b)) for b in rows}
+        observations = {b: encoded for b, encoded in responses.items() if encoded is not None}
         if not observations:
-            return state
-        first = iter(store.add([image for encoded in observations.values() for image in encoded.images]))
-        s, b = self.cfg.rollout.observation_tokens, len(rows)
-        longest = max(len(encoded.ids) for encoded in observations.values())
-        for row, encoded in ((rows[i], e) for i, e in observations.items()):
+            return
+        first = iter(self.store.add([image for encoded in observations.values() for image in encoded.images]))
+        self.clock.lap("vision", self.store.features)
+        s, f = self.cfg.rollout.observation_tokens, self.few
+        for b, encoded in observations.items():
+            row = self.row(b)
             row.vision.append(encoded.vision([next(first) for _ in encoded.images]))
             row.kinds.append(np.full(len(encoded.ids), TokenKind.OBSERVATION, np.uint8))
             row.positions.append(encoded.positions)
             row.seen, row.position = row.seen + len(encoded.ids), encoded.next_position
-        for begin in range(0, longest, s):
-            ids, positions = np.zeros((b, s), np.int32), np.zeros((3, b, s), np.int32)
-            vision, count, resume = np.full((b, s), -1, np.int32), np.zeros(b, np.int32), np.zeros(b, bool)
-            for i, encoded in observations.items():
+            self.live[b] = True
+        index = self._padded(list(observations), f, self.rows)
+        for begin in range(0, max(len(encoded.ids) for encoded in observations.values()), s):
+            ids, positions = np.zeros((f, s), np.int32), np.zeros((3, f, s), np.int32)
+            vision, count, resume = np.full((f, s), -1, np.int32), np.zeros(f, np.int32), np.zeros(f, bool)
+            for i, (b, encoded) in enumerate(observations.items()):
                 c = count[i] = min(max(len(encoded.ids) - begin, 0), s)
                 ids[i, :c] = encoded.ids[begin : begin + c]
                 positions[:, i, :c] = encoded.positions[:, begin : begin + c]
-                vision[i, :c] = rows[i].vision[-1][begin : begin + c]
+                vision[i, :c] = self.row(b).vision[-1][begin : begin + c]
                 resume[i] = begin + s >= len(encoded.ids)
-            state = sampler.observe(
-                self.model, params, state, prompt_cache, prompt_len, ids, positions, vision, count, resume,
-                store.features,
-            )  # fmt: skip
-        return state
+            self.state = sampler.observe(
+                self.model, self.params, self.state, index, ids, positions, vision, count, resume, self.store.features
+            )
+        self.clock.lap("observe", self.state.logits)
 
-    def _finish(self, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> Trajectory:
-        kinds = np.concatenate(row.kinds)
-        shown = kinds == TokenKind.OBSERVATION
-        return Trajectory(
-            task=row.task,
-            rollout=row.rollout,
-            ids=ids[: row.seen].copy(),
-            logprobs=np.where(shown, 0.0, logprobs[: row.seen]).astype(np.float32),
-            kind=kinds,
-            positions=np.concatenate(row.positions, axis=1),
-            vision=np.concatenate(row.vision),
-            turns=row.turns,
-            end=row.end,
-            answer=extract_answer(row.turns[-1].text) if row.end == EndReason.ANSWERED else None,
-            registry=row.registry,
-            error=row.error,
-        )
+    def _collect(self) -> None:
+        """Takes finished groups out of their slots."""
+        ended = [slot for slot, group in self.groups.items() if all(row.end is not None for row in group.rows)]
+        if not ended:
+            return
+        ids, logprobs = jax.device_get((self.state.ids, self.state.logprobs))
+        for slot in ended:
+            group = self.groups.pop(slot)
+            group.trajectories = [
+                _trajectory(row, ids[b], logprobs[b]) for b, row in enumerate(group.rows, slot * self.g)
+            ]
+            self.done[group.index] = group
+        self.free = sorted(self.free + ended)
+        self.clock.lap("host")
+
+
+def _trajectory(row: Row, ids: np.ndarray, logprobs: np.ndarray) -> Trajectory:
+    kinds = np.concatenate(row.kinds)
+    return Trajectory(
+        task=row.task,
+        rollout=row.rollout,
+        ids=ids[: row.seen].copy(),
+        logprobs=np.where(kinds == TokenKind.OBSERVATION, 0.0, logprobs[: row.seen]).astype(np.float32),
+        kind=kinds,
+        positions=np.concatenate(row.positions, axis=1),
+        vision=np.concatenate(row.vision),
+        turns=row.turns,
+        end=row.end,
+        answer=extract_answer(row.turns[-1].text) if row.end == EndReason.ANSWERED else None,
+        registry=row.registry,
+        error=row.error,
+    )
 
 
 class _Clock:
@@ -311,18 +402,6 @@ def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:
         high_pixels=t.high_pixels, confirm_min_pixels=t.confirm_min_pixels, confirm_max_pixels=t.confirm_max_pixels,
         min_box=t.min_box, max_images=t.max_images,
     )  # fmt: skip
-
-
-def row_keys(seed: int, rows: Sequence[Row]) -> jax.Array:
-    """One random key a row, a function of (seed, task uid, rollout)."""
-    uids = np.asarray([zlib.crc32(row.task.uid.encode()) for row in rows], np.uint32)
-    rollouts = np.asarray([row.rollout for row in rows], np.uint32)
-    return _fold(jax.random.key(seed), uids, rollouts)
-
-
-@jax.jit
-def _fold(key, uids, rollouts):
-    return jax.vmap(lambda u, i: jax.random.fold_in(jax.random.fold_in(key, u), i))(uids, rollouts)
 
 
 def token_kinds(ids: np.ndarray, text: str, processor: Processor) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""The jitted side of rollouts: prefill of prompts, the decode loop, and observations appended to the kept cache."""
+"""The jitted side of rollouts: slots of groups, prefill of prompts, the decode loop, and observations appended to the kept
+cache. Every function takes the whole state and gives it back, updated in place."""
 
 from functools import partial
 from typing import NamedTuple
@@ -6,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from imagent_jax.model.qwen2_vl import Model, empty_cache, extend, prefill
 from imagent_jax.model.text import PromptCache, ResponseCache
@@ -15,10 +16,11 @@ STOP_WIDTH = 8
 
 
 class SamplerState(NamedTuple):
-    """All that changes while a batch of rollouts is decoded. Row b belongs to group b // G.
+    """All that changes while rollouts are decoded: S slots, each a group of G rows; row b belongs to slot b // G.
 
     `ids` and `logprobs` are append-only and hold sampled and shown tokens alike; `length` is the number of tokens of
-    a row, all of them in `cache`; `logits` are those of its next token; `position` is the next M-RoPE position.
+    a row, all of them in `cache`; `logits` are those of its next token; `position` is the next M-RoPE position; `key` is
+    the row's own random key.
     """
 
     ids: Int[Array, "B R"]
@@ -27,45 +29,101 @@ class SamplerState(NamedTuple):
     position: Int[Array, " B"]
     live: Bool[Array, " B"]
     logits: Float[Array, "B V"]
+    key: UInt32[Array, "B words"]
     cache: ResponseCache
+    prompt: PromptCache
+    prompt_len: Int[Array, " S"]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def start(
-    model: Model, group_size: int, response_tokens: int, params: nnx.State, ids, positions, vision, prompt_len, features,
-    next_position,
-) -> tuple[SamplerState, PromptCache]:  # fmt: skip
-    """Prefills N prompts once each and opens N * G empty responses, all live.
-
-    Shapes: ids, vision [N P]; positions [3 N P]; prompt_len, next_position [N]; features [F D].
-    """
-    logits, prompt = prefill(model, params, ids, positions, vision, prompt_len, features)
-    rows = ids.shape[0] * group_size
-    state = SamplerState(
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, response_tokens: int) -> SamplerState:
+    """A state without rollouts."""
+    rows = slots * group_size
+    return SamplerState(
         ids=jnp.zeros((rows, response_tokens), jnp.int32),
         logprobs=jnp.zeros((rows, response_tokens), jnp.float32),
         length=jnp.zeros(rows, jnp.int32),
-        position=jnp.repeat(next_position, group_size),
-        live=jnp.ones(rows, bool),
-        logits=jnp.repeat(logits, group_size, axis=0),
-        cache=empty_cache(model, rows, response_tokens),
+        position=jnp.zeros(rows, jnp.int32),
+        live=jnp.zeros(rows, bool),
+        logits=jnp.zeros((rows, model.cfg.text.vocab_size), jnp.float32),
+        key=jax.random.key_data(jax.random.split(jax.random.key(0), rows)),
+        cache=empty_cache(model, ResponseCache, rows, response_tokens),
+        prompt=empty_cache(model, PromptCache, slots, prompt_tokens),
+        prompt_len=jnp.ones(slots, jnp.int32),
     )
-    return state, prompt
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def admit(
+    model: Model, params: nnx.State, state: SamplerState, slots, ids, positions, vision, prompt_len, next_position, uids,
+    seed, features,
+) -> SamplerState:  # fmt: skip
+    """Prefills A prompts, once each, into `slots` ([A]; S: none) and opens their G empty responses, all live.
+
+    A row's key is a function of (seed, uid of its task, number of the rollout in its group).
+    Shapes: ids, vision [A P]; positions [3 A P]; prompt_len, next_position, uids [A]; features [F D].
+    """
+    with jax.named_scope("admit"):
+        logits, prompt = prefill(model, params, ids, positions, vision, prompt_len, features)
+        g = state.ids.shape[0] // state.prompt_len.shape[0]
+        rows = (slots[:, None] * g + jnp.arange(g)).reshape(-1)
+
+        def fold(uid, rollout):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), uid), rollout)
+
+        keys = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(uids, jnp.arange(g))
+        return state._replace(
+            length=_put(state.length, rows, 0),
+            position=_put(state.position, rows, jnp.repeat(next_position, g)),
+            live=_put(state.live, rows, True),
+            logits=_put(state.logits, rows, jnp.repeat(logits, g, axis=0)),
+            key=_put(state.key, rows, jax.random.key_data(keys.reshape(-1))),
+            prompt=jax.tree.map(lambda kept, new: _put(kept, slots, new), state.prompt, prompt),
+            prompt_len=_put(state.prompt_len, slots, prompt_len),
+        )
+
+
+def _put(kept: Array, index: Array, new) -> Array:
+    return kept.at[index].set(new, mode="drop")
+
+
+def take_rows(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:
+    """A smaller state of these rows (B: none, a dead row), each a group of its own with a copy of its prompt's cache."""
+    b, s = state.ids.shape[0], state.prompt_len.shape[0]
+    inside = jnp.minimum(rows, b - 1)
+    part = jax.tree.map(lambda x: x[inside], state._replace(prompt=(), prompt_len=()))
+    prompt, prompt_len = jax.tree.map(lambda x: x[inside // (b // s)], (state.prompt, state.prompt_len))
+    return part._replace(live=part.live & (rows < b), prompt=prompt, prompt_len=prompt_len)
+
+
+def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) -> SamplerState:
+    """The inverse: the rows of `part` back in their places."""
+    kept, new = (x._replace(prompt=(), prompt_len=()) for x in (state, part))
+    whole = jax.tree.map(lambda x, y: _put(x, rows, y), kept, new)
+    return whole._replace(prompt=state.prompt, prompt_len=state.prompt_len)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
-    model: Model, greedy: bool, params: nnx.State, state: SamplerState, prompt: PromptCache, prompt_len, keys, stops,
-    temperature, max_steps,
-) -> tuple[SamplerState, Int[Array, ""]]:  # fmt: skip
-    """Samples up to `max_steps` tokens for every live row, each from softmax(logits / temperature).
+    model: Model, greedy: bool, params: nnx.State, state: SamplerState, rows, stops, temperature, max_steps
+) -> SamplerState:
+    """Samples up to `max_steps` tokens for every live row, or for those among `rows` ([F]), from softmax(logits / T).
 
     A row stops, inside the loop, when its last tokens equal one of `stops` ([n STOP_WIDTH], left-padded with -1) or
     its buffer is full. The random number of a token belongs to (row key, index of the token), so it depends on
-    neither the batch nor the chunking. Returns the state and the steps taken.
+    neither the batch nor the chunking.
     """
+    with jax.named_scope("decode"):
+        if rows is None:
+            return _decode(model, greedy, params, state, stops, temperature, max_steps)
+        part = _decode(model, greedy, params, take_rows(state, rows), stops, temperature, max_steps)
+        return put_rows(state, rows, part)
+
+
+def _decode(model, greedy, params, state, stops, temperature, max_steps):
     b, r = state.ids.shape
-    rows = jnp.arange(b)
+    rows, prompt, prompt_len = jnp.arange(b), state.prompt, state.prompt_len
+    keys = jax.random.wrap_key_data(state.key)
 
     def step(carry):
         count, s = carry
@@ -79,7 +137,6 @@ def decode(
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1)[:, 0]
         at = jnp.where(s.live, s.length, r)  # r: out of the buffer, dropped
         ids = s.ids.at[rows, at].set(token, mode="drop")
-        logprobs = s.logprobs.at[rows, at].set(logprob, mode="drop")
         positions = jnp.broadcast_to(s.position[:, None], (3, b, 1))
         new_logits, cache = extend(
             model, params, token[:, None], positions, None, jnp.ones(b, jnp.int32), at, prompt, prompt_len, s.cache
@@ -88,43 +145,48 @@ def decode(
         window = length[:, None] - STOP_WIDTH + jnp.arange(STOP_WIDTH)
         tail = jnp.where(window >= 0, jnp.take_along_axis(ids, jnp.clip(window, 0, r - 1), axis=1), -2)
         stopped = jnp.any(jnp.all((stops == -1) | (tail[:, None] == stops), axis=-1), axis=-1)
-        state = SamplerState(
-            ids, logprobs, length, s.position + s.live, s.live & ~stopped & (length < r), new_logits, cache
+        new = s._replace(
+            ids=ids,
+            logprobs=s.logprobs.at[rows, at].set(logprob, mode="drop"),
+            length=length,
+            position=s.position + s.live,
+            live=s.live & ~stopped & (length < r),
+            logits=jnp.where(s.live[:, None], new_logits, s.logits),
+            cache=cache,
         )
-        return count + 1, state
+        return count + 1, new
 
-    with jax.named_scope("decode"):
-        steps, state = jax.lax.while_loop(
-            lambda c: (c[0] < max_steps) & jnp.any(c[1].live), step, (jnp.zeros((), jnp.int32), state)
-        )
-    return state, steps
+    bare = state._replace(key=(), prompt=(), prompt_len=())  # what the loop does not change stays outside of it
+    going = lambda carry: (carry[0] < max_steps) & jnp.any(carry[1].live)  # noqa: E731
+    _, done = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), bare))
+    return done._replace(key=state.key, prompt=prompt, prompt_len=prompt_len)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def observe(
-    model: Model, params: nnx.State, state: SamplerState, prompt: PromptCache, prompt_len, ids, positions, vision,
-    count, resume, features,
-) -> SamplerState:  # fmt: skip
-    """Appends an observation chunk to rows with `count[b]` > 0; rows with `resume[b]` sample again afterwards.
+    model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, resume, features
+) -> SamplerState:
+    """Appends `count[f]` tokens to row `rows[f]` (B: none); a row with `resume` samples again afterwards.
 
-    Shapes: ids, vision [B S]; positions [3 B S]; count, resume [B]; features [F D]. Other rows stay as they are.
+    Shapes: rows, count, resume [F]; ids, vision [F S]; positions [3 F S]; features [M D].
     """
     with jax.named_scope("observe"):
-        b, s = ids.shape
-        r = state.ids.shape[1]
+        part = take_rows(state, rows)
+        f, s = ids.shape
+        r = part.ids.shape[1]
         chosen = count > 0
-        begin = jnp.where(chosen, state.length, r)
+        begin = jnp.where(chosen, part.length, r)
         logits, cache = extend(
-            model, params, ids, positions, vision, count, begin, prompt, prompt_len, state.cache, features
+            model, params, ids, positions, vision, count, begin, part.prompt, part.prompt_len, part.cache, features
         )
         index = jnp.where(jnp.arange(s) < count[:, None], begin[:, None] + jnp.arange(s), r)
         last = jnp.take_along_axis(positions.max(0), jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-        return SamplerState(
-            ids=state.ids.at[jnp.arange(b)[:, None], index].set(ids, mode="drop"),
-            logprobs=state.logprobs,
-            length=state.length + count,
-            position=jnp.where(chosen, last + 1, state.position),
-            live=jnp.where(chosen, resume, state.live),
-            logits=jnp.where(chosen[:, None], logits, state.logits),
+        part = part._replace(
+            ids=part.ids.at[jnp.arange(f)[:, None], index].set(ids, mode="drop"),
+            length=part.length + count,
+            position=jnp.where(chosen, last + 1, part.position),
+            live=jnp.where(chosen, resume, part.live),
+            logits=jnp.where(chosen[:, None], logits, part.logits),
             cache=cache,
         )
+        return put_rows(state, rows, part)
