@@ -49,6 +49,11 @@ class Shared(NamedTuple):
     length: Int[Array, " N"]
 
 
+def choose_dtype(setting: str) -> str:
+    """The compute dtype for `model.dtype` on the attached devices: where 'auto', bfloat16 on accelerators, float32 on CPU."""
+    return ("float32" if jax.default_backend() == "cpu" else "bfloat16") if setting == "auto" else setting
+
+
 def choose_attention(setting: str, dtype: str) -> str:
     """The backend for `model.attention` on the attached devices.
 
@@ -227,8 +232,9 @@ def _cudnn(q, k, v, mask, shared, implementation="cudnn"):
     )
     seen = jnp.pad(seen, ((0, 0), (0, -s % _CUDNN), (0, 0)), constant_values=True)[:, None]
     out = jax.nn.dot_product_attention(
-        pad_to(rows_as_heads(q), 1, _CUDNN), all_keys(shared.k, k), all_keys(shared.v, v), mask=seen, implementation=implementation
-    )
+        pad_to(rows_as_heads(q), 1, _CUDNN), all_keys(shared.k, k), all_keys(shared.v, v), mask=seen,
+        implementation=implementation,
+    )  # fmt: skip
     return jnp.moveaxis(out[:, :s].reshape(n, s, g, heads, width), 2, 1)
 
 
