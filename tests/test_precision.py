@@ -1,4 +1,4 @@
-"""What bfloat16 compute over float32 weights costs: the deviation of log-probabilities that docs/architecture.md states."""
+"""What bfloat16 compute over float32 weights costs in log-probability, on rollouts of the shipped base."""
 
 import jax
 import jax.numpy as jnp
