@@ -41,8 +41,15 @@ class ModelConfig:
     """The policy's checkpoint and how it computes."""
 
     path: str = field(default="tiny", metadata={"help": "'tiny' (the embedded base), a folder, or a hub id"})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "compute dtype"})
-    param_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "storage dtype of parameters"})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "compute dtype (auto: bfloat16 on GPU and TPU, float32 on CPU)"}
+    )
+    param_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "storage dtype of parameters, gradients and second moment"}
+    )
+    attention: Literal["auto", "xla", "cudnn", "splash"] = field(
+        default="auto", metadata={"help": "attention kernel (auto: splash on TPU, cudnn on GPU in bfloat16, else xla)"}
+    )
     remat: Literal["none", "dots", "full"] = field(default="none", metadata={"help": "what the backward pass recomputes"})
     freeze_vision: bool = field(default=True, metadata={"help": "keep the vision tower as it is"})
     logprob_chunk: int = field(default=4096, metadata={"help": "tokens whose logits exist at one time"})
@@ -171,6 +178,7 @@ class OptimConfig:
     clip_norm: float = field(default=1.0, metadata={"help": "global norm of the gradient"})
     b1: float = field(default=0.9, metadata={"help": "first-moment decay"})
     b2: float = field(default=0.98, metadata={"help": "second-moment decay"})
+    moment_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "storage of the first moment"})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.evaluate import comparison, evaluate, summarise
 from imagent_jax.model import checkpoint
+from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
@@ -43,9 +44,11 @@ class Parts:
         reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
         self.folder = folder
+        dtype = choose_dtype(cfg.model.dtype)
         self.model, self.params = checkpoint.load(
-            folder, param_dtype=cfg.model.param_dtype, dtype=cfg.model.dtype, remat=cfg.model.remat,
+            folder, param_dtype=cfg.model.param_dtype, dtype=dtype, remat=cfg.model.remat,
             vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
+            attention=choose_attention(cfg.model.attention, dtype),
         )  # fmt: skip
         self.processor = Processor.from_pretrained(folder)
         self.tools = tools_by_name(cfg.tools.names)

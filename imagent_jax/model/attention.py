@@ -49,6 +49,11 @@ class Shared(NamedTuple):
     length: Int[Array, " N"]
 
 
+def choose_dtype(setting: str) -> str:
+    """The compute dtype for `model.dtype` on the attached devices: where 'auto', bfloat16 on accelerators, float32 on CPU."""
+    return ("float32" if jax.default_backend() == "cpu" else "bfloat16") if setting == "auto" else setting
+
+
 def choose_attention(setting: str, dtype: str) -> str:
     """The backend for `model.attention` on the attached devices.
 

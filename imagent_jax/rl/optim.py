@@ -38,5 +38,5 @@ def make_optimizer(cfg: OptimConfig, total_updates: int) -> optax.GradientTransf
     rate = optax.join_schedules([optax.linear_schedule(0.0, cfg.learning_rate, max(warmup, 1)), after], [warmup])
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=matrices),
+        optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, mu_dtype=cfg.moment_dtype, weight_decay=cfg.weight_decay, mask=matrices),
     )
