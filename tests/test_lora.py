@@ -1,6 +1,8 @@
 """LoRA: what adapters change and what they leave alone, PEFT's files in both directions, training, export, settings."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import hf_oracle
 import jax
@@ -14,8 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from test_model_parity import BLOCK, all_logits, pack, samples_of
 from test_model_parity import batch as padded
-from test_train import metrics, run
+from test_train import run
 
+from imagent_jax import train as job
 from imagent_jax.config import Config
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.features import FeatureStore
@@ -200,6 +203,7 @@ def adapted(parts):
 def step(batch, store, cfg, model, params):
     """One optimizer update from copies of the parameters: parameters, optimizer state, metrics."""
     learner = Learner(model, cfg, make_optimizer(cfg.optim, 4), Tables(*mask_tables(cfg.mask)[:2]))
+    learner.warm = True  # one width is enough here
     params = jax.tree.map(jnp.copy, params)
     return learner.update(params, learner.init(params), batch, store)
 
@@ -279,27 +283,31 @@ def test_the_kl_reference_outlives_the_updates(parts, rollout, batch):
         assert (seen["kl/reference"] > 1e-9) == (i > 0)
 
 
-def test_a_run_with_adapters_resumes_and_leaves_them_with_a_merged_model(tmp_path):
-    flags = ("--run.name=adapted", "--lora.rank", "4", "--lora.merger=true", "--run.checkpoint_every=1", "--eval.every=0")
-    assert run(tmp_path, *flags, "--run.steps=1") == 0
-    assert run(tmp_path, *flags, "--run.steps=2", "--run.resume=true") == 0
-    path = tmp_path / "adapted"
-    assert [r["step"] for r in metrics(tmp_path, "adapted") if "reward/total" in r] == [1, 2]
-    size = sum(file.stat().st_size for file in (path / "checkpoints" / "2").rglob("*") if file.is_file())
-    assert size < (path / "model/model.safetensors").stat().st_size / 4
+def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merged_model(tmp_path, monkeypatch):
+    flags = ("--lora.rank", "4", "--lora.merger=true", "--run.steps=2", "--run.checkpoint_every=1", "--eval.every=0")
+    assert run(tmp_path, *flags, "--run.name=whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt, save = SimpleNamespace(asked=False), job.RunFolder.save
+
+        def stop(self, *rest):
+            save(self, *rest)
+            interrupt.asked = True
+
+        patch.setattr(job, "Interrupt", lambda: contextlib.nullcontext(interrupt))
+        patch.setattr(job.RunFolder, "save", stop)
+        assert run(tmp_path, *flags, "--run.name=cut") == 0
+    assert not (tmp_path / "cut/adapter").exists()
+    assert run(tmp_path, *flags, "--run.name=cut", "--run.resume=true") == 0
+    a, b = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+    path = tmp_path / "cut"
+    kept = sum(file.stat().st_size for file in (path / "checkpoints/2").rglob("*") if file.is_file())
+    assert kept < (path / "model/model.safetensors").stat().st_size / 4
     base, exported = checkpoint.load(base_folder()), checkpoint.load(path / "model")[1]
     merged = lora.merge(*lora.load(path / "adapter", *base))[1]
     assert all(np.allclose(a, b, atol=1e-7) for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(exported), strict=True))
     assert not np.array_equal(flat(base[1])["text.layers.q"], flat(merged)["text.layers.q"])
-
-
-def test_an_uninterrupted_run_ends_in_the_same_bits_as_a_resumed_one(tmp_path):
-    flags = ("--lora.rank=4", "--run.checkpoint_every=1", "--eval.every=0", "--optim.schedule=constant")
-    assert run(tmp_path, *flags, "--run.name=whole", "--run.steps=2") == 0
-    assert run(tmp_path, *flags, "--run.name=cut", "--run.steps=1") == 0
-    assert run(tmp_path, *flags, "--run.name=cut", "--run.steps=2", "--run.resume=true") == 0
-    a, b = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "cut"))
-    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
