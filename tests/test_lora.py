@@ -14,7 +14,7 @@ from flax import nnx
 from hf_oracle import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from test_model_parity import BLOCK, all_logits, pack, samples_of
+from test_model_parity import BLOCK, all_logits, pack, prepare, samples_of
 from test_model_parity import batch as padded
 from test_train import run
 
@@ -29,7 +29,7 @@ from imagent_jax.rl.learner import Learner, Tables, batch_loss, part_normaliser,
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import TokenKind
+from imagent_jax.rl.trajectory import EndReason, GroupBatch, TokenKind
 from imagent_jax.tiny_base import base_folder
 
 SAMPLES = samples_of("images between texts") + samples_of("no image")
@@ -193,76 +193,93 @@ def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+CFG = small_config(
+    lora=MERGER_TOO | {"targets": list(lora.TARGETS)}, optim={"warmup_steps": 0}, rollout={"response_tokens": 6},
+    grpo={"clip_low": 0.99, "clip_high": 1e6},  # nothing is clipped, so every token has a gradient
+)  # fmt: skip
+TABLES = Tables(*mask_tables(CFG.mask)[:2])
+
+
+def store_of(model, params) -> FeatureStore:
+    """Two images, encoded: 4 and 12 feature rows."""
+    store, rng = FeatureStore(model, params, 1, packs=1), np.random.default_rng(0)
+    store.add([prepare(hf_oracle.random_image(rng, size)) for size in ((16, 16), (24, 32))])
+    return store
+
+
 @pytest.fixture(scope="module")
-def adapted(parts):
-    """The tiny base with random adapters, the merger's included."""
-    model, params = lora.attach(parts.model, parts.params, **MERGER_TOO)
-    return model, shaken(params, 0.01)
+def groups() -> GroupBatch:
+    """Four groups of two rollouts of random ids; every prompt shows the first image of `store_of`."""
+    rng, (n, g, p, r) = np.random.default_rng(1), (4, 2, 8, 6)
+    ids, positions = rng.integers(1, 100, (n, p + g * r), np.int32), np.arange(p + r, dtype=np.int32)
+    vision = np.tile(np.int32([-1, 0, 1, 2, 3, -1, -1, -1]), (n, 1))
+    advantages = rng.normal(size=(n, g)).astype(np.float32)
+    return GroupBatch(
+        prompt_ids=ids[:, :p], prompt_positions=np.tile(positions[:p], (3, n, 1)), prompt_len=np.full(n, p, np.int32),
+        prompt_vision=vision, response_ids=ids[:, p:].reshape(n, g, r), response_len=np.full((n, g), r, np.int32),
+        response_positions=np.tile(positions[p:], (3, n, g, 1)), response_vision=np.full((n, g, r), -1, np.int32),
+        kind=np.full((n, g, r), TokenKind.TEXT, np.uint8), logprobs=np.full((n, g, r), -5.0, np.float32),
+        end=np.full((n, g), EndReason.ANSWERED, np.uint8), rewards=advantages, advantages=advantages,
+    )  # fmt: skip
 
 
-def step(batch, store, cfg, model, params):
-    """One optimizer update from copies of the parameters: parameters, optimizer state, metrics."""
-    learner = Learner(model, cfg, make_optimizer(cfg.optim, 4), Tables(*mask_tables(cfg.mask)[:2]))
-    learner.warm = True  # one width is enough here
-    params = jax.tree.map(jnp.copy, params)
-    return learner.update(params, learner.init(params), batch, store)
+def copied(params):
+    return jax.tree.map(jnp.copy, params)  # an update donates what it trains
 
 
 @pytest.mark.parametrize("merger", [False, True], ids=["decoder", "merger too"])
-def test_a_step_changes_adapters_alone_and_the_optimizer_holds_only_them(parts, rollout, batch, merger):
-    settings = MERGER_TOO | {"merger": merger}
-    cfg = small_config(lora=settings | {"targets": list(lora.TARGETS)}, optim={"warmup_steps": 0})
-    model, params = lora.attach(parts.model, parts.params, **settings)
-    after, opt_state, seen = step(batch, rollout.store, cfg, model, params)
-    before, after = flat(params), flat(after)
+def test_a_step_changes_adapters_alone_and_the_optimizer_holds_only_them(base, groups, merger):
+    model, params = lora.attach(*base, **MERGER_TOO | {"merger": merger})
+    learner, before = Learner(model, CFG, make_optimizer(CFG.optim, 4), TABLES), flat(params)
+    learner.warm = True  # one width is enough here
+    params = copied(params)
+    after, opt_state, seen = learner.update(params, learner.init(params), groups, store_of(model, params))
+    after = flat(after)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith("_lora_b")}  # A's gradient is zero while B is
     assert any("vision" in name for name in changed) == merger and seen["grad_norm"] > 0
     adapters = sorted(value.shape for name, value in before.items() if "_lora_" in name)
-    moments = sorted(leaf.shape for leaf in jax.tree.leaves(opt_state) if leaf.ndim)
-    assert moments == sorted(adapters * 2)
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == sorted(adapters * 2)
 
 
-def test_gradients_of_adapters_are_those_through_merged_weights(parts, adapted, batch, rollout):
-    model, params = adapted
-    cfg, tables = small_config(), Tables(*mask_tables(small_config().mask)[:2])
-    normaliser = part_normaliser(cfg, batch, tables)
-    adapters, frozen = nnx.split_state(params, nnx.LoRAParam, ...)
-    text, other = nnx.split_state(adapters, nnx.PathContains("text"), ...)
-    features = rollout.store.features
+def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
+    model, params = lora.attach(*base, **MERGER_TOO)
+    adapters, frozen = nnx.split_state(shaken(params), nnx.LoRAParam, ...)
+    normaliser, packed = part_normaliser(CFG, groups, TABLES), store_of(*base).packs[0]
 
-    def loss(text, model, merge):
-        whole = nnx.merge_state(text, other, frozen)
+    def loss(adapters, merge):
+        here, whole = model, nnx.merge_state(adapters, frozen)
         if merge:
-            model, whole = lora.merge(model, whole)
-        return batch_loss(model, cfg, whole, nnx.State({}), features, batch, tables, normaliser, None, None)[0]
+            here, whole = lora.merge(model, whole)
+        features = encode_images(here, whole, *map(jnp.asarray, packed))
+        return batch_loss(here, CFG, whole, nnx.State({}), features, groups, TABLES, normaliser, None, None)[0]
 
-    ours, expected = (jax.jit(jax.grad(loss), static_argnums=(1, 2))(text, model, merge) for merge in (False, True))
-    for (path, a), (_, b) in zip(nnx.to_flat_state(ours), nnx.to_flat_state(expected), strict=True):
-        size = np.abs(b[...]).max()
-        assert size > 0 and np.abs(a[...] - b[...]).max() <= 1e-4 * size, path
+    ours, expected = (flat(jax.jit(jax.grad(loss), static_argnums=1)(adapters, merge)) for merge in (False, True))
+    for name, value in expected.items():
+        assert np.abs(ours[name] - value).max() <= 1e-4 * np.abs(value).max() > 0, name
 
-
-def test_the_merger_adapters_gradient_is_that_through_merged_weights(parts, adapted, rollout):
-    model, params = adapted
-    store = FeatureStore(model, params, 4)
-    store.add(rollout.prompts[0].images)
-    cotangent = jax.random.normal(jax.random.key(0), store.features.shape)
-    ours = store.gradient(params, cotangent, nnx.LoRAParam)
-    adapters, frozen = nnx.split_state(params, nnx.LoRAParam, ...)
-
-    def whole(adapters):
-        merged = lora.merge(model, nnx.merge_state(adapters, frozen))
-        return jnp.sum(encode_images(*merged, *map(jnp.asarray, store.packs[0])) * cotangent[: store.rows])
-
-    expected = jax.grad(whole)(adapters)["vision"]
-    assert set(flat(ours)) == {f"merge_fc{i}_lora_{half}" for i in (1, 2) for half in "ab"}
-    for name, value in flat(expected).items():
-        assert np.abs(flat(ours)[name] - value).max() <= 1e-4 * np.abs(value).max(), name
+    learner = Learner(model, CFG, make_optimizer(CFG.optim, 4), TABLES)
+    params = nnx.merge_state(adapters, frozen)
+    learned, _ = learner._gradient(params, [(groups, None, None)], store_of(model, params), fresh=True)
+    for name, value in flat(learned).items():  # the merger's through the features' summed gradient
+        assert np.abs(value - expected[name]).max() <= 1e-4 * np.abs(expected[name]).max(), name
+    assert flat(learned).keys() == expected.keys()
 
 
-def test_the_trainer_recomputes_the_logprobs_of_an_adapted_sampler(parts, adapted, tasks, config):
-    model, params = adapted
+def test_the_kl_reference_outlives_the_updates(base, groups):
+    cfg = small_config(lora={"rank": 2}, grpo={"kl": 0.1}, optim={"warmup_steps": 0}, rollout={"response_tokens": 6})
+    model, params = lora.attach(*base, **ATTENTION)
+    params = copied(params)
+    learner, store = Learner(model, cfg, make_optimizer(cfg.optim, 4), TABLES, reference=params), store_of(model, params)
+    learner.warm, opt_state = True, learner.init(params)
+    for i in range(2):
+        params, opt_state, seen = learner.update(params, opt_state, groups, store)
+        assert (seen["kl/reference"] > 1e-9) == (i > 0)
+
+
+def test_the_trainer_recomputes_the_logprobs_of_an_adapted_sampler(parts, tasks, config):
+    model, params = lora.attach(parts.model, parts.params, **MERGER_TOO)
+    params = shaken(params, 0.01)
     out = RolloutEngine(model, parts.processor, parts.tools, config).rollout(params, tasks, group_size=4, seed=11)
     zeros = np.zeros((4, 4), np.float32)
     b = pack_batch(out, zeros, zeros, config.rollout.prompt_tokens, config.rollout.response_tokens)
@@ -271,16 +288,6 @@ def test_the_trainer_recomputes_the_logprobs_of_an_adapted_sampler(parts, adapte
     assert np.abs(again - b.logprobs)[chosen].max() <= 1e-4
     plain = np.asarray(jax.jit(score, static_argnums=(0, 4))(parts.model, parts.params, b, out.store.features, 1.0)[0])
     assert np.abs(plain - b.logprobs)[chosen].max() > 1e-3
-
-
-def test_the_kl_reference_outlives_the_updates(parts, rollout, batch):
-    cfg = small_config(lora={"rank": 2}, grpo={"kl": 0.1}, optim={"warmup_steps": 0})
-    model, params = lora.attach(parts.model, parts.params, rank=2, alpha=32.0, targets=cfg.lora.targets)
-    learner = Learner(model, cfg, make_optimizer(cfg.optim, 4), Tables(*mask_tables(cfg.mask)[:2]), reference=params)
-    opt_state = learner.init(params)
-    for i in range(2):
-        params, opt_state, seen = learner.update(params, opt_state, batch, rollout.store)
-        assert (seen["kl/reference"] > 1e-9) == (i > 0)
 
 
 def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merged_model(tmp_path, monkeypatch):
