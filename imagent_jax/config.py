@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from imagent_jax.model.lora import TARGETS, check_targets
 from imagent_jax.tools import tools_by_name
 
 
@@ -53,6 +54,25 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = field(default="none", metadata={"help": "what the backward pass recomputes"})
     freeze_vision: bool = field(default=True, metadata={"help": "keep the vision tower as it is"})
     logprob_chunk: int = field(default=4096, metadata={"help": "tokens whose logits exist at one time"})
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: they are trained, and the model's own weights stay as they are."""
+
+    rank: int = field(default=0, metadata={"help": "inner width of the adapters (0: none, the weights themselves are trained)"})
+    alpha: float = field(default=32.0, metadata={"help": "adapters are scaled by alpha / rank"})
+    targets: tuple[str, ...] = field(
+        default=tuple(TARGETS), metadata={"help": f"matrices of every decoder layer, of {', '.join(TARGETS)}"}
+    )
+    merger: bool = field(default=False, metadata={"help": "adapt the vision merger too"})
+    path: str = field(
+        default="", metadata={"help": "folder of a PEFT adapter to begin with; then its rank, alpha and targets count"}
+    )
+
+    @property
+    def on(self) -> bool:
+        return bool(self.rank or self.path)
 
 
 @dataclass(frozen=True)
@@ -208,6 +228,7 @@ class Config:
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     images: ImagesConfig = ImagesConfig()
     data: DataConfig = DataConfig()
     tools: ToolsConfig = ToolsConfig()
@@ -274,6 +295,15 @@ class Config:
                 raise ValueError(f"mesh.{axis.name} is {size}; it must be at least 1, or -1 for the devices that are left.")
         if sum(axis == -1 for axis in (self.mesh.data, self.mesh.fsdp, self.mesh.tensor)) > 1:
             raise ValueError("Only one mesh axis can be -1 (what is left); give the others a size.")
+        if self.lora.on and not self.model.freeze_vision:
+            raise ValueError(
+                "model.freeze_vision is false, but with LoRA the model's own weights stay as they are; leave it true, and set "
+                "lora.merger to adapt the vision merger."
+            )
+        try:
+            check_targets(self.lora.targets, self.lora.merger)
+        except ValueError as error:
+            raise ValueError(f"lora.targets: {error}") from None
         try:
             tools_by_name(self.tools.names)
         except ValueError as error:
@@ -326,10 +356,11 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _ABOVE_ZERO = (
     "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.min_box", "grpo.importance_cap",
+    "lora.alpha",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "run.steps", "run.checkpoint_every", "run.log_trajectories", "eval.every", "grpo.kl", "grpo.clip_high",
-    "optim.weight_decay", "optim.warmup_steps",
+    "optim.weight_decay", "optim.warmup_steps", "lora.rank",
 )  # fmt: skip
 _PATCH_PIXELS = 14 * 14  # a patch of Qwen2-VL and Qwen2.5-VL
 _SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}

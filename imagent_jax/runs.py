@@ -61,7 +61,7 @@ class RunFolder:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
     def save(self, step: int, params, opt_state, progress: dict[str, Any]) -> None:
-        """A checkpoint of parameters, optimizer and progress (JSON: step, data iterator, earlier evaluations)."""
+        """A checkpoint of the trained parameters, optimizer and progress (JSON: step, data iterator, earlier evaluations)."""
         if self.manager.latest is not None and self.manager.latest.step == step:
             return
         self.manager.save_pytree(step, {"params": params, "opt_state": opt_state}, custom_metadata=progress)

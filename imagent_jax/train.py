@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from flax import nnx
 from rich.console import Console
 
 from imagent_jax.compiling import CompileCounter, use_compile_cache
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.evaluate import comparison, evaluate, summarise
-from imagent_jax.model import checkpoint
+from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.advantages import group_advantages
@@ -50,6 +51,13 @@ class Parts:
             vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
             attention=choose_attention(cfg.model.attention, dtype),
         )  # fmt: skip
+        if cfg.lora.path:
+            self.model, self.params = lora.load(cfg.lora.path, self.model, self.params)
+        elif cfg.lora.rank:
+            self.model, self.params = lora.attach(
+                self.model, self.params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
+                merger=cfg.lora.merger, seed=cfg.run.seed,
+            )  # fmt: skip
         self.processor = Processor.from_pretrained(folder)
         self.tools = tools_by_name(cfg.tools.names)
         self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
@@ -123,7 +131,9 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     iterator = task_iterator(train_tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
     step, evaluations = 0, {}
     if cfg.run.resume:
-        params, opt_state, progress = folder.restore(params, opt_state)
+        trained, frozen = learner.split(params)
+        trained, opt_state, progress = folder.restore(trained, opt_state)
+        params = nnx.merge_state(trained, frozen)
         step, evaluations = progress["step"], progress["evaluations"]
         iterator.set_state(progress["iterator"])
         folder.rewind(step)
@@ -146,7 +156,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         return metrics
 
     def save() -> None:
-        folder.save(step, params, opt_state,
+        folder.save(step, learner.split(params)[0], opt_state,
                     {"step": step, "iterator": iterator.get_state(), "evaluations": evaluations})  # fmt: skip
 
     if "base" not in evaluations:
@@ -202,7 +212,9 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         return {}
     evaluations["trained"] = final = held_out(cfg.eval.tasks, "trained")
     folder.log({"step": step, "time/total": time.perf_counter() - began} | {f"final/{k}": v for k, v in final.items()})
-    checkpoint.save(folder.path / "model", parts.model, params, source=parts.folder)
+    checkpoint.save(folder.path / "model", *lora.merge(parts.model, params), source=parts.folder)
+    if cfg.lora.on:
+        lora.save(folder.path / "adapter", parts.model, params, base=cfg.model.path)
     folder.close()
     console.print(comparison(evaluations["base"], final, f"{cfg.run.name}: {step} steps"))
     console.print(f"{time.perf_counter() - began:.0f} s in all. Model, metrics and checkpoints: {folder.path}")

@@ -19,14 +19,16 @@ def _encode_into(model: Model, params: nnx.State, buffer, row, patches, coords, 
     return jax.lax.dynamic_update_slice(buffer, features, (row, 0))
 
 
-@partial(jax.jit, static_argnums=0)
-def _pull_back(model: Model, params: nnx.State, patches, coords, image, cotangent):
-    """Gradient of the tower's parameters, given the gradient of one pack's features."""
+@partial(jax.jit, static_argnums=(0, 1))
+def _pull_back(model: Model, trained, params: nnx.State, patches, coords, image, cotangent):
+    """Gradient of the tower's `trained` parameters (a filter), given the gradient of one pack's features."""
+    vision, frozen = nnx.split_state(params["vision"], trained, ...)
 
     def encode(vision):
-        return encode_images(model, nnx.State({**params, "vision": vision}), patches, coords, image)
+        whole = nnx.State({**params, "vision": nnx.merge_state(vision, frozen)})
+        return encode_images(model, whole, patches, coords, image)
 
-    return jax.vjp(encode, params["vision"])[1](cotangent)[0]
+    return jax.vjp(encode, vision)[1](cotangent)[0]
 
 
 class FeatureStore:
@@ -102,10 +104,14 @@ class FeatureStore:
             features = _encode_into(self.model, params, features, i * self.rows, *pack)
         return features
 
-    def gradient(self, params: nnx.State, cotangent: jax.Array) -> nnx.State:
-        """Gradient of the tower's parameters, given that of the features ([F D]); each image once."""
-        total = jax.tree.map(jnp.zeros_like, params["vision"])
+    def gradient(self, params: nnx.State, cotangent: jax.Array, trained=...) -> nnx.State:
+        """Gradient of the tower's parameters, given that of the features ([F D]); each image once.
+
+        Args:
+            trained: an nnx filter, which of the parameters.
+        """
+        total = jax.tree.map(jnp.zeros_like, nnx.split_state(params["vision"], trained, ...)[0])
         for i, pack in enumerate(self.packs):
             part = cotangent[i * self.rows : (i + 1) * self.rows]
-            total = jax.tree.map(jnp.add, total, _pull_back(self.model, params, *pack, part))
+            total = jax.tree.map(jnp.add, total, _pull_back(self.model, trained, params, *pack, part))
         return total

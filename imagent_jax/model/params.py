@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 LOGICAL_TO_MESH: dict[str, str | None] = {
     "vocab": "tensor",
@@ -16,6 +17,7 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
     "merged": "tensor",
     "patch": None,
     "layers": None,
+    "rank": None,
     "norm": None,
 }
 """Where each logical axis of a parameter lives on the mesh (None: replicated)."""
@@ -48,8 +50,21 @@ class Maker:
 
 
 def weights(module: nnx.Module, dtype) -> dict[str, jax.Array]:
-    """The module's own parameters by attribute name, cast to the compute dtype."""
-    return {k: jnp.asarray(v[...], dtype) for k, v in vars(module).items() if isinstance(v, nnx.Param)}
+    """The module's own parameters by attribute name, times their `scale` if they have one, cast to the compute dtype."""
+
+    def cast(param: nnx.Param) -> jax.Array:
+        scale = param.get_metadata().get("scale")
+        return jnp.asarray(param[...] if scale is None else param[...] * scale, dtype)
+
+    return {name: cast(param) for name, param in vars(module).items() if isinstance(param, nnx.Param)}
+
+
+def linear(w: dict[str, jax.Array], name: str, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+    """`x @ w[name]`, plus the low-rank path of its adapter where there is one (`model.lora`)."""
+    y = x @ w[name]
+    if f"{name}_lora_a" in w:
+        y = y + (x @ w[f"{name}_lora_a"]) @ w[f"{name}_lora_b"]
+    return y
 
 
 def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention, cached
 from imagent_jax.model.config import TextConfig
-from imagent_jax.model.params import Maker, weights
+from imagent_jax.model.params import Maker, linear, weights
 from imagent_jax.model.rope import mrope, rotate
 
 REMAT_POLICIES = {
@@ -78,15 +78,15 @@ class Decoder(nnx.Module):
     def _qkv(self, w, x, rope):
         cfg, lead = self.cfg, x.shape[:-1]
         h = rms_norm(x, w["input_norm"], cfg.rms_norm_eps)
-        q = (h @ w["q"] + w["q_bias"]).reshape(*lead, cfg.num_heads, -1)
-        k = (h @ w["k"] + w["k_bias"]).reshape(*lead, cfg.num_kv_heads, -1)
-        v = (h @ w["v"] + w["v_bias"]).reshape(*lead, cfg.num_kv_heads, -1)
+        q = (linear(w, "q", h) + w["q_bias"]).reshape(*lead, cfg.num_heads, -1)
+        k = (linear(w, "k", h) + w["k_bias"]).reshape(*lead, cfg.num_kv_heads, -1)
+        v = (linear(w, "v", h) + w["v_bias"]).reshape(*lead, cfg.num_kv_heads, -1)
         return rotate(q, *rope), rotate(k, *rope), v
 
     def _finish(self, w, x, attended):
-        x = x + attended.reshape(*x.shape[:-1], -1) @ w["o"]
+        x = x + linear(w, "o", attended.reshape(*x.shape[:-1], -1))
         h = rms_norm(x, w["post_norm"], self.cfg.rms_norm_eps)
-        return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
+        return x + linear(w, "down", jax.nn.silu(linear(w, "gate", h)) * linear(w, "up", h))
 
     def _rope(self, positions):
         return mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)

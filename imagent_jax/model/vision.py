@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from imagent_jax.model.attention import Packed, attention
 from imagent_jax.model.config import VisionConfig
-from imagent_jax.model.params import Maker, weights
+from imagent_jax.model.params import Maker, linear, weights
 from imagent_jax.model.rope import rope_2d, rotate
 
 
@@ -88,5 +88,5 @@ class VisionTower(nnx.Module):
         x = patches.astype(dtype).reshape(*blocks, -1) @ w["patch_embed"]
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, weights(self.blocks, dtype))
         x = layer_norm(x, w["merge_norm"], w["merge_norm_bias"]).reshape(m // cfg.merge_unit, -1)
-        x = jax.nn.gelu(x @ w["merge_fc1"] + w["merge_fc1_bias"], approximate=False)
-        return x @ w["merge_fc2"] + w["merge_fc2_bias"]
+        x = jax.nn.gelu(linear(w, "merge_fc1", x) + w["merge_fc1_bias"], approximate=False)
+        return linear(w, "merge_fc2", x) + w["merge_fc2_bias"]

@@ -86,16 +86,20 @@ class Learner:
     """
 
     def __init__(self, model: Model, cfg: Config, optimizer, tables: Tables, reference: nnx.State | None = None):
-        self.model, self.cfg, self.optimizer, self.tables, self.reference = model, cfg, optimizer, tables, reference
+        self.model, self.cfg, self.optimizer, self.tables = model, cfg, optimizer, tables
         self.warm = False
+        whole = nnx.Not(nnx.PathContains("vision")) if cfg.model.freeze_vision else ...
+        self.trained = nnx.LoRAParam if cfg.lora.on else whole  # a filter
+        self.reference = reference
+        if reference is not None:  # updates donate what they train
+            trained, frozen = self.split(reference)
+            self.reference = nnx.merge_state(jax.tree.map(jnp.copy, trained), frozen)
         r = cfg.rollout.response_tokens
         self.widths = sorted({max(1, r // 2), max(1, 3 * r // 4), r})
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """(trained, frozen) parameters."""
-        frozen = ("vision",) if self.cfg.model.freeze_vision else ()
-        part = [nnx.State({k: v for k, v in params.items() if (k in frozen) == flag}) for flag in (False, True)]
-        return part[0], part[1]
+        """(trained, frozen) parameters: adapters alone are trained where there are any, else all, or all but the tower."""
+        return nnx.split_state(params, self.trained, ...)
 
     def init(self, params: nnx.State):
         return self.optimizer.init(self.split(params)[0])
@@ -139,7 +143,7 @@ class Learner:
     def _gradient(self, params, parts, store, fresh: bool):
         """Gradient and metrics of one update; `fresh`: the rollout's features are those of these parameters."""
         trained, frozen = self.split(params)
-        learns = not self.cfg.model.freeze_vision
+        learns = "vision" in trained
         features = store.features if fresh or not learns else store.encode_again(params)
         total = jax.tree.map(jnp.zeros_like, (trained, features) if learns else (trained,))
         normaliser = sum(part_normaliser(self.cfg, part, self.tables) for part, _, _ in parts)
@@ -153,5 +157,6 @@ class Learner:
         loss, metrics = summed.pop("loss"), finish_metrics(summed)
         gradients = total[0]
         if learns:
-            gradients["vision"] = jax.tree.map(jnp.add, gradients["vision"], store.gradient(params, total[1]))
+            vision = store.gradient(params, total[1], self.trained)
+            gradients["vision"] = jax.tree.map(jnp.add, gradients["vision"], vision)
         return gradients, metrics | {"loss": loss}
