@@ -58,7 +58,7 @@ def test_both_name_styles_load_to_the_same_parameters(reference, tmp_path, shard
 @pytest.mark.parametrize("shard_bytes", [2**30, 60_000])
 def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp_path, shard_bytes, older):
     model, params = checkpoint.load(save_checkpoint(reference, tmp_path / "in", older=True))
-    checkpoint.save(tmp_path / "out", model, params, max_shard_bytes=shard_bytes, older_names=older)
+    checkpoint.save(tmp_path / "out", model, params, max_shard_size=shard_bytes, older_names=older)
     assert (tmp_path / "out/model.safetensors.index.json").is_file() == (shard_bytes < 2**30)
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 3) == (shard_bytes < 2**30)
     names = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
@@ -74,8 +74,8 @@ def test_saving_again_with_other_sharding_leaves_no_stale_file(tmp_path):
     changed = jax.tree.map(lambda x: x + 1, params)
     for first, second in ((60_000, 2**30), (2**30, 60_000)):
         folder = tmp_path / str(first)
-        checkpoint.save(folder, model, params, max_shard_bytes=first)
-        checkpoint.save(folder, model, changed, max_shard_bytes=second)
+        checkpoint.save(folder, model, params, max_shard_size=first)
+        checkpoint.save(folder, model, changed, max_shard_size=second)
         assert_same(changed, checkpoint.load(folder)[1])
 
 
