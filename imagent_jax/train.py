@@ -18,6 +18,7 @@ from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.evaluate import comparison, evaluate, summarise
 from imagent_jax.model import checkpoint
 from imagent_jax.model.processor import Processor
+from imagent_jax.model.sharding import make_mesh
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import Learner, Tables
@@ -42,12 +43,12 @@ class Parts:
         self.cfg = cfg
         reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
-        self.folder = folder
+        self.folder, self.processor = folder, Processor.from_pretrained(folder)
+        mesh = make_mesh(**vars(cfg.mesh))
         self.model, self.params = checkpoint.load(
-            folder, param_dtype=cfg.model.param_dtype, dtype=cfg.model.dtype, remat=cfg.model.remat,
-            vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
+            folder, param_dtype=cfg.model.param_dtype, mesh=mesh if mesh.size > 1 else None, dtype=cfg.model.dtype,
+            remat=cfg.model.remat, vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
         )  # fmt: skip
-        self.processor = Processor.from_pretrained(folder)
         self.tools = tools_by_name(cfg.tools.names)
         self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
 

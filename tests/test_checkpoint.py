@@ -9,10 +9,11 @@ import pytest
 import torch
 from hf_oracle import save_checkpoint, tiny_model
 from safetensors.numpy import load_file, save_file
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2VLForConditionalGeneration
 
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.qwen2_vl import Qwen2VL
 
 REFERENCES = {"tied": tiny_model(tied=True), "untied": tiny_model(tied=False)}
 
@@ -67,6 +68,36 @@ def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp
     again, reloaded = checkpoint.load(tmp_path / "out")
     assert again.cfg == model.cfg
     assert_same(params, reloaded)
+
+
+def test_the_round_trip_keeps_tensors_names_and_config(reference, tmp_path):
+    reference.save_pretrained(tmp_path / "in")
+    policy = Qwen2VL.from_pretrained(tmp_path / "in", progress=False)
+    policy.save_pretrained(tmp_path / "out", max_shard_size="100KB")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert type(loaded) is Qwen2VLForConditionalGeneration
+    theirs, ours = reference.state_dict(), loaded.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(theirs[name].dtype == ours[name].dtype and torch.equal(theirs[name], ours[name]) for name in theirs)
+    stored = [{name for file in (tmp_path / side).glob("*.safetensors") for name in load_file(file)} for side in ("in", "out")]
+    assert stored[0] == stored[1]
+    configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("in", "out")]
+    assert configs[0] == configs[1]
+    assert (tmp_path / "out/generation_config.json").read_text() == (tmp_path / "in/generation_config.json").read_text()
+
+
+def test_a_save_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    model, params = checkpoint.load(save_checkpoint(REFERENCES["tied"], tmp_path))
+
+    def full(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, model, jax.tree.map(lambda x: x + 1, params))
+    assert_same(params, checkpoint.load(tmp_path)[1])
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_saving_again_with_other_sharding_leaves_no_stale_file(tmp_path):
