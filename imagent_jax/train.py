@@ -44,10 +44,10 @@ class Parts:
         reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
-        mesh = make_mesh(**vars(cfg.mesh))
+        make_mesh(**vars(cfg.mesh))  # refused if it does not divide the devices; training itself uses one device yet
         self.model, self.params = checkpoint.load(
-            folder, param_dtype=cfg.model.param_dtype, mesh=mesh if mesh.size > 1 else None, dtype=cfg.model.dtype,
-            remat=cfg.model.remat, vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
+            folder, param_dtype=cfg.model.param_dtype, dtype=cfg.model.dtype, remat=cfg.model.remat,
+            vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
         )  # fmt: skip
         self.tools = tools_by_name(cfg.tools.names)
         self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)

@@ -198,7 +198,7 @@ def _place(read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ..
     (`jax.make_array_from_callback` would ask for every shard before it places the first.)
     """
     if sharding is None:
-        return jnp.array(read((slice(None),) * len(shape)))
+        return jax.device_put(read((slice(None),) * len(shape)), may_alias=False).block_until_ready()
     placed: dict[tuple, jax.Array] = {}
     shards = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
