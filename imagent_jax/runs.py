@@ -87,6 +87,37 @@ class RunFolder:
         self.manager.close()
 
 
+def load_params(run: Path, like, step: int | None = None):
+    """The trained parameters of a run's checkpoint, and its step; the optimizer's state stays on disk.
+
+    Args:
+        like: parameters of the same structure; those restored come to the default device.
+        step: default the newest.
+    Raises:
+        ValueError: there is no such checkpoint (those there are named), or it is of another model.
+    """
+    folder = (run / "checkpoints").absolute()
+    context = ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True)))
+    if not folder.is_dir():
+        raise ValueError(f"{run} holds no checkpoints; name the folder of a run, such as runs/tiny.")
+    with context, ocp.training.Checkpointer(folder) as manager:
+        steps = [checkpoint.step for checkpoint in manager.checkpoints]
+        if not steps or step not in (None, *steps):
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+            raise ValueError(f"{folder} holds no finished checkpoint{'' if step is None else f' {step}'}; {there}.")
+        step = steps[-1] if step is None else step
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), {"params": like})
+        saved = jax.tree.structure(manager.metadata(step).metadata["params"]).num_leaves
+        if saved != (wanted := jax.tree.structure(like).num_leaves):
+            raise ValueError(f"Checkpoint {step} in {folder} holds {saved} parameters, the model of its config has {wanted}.")
+        try:
+            return manager.load_pytree(step, shapes)["params"], step
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"Checkpoint {step} in {folder} does not fit the model of its config: {reason}") from error
+
+
 def trajectory_record(t, rewards: dict[str, float], advantage: float | None = None) -> dict[str, Any]:
     """A trajectory as JSON: what was asked, said, called, shown and paid."""
     return {

@@ -20,6 +20,7 @@ from imagent_jax.evaluate import comparison, evaluate, summarise
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
+from imagent_jax.model.sharding import make_mesh
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import Learner, Tables
@@ -44,7 +45,8 @@ class Parts:
         self.cfg = cfg
         reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
-        self.folder = folder
+        self.folder, self.processor = folder, Processor.from_pretrained(folder)
+        make_mesh(**vars(cfg.mesh))  # refused if it does not divide the devices; training itself uses one device yet
         dtype = choose_dtype(cfg.model.dtype)
         self.model, self.params = checkpoint.load(
             folder, param_dtype=cfg.model.param_dtype, dtype=dtype, remat=cfg.model.remat,
@@ -58,7 +60,6 @@ class Parts:
                 self.model, self.params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
                 merger=cfg.lora.merger, seed=cfg.run.seed,
             )  # fmt: skip
-        self.processor = Processor.from_pretrained(folder)
         self.tools = tools_by_name(cfg.tools.names)
         self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hf_oracle import save_checkpoint, tiny_model
 from safetensors.numpy import load_file, save_file
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2VLForConditionalGeneration
 
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.qwen2_vl import Qwen2VL
 
 REFERENCES = {"tied": tiny_model(tied=True), "untied": tiny_model(tied=False)}
 
@@ -58,7 +59,7 @@ def test_both_name_styles_load_to_the_same_parameters(reference, tmp_path, shard
 @pytest.mark.parametrize("shard_bytes", [2**30, 60_000])
 def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp_path, shard_bytes, older):
     model, params = checkpoint.load(save_checkpoint(reference, tmp_path / "in", older=True))
-    checkpoint.save(tmp_path / "out", model, params, max_shard_bytes=shard_bytes, older_names=older)
+    checkpoint.save(tmp_path / "out", model, params, max_shard_size=shard_bytes, older_names=older)
     assert (tmp_path / "out/model.safetensors.index.json").is_file() == (shard_bytes < 2**30)
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 3) == (shard_bytes < 2**30)
     names = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
@@ -69,13 +70,43 @@ def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp
     assert_same(params, reloaded)
 
 
+def test_the_round_trip_keeps_tensors_names_and_config(reference, tmp_path):
+    reference.save_pretrained(tmp_path / "in")
+    policy = Qwen2VL.from_pretrained(tmp_path / "in", progress=False)
+    policy.save_pretrained(tmp_path / "out", max_shard_size="100KB")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert type(loaded) is Qwen2VLForConditionalGeneration
+    theirs, ours = reference.state_dict(), loaded.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(theirs[name].dtype == ours[name].dtype and torch.equal(theirs[name], ours[name]) for name in theirs)
+    stored = [{name for file in (tmp_path / side).glob("*.safetensors") for name in load_file(file)} for side in ("in", "out")]
+    assert stored[0] == stored[1]
+    configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("in", "out")]
+    assert configs[0] == configs[1]
+    assert (tmp_path / "out/generation_config.json").read_text() == (tmp_path / "in/generation_config.json").read_text()
+
+
+def test_a_save_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    model, params = checkpoint.load(save_checkpoint(REFERENCES["tied"], tmp_path))
+
+    def full(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, model, jax.tree.map(lambda x: x + 1, params))
+    assert_same(params, checkpoint.load(tmp_path)[1])
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_saving_again_with_other_sharding_leaves_no_stale_file(tmp_path):
     model, params = checkpoint.load(save_checkpoint(REFERENCES["tied"], tmp_path / "in"))
     changed = jax.tree.map(lambda x: x + 1, params)
     for first, second in ((60_000, 2**30), (2**30, 60_000)):
         folder = tmp_path / str(first)
-        checkpoint.save(folder, model, params, max_shard_bytes=first)
-        checkpoint.save(folder, model, changed, max_shard_bytes=second)
+        checkpoint.save(folder, model, params, max_shard_size=first)
+        checkpoint.save(folder, model, changed, max_shard_size=second)
         assert_same(changed, checkpoint.load(folder)[1])
 
 

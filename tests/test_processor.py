@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from imagent_jax.model.processor import Processor
+from imagent_jax.tiny_base import base_folder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 MARKERS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
@@ -147,3 +148,20 @@ def test_it_works_where_torch_is_not_installed(folder):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split("\n")[0].endswith("(24, 1176)"), out
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"vocab_size": 300}, "the tokenizer has ids up to .*, but the embedding has 300 rows; use the tokenizer that came"),
+        ({"image_token_id": 5}, r"<\|image_pad\|> is \d+ to the tokenizer and 5 to config.json; use the tokenizer that came"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, changes, sentence):
+    copy_without(folder, tmp_path)
+    config = json.loads((base_folder() / "config.json").read_text())
+    config["text_config"]["vocab_size"] = changes.pop("vocab_size", 1088)
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=sentence) as error:
+        Processor.from_pretrained(tmp_path)
+    assert len(str(error.value).splitlines()) == 1

@@ -140,6 +140,7 @@ def test_ctrl_c_saves_and_ends_with_a_sentence(tmp_path):
         (["--images.vision_block=16", "--images.max_pixels=4704"], "vision_block"),
         (["--reward.custom=[nowhere:reward]"], "nowhere:reward"),
         (["--run.resume=true", "--run.name=none"], "holds no checkpoints"),
+        (["--mesh.fsdp=1009"], "mesh.fsdp=1009"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, flags, words):

@@ -1,19 +1,31 @@
-"""Hugging Face checkpoints in and out: one table from our parameters to their tensors, both name styles."""
+"""Hugging Face checkpoints in and out: one table from our parameters to their tensors, both name styles.
+
+A parameter of stacked layers, [L, ...], is one tensor a layer in the files. Loading copies, for every device, just the slice
+it holds out of the mapped files; saving gathers one tensor at a time. Neither ever has the model in host memory.
+"""
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh, NamedSharding
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.qwen2_vl import Model, abstract
+from imagent_jax.model.sharding import check_heads, shardings
 
 # parameter -> tensor name ({} is the layer), and whether the matrix is stored transposed ([out, in])
 _TEXT_LAYER = {
@@ -51,22 +63,50 @@ def older_name(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
+COMPANIONS = (
+    "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
+)  # fmt: skip
+"""What makes weights and config.json a complete checkpoint: tokenizer, processor and generation settings."""
+
+_ROWS = 256  # rows of a stored matrix copied at once
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written: its form now, its content when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def resolve(path: str | Path, weights: bool = True) -> Path:
+    """A local folder for a folder or a hub id (downloaded by huggingface_hub, resumable; only the files needed).
+
+    Raises:
+        ValueError: neither a folder nor a reachable hub id.
+    """
+    if Path(path).expanduser().is_dir():
+        return Path(path).expanduser()
+    needed = ["config.json", *COMPANIONS] + ["model*.safetensors", "model.safetensors.index.json"] * weights
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=needed, ignore_patterns=["*/*"]))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} is neither a folder nor a hub id that can be downloaded: {reason}") from error
+
+
 def _flat(params: nnx.State) -> dict[str, jax.Array]:
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}
+    """Values by dotted path."""
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(params)}
 
 
-def _index(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for a single file or a sharded index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        if missing := sorted({str(f.name) for f in files.values() if not f.is_file()}):
-            raise ValueError(f"{folder}: the index names {', '.join(missing)}, which is not there; download it again.")
-        return files
-    if not single.is_file():
-        raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json.")
-    with _open(single) as file:
-        return {name: single for name in file.keys()}  # noqa: SIM118 (it has no iterator)
+# ---- in -------------------------------------------------------------------------------------------------------------
 
 
 def _open(path: Path):
@@ -76,92 +116,174 @@ def _open(path: Path):
         raise ValueError(f"{path} is not a readable safetensors file ({error}); download it again.") from error
 
 
-def resolve(path: str) -> Path:
-    """A local folder for a folder or a hub id (downloaded by huggingface_hub, resumable).
+def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """File, shape and dtype of every tensor of a folder, from a single file or a sharded index (headers only)."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file():
+        paths = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise ValueError(f"{folder}: the index names {', '.join(missing)}, which is not there; download it again.")
+    elif single.is_file():
+        paths = [single]
+    else:
+        raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json.")
+    found = {}
+    for path in paths:
+        with _open(path) as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it has no iterator)
+            found |= {name: (path, part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+    return found
+
+
+def _match(folder: Path, stored: Mapping[str, tuple], shapes: nnx.State) -> dict[str, list[tuple[Path, str]]]:
+    """File and tensor names of every parameter, one a layer.
 
     Raises:
-        ValueError: neither a folder nor a reachable hub id.
+        ValueError: missing, extra or mis-shaped tensors, by name.
     """
-    if Path(path).expanduser().is_dir():
-        return Path(path).expanduser()
-    from huggingface_hub import snapshot_download
+    stored = {name.replace("model.model.", "model."): (name, *rest) for name, rest in stored.items()}
+    sources, faults = {}, []
+    for key, leaf in _flat(shapes).items():
+        name, transposed = TENSORS[key]
+        want = leaf.shape[1:] if "{}" in name else leaf.shape
+        want, sources[key] = list(want[::-1] if transposed else want), []
+        for i in range(leaf.shape[0] if "{}" in name else 1):
+            asked = name.format(i)
+            if not (found := stored.pop(asked, None) or stored.pop(older_name(asked), None)):
+                faults.append(f"missing {asked}")
+                continue
+            own_name, path, shape, kind = found
+            if key == "vision.patch_embed":
+                shape = [shape[0], math.prod(shape[1:])]
+            if kind not in _DTYPES:
+                faults.append(f"{asked} is stored as {kind}, expected one of {', '.join(_DTYPES)}")
+            if shape != want:
+                faults.append(f"{asked} has shape {shape}, expected {want}")
+            sources[key].append((path, own_name))
+    faults += [f"unexpected {name}" for name, *_ in stored.values() if name != "lm_head.weight"]  # stored although tied
+    if faults:
+        listed = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise ValueError(f"{folder}: the weights do not fit config.json: {listed}.")
+    return sources
 
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    except Exception as error:
-        raise ValueError(f"model.path {path!r} is neither a folder nor a hub id that can be downloaded: {error}") from error
+
+def _copy(out: np.ndarray, tensor, index: tuple[slice, ...], transposed: bool) -> None:
+    """Copies the slice `index` of a stored tensor into `out`, transposed and cast on the way, by blocks of rows."""
+    if transposed:
+        out, index = out.T, index[::-1]
+    shape, (rows, *rest) = tensor.get_shape(), index
+    start, stop, _ = rows.indices(shape[0])
+    for i in range(start, stop, _ROWS):
+        block = slice(i, min(i + _ROWS, stop))
+        folded = len(shape) > out.ndim  # the patch embedding, a convolution in the files
+        part = tensor[block].reshape(block.stop - i, -1)[:, *rest] if folded else tensor[(block, *rest)]
+        out[i - start : block.stop - start] = part
+
+
+def _read(key: str, sources: list[tuple[Path, str]], leaf, index: tuple[slice, ...]) -> np.ndarray:
+    """The slice `index` of a parameter (`leaf`: its shape and dtype). The files are mapped for as long as this takes."""
+    name, transposed = TENSORS[key]
+    out = np.empty([len(range(n)[part]) for n, part in zip(leaf.shape, index, strict=True)], leaf.dtype)
+    parts, within, sources = (out, index[1:], sources[index[0]]) if "{}" in name else (out[None], index, sources)
+    with ExitStack() as mapped:
+        files = {path: mapped.enter_context(_open(path)) for path in {path for path, _ in sources}}
+        for part, (path, tensor) in zip(parts, sources, strict=True):
+            _copy(part, files[path].get_slice(tensor), within, transposed)
+    return out
+
+
+def _place(read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    """A parameter on its devices. The host holds one shard at a time, read once however many devices keep it.
+
+    (`jax.make_array_from_callback` would ask for every shard before it places the first.)
+    """
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(shape)), may_alias=False).block_until_ready()
+    placed: dict[tuple, jax.Array] = {}
+    shards = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        span = tuple(part.indices(n) for part, n in zip(index, shape, strict=True))
+        shard = jax.device_put(placed[span] if span in placed else read(index), device, may_alias=False)
+        placed.setdefault(span, shard.block_until_ready())
+        shards.append(shard)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def load(
-    folder: str | Path,
-    *,
-    param_dtype="float32",
-    place: Callable[[str, np.ndarray], jax.Array] | None = None,
-    **settings,
+    folder: str | Path, *, param_dtype="float32", mesh: Mesh | None = None, progress: bool = False, **settings
 ) -> tuple[Model, nnx.State]:
     """A model and its parameters from a folder in Hugging Face's form.
 
     Args:
-        param_dtype: storage dtype of the parameters.
-        place: puts a finished parameter (dotted path, array) on devices; default `jnp.asarray`.
+        param_dtype: storage dtype of the parameters; None: as in the files.
+        mesh: where they go (`sharding.make_mesh`), each device its slice; default whole, on the default device.
+        progress: show a bar on the terminal.
         settings: fields of `Model`.
     Raises:
-        ValueError: no or another architecture's config, unreadable files, missing, extra or mis-shaped tensors (named).
+        ValueError: no or another architecture's config, unreadable files, missing, extra or mis-shaped tensors (named),
+            a mesh that does not divide the model. All of it before the first weight is read.
     """
     folder = Path(folder)
     cfg = Qwen2VLConfig.from_folder(folder)
-    files = _index(folder)
+    stored = _stored(folder)
+    if param_dtype is None:
+        param_dtype = _DTYPES.get(next(iter(stored.values()))[2], "float32")
     model, shapes = abstract(cfg, jnp.dtype(param_dtype), **settings)
-    handles = {path: _open(path) for path in set(files.values())}
-    stored = {name.replace("model.model.", "model."): name for name in files}
-    used, faults, flat = set(), [], nnx.to_flat_state(shapes)
-
-    def read(name: str) -> np.ndarray | None:
-        for candidate in (name, older_name(name)):
-            if candidate in stored:
-                used.add(stored[candidate])
-                return handles[files[stored[candidate]]].get_tensor(stored[candidate])
-        faults.append(f"missing {name}")
-        return None
-
+    sources, where = _match(folder, stored, shapes), {}
+    if mesh is not None:
+        check_heads(cfg, mesh)
+        where = _flat(shardings(shapes, mesh))
+    sizes = {key: leaf.size * leaf.dtype.itemsize for key, leaf in _flat(shapes).items()}
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     leaves = []
-    for path, variable in flat:
-        key = ".".join(map(str, path))
-        name, transposed = TENSORS[key]
-        shape, layered = variable.get_value().shape, "{}" in name
-        want = shape[1:] if layered else shape
-        out = np.empty(shape, jnp.dtype(param_dtype))
-        for i in range(shape[0]) if layered else (None,):
-            tensor = read(name.format(i) if layered else name)
-            if tensor is None:
-                continue
-            if key == "vision.patch_embed":
-                tensor = tensor.reshape(tensor.shape[0], -1)
-            tensor = tensor.T if transposed else tensor
-            if tensor.shape != want:
-                stored_shape, wanted = (tensor.shape[::-1], want[::-1]) if transposed else (tensor.shape, want)
-                faults.append(f"{name.format(i)} has shape {list(stored_shape)}, expected {list(wanted)}")
-                continue
-            out[... if i is None else i] = tensor
-        leaves.append((path, variable.replace(place(key, out) if place else jnp.asarray(out))))
-    extra = sorted(set(files) - used - {"lm_head.weight"})
-    faults += [f"unexpected {name}" for name in extra]
-    if faults:
-        listed = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise ValueError(f"{folder}: the weights do not fit config.json: {listed}.")
+    with Progress(*columns, transient=True, disable=not progress) as bar:
+        task = bar.add_task("Loading weights", total=sum(sizes.values()))
+        for path, variable in nnx.to_flat_state(shapes):
+            key, leaf = ".".join(map(str, path)), variable.get_value()
+            value = _place(partial(_read, key, sources[key], leaf), leaf.shape, where.get(key))
+            leaves.append((path, variable.replace(value)))
+            bar.advance(task, sizes[key])
     return model, nnx.from_flat_state(leaves)
 
 
-def to_tensors(params: nnx.State, dtype=None) -> dict[str, np.ndarray]:
-    """Hugging Face tensors (newer names) of the parameters, cast to `dtype` if given."""
-    tensors = {}
+# ---- out ------------------------------------------------------------------------------------------------------------
+
+
+def _gather(value: jax.Array, layer: int | None, transposed: bool, tensor: Tensor) -> np.ndarray:
+    """One tensor on the host, whole, whatever devices and processes hold its parts."""
+    one = value if layer is None else value[layer]
+    one = (one.T if transposed else one).astype(tensor.dtype)
+    return np.asarray(one if one.is_fully_addressable else process_allgather(one, tiled=True)).reshape(tensor.shape)
+
+
+def to_tensors(model: Model, params: nnx.State, dtype=None) -> dict[str, Tensor]:
+    """Hugging Face tensors (newer names) of the parameters, cast to `dtype` if given; each is made when it is read."""
+    tensors, vision = {}, model.cfg.vision
     for key, value in _flat(params).items():
         name, transposed = TENSORS[key]
-        array = np.asarray(value if dtype is None else value.astype(dtype))
-        for i in range(array.shape[0]) if "{}" in name else (None,):
-            one = array if i is None else array[i]
-            tensors[name.format(i)] = np.ascontiguousarray(one.T if transposed else one)
+        layers, shape = (range(value.shape[0]), value.shape[1:]) if "{}" in name else ((None,), value.shape)
+        shape = shape[::-1] if transposed else shape
+        if key == "vision.patch_embed":
+            shape = (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+        form = Tensor(shape, jnp.dtype(dtype or value.dtype), None)
+        for i in layers:
+            tensors[name.format(i)] = form._replace(read=partial(_gather, value, i, transposed, form))
     return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file, one tensor in memory at a time (safetensors' own writer wants all of them at once)."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
 
 
 def save(
@@ -171,53 +293,52 @@ def save(
     *,
     source: str | Path | None = None,
     dtype=None,
-    max_shard_bytes: int = 5 * 2**30,
+    max_shard_size: int | str = "5GB",
     older_names: bool = False,
 ) -> None:
-    """Writes a folder that Hugging Face loads: config, safetensors (sharded with an index when large) and, from
-    `source`, the tokenizer and preprocessor files. Weights of an earlier save in that folder are replaced.
+    """Writes a folder that Hugging Face loads: config, safetensors (sharded with an index when large), and the tokenizer,
+    processor and generation settings. Weights of an earlier save in that folder are replaced, once the new are complete.
 
     Args:
+        source: folder of those settings; default the one the model was loaded from.
         dtype: of the stored tensors; default the parameters' own.
+        max_shard_size: most bytes of a weight file, a number or such as "5GB".
         older_names: name tensors as the hub's older files do (`model.layers.*`, `visual.*`), for older readers.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = to_tensors(params, dtype)
-    vision = model.cfg.vision
-    patch = tensors["model.visual.patch_embed.proj.weight"]
-    tensors["model.visual.patch_embed.proj.weight"] = patch.reshape(
-        -1, vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
-    )
+    folder, source = Path(folder), Path(source or model.cfg.folder or folder)
+    tensors = to_tensors(model, params, dtype)
     if older_names:
         tensors = {older_name(name): tensor for name, tensor in tensors.items()}
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    stale = {*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"}
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        stale.discard(folder / "model.safetensors")
+    if jax.process_index() > 0:  # the first process writes; the others hold parts of what it gathers
+        for tensor in tensors.values():
+            tensor.read()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda t: t.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    unfinished = {name: folder / f"{name}.partial" for name in plan.filename_to_tensors}
+    try:
+        for name, path in unfinished.items():
+            write_tensors(path, {tensor: tensors[tensor] for tensor in plan.filename_to_tensors[name]})
+        for name, path in unfinished.items():
+            path.replace(folder / name)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+    index = folder / "model.safetensors.index.json"
+    if plan.is_sharded:
+        index.write_text(json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, indent=2))
     else:
-        weight_map = {}
-        for i, shard in enumerate(shards, 1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= {name: file for name in shard}
-            stale.discard(folder / file)
-        total = sum(t.nbytes for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        stale.discard(folder / "model.safetensors.index.json")
-    for path in stale:  # weights of an earlier save with other shards: a reader would take them for these
-        path.unlink(missing_ok=True)
-    stored = str(next(iter(tensors.values())).dtype)
-    hf = json.loads(model.cfg.hf) | {"dtype": stored, "architectures": ["Qwen2VLForConditionalGeneration"]}
+        index.unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors"):  # of an earlier save: a reader would take them for these
+        if path.name not in plan.filename_to_tensors:
+            path.unlink()
+    hf = json.loads(model.cfg.hf) | {"dtype": next(iter(tensors.values())).dtype.name}
+    hf.pop("torch_dtype", None)
+    hf.setdefault("architectures", ["Qwen2VLForConditionalGeneration"])
     (folder / "config.json").write_text(json.dumps(hf, indent=2))
-    for pattern in ("tokenizer*", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
-                    "vocab.json", "merges.txt", "chat_template*", "generation_config.json", "added_tokens.json"):  # fmt: skip
-        for path in Path(source).glob(pattern) if source else ():
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
             if path.parent.resolve() != folder.resolve():
                 shutil.copy(path, folder / path.name)

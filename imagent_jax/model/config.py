@@ -1,7 +1,7 @@
 """Configuration of a Qwen2-VL model, read from and written to Hugging Face's `config.json`."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Qwen2VLConfig:
-    """Text and vision configuration, the ids of the vision markers, and the `config.json` they came from (`hf`)."""
+    """Text and vision configuration, the ids of the vision markers, and the `config.json` (`hf`) and folder they came from."""
 
     text: TextConfig
     vision: VisionConfig
@@ -66,6 +66,7 @@ class Qwen2VLConfig:
     vision_start_token_id: int
     vision_end_token_id: int
     hf: str = field(repr=False, compare=False, default="{}")
+    folder: str = field(repr=False, compare=False, default="")
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "Qwen2VLConfig":
@@ -131,7 +132,7 @@ class Qwen2VLConfig:
         if not path.is_file():
             raise ValueError(f"{folder} holds no config.json; name a folder in Hugging Face's checkpoint form.")
         try:
-            return cls.from_hf(json.loads(path.read_text()))
+            return replace(cls.from_hf(json.loads(path.read_text())), folder=str(folder))
         except KeyError as error:
             raise ValueError(f"{path} has no {error}; name a complete Qwen2-VL checkpoint.") from error
         except ValueError as error:

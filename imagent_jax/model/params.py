@@ -1,26 +1,11 @@
-"""One declaration per parameter (shape, dtype, logical axes, initialiser) and the table from logical to mesh axes."""
+"""One declaration per parameter: shape, dtype, logical axes (see `sharding`) and initialiser."""
 
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
-
-LOGICAL_TO_MESH: dict[str, str | None] = {
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "merged": "tensor",
-    "patch": None,
-    "layers": None,
-    "rank": None,
-    "norm": None,
-}
-"""Where each logical axis of a parameter lives on the mesh (None: replicated)."""
 
 
 class Maker:
@@ -65,24 +50,3 @@ def linear(w: dict[str, jax.Array], name: str, x: Float[Array, "*b in"]) -> Floa
     if f"{name}_lora_a" in w:
         y = y + (x @ w[f"{name}_lora_a"]) @ w[f"{name}_lora_b"]
     return y
-
-
-def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """The `NamedSharding` of every parameter, by `LOGICAL_TO_MESH`.
-
-    Raises:
-        ValueError: a parameter's axis does not divide by its mesh axis (both named).
-    """
-
-    def one(path, param: nnx.Param):
-        spec = tuple(LOGICAL_TO_MESH[a] for a in param.get_metadata()["logical_axes"])
-        for size, logical, axis in zip(param.get_value().shape, param.get_metadata()["logical_axes"], spec, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
-                name = ".".join(str(getattr(p, "key", p)) for p in path)
-                raise ValueError(
-                    f"{name}: axis {logical!r} of size {size} does not divide by mesh.{axis}={mesh.shape[axis]}; "
-                    f"choose a mesh.{axis} that divides it."
-                )
-        return param.replace(NamedSharding(mesh, PartitionSpec(*spec)))
-
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

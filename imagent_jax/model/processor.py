@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import AutoTokenizer
 
+from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.images import CLIP_MEAN, CLIP_STD, PreparedImage, prepare_image
 
 _FIXED = {
@@ -52,7 +53,8 @@ class Processor:
         """From a folder with tokenizer files and `preprocessor_config.json` (or the newer `processor_config.json`).
 
         Raises:
-            ValueError: one of them is missing or cannot be read (named), or see `__init__`.
+            ValueError: one of them is missing or cannot be read (named), the tokenizer does not belong to the folder's
+                config.json (where there is one), or see `__init__`.
         """
         folder = Path(folder)
         settings = _image_settings(folder)
@@ -64,7 +66,23 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
             raise ValueError(f"The tokenizer files in {folder} cannot be read ({error}); download them again.") from error
-        return cls(tokenizer, settings)
+        processor = cls(tokenizer, settings)
+        if (folder / "config.json").is_file():
+            processor._check_vocabulary(folder)
+        return processor
+
+    def _check_vocabulary(self, folder: Path) -> None:
+        cfg, last = Qwen2VLConfig.from_folder(folder), max(self.tokenizer.get_vocab().values())
+        if last >= cfg.text.vocab_size:
+            raise ValueError(
+                f"{folder}: the tokenizer has ids up to {last}, but the embedding has {cfg.text.vocab_size} rows; "
+                "use the tokenizer that came with these weights."
+            )
+        if self.image_token_id != cfg.image_token_id:
+            raise ValueError(
+                f"{folder}: <|image_pad|> is {self.image_token_id} to the tokenizer and {cfg.image_token_id} to config.json; "
+                "use the tokenizer that came with these weights."
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids; markers in the text become their ids, nothing is added."""

@@ -4,11 +4,13 @@ A model is split once into `(graphdef, params)`; every function below takes both
 """
 
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from imagent_jax.model.config import Qwen2VLConfig
@@ -17,12 +19,42 @@ from imagent_jax.model.vision import VisionTower
 
 
 class Qwen2VL(nnx.Module):
-    """The modules and their parameters; random at first."""
+    """The modules and their parameters: random at first, or a checkpoint's.
+
+    `model, params = Qwen2VL.from_pretrained("Qwen/Qwen2-VL-7B-Instruct", mesh=mesh).split(remat="full")`
+    """
 
     def __init__(self, cfg: Qwen2VLConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         self.cfg = cfg
         self.vision = VisionTower(cfg.vision, rngs, dtype)
         self.text = Decoder(cfg.text, rngs, dtype)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, mesh: Mesh | None = None, dtype=None, progress: bool = True) -> "Qwen2VL":
+        """The model of a folder in Hugging Face's form, or of a hub id, which is downloaded.
+
+        Args:
+            mesh: devices to split the parameters over (`sharding.make_mesh`); default the default device.
+            dtype: storage dtype of the parameters; default as in the files.
+            progress: show a bar on the terminal.
+        Raises:
+            ValueError: no such model, or see `checkpoint.load`.
+        """
+        from imagent_jax.model import checkpoint
+
+        model, params = checkpoint.load(checkpoint.resolve(path), param_dtype=dtype, mesh=mesh, progress=progress)
+        return model.bind(params)
+
+    def save_pretrained(self, folder: str | Path, **options) -> None:
+        """Writes a folder that `from_pretrained` and Hugging Face load. `options`: see `checkpoint.save`."""
+        from imagent_jax.model import checkpoint
+
+        checkpoint.save(folder, *self.split(), **options)
+
+    def split(self, **settings) -> "tuple[Model, nnx.State]":
+        """What the functions below take. `settings` are fields of `Model`; by default it computes in the parameters' dtype."""
+        graphdef, params = nnx.split(self)
+        return Model(graphdef, self.cfg, **{"dtype": self.text.embed[...].dtype.name} | settings), params
 
 
 class Model(NamedTuple):

@@ -78,6 +78,12 @@ def apply_gradients(optimizer, params, opt_state, gradients):
     return optax.apply_updates(params, updates), opt_state, optax.global_norm(gradients)
 
 
+def trained_filter(cfg: Config):
+    """An nnx filter of what is trained: adapters alone where there are any, else all, or all but the tower."""
+    whole = nnx.Not(nnx.PathContains("vision")) if cfg.model.freeze_vision else ...
+    return nnx.LoRAParam if cfg.lora.on else whole
+
+
 class Learner:
     """Owns the optimizer; parameters and optimizer state pass through `update`.
 
@@ -88,8 +94,7 @@ class Learner:
     def __init__(self, model: Model, cfg: Config, optimizer, tables: Tables, reference: nnx.State | None = None):
         self.model, self.cfg, self.optimizer, self.tables = model, cfg, optimizer, tables
         self.warm = False
-        whole = nnx.Not(nnx.PathContains("vision")) if cfg.model.freeze_vision else ...
-        self.trained = nnx.LoRAParam if cfg.lora.on else whole  # a filter
+        self.trained = trained_filter(cfg)
         self.reference = reference
         if reference is not None:  # updates donate what they train
             trained, frozen = self.split(reference)
@@ -98,7 +103,7 @@ class Learner:
         self.widths = sorted({max(1, r // 2), max(1, 3 * r // 4), r})
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """(trained, frozen) parameters: adapters alone are trained where there are any, else all, or all but the tower."""
+        """(trained, frozen) parameters; see `trained_filter`."""
         return nnx.split_state(params, self.trained, ...)
 
     def init(self, params: nnx.State):
