@@ -22,8 +22,8 @@ from imagent_jax import train as job
 from imagent_jax.config import Config
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.sharding import shardings
 from imagent_jax.model.qwen2_vl import encode_images
+from imagent_jax.model.sharding import shardings
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import Learner, Tables, batch_loss, part_normaliser, score
 from imagent_jax.rl.mask import mask_tables
