@@ -30,6 +30,8 @@ _VISION_LAYER = {
     **{f"{p}_bias": (f"attn.{p}.bias", False) for p in ("qkv", "proj")},
     **{p: (f"mlp.{p}.weight", True) for p in ("fc1", "fc2")},
     **{f"{p}_bias": (f"mlp.{p}.bias", False) for p in ("fc1", "fc2")},
+    **{p: (f"mlp.{p}_proj.weight", True) for p in ("gate", "up", "down")},
+    **{f"{p}_bias": (f"mlp.{p}_proj.bias", False) for p in ("gate", "up", "down")},
 }
 TENSORS: dict[str, tuple[str, bool]] = {
     "text.embed": ("model.language_model.embed_tokens.weight", False),
@@ -43,11 +45,11 @@ TENSORS: dict[str, tuple[str, bool]] = {
     **{f"vision.merge_fc{i + 1}": (f"model.visual.merger.mlp.{2 * i}.weight", True) for i in (0, 1)},
     **{f"vision.merge_fc{i + 1}_bias": (f"model.visual.merger.mlp.{2 * i}.bias", False) for i in (0, 1)},
 }
-"""Every parameter by dotted path, and its tensor in a Hugging Face checkpoint (newer name style)."""
+"""Every parameter of either family by dotted path, and its tensor in a Hugging Face checkpoint (newer name style)."""
 
 
 def older_name(name: str) -> str:
-    """The name the hub's older Qwen2-VL files use: `model.layers.*` and `visual.*`."""
+    """The name the hub's own files use: `model.layers.*` and `visual.*`."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
@@ -214,7 +216,7 @@ def save(
     for path in stale:  # weights of an earlier save with other shards: a reader would take them for these
         path.unlink(missing_ok=True)
     stored = str(next(iter(tensors.values())).dtype)
-    hf = json.loads(model.cfg.hf) | {"dtype": stored, "architectures": ["Qwen2VLForConditionalGeneration"]}
+    hf = json.loads(model.cfg.hf) | {"dtype": stored, "architectures": [model.cfg.architecture]}
     (folder / "config.json").write_text(json.dumps(hf, indent=2))
     for pattern in ("tokenizer*", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
                     "vocab.json", "merges.txt", "chat_template*", "generation_config.json", "added_tokens.json"):  # fmt: skip
