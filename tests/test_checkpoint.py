@@ -68,8 +68,8 @@ def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 3) == (shard_bytes < 2**30)
     names = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
     assert names == set(hf_oracle.tensors(reference, older))
-    saved, given = (AutoConfig.from_pretrained(tmp_path / name) for name in ("out", "in"))
-    assert type(saved) is type(reference.config) and saved.to_dict() == given.to_dict()
+    saved, given = (AutoConfig.from_pretrained(tmp_path / name).to_dict() | {"_name_or_path": ""} for name in ("out", "in"))
+    assert saved == given and saved["model_type"] == reference.config.model_type
     assert_holds_the_weights_of(reference, tmp_path / "out")
     again, reloaded = checkpoint.load(tmp_path / "out")
     assert again.cfg == model.cfg
