@@ -1,4 +1,4 @@
-"""The reference: tiny random Qwen2-VL models of transformers in float32, saved as checkpoints and run on inputs."""
+"""The reference: tiny random Qwen2-VL and Qwen2.5-VL models of transformers in float32, saved as checkpoints and run."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
@@ -19,22 +24,42 @@ BUDGET = {"min_pixels": 64, "max_pixels": 1600}  # at 8 pixels a token: 1 to 25 
 ODD_SIZES = ((17, 45), (61, 23), (24, 24))  # (height, width): wide, tall, square
 
 
-def tiny_model(heads: int = 4, kv_heads: int = 2, tied: bool = False, seed: int = 0) -> Qwen2VLForConditionalGeneration:
-    """A random model with head width 16, in float32. Weights are large enough that logits spread by several units."""
-    cfg = Qwen2VLConfig(
+Reference = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration
+FAMILIES = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+}
+
+
+def tiny_model(
+    heads: int = 4, kv_heads: int = 2, tied: bool = False, seed: int = 0, family: str = "qwen2_vl", **vision
+) -> Reference:
+    """A random model with head width 16, in float32. Weights are large enough that logits spread by several units.
+
+    `vision` changes settings of the tower; that of Qwen2.5-VL has windows of 2x2 merged patches and full attention in its
+    second block of three.
+    """
+    width = heads * 16
+    towers = {
+        "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": width, "mlp_ratio": 2},
+        "qwen2_5_vl": {
+            "depth": 3, "hidden_size": 32, "out_hidden_size": width, "intermediate_size": 44,
+            "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2,
+        },
+    }  # fmt: skip
+    config, architecture = FAMILIES[family]
+    cfg = config(
         text_config={
-            "vocab_size": VOCAB, "hidden_size": heads * 16, "intermediate_size": 80, "num_hidden_layers": 3,
+            "vocab_size": VOCAB, "hidden_size": width, "intermediate_size": 80, "num_hidden_layers": 3,
             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
             "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": None,
         },
-        vision_config={
-            "depth": 2, "embed_dim": 32, "hidden_size": heads * 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": PATCH,
-        },
+        vision_config={"num_heads": 2, "patch_size": PATCH, **towers[family], **vision},
         image_token_id=IMAGE, video_token_id=111, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
         tie_word_embeddings=tied,
     )  # fmt: skip
-    model = Qwen2VLForConditionalGeneration(cfg).float().eval()
+    model = architecture(cfg).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,7 +72,7 @@ def tiny_model(heads: int = 4, kv_heads: int = 2, tied: bool = False, seed: int 
     return model
 
 
-def tensors(model: Qwen2VLForConditionalGeneration, older: bool = False) -> dict[str, torch.Tensor]:
+def tensors(model: Reference, older: bool = False) -> dict[str, torch.Tensor]:
     """The weights by name: the newer names of transformers' modules, or the hub's older ones."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -59,34 +84,36 @@ def tensors(model: Qwen2VLForConditionalGeneration, older: bool = False) -> dict
     return state
 
 
-def config_json(model: Qwen2VLForConditionalGeneration, older: bool = False) -> dict:
+def config_json(model: Reference, older: bool = False) -> dict:
     """`config.json` of the model: with a `text_config`, or flat as the hub's older files are."""
     hf = json.loads(model.config.to_json_string(use_diff=False))
-    hf["architectures"] = ["Qwen2VLForConditionalGeneration"]
+    hf["architectures"] = [type(model).__name__]
     if not older:
         return hf
     text, vision = hf["text_config"], hf["vision_config"]
     rope = text["rope_parameters"]
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "rms_norm_eps", "hidden_act", "use_sliding_window", "max_position_embeddings")  # fmt: skip
+    tower = ("depth", "embed_dim", "hidden_size", "num_heads", "mlp_ratio", "patch_size", "intermediate_size",
+             "out_hidden_size", "window_size", "fullatt_block_indexes", "tokens_per_second")  # fmt: skip
     markers = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")
     return {
         "architectures": hf["architectures"],
-        "model_type": "qwen2_vl",
+        "model_type": hf["model_type"],
         **{name: text[name] for name in names},
         **{name: hf[name] for name in markers},
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
         "torch_dtype": "float32",
         "vision_config": {
-            **{name: vision[name] for name in ("depth", "embed_dim", "hidden_size", "num_heads", "mlp_ratio", "patch_size")},
+            **{name: vision[name] for name in tower if name in vision},
             "in_chans": 3, "spatial_patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 2,
         },
     }  # fmt: skip
 
 
 def save_checkpoint(
-    model: Qwen2VLForConditionalGeneration, folder: Path, *, older: bool = False, shards: int = 1, dtype=torch.float32
+    model: Reference, folder: Path, *, older: bool = False, shards: int = 1, dtype=torch.float32
 ) -> Path:
     """Writes `config.json` and safetensors: one file, or `shards` files with an index."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +157,7 @@ def interleave(parts: Sequence[Sequence[int] | Image.Image]) -> list[int]:
 
 
 @torch.no_grad()
-def positions(model: Qwen2VLForConditionalGeneration, ids: Sequence[int], grids: Sequence[tuple[int, int]]) -> np.ndarray:
+def positions(model: Reference, ids: Sequence[int], grids: Sequence[tuple[int, int]]) -> np.ndarray:
     """M-RoPE positions [3 S] by `get_rope_index`."""
     row = torch.tensor([ids])
     grid = torch.tensor([[1, h, w] for h, w in grids]).reshape(-1, 3)
@@ -138,7 +165,7 @@ def positions(model: Qwen2VLForConditionalGeneration, ids: Sequence[int], grids:
 
 
 @torch.no_grad()
-def logits(model: Qwen2VLForConditionalGeneration, samples: Sequence[tuple[Sequence[int], Sequence[Image.Image]]]):
+def logits(model: Reference, samples: Sequence[tuple[Sequence[int], Sequence[Image.Image]]]):
     """Logits [B S V] of (ids, images) samples, right-padded in one batch; and the attention mask [B S]."""
     longest = max(len(ids) for ids, _ in samples)
     rows = torch.zeros(len(samples), longest, dtype=torch.long)
@@ -155,14 +182,14 @@ def logits(model: Qwen2VLForConditionalGeneration, samples: Sequence[tuple[Seque
 
 
 @torch.no_grad()
-def vision_features(model: Qwen2VLForConditionalGeneration, images: Sequence[Image.Image]) -> np.ndarray:
+def vision_features(model: Reference, images: Sequence[Image.Image]) -> np.ndarray:
     """Merged features [F D] of the images, one after another."""
     patches, grid = pixel_values(images)
     return model.model.visual(patches, grid_thw=grid).pooler_output.numpy()
 
 
 def greedy(
-    model: Qwen2VLForConditionalGeneration, samples: Sequence[tuple[Sequence[int], Sequence[Image.Image]]], steps: int
+    model: Reference, samples: Sequence[tuple[Sequence[int], Sequence[Image.Image]]], steps: int
 ) -> list[list[int]]:
     """`steps` greedy tokens of every sample: a full forward for every token, no cache."""
     rows = [list(ids) for ids, _ in samples]

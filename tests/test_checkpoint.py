@@ -9,13 +9,18 @@ import pytest
 import torch
 from hf_oracle import save_checkpoint, tiny_model
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForImageTextToText, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2VLForConditionalGeneration
 
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.qwen2_vl import Qwen2VL
 
-REFERENCES = {"tied": tiny_model(tied=True), "untied": tiny_model(tied=False)}
+REFERENCES = {
+    "tied": tiny_model(tied=True),
+    "untied": tiny_model(tied=False),
+    "2.5-tied": tiny_model(tied=True, family="qwen2_5_vl"),
+    "2.5-untied": tiny_model(tied=False, family="qwen2_5_vl"),
+}
 
 
 @pytest.fixture(params=REFERENCES)
@@ -35,8 +40,8 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def assert_holds_the_weights_of(model: Qwen2VLForConditionalGeneration, folder):
-    loaded = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+def assert_holds_the_weights_of(model: hf_oracle.Reference, folder):
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32)
     theirs, ours = model.state_dict(), loaded.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
@@ -64,6 +69,8 @@ def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 3) == (shard_bytes < 2**30)
     names = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
     assert names == set(hf_oracle.tensors(reference, older))
+    saved, given = (AutoConfig.from_pretrained(tmp_path / name).to_dict() | {"_name_or_path": ""} for name in ("out", "in"))
+    assert saved == given and saved["model_type"] == reference.config.model_type
     assert_holds_the_weights_of(reference, tmp_path / "out")
     again, reloaded = checkpoint.load(tmp_path / "out")
     assert again.cfg == model.cfg
@@ -182,11 +189,36 @@ def test_weights_of_another_size_than_the_config_are_refused(folder):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl", None])
-def test_another_architecture_is_named(folder, kind):
-    edit_config(folder, model_type=kind)
-    with pytest.raises(ValueError, match=rf"config.json: model_type is {kind!r}.*'qwen2_vl'"):
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+        ("qwen2_vl", "Qwen2VLForSequenceClassification"),
+        ("qwen2_5_vl", "Qwen2VLForConditionalGeneration"),
+        (None, None),
+    ],
+)
+def test_another_architecture_is_named(folder, kind, architecture):
+    edit_config(folder, model_type=kind, architectures=architecture and [architecture])
+    with pytest.raises(ValueError, match=rf"config.json: model_type is {kind!r}.*'qwen2_vl'.*'qwen2_5_vl'") as error:
         checkpoint.load(folder)
+    assert (architecture or "None") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_features_of_another_width_than_the_decoders_are_refused(family):
+    hf = hf_oracle.config_json(tiny_model(family=family))
+    hf["vision_config"]["hidden_size" if family == "qwen2_vl" else "out_hidden_size"] = 48
+    with pytest.raises(ValueError, match="features of width 48; the decoder's is 64"):
+        Qwen2VLConfig.from_hf(hf)
+
+
+def test_windows_that_hold_no_merged_patch_are_refused():
+    hf = hf_oracle.config_json(REFERENCES["2.5-tied"])
+    hf["vision_config"]["window_size"] = 7
+    with pytest.raises(ValueError, match="window_size 7 holds no 2 patches of 4"):
+        Qwen2VLConfig.from_hf(hf)
 
 
 def test_a_config_without_a_needed_setting_is_refused_with_its_name(folder):

@@ -1,4 +1,5 @@
-"""The model equals transformers' Qwen2-VL: logits, vision features, greedy text, with images before and after it starts."""
+"""The model equals transformers' Qwen2-VL and Qwen2.5-VL: logits, vision features, greedy text, with images before and after
+it starts."""
 
 from functools import partial
 from typing import NamedTuple
@@ -19,14 +20,16 @@ from imagent_jax.model.text import ResponseCache
 from imagent_jax.rl import sampler
 
 BLOCK, BLOCKS, WIDTH = 100, 12, 96  # patches a block, blocks a pack, padded prompt length
-SHAPES = {"mha-untied": (4, 4, False), "gqa2-tied": (4, 2, True), "gqa6-untied": (6, 1, False)}
+SHAPES = {
+    "mha-untied": (4, 4, False), "gqa2-tied": (4, 2, True), "gqa6-untied": (6, 1, False),
+    "2.5-gqa2-tied": (4, 2, True, 0, "qwen2_5_vl"), "2.5-gqa6-untied": (6, 1, False, 0, "qwen2_5_vl"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=list(SHAPES))
 def pair(request, tmp_path_factory):
     """transformers' model, and ours loaded from its checkpoint."""
-    heads, kv_heads, tied = SHAPES[request.param]
-    reference = tiny_model(heads, kv_heads, tied)
+    reference = tiny_model(*SHAPES[request.param])
     folder = hf_oracle.save_checkpoint(reference, tmp_path_factory.mktemp("checkpoint"))
     return reference, *checkpoint.load(folder, vision_block=BLOCK)
 

@@ -8,9 +8,11 @@ from hf_oracle import IMAGE, VISION_END, VISION_START
 from imagent_jax.model.positions import mrope_positions
 
 
-@pytest.fixture(scope="module")
-def model():
-    return hf_oracle.tiny_model()
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+def model(request):
+    """Qwen2.5-VL counts a video's time in seconds; an image is one moment, whatever `tokens_per_second` says."""
+    extra = {"tokens_per_second": 25} if request.param == "qwen2_5_vl" else {}
+    return hf_oracle.tiny_model(family=request.param, **extra)
 
 
 def sample(rng, images: int, leading: bool = True):

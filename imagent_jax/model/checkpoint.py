@@ -42,6 +42,8 @@ _VISION_LAYER = {
     **{f"{p}_bias": (f"attn.{p}.bias", False) for p in ("qkv", "proj")},
     **{p: (f"mlp.{p}.weight", True) for p in ("fc1", "fc2")},
     **{f"{p}_bias": (f"mlp.{p}.bias", False) for p in ("fc1", "fc2")},
+    **{p: (f"mlp.{p}_proj.weight", True) for p in ("gate", "up", "down")},
+    **{f"{p}_bias": (f"mlp.{p}_proj.bias", False) for p in ("gate", "up", "down")},
 }
 TENSORS: dict[str, tuple[str, bool]] = {
     "text.embed": ("model.language_model.embed_tokens.weight", False),
@@ -55,11 +57,11 @@ TENSORS: dict[str, tuple[str, bool]] = {
     **{f"vision.merge_fc{i + 1}": (f"model.visual.merger.mlp.{2 * i}.weight", True) for i in (0, 1)},
     **{f"vision.merge_fc{i + 1}_bias": (f"model.visual.merger.mlp.{2 * i}.bias", False) for i in (0, 1)},
 }
-"""Every parameter by dotted path, and its tensor in a Hugging Face checkpoint (newer name style)."""
+"""Every parameter of either family by dotted path, and its tensor in a Hugging Face checkpoint (newer name style)."""
 
 
 def older_name(name: str) -> str:
-    """The name the hub's older Qwen2-VL files use: `model.layers.*` and `visual.*`."""
+    """The name the hub's own files use: `model.layers.*` and `visual.*`."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
@@ -336,7 +338,7 @@ def save(
             path.unlink()
     hf = json.loads(model.cfg.hf) | {"dtype": next(iter(tensors.values())).dtype.name}
     hf.pop("torch_dtype", None)
-    hf.setdefault("architectures", ["Qwen2VLForConditionalGeneration"])
+    hf["architectures"] = [model.cfg.architecture]
     (folder / "config.json").write_text(json.dumps(hf, indent=2))
     for pattern in COMPANIONS:
         for path in source.glob(pattern):

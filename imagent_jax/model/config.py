@@ -1,20 +1,41 @@
-"""Configuration of a Qwen2-VL model, read from and written to Hugging Face's `config.json`."""
+"""Configuration of a Qwen2-VL or Qwen2.5-VL model, read from and written to Hugging Face's `config.json`."""
 
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+ARCHITECTURES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
+"""The families this implementation computes: `model_type` and architecture, as `config.json` names them."""
+
+PUBLISHED = {
+    ("qwen2_vl", 1536, 28): "Qwen2-VL-2B",
+    ("qwen2_vl", 3584, 28): "Qwen2-VL-7B",
+    ("qwen2_vl", 8192, 80): "Qwen2-VL-72B",
+    ("qwen2_5_vl", 2048, 36): "Qwen2.5-VL-3B",
+    ("qwen2_5_vl", 3584, 28): "Qwen2.5-VL-7B",
+    ("qwen2_5_vl", 5120, 64): "Qwen2.5-VL-32B",
+    ("qwen2_5_vl", 8192, 80): "Qwen2.5-VL-72B",
+}
+"""Published sizes by family, width and layers of the decoder."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: patches of `patch_size` pixels, `depth` blocks of width `embed_dim`, merged 2x2 into `hidden_size`."""
+    """The vision tower: patches of `patch_size` pixels, `depth` blocks of width `embed_dim`, merged 2x2 into `hidden_size`.
+
+    Qwen2-VL: LayerNorm, a quick-GELU MLP, every block sees the whole image. Qwen2.5-VL (`gated`): RMSNorm, a SwiGLU MLP
+    with biases; a block sees its window of `window_size` pixels only, those in `full_attention_blocks` the whole image.
+    """
 
     depth: int
     embed_dim: int
     hidden_size: int
+    intermediate_size: int
     num_heads: int
-    mlp_ratio: int = 4
+    gated: bool = False
+    window_size: int = 0
+    full_attention_blocks: tuple[int, ...] = ()
     in_channels: int = 3
     patch_size: int = 14
     spatial_merge_size: int = 2
@@ -34,6 +55,11 @@ class VisionConfig:
     def merge_unit(self) -> int:
         """Patches merged into one language-model token."""
         return self.spatial_merge_size**2
+
+    @property
+    def window_side(self) -> int:
+        """Patches along a window's side, a multiple of `spatial_merge_size`; 0 where no block attends by windows."""
+        return self.window_size // self.patch_size // self.spatial_merge_size * self.spatial_merge_size
 
 
 @dataclass(frozen=True)
@@ -65,23 +91,46 @@ class Qwen2VLConfig:
     image_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+    model_type: str = "qwen2_vl"
     hf: str = field(repr=False, compare=False, default="{}")
     folder: str = field(repr=False, compare=False, default="")
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that computes this model."""
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def name(self) -> str:
+        """The published size, such as "Qwen2.5-VL-7B", or the family with "of another size"."""
+        size = PUBLISHED.get((self.model_type, self.text.hidden_size, self.text.num_layers))
+        return size or {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}[self.model_type] + " of another size"
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "Qwen2VLConfig":
         """From the dictionary of a `config.json`, in the hub's older flat form or the newer one with `text_config`.
 
+        What a file leaves out of its `vision_config` has the default of transformers, as the hub's large sizes rely on.
+
         Raises:
             ValueError: another architecture, or a setting this implementation does not honour (named in the sentence).
         """
-        if hf.get("model_type") != "qwen2_vl":
-            raise ValueError(f"model_type is {hf.get('model_type')!r}; this loader reads 'qwen2_vl' checkpoints only.")
-        text, vision = {**hf, **(hf.get("text_config") or {})}, hf["vision_config"]
+        family = hf.get("model_type")
+        names = hf.get("architectures") or [ARCHITECTURES.get(family)]
+        if family not in ARCHITECTURES or names != [ARCHITECTURES[family]]:
+            named = f" with architectures {names}" if hf.get("architectures") else ""
+            raise ValueError(
+                f"model_type is {family!r}{named}; this loader reads "
+                + " and ".join(f"{architecture} ({kind!r})" for kind, architecture in ARCHITECTURES.items())
+                + " checkpoints only."
+            )
+        text = {**hf, **(hf.get("text_config") or {})}
         if text.get("use_sliding_window"):
             raise ValueError("use_sliding_window is true; sliding-window attention is not supported, set it to false.")
-        if text.get("hidden_act", "silu") != "silu" or vision.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise ValueError("hidden_act differs from Qwen2-VL's (silu for text, quick_gelu for vision).")
+        gated = family == "qwen2_5_vl"
+        act = "silu" if gated else "quick_gelu"
+        if text.get("hidden_act", "silu") != "silu" or hf["vision_config"].get("hidden_act", act) != act:
+            raise ValueError(f"hidden_act differs from that of {ARCHITECTURES[family]} (silu for text, {act} for vision).")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "mrope"):
@@ -90,6 +139,9 @@ class Qwen2VLConfig:
         section = tuple(rope.get("mrope_section", (16, 24, 24)))
         if sum(section) * 2 != width // heads:
             raise ValueError(f"mrope_section {list(section)} must sum to half the head width {width // heads}.")
+        vision = _vision(hf["vision_config"], gated)
+        if vision.hidden_size != width:
+            raise ValueError(f"The vision tower gives features of width {vision.hidden_size}; the decoder's is {width}.")
         return cls(
             text=TextConfig(
                 vocab_size=text["vocab_size"],
@@ -103,21 +155,11 @@ class Qwen2VLConfig:
                 rms_norm_eps=text.get("rms_norm_eps", 1e-5),
                 tie_word_embeddings=bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
             ),
-            vision=VisionConfig(
-                depth=vision["depth"],
-                embed_dim=vision["embed_dim"],
-                hidden_size=vision["hidden_size"],
-                num_heads=vision["num_heads"],
-                mlp_ratio=vision.get("mlp_ratio", 4),
-                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-                patch_size=vision.get("patch_size", vision.get("spatial_patch_size", 14)),
-                spatial_merge_size=vision.get("spatial_merge_size", 2),
-                temporal_patch_size=vision.get("temporal_patch_size", 2),
-                rope_theta=(vision.get("rope_parameters") or {}).get("rope_theta", 10000.0),
-            ),
+            vision=vision,
             image_token_id=hf["image_token_id"],
             vision_start_token_id=hf["vision_start_token_id"],
             vision_end_token_id=hf["vision_end_token_id"],
+            model_type=family,
             hf=json.dumps(hf),
         )
 
@@ -137,3 +179,37 @@ class Qwen2VLConfig:
             raise ValueError(f"{path} has no {error}; name a complete Qwen2-VL checkpoint.") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _vision(hf: dict[str, Any], gated: bool) -> VisionConfig:
+    """The `vision_config` of either family; `hidden_size` means the decoder's width in Qwen2-VL, the tower's in Qwen2.5-VL.
+
+    Raises:
+        ValueError: windows that hold no merged patch.
+    """
+    width = hf.get("hidden_size", 3584)
+    if gated:
+        own = {
+            "embed_dim": width,
+            "hidden_size": hf.get("out_hidden_size", 3584),
+            "intermediate_size": hf.get("intermediate_size", 3420),
+            "gated": True,
+            "window_size": hf.get("window_size", 112),
+            "full_attention_blocks": tuple(hf.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        }
+    else:
+        embed = hf.get("embed_dim", 1280)
+        own = {"embed_dim": embed, "hidden_size": width, "intermediate_size": int(embed * hf.get("mlp_ratio", 4))}
+    cfg = VisionConfig(
+        depth=hf.get("depth", 32),
+        num_heads=hf.get("num_heads", 16),
+        in_channels=hf.get("in_channels", hf.get("in_chans", 3)),
+        patch_size=hf.get("patch_size", hf.get("spatial_patch_size", 14)),
+        spatial_merge_size=hf.get("spatial_merge_size", 2),
+        temporal_patch_size=hf.get("temporal_patch_size", 2),
+        rope_theta=(hf.get("rope_parameters") or {}).get("rope_theta", 10000.0),
+        **own,
+    )
+    if gated and not cfg.window_side:
+        raise ValueError(f"window_size {cfg.window_size} holds no {cfg.spatial_merge_size} patches of {cfg.patch_size}.")
+    return cfg

@@ -1,0 +1,200 @@
+"""Qwen2.5-VL's own: windows of the vision tower as data, and the published sizes of both families."""
+
+import dataclasses
+import json
+
+import hf_oracle
+import jax
+import numpy as np
+import pytest
+import torch
+from hf_oracle import BUDGET, MERGE, ODD_SIZES, PATCH, random_image
+
+from imagent_jax.compiling import CompileCounter
+from imagent_jax.model import checkpoint, vision
+from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.images import pack_images, patch_coords, prepare_image
+from imagent_jax.model.qwen2_vl import abstract, encode_images
+
+BLOCK, BLOCKS = 100, 12  # neither a multiple of a window's 16 or 36 patches
+SIZES = (*ODD_SIZES, (8, 8), (200, 9), (40, 40), (33, 70))
+
+
+def prepared(sizes, seed=3):
+    rng = np.random.default_rng(seed)
+    images = [random_image(rng, size) for size in sizes]
+    return images, [prepare_image(image, patch_size=PATCH, merge_size=MERGE, **BUDGET) for image in images]
+
+
+def loaded(folder, **vision_settings):
+    reference = hf_oracle.tiny_model(family="qwen2_5_vl", **vision_settings)
+    return reference, *checkpoint.load(hf_oracle.save_checkpoint(reference, folder), vision_block=BLOCK)
+
+
+def features(model, params, images):
+    """Features of every image, one after another."""
+    *packed, first = pack_images(images, BLOCK, BLOCKS)
+    out = np.asarray(jax.jit(encode_images, static_argnums=0)(model, params, *packed))
+    return np.concatenate([out[row // 4 : row // 4 + len(image.patches) // 4] for image, row in zip(images, first, strict=True)])
+
+
+# ---- windows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [2, 4, 6, 10])
+def test_window_order_equals_the_references(side):
+    """Blocks of images with partial windows; each block alone is a `grid_thw` of the reference."""
+    from transformers.vision_utils import get_vision_window_index
+
+    blocks = [[(4, 12), (6, 6)], [(16, 6)], [(2, 2), (10, 4), (2, 14)]]
+    coords, image = np.zeros((3, BLOCK, 2), np.int32), np.full((3, BLOCK), 99, np.int32)  # padding comes last
+    for b, grids in enumerate(blocks):
+        rows = np.concatenate([patch_coords(grid) for grid in grids])
+        coords[b, : len(rows)] = rows
+        image[b, : len(rows)] = np.repeat(np.arange(len(grids)), [h * w for h, w in grids])
+    order, window = map(np.asarray, jax.jit(vision.window_order, static_argnums=(2, 3))(coords, image, side, 4))
+    for b, grids in enumerate(blocks):
+        theirs, edges = get_vision_window_index(torch.tensor([[1, h, w] for h, w in grids]), MERGE, side * PATCH, PATCH)
+        np.testing.assert_array_equal(order[b, : len(theirs)], theirs)
+        changes = np.flatnonzero((window[b, 1:] != window[b, :-1]).any(-1)) + 1
+        np.testing.assert_array_equal(changes, edges[1 : len(changes) + 1])
+        assert len(changes) + 1 >= len(edges) - 1
+
+
+@pytest.mark.parametrize("area", [1, 4, 16, 36])
+def test_tiles_equal_masked_attention_wherever_windows_begin(area):
+    rng = np.random.default_rng(area)
+    q, k, v = rng.normal(size=(3, 2, 50, 3, 8)).astype(np.float32)
+    lengths = rng.integers(1, area + 1, (2, 50))
+    window = np.stack([np.repeat(np.arange(50), row)[:50] for row in lengths])
+    window = np.stack([window * 0, window, window % 3], -1).astype(np.int32)
+    mask = (window[:, :, None] == window[:, None, :]).all(-1)
+    tiled = jax.jit(vision.attend_windows, static_argnums=4)(q, k, v, window, area)
+    np.testing.assert_allclose(tiled, jax.jit(vision.attend)(q, k, v, mask), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window_size": 24},
+        {"window_size": 40},
+        {"window_size": 20, "fullatt_block_indexes": [0, 2]},
+        {"fullatt_block_indexes": []},
+        {"fullatt_block_indexes": [0, 1, 2]},
+    ],
+    ids=str,
+)
+def test_features_equal_the_reference_for_other_windows_and_full_blocks(settings, tmp_path):
+    reference, model, params = loaded(tmp_path, **settings)
+    images, ours = prepared(SIZES)
+    assert np.abs(features(model, params, ours) - hf_oracle.vision_features(reference, images)).max() <= 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"window_size": 24}, {"full_attention_blocks": (0,)}, {"window_size": 0}], ids=str)
+def test_other_windows_would_be_noticed(changes, tmp_path):
+    """The parity above would fail if windows or full blocks were others, or all blocks had full attention."""
+    _, model, params = loaded(tmp_path)
+    wrong = dataclasses.replace(model.cfg, vision=dataclasses.replace(model.cfg.vision, **changes))
+    wrong = model._replace(graphdef=abstract(wrong)[0].graphdef, cfg=wrong)
+    _, images = prepared(SIZES)
+    assert np.abs(features(model, params, images) - features(wrong, params, images)).max() > 1e-2
+
+
+def test_other_image_sizes_and_counts_compile_nothing_new(tmp_path):
+    _, model, params = loaded(tmp_path)
+    model = model._replace(logprob_chunk=77)  # no other test has compiled this one
+    encode, counter, packs = jax.jit(encode_images, static_argnums=0), CompileCounter(), []
+    for sizes in (((17, 45),), ((61, 23), (24, 24)), SIZES, ((8, 8),) * 9):
+        *packed, _ = pack_images(prepared(sizes)[1], BLOCK, BLOCKS)
+        before = counter.count
+        jax.block_until_ready(encode(model, params, *packed))
+        packs.append(counter.count - before)
+    assert packs[0] >= 1 and packs[1:] == [0, 0, 0]
+
+
+def test_gradients_through_windows_equal_the_reference(tmp_path):
+    """d(sum of squared features) / d(first block's parameters)."""
+    reference, model, params = loaded(tmp_path)
+    images, ours = prepared(SIZES)
+    *packed, first = pack_images(ours, BLOCK, BLOCKS)
+    real = np.zeros(BLOCK * BLOCKS // 4, bool)
+    for image, row in zip(ours, first, strict=True):
+        real[row // 4 : row // 4 + len(image.patches) // 4] = True
+
+    def loss(params, remat):
+        return ((encode_images(model._replace(remat=remat), params, *packed) * real[:, None]) ** 2).sum()
+
+    patches, grid = hf_oracle.pixel_values(images)
+    (reference.model.visual(patches, grid_thw=grid).pooler_output ** 2).sum().backward()
+    block = reference.model.visual.blocks[0]
+    theirs = {"qkv": block.attn.qkv.weight.grad.T, "gate": block.mlp.gate_proj.weight.grad.T, "norm1": block.norm1.weight.grad}
+    for remat in ("none", "full"):
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)(params, remat)["vision"]["blocks"]
+        for name, expected in theirs.items():
+            scale = np.abs(expected.numpy()).max()
+            np.testing.assert_allclose(np.asarray(gradient[name][...])[0] / scale, expected.numpy() / scale, atol=1e-4)
+
+
+# ---- published sizes ------------------------------------------------------------------------------------------------
+
+VISION_2 = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "spatial_patch_size": 14}
+VISION_25 = {
+    "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
+    "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+}  # fmt: skip
+LARGE_25 = {"hidden_size": 1280, "in_chans": 3, "intermediate_size": 3456, "spatial_patch_size": 14, "tokens_per_second": 2}
+PUBLISHED = {  # width, MLP, layers, query heads, key heads, vocabulary, tied, tower, parameters in all
+    "Qwen2-VL-2B": (1536, 8960, 28, 12, 2, 151936, True, VISION_2, 2_208_985_600),
+    "Qwen2-VL-7B": (3584, 18944, 28, 28, 4, 152064, False, VISION_2, 8_291_375_616),
+    "Qwen2-VL-72B": (8192, 29568, 80, 64, 8, 152064, False, VISION_2, 73_405_560_320),
+    "Qwen2.5-VL-3B": (2048, 11008, 36, 16, 2, 151936, True, VISION_25, 3_754_622_976),
+    "Qwen2.5-VL-7B": (3584, 18944, 28, 28, 4, 152064, False, VISION_25, 8_292_166_656),
+    "Qwen2.5-VL-32B": (5120, 27648, 64, 40, 8, 152064, False, LARGE_25, 33_452_718_336),
+    "Qwen2.5-VL-72B": (8192, 29568, 80, 64, 8, 152064, False, LARGE_25, 73_410_777_344),
+}
+
+
+def hub_config(name: str) -> dict:
+    """`config.json` in the hub's flat form; the large sizes leave out what has the default of transformers."""
+    width, mlp, layers, heads, kv_heads, vocab, tied, tower, _ = PUBLISHED[name]
+    newer = "2.5" in name
+    return {
+        "architectures": [f"Qwen2{'_5_' if newer else ''}VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl" if newer else "qwen2_vl",
+        "vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "use_sliding_window": False,
+        "sliding_window": 32768, "max_window_layers": layers, "tie_word_embeddings": tied,
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "vision_config": {**tower, ("out_hidden_size" if newer else "hidden_size"): width},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_are_recognised_and_have_the_references_tensors(name):
+    hf = hub_config(name)
+    cfg = Qwen2VLConfig.from_hf(hf)
+    assert cfg.name == name and cfg.text.head_dim == 128 and cfg.vision.head_dim == 80
+    assert (cfg.vision.window_side, cfg.vision.full_attention_blocks) == ((8, (7, 15, 23, 31)) if "2.5" in name else (0, ()))
+
+    config, architecture = hf_oracle.FAMILIES[cfg.model_type]
+    with torch.device("meta"):
+        reference = architecture(config.from_dict(json.loads(json.dumps(hf))))
+    theirs = {key: tuple(tensor.shape) for key, tensor in hf_oracle.tensors(reference).items()}
+    assert reference.config.vision_config.num_heads == cfg.vision.num_heads
+
+    ours = {}
+    for path, variable in abstract(cfg)[1].flat_state():
+        tensor, transposed = checkpoint.TENSORS[".".join(map(str, path))]
+        shape = variable.get_value().shape
+        for i in range(shape[0]) if "{}" in tensor else (None,):
+            one = shape if i is None else shape[1:]
+            ours[tensor.format(i)] = one[::-1] if transposed else one
+    patch = "model.visual.patch_embed.proj.weight"
+    assert int(np.prod(theirs[patch][1:])) == ours[patch][1]
+    assert ours | {patch: theirs[patch]} == theirs
+    assert sum(int(np.prod(shape)) for shape in ours.values()) == PUBLISHED[name][-1]
+
+
+def test_a_size_of_ones_own_has_the_familys_name():
+    assert Qwen2VLConfig.from_hf(hub_config("Qwen2.5-VL-7B") | {"num_hidden_layers": 2}).name == "Qwen2.5-VL of another size"
