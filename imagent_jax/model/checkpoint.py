@@ -296,7 +296,7 @@ def save(
     source: str | Path | None = None,
     dtype=None,
     max_shard_size: int | str = "5GB",
-    older_names: bool = False,
+    older_names: bool = True,
 ) -> None:
     """Writes a folder that Hugging Face loads: config, safetensors (sharded with an index when large), and the tokenizer,
     processor and generation settings. Weights of an earlier save in that folder are replaced, once the new are complete.
@@ -305,7 +305,8 @@ def save(
         source: folder of those settings; default the one the model was loaded from.
         dtype: of the stored tensors; default the parameters' own.
         max_shard_size: most bytes of a weight file, a number or such as "5GB".
-        older_names: name tensors as the hub's older files do (`model.layers.*`, `visual.*`), for older readers.
+        older_names: name tensors as the hub's files and transformers' own saves do (`model.layers.*`, `visual.*`), not as
+            its modules are named now.
     """
     folder, source = Path(folder), Path(source or model.cfg.folder or folder)
     tensors = to_tensors(model, params, dtype)
@@ -337,7 +338,8 @@ def save(
         if path.name not in plan.filename_to_tensors:
             path.unlink()
     hf = json.loads(model.cfg.hf) | {"dtype": next(iter(tensors.values())).dtype.name}
-    hf.pop("torch_dtype", None)
+    if "torch_dtype" in hf:  # its older name
+        hf["torch_dtype"] = hf["dtype"]
     hf["architectures"] = [model.cfg.architecture]
     (folder / "config.json").write_text(json.dumps(hf, indent=2))
     for pattern in COMPANIONS:
