@@ -132,7 +132,7 @@ class RolloutConfig:
     prompt_tokens: int = field(default=112, metadata={"help": "P: tokens of the longest prompt"})
     response_tokens: int = field(default=192, metadata={"help": "R: tokens of the longest response, observations included"})
     observation_tokens: int = field(default=32, metadata={"help": "tokens of an observation appended at once"})
-    decode_chunk: int = field(default=64, metadata={"help": "tokens decoded before the host looks"})
+    decode_chunk: int = field(default=16, metadata={"help": "tokens decoded before the host looks"})
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class GRPOConfig:
     importance_cap: float = field(default=2.0, metadata={"help": "where those weights are truncated"})
     epochs: int = field(default=1, metadata={"help": "passes over a batch"})
     minibatches: int = field(default=2, metadata={"help": "optimizer updates in a pass"})
-    micro_groups: int = field(default=8, metadata={"help": "groups in one forward and backward pass"})
+    micro_groups: int = field(default=4, metadata={"help": "groups in one forward and backward pass"})
 
 
 @dataclass(frozen=True)

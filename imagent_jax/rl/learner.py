@@ -100,7 +100,7 @@ class Learner:
             trained, frozen = self.split(reference)
             self.reference = nnx.merge_state(jax.tree.map(jnp.copy, trained), frozen)
         r = cfg.rollout.response_tokens
-        self.widths = sorted({max(1, r // 2), max(1, 3 * r // 4), r})
+        self.widths = sorted({max(1, quarter * r // 4) for quarter in (1, 2, 3, 4)})
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
         """(trained, frozen) parameters; see `trained_filter`."""
