@@ -154,14 +154,14 @@ def collate(groups, shape: Shape):
     return out, (patches.astype(np.float16), coords, image_id)
 
 
-def produce(folder: str, seed: int, vision_steps: int, text_steps: int, out) -> None:
+def produce(folder: str, seed: int, vision_steps: int, crowded: int, text_steps: int, out) -> None:
     """Worker process: one item a step, packs for the tower first, then batches of text; a function of its arguments."""
     from imagent_jax.tiny_base.corpus import FIRST_FORMS, FORMS, make_group
     from imagent_jax.tiny_base.vision import labelled_pack
 
     processor, rng = Processor.from_pretrained(folder), np.random.default_rng(seed)
     for _ in range(vision_steps):
-        out.put(labelled_pack(rng, processor, BLOCK))
+        out.put(labelled_pack(rng, processor, BLOCK, crowded))
     waiting = {shape: [] for shapes in SHAPES.values() for shape in shapes}
     done = 0
     while done < text_steps:
@@ -247,7 +247,7 @@ def start(out: Path, seed: int):
     return processor, model, params
 
 
-def build(out: Path, vision_steps: int, text_steps: int, seed: int, rate: float) -> None:
+def build(out: Path, vision_steps: int, crowded: int, text_steps: int, seed: int, rate: float) -> None:
     """Writes the tiny base into `out`: tokenizer, model, processor and generation config, and `built.json`."""
     from imagent_jax.tiny_base.vision import new_head, vision_step
 
@@ -258,7 +258,7 @@ def build(out: Path, vision_steps: int, text_steps: int, seed: int, rate: float)
     items = context.Queue(4)
     built = out / "built.json"
     history = json.loads(built.read_text()) if built.exists() else {"parameters": size, "commands": []}
-    arguments = (str(out), seed + 1000 * len(history["commands"]), vision_steps, text_steps, items)
+    arguments = (str(out), seed + 1000 * len(history["commands"]), vision_steps, crowded, text_steps, items)
     worker = context.Process(target=produce, args=arguments, daemon=True)
     worker.start()
     began, record = time.time(), []
@@ -287,7 +287,7 @@ def build(out: Path, vision_steps: int, text_steps: int, seed: int, rate: float)
         text, opt_state, value = train_step(model, optimizer, params, text, opt_state, *items.get())
         params = nnx.State({**params, "text": text}) if step % 250 == 0 or step == text_steps else params
         note(step, text_steps, "text", value)
-    flags = f"--vision-steps {vision_steps} --text-steps {text_steps} --seed {seed} --rate {rate}"
+    flags = f"--vision-steps {vision_steps} --crowded {crowded} --text-steps {text_steps} --seed {seed} --rate {rate}"
     worker.join()
     if vision_steps + text_steps:
         history["commands"].append(f"python -m imagent_jax.tiny {flags}")
@@ -300,7 +300,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets" / "tiny_base")
     parser.add_argument("--vision-steps", type=int, default=3000, help="updates of the vision tower alone")
+    parser.add_argument("--crowded", type=int, default=40, help="scenes of 60 whose crops give way to images full of tags")
     parser.add_argument("--text-steps", type=int, default=3000, help="updates of the decoder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     build(**vars(parser.parse_args()))

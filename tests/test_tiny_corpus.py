@@ -24,6 +24,7 @@ from imagent_jax.tiny_base.corpus import (
     solves,
 )
 from imagent_jax.tiny_base.tokenizer import COORDINATES, MARKERS, SPECIAL, build_tokenizer
+from imagent_jax.tiny_base.vision import HEADS, SCENES, labelled_pack
 from imagent_jax.tools import CallStatus, ImageRegistry, format_call, parse_call, to_pixels
 
 CALL = ("visual_confirmation", {"image": 2, "label": "red", "bbox_2d": [400, 175, 600, 375]})
@@ -196,6 +197,19 @@ def test_crops_hold_their_tag_or_none():
         scene = type(scene)(marked, scene.tags)
         assert np.asarray(crop_near(rng, scene, tag))[..., 0].sum() == 22 * 22
         assert np.asarray(crop_beside(rng, scene)).sum() == 0
+
+
+def test_labels_of_a_pack_lie_where_the_tags_are(processor):
+    pack = labelled_pack(np.random.default_rng(1), processor, 144, crowded=10)
+    labels, image = pack.labels, pack.image[::4]
+    assert all((labels[name] < classes).all() for name, classes in HEADS.items())
+    shown = labels["colour"] >= 0
+    assert (shown == (image >= 0)).all() and (labels["digit"] >= 0).sum() > 120
+    tags = shown & (labels["colour"] < len(COLOURS))
+    placed, read = labels["x"] >= 0, labels["digit"] >= 0
+    assert (tags == (placed | read)).all() and not (placed & read).any() and (placed == (labels["y"] >= 0)).all()
+    thumbnails = np.unique(image[placed])
+    assert len(thumbnails) == SCENES and placed.sum() >= 2 * SCENES  # every tag of a thumbnail has a feature of its own
 
 
 def test_groups_and_texts_follow_from_the_seed():

@@ -44,6 +44,29 @@ def test_images_have_the_promised_sizes_and_tags_are_in_place_and_apart(tasks):
     assert all(2 <= len(task.images) <= (3 if task.kind == "find" else 4) for task in tasks)
 
 
+def test_no_two_tags_share_a_cell_of_the_grid():
+    rng = np.random.default_rng(8)
+    for _ in range(300):
+        scene = world.make_scene(rng, "train", colours=world.COLOURS[: int(rng.integers(2, 5))])
+        rows, columns = (round(side / world.CELL) for side in scene.pixels.shape[:2])
+        assert (rows, columns) in ((2, 2), (2, 3), (3, 2))  # of merged features in a default thumbnail
+        cells = [(int(tag.y * rows), int(tag.x * columns)) for tag in scene.tags]
+        assert len(set(cells)) == len(cells)
+
+
+def test_a_crowded_scene_says_what_its_tags_show():
+    rng, counts = np.random.default_rng(9), []
+    for _ in range(40):
+        scene = world.make_crowded_scene(rng, "train", 56, 56)
+        counts.append(len(scene.tags))
+        for tag in scene.tags:
+            patch = scene.pixels[round(tag.y * 56) - 10 : round(tag.y * 56) + 10, round(tag.x * 56) - 10 : round(tag.x * 56) + 10]
+            mean = patch.reshape(-1, 3).mean(0)
+            nearest = min(world.COLOURS, key=lambda c: np.abs(np.asarray(world.RGB[c]) * world.TAG_VALUE - mean).sum())
+            assert nearest == tag.colour
+    assert max(counts) == 4 and np.mean(counts) > 3
+
+
 def test_splits_share_no_digit_and_no_photograph():
     with np.load(importlib.resources.files("imagent_jax.data") / "assets/digits.npz") as data:
         train, test = data["train_rows"], data["test_rows"]

@@ -45,6 +45,7 @@ HALO_SIGMA = 1.8  # width of the halo around the ink, pixels
 UNEVEN_LIGHT = 0.14  # greatest deviation of the light on a tag, in the unit of TAG_VALUE
 TAG_MARGIN = 0.12  # least distance of a tag's centre from the border, fraction of the side
 TAG_GAP = 50  # least distance between two centres along at least one axis, pixels
+CELL = 120  # about the side of a cell, pixels; at most one tag has its centre in a cell
 MAX_TAGS = 4
 JPEG_QUALITY = 92
 
@@ -136,7 +137,8 @@ def make_scene(
 
     Returns:
         A scene of one of `SIZES`. Tags do not touch: their centres are `TAG_GAP` pixels apart along one axis at least,
-        and `TAG_MARGIN` of the side from the border.
+        `TAG_MARGIN` of the side from the border, and in different cells of a grid of 2 x 2, 2 x 3 or 3 x 2, so that a
+        thumbnail of the default size shows at most one tag in a merged feature of Qwen2-VL.
 
     Raises:
         ValueError: for an unknown split, unknown or repeated colours, or more tags than fit.
@@ -163,6 +165,28 @@ def make_scene(
     return Scene(pixels, tuple(tags), photo, tuple(rows))
 
 
+def make_crowded_scene(rng: np.random.Generator, split: str, height: int, width: int) -> Scene:
+    """A piece of a photograph of (height, width) pixels full of tags, nine in ten places taken: many digits to
+    learn from in one small image. Questions never show one."""
+    pixels, photo = _background(rng, split, height, width)
+    side = TAG_SIDE + 2 * TAG_BORDER
+    rows, columns = height // side, width // side
+    tags, digit_rows = [], []
+    for cell in range(rows * columns):
+        if rng.random() < 0.1:
+            continue
+        colour, digit = COLOURS[rng.integers(len(COLOURS))], int(rng.integers(10))
+        tile, row = _tag_pixels(rng, split, colour, digit)
+        top, left = (
+            int(rng.integers(at * full // count, (at + 1) * full // count - side + 1))
+            for at, count, full in ((cell // columns, rows, height), (cell % columns, columns, width))
+        )
+        pixels[top : top + side, left : left + side] = tile
+        tags.append(Tag(colour, digit, (left + side / 2) / width, (top + side / 2) / height))
+        digit_rows.append(row)
+    return Scene(pixels, tuple(tags), photo, tuple(digit_rows))
+
+
 def encode_image(pixels: np.ndarray) -> bytes:
     """JPEG of uint8[H, W, 3], quality `JPEG_QUALITY`, colour at full resolution."""
     buffer = io.BytesIO()
@@ -180,18 +204,21 @@ def _background(rng: np.random.Generator, split: str, height: int, width: int) -
 
 
 def _places(rng: np.random.Generator, height: int, width: int, count: int) -> list[tuple[int, int]]:
-    """(top, left) of `count` tag tiles, far enough from the border and from each other."""
+    """(top, left) of `count` tag tiles, each in a cell of its own, far enough from the border and from each other."""
     side = TAG_SIDE + 2 * TAG_BORDER
-    low = [math.ceil(TAG_MARGIN * n - side / 2) for n in (height, width)]
-    high = [math.floor((1 - TAG_MARGIN) * n - side / 2) for n in (height, width)]
+    rows, columns = (round(n / CELL) for n in (height, width))
+
+    def draw(at: int, cells: int, full: int) -> int:  # a tile whose centre lies in cell `at`
+        low = max(at * full / cells, TAG_MARGIN * full) - side / 2
+        high = min((at + 1) * full / cells, (1 - TAG_MARGIN) * full) - side / 2
+        return int(rng.integers(math.ceil(low), math.ceil(high)))
+
     while True:
-        places: list[tuple[int, int]] = []
-        for _ in range(8 * count):
-            top, left = (int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
-            if all(max(abs(top - t), abs(left - s)) >= TAG_GAP for t, s in places):
-                places.append((top, left))
-            if len(places) == count:
-                return places
+        cells = rng.permutation(rows * columns)[:count]
+        places = [(draw(int(cell) // columns, rows, height), draw(int(cell) % columns, columns, width)) for cell in cells]
+        near = [max(abs(a[0] - b[0]), abs(a[1] - b[1])) < TAG_GAP for i, a in enumerate(places) for b in places[:i]]
+        if not any(near):
+            return places
 
 
 def _tag_pixels(rng: np.random.Generator, split: str, colour: str, digit: int) -> tuple[np.ndarray, int]:

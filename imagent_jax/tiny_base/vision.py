@@ -14,11 +14,11 @@ import optax
 from flax import nnx
 from PIL import Image
 
-from imagent_jax.data.tiny_world import COLOURS, make_scene
+from imagent_jax.data.tiny_world import COLOURS, SIZES, make_crowded_scene, make_scene
 from imagent_jax.model.images import pack_images
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model, encode_images
-from imagent_jax.tiny_base.corpus import SETTINGS, STEP, THUMBNAIL, box_near, box_of
+from imagent_jax.tiny_base.corpus import BOX, SETTINGS, STEP, THUMBNAIL, box_near, box_of
 
 HEADS = {"colour": len(COLOURS) + 1, "digit": 10, "x": 1000 // STEP + 1, "y": 1000 // STEP + 1, "row": 8, "column": 8}
 """Classes of each label; label -1 is not counted. "digit" is asked of crops only."""
@@ -36,10 +36,14 @@ class Labelled(NamedTuple):
     labels: dict[str, np.ndarray]
 
 
-def labelled_pack(rng: np.random.Generator, processor: Processor, block: int) -> Labelled:
-    """Thumbnails and crops of `SCENES` scenes of the train split, with labels."""
+def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, crowded: int = 0) -> Labelled:
+    """Thumbnails and crops of `SCENES` scenes of the train split, with labels; crops of the first `crowded` scenes give
+    way to images of the same size full of tags, which hold about three times as many digits."""
     scenes = [make_scene(rng, "train") for _ in range(SCENES)]
     views = [(scene, box_near(rng, scene, tag)) for scene in scenes for tag in scene.tags[:2]]
+    side = round(BOX / 1000 * SIZES[0][0])
+    for i in range(2 * crowded):
+        views[i] = (make_crowded_scene(rng, "train", side, side), (0, 0, side, side))
     images, places = [], []
     for scene, box in views + [(scene, None) for scene in scenes]:
         height, width = scene.pixels.shape[:2]
