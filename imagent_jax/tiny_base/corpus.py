@@ -5,8 +5,9 @@ thumbnails answer), CALL a tool with arbitrary arguments and say what it showed,
 
 The rule: a question that needs a digit is asked of thumbnails only in a form that nothing in the images can answer (the
 tag it names does not exist). Such a question is followed by a guess, or by calls on images and tags drawn uniformly,
-independently of its words. Questions about what calls showed come after the calls, which a neutral request began. So no
-question is ever followed by a call that helps to answer it: `solves` says which would, and
+independently of its words. Questions about what calls showed come after the calls, which a neutral request began, or a
+command that names their arguments ("Look closely at Image 2, red."). So no question is ever followed by a call that helps
+to answer it: `solves` says which would, and
 `tests/test_tiny_corpus.py` checks it.
 """
 
@@ -29,14 +30,15 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.10, "thumbnail": 0.12, "crops": 0.24, "thumbnails": 0.30, "calls": 0.24}
+FORMS = {"crop": 0.08, "thumbnail": 0.08, "crops": 0.24, "thumbnails": 0.26, "calls": 0.34}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
 THUMBNAIL_MIX = {"locate": 0.70, "look": 0.24, "guess": 0.06}
 """What is asked in a "thumbnails" group."""
-CALL_MIX = {"question": 0.70, "guess": 0.05, "request": 0.25}
-"""What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools."""
+CALL_MIX = {"question": 0.55, "guess": 0.05, "request": 0.15, "command": 0.25}
+"""What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools, a command that
+says which calls to make."""
 STOP = (0.45, 0.5, 0.6, 1.0)
 """Chance to stop calling after each call."""
 NO_TAG = 0.06
@@ -198,15 +200,22 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
 
     Args:
         kind: "question": an unanswerable question comes first, an answer last. "request": a neutral request comes
-            first, and after the calls a question about what they showed, answered.
+            first, and after the calls a question about what they showed, answered. "command": the same, but the call's
+            arguments are told: "Look closely at Image 2, red."
     """
+    numbers, tags = _targets(rng, scenes, len(STOP), kind != "question")
     if kind == "question":
         question, answer = unanswerable(rng, scenes)
+    elif kind == "command":
+        told = 1 if len(tags) == 1 or rng.random() < STOP[0] else 2
+        numbers, tags = numbers[:told], tags[:told]
+        listed = " and ".join(f"Image {number}, {tag.colour}" for number, tag in zip(numbers, tags, strict=True))
+        question = f"Look closely at {listed}."
     else:
         question = _pick(rng, ("Use a tool.", "Look at something closely.", "Look again."))
     segments, said, seen = [ask(question)], "", []
-    for number, tag, stop in zip(*_targets(rng, scenes, len(STOP), kind == "request"), STOP, strict=False):
-        if rng.random() < 0.12:
+    for number, tag, stop in zip(numbers, tags, STOP, strict=False):
+        if kind != "command" and rng.random() < 0.12:
             name, reading, arguments = "visual_reflection", "", {"images": [number]}
             if rng.random() < 0.25:
                 arguments["resolution"] = "high"
@@ -218,7 +227,7 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
         result = TOOLS.execute(text, registry, SETTINGS)
         segments += [Segment(said + text, True), observation(result.parts, registry)]
         said = reading
-        if rng.random() < stop:
+        if kind != "command" and rng.random() < stop:
             break
     if kind == "question":
         digits = [(number, tag.digit) for number, tag in seen]
@@ -358,7 +367,7 @@ def make_group(rng: np.random.Generator, size: int, form: str | None = None, spl
     mix = {"thumbnail": {"locate": 1.0}, "thumbnails": THUMBNAIL_MIX, "calls": CALL_MIX}[form]
     responses = []
     for i, skill in enumerate(rng.choice(list(mix), size, p=list(mix.values()))):
-        if skill in ("question", "request"):
+        if skill in ("question", "request", "command"):
             responses.append(call(rng, scenes, registry.fork(), skill))
             continue
         asked = {"look": look, "guess": guess}.get(skill)
