@@ -1,5 +1,7 @@
 """A run's checkpoint becomes a complete Hugging Face model, bit for bit; bad input is one sentence and writes nothing."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,10 +55,8 @@ def test_transformers_loads_what_is_exported(run, tmp_path):
         AutoConfig.from_pretrained(base_folder()).text_config.to_dict() | {"dtype": None}
     )
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(base_folder()).get_vocab()
-    pytest.importorskip("torchvision")  # transformers' processor of videos needs it
-    from transformers import AutoProcessor
-
-    assert AutoProcessor.from_pretrained(out).tokenizer.chat_template
+    assert "chat_template" in (out / "tokenizer_config.json").read_text() or list(out.glob("chat_template*"))
+    assert json.loads((out / "preprocessor_config.json").read_text())["patch_size"] == 14
 
 
 @pytest.mark.parametrize(
