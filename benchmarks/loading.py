@@ -106,9 +106,10 @@ def ours(folder: str, tokens: int) -> dict:
     ids, n = jnp.array([PROMPT]), len(PROMPT)
     positions, text = jnp.broadcast_to(jnp.arange(n), (3, 1, n)), jnp.full((1, n), -1)
     features, length = jnp.zeros((1, model.cfg.text.hidden_size)), jnp.array([n])
-    state, cache = sampler.start(model, 1, tokens, params, ids, positions, text, length, features, length)
-    keys, stops = jax.random.split(jax.random.key(0), 1), jnp.full((1, sampler.STOP_WIDTH), -2)
-    state, _ = sampler.decode(model, True, params, state, cache, length, keys, stops, 1.0, tokens)
+    state, slot = sampler.empty(model, 1, 1, n, tokens), jnp.zeros(1, jnp.int32)
+    state = sampler.admit(model, params, state, slot, ids, positions, text, length, length, slot, 0, features)
+    stops = jnp.full((1, sampler.STOP_WIDTH), -2)
+    state = sampler.decode(model, True, params, state, None, stops, 1.0, tokens)
     out = np.asarray(state.ids[0]).tolist()
     return {"load_s": loaded - start, "after_loading": after, "decode_s": time.perf_counter() - loaded, "tokens": out}
 
