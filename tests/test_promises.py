@@ -1,6 +1,7 @@
 """The promises that need the whole machine: tokens, gradients, shared prompts, shapes, images, faults."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.trajectory import EndReason, TokenKind
-from imagent_jax.tools import ToolSet, tool
+from imagent_jax.tools import ToolSet, pool, tool
 
 
 def trainer_logprobs(parts, batch, features):
@@ -154,6 +155,19 @@ def test_nothing_compiles_after_the_first_rollouts(parts):
     for i in range(2, 5):
         parts.engine.rollout(parts.params, tasks[4 * i : 4 * i + 4], group_size=4, seed=i)
     assert counter.count == 0
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_trajectories_do_not_depend_on_how_many_groups_are_in_progress(parts, rollout, tasks, slots, monkeypatch):
+    """Tools of random delay besides: what a row samples belongs to its task, its number and its tokens."""
+    delays, execute = np.random.default_rng(slots), pool.run_call
+    monkeypatch.setattr(pool, "run_call", lambda *args: (time.sleep(delays.uniform(0, 0.05)), execute(*args))[1])
+    again = parts.engine.rollout(parts.params, tasks, group_size=4, seed=11, slots=slots)
+    for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
+        assert a.task.uid == b.task.uid and a.rollout == b.rollout and a.end == b.end
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_array_equal(a.kind, b.kind)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
 # ---- promises 5 and 6 -----------------------------------------------------------------------------------------------
