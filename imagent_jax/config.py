@@ -191,7 +191,7 @@ class GRPOConfig:
 class OptimConfig:
     """AdamW with warm-up and global-norm clipping."""
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
     schedule: Literal["constant", "cosine"] = field(default="cosine", metadata={"help": "after warm-up"})
     warmup_steps: int = field(default=5, metadata={"help": "updates of linear warm-up"})
     weight_decay: float = field(default=0.0, metadata={"help": "of matrices only"})
