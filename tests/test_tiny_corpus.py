@@ -70,7 +70,8 @@ def test_no_question_is_followed_by_a_call_that_helps_to_answer_it():
                 asked_of_tags += any("tag" in question for question in questions)
                 shown = tags_shown(group, call)
                 assert shown
-                assert not [(q, s) for q in questions for s in shown if solves(q, *s)]
+                asked = [question for question in questions if not question.startswith("Look closely at")]
+                assert not [(q, s) for q in asked for s in shown if solves(q, *s)]
     assert calls > 5000
     assert asked_of_tags > 0.4 * calls
 
@@ -83,18 +84,19 @@ def test_other_forms_hold_no_call(form):
         assert not any("<tool_call>" in segment.text for response in group.responses for segment in response)
 
 
-def test_calls_are_drawn_independently_of_the_question():
-    rng, named, total, expected = np.random.default_rng(2), 0, 0, 0.0
+def test_calls_after_a_question_lean_to_its_words_one_at_a_time():
+    rng, image, colour, total = np.random.default_rng(2), 0, 0, 0
     for _ in range(1500):
         group = make_group(rng, 3, "calls")
         for response in group.responses:
             questions, call = next(questions_and_calls(group, response), ([""], None))
-            match = re.fullmatch(r"(?:What digit is on|Read) the \w+ tag in Image (\d+)[?.]", questions[0])
+            match = re.fullmatch(r"(?:What digit is on|Read) the (\w+) tag in Image (\d+)[?.]", questions[0])
             if match and call and call.name == "visual_confirmation":
-                named, total = named + (call.arguments["image"] == int(match[1])), total + 1
-                expected += 1 / len(group.scenes)
+                named = call.arguments["label"] == match[1], call.arguments["image"] == int(match[2])
+                colour, image, total = colour + named[0], image + named[1], total + 1
+                assert not all(named)
     assert total > 500
-    assert abs(named - expected) < 4 * np.sqrt(total * 0.25)
+    assert 0.35 < image / total < 0.65 and 0.1 < colour / total < 0.4
 
 
 def test_a_command_names_the_calls_that_follow_and_asks_nothing():
@@ -102,13 +104,13 @@ def test_a_command_names_the_calls_that_follow_and_asks_nothing():
     for _ in range(600):
         group = make_group(rng, 3, "calls")
         for response in group.responses:
-            if not response[0].text.startswith("Look closely at Image"):
+            if not response[0].text.startswith("Look closely at the"):
                 continue
             commands += 1
-            told = re.findall(r"Image (\d+), (\w+)", response[0].text)
+            told = [(int(n), c) for c, n in re.findall(r"the (\w+) tag in Image (\d+)", response[0].text)]
             calls = [parse_call(segment.text) for segment in response if segment.trained and "<tool_call>" in segment.text]
-            assert [(str(call.arguments["image"]), call.arguments["label"]) for call in calls] == told
-            assert "?" not in response[0].text and not any(solves(response[0].text, int(n), c) for n, c in told)
+            assert [(call.arguments["image"], call.arguments["label"]) for call in calls] == told
+            assert "?" not in response[0].text
             seen.add(len(calls))
     assert commands > 300 and seen == {1, 2}
 

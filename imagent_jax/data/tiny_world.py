@@ -126,6 +126,7 @@ def make_scene(
     *,
     colours: Sequence[str] | None = None,
     digits: Sequence[int] | None = None,
+    varied: bool = False,
 ) -> Scene:
     """Draws one image: a piece of a photograph with tags of different colours.
 
@@ -134,6 +135,8 @@ def make_scene(
         split: "train" or "test"; photographs and digits come from that split only.
         colours: the colours of the tags, all different; by default two or three at random.
         digits: the digit on each tag, in the order of `colours`; by default random.
+        varied: for pre-training: photographs turned and with their colours swapped, digits of more shapes than there
+            are.
 
     Returns:
         A scene of one of `SIZES`. Tags do not touch: their centres are `TAG_GAP` pixels apart along one axis at least,
@@ -155,9 +158,11 @@ def make_scene(
         raise ValueError(f"A scene takes one digit from 0 to 9 for each of its colours {colours}; got {digits}.")
     height, width = SIZES[rng.integers(len(SIZES))]
     pixels, photo = _background(rng, split, height, width)
+    if varied:
+        pixels = _vary(rng, split, pixels)
     tags, rows = [], []
     for colour, digit, (top, left) in zip(colours, digits, _places(rng, height, width, len(colours)), strict=True):
-        tile, row = _tag_pixels(rng, split, colour, int(digit))
+        tile, row = _tag_pixels(rng, split, colour, int(digit), varied)
         side = len(tile)
         pixels[top : top + side, left : left + side] = tile
         tags.append(Tag(colour, int(digit), (left + side / 2) / width, (top + side / 2) / height))
@@ -167,8 +172,9 @@ def make_scene(
 
 def make_crowded_scene(rng: np.random.Generator, split: str, height: int, width: int) -> Scene:
     """A piece of a photograph of (height, width) pixels full of tags, nine in ten places taken: many digits to
-    learn from in one small image. Questions never show one."""
+    learn from in one small image, `varied` as for `make_scene`. Questions never show one."""
     pixels, photo = _background(rng, split, height, width)
+    pixels = _vary(rng, split, pixels)
     side = TAG_SIDE + 2 * TAG_BORDER
     rows, columns = height // side, width // side
     tags, digit_rows = [], []
@@ -176,7 +182,7 @@ def make_crowded_scene(rng: np.random.Generator, split: str, height: int, width:
         if rng.random() < 0.1:
             continue
         colour, digit = COLOURS[rng.integers(len(COLOURS))], int(rng.integers(10))
-        tile, row = _tag_pixels(rng, split, colour, digit)
+        tile, row = _tag_pixels(rng, split, colour, digit, True)
         top, left = (
             int(rng.integers(at * full // count, (at + 1) * full // count - side + 1))
             for at, count, full in ((cell // columns, rows, height), (cell % columns, columns, width))
@@ -203,6 +209,17 @@ def _background(rng: np.random.Generator, split: str, height: int, width: int) -
     return photo[top : top + height, left : left + width].copy(), name
 
 
+def _vary(rng: np.random.Generator, split: str, pixels: np.ndarray) -> np.ndarray:
+    """A background turned by a right angle where it is square, or upside down, with its colours swapped, and half of the
+    time blended with another one."""
+    height, width = pixels.shape[:2]
+    if rng.random() < 0.5:
+        other, weight = _background(rng, split, height, width)[0], rng.random()
+        pixels = np.round(weight * pixels + (1 - weight) * other).astype(np.uint8)
+    turned = np.rot90(pixels, int(rng.integers(4)) if height == width else 2 * int(rng.integers(2)))
+    return np.ascontiguousarray(turned[..., rng.permutation(3)])
+
+
 def _places(rng: np.random.Generator, height: int, width: int, count: int) -> list[tuple[int, int]]:
     """(top, left) of `count` tag tiles, each in a cell of its own, far enough from the border and from each other."""
     side = TAG_SIDE + 2 * TAG_BORDER
@@ -221,7 +238,9 @@ def _places(rng: np.random.Generator, height: int, width: int, count: int) -> li
             return places
 
 
-def _tag_pixels(rng: np.random.Generator, split: str, colour: str, digit: int) -> tuple[np.ndarray, int]:
+def _tag_pixels(
+    rng: np.random.Generator, split: str, colour: str, digit: int, varied: bool = False
+) -> tuple[np.ndarray, int]:
     """A tag as uint8[side, side, 3] and the row of its digit in the assets.
 
     A coloured square with a white rim. The digit is dark ink with a light halo that evens out its mean brightness,
@@ -229,7 +248,11 @@ def _tag_pixels(rng: np.random.Generator, split: str, colour: str, digit: int) -
     """
     images, by_label = handwritten_digits(split)
     row = int(rng.choice(by_label[digit]))
-    ink = _place_digit(images[row], rng)
+    image = images[row]
+    if varied:  # between two handwritings of the digit
+        weight = rng.uniform(0.5, 1.0)
+        image = np.round(weight * image + (1 - weight) * images[int(rng.choice(by_label[digit]))]).astype(np.uint8)
+    ink = _place_digit(image, rng, varied)
     blur = _gaussian(TAG_SIDE, HALO_SIGMA)
     light = rng.uniform(-UNEVEN_LIGHT, UNEVEN_LIGHT, (5, 5)).astype(np.float32)
     light = np.asarray(Image.fromarray(light).resize((TAG_SIDE, TAG_SIDE), Image.Resampling.BICUBIC))
@@ -240,14 +263,19 @@ def _tag_pixels(rng: np.random.Generator, split: str, colour: str, digit: int) -
     return tile, row
 
 
-def _place_digit(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The padded digit, enlarged to `DIGIT_SIDE`, a little turned, scaled and shifted: float32[TAG_SIDE, TAG_SIDE]."""
+def _place_digit(image: np.ndarray, rng: np.random.Generator, varied: bool) -> np.ndarray:
+    """The padded digit, enlarged to `DIGIT_SIDE`, a little turned, scaled and shifted: float32[TAG_SIDE, TAG_SIDE].
+    A `varied` one is turned more, sheared and stretched."""
     angle = math.radians(rng.uniform(-8, 8))
     step = 8 / DIGIT_SIDE / rng.uniform(0.94, 1.06)  # digit pixels per tag pixel
     cos, sin = math.cos(angle) * step, math.sin(angle) * step
+    turn = np.array([[cos, sin], [-sin, cos]])
+    if varied:
+        turn = turn @ (np.eye(2) + rng.uniform(-0.16, 0.16, (2, 2)))
     x, y = TAG_SIDE / 2 + rng.uniform(-1, 1, 2)
     middle = image.shape[0] / 2
-    inverse = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
+    (a, b), (c, d) = turn
+    inverse = (a, b, middle - a * x - b * y, c, d, middle - c * x - d * y)
     size = (TAG_SIDE, TAG_SIDE)
     turned = Image.fromarray(image).transform(size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
     return np.asarray(turned, np.float32) / 255

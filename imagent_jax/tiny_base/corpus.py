@@ -4,11 +4,10 @@ Skills: LOCATE a tag in a thumbnail, READ a crop, ANSWER a question from crops t
 thumbnails answer), CALL a tool with arbitrary arguments and say what it showed, GUESS.
 
 The rule: a question that needs a digit is asked of thumbnails only in a form that nothing in the images can answer (the
-tag it names does not exist). Such a question is followed by a guess, or by calls on images and tags drawn uniformly,
-independently of its words. Questions about what calls showed come after the calls, which a neutral request began, or a
-command that names their arguments ("Look closely at Image 2, red."). So no question is ever followed by a call that helps
-to answer it: `solves` says which would, and
-`tests/test_tiny_corpus.py` checks it.
+tag it names does not exist). Such a question is followed by a guess, or by calls on other tags, some of them in an image or
+of a colour that it names. Questions about what calls showed come after the calls, which a neutral request began, or a
+command that names their arguments ("Look closely at the red tag in Image 2."). So no question is ever followed by a call
+that helps to answer it: `solves` says which would, and `tests/test_tiny_corpus.py` checks it.
 """
 
 import re
@@ -30,15 +29,17 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.08, "thumbnail": 0.08, "crops": 0.24, "thumbnails": 0.26, "calls": 0.34}
+FORMS = {"crop": 0.06, "thumbnail": 0.06, "crops": 0.32, "thumbnails": 0.20, "calls": 0.36}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
 THUMBNAIL_MIX = {"locate": 0.70, "look": 0.24, "guess": 0.06}
 """What is asked in a "thumbnails" group."""
-CALL_MIX = {"question": 0.55, "guess": 0.05, "request": 0.15, "command": 0.25}
+CALL_MIX = {"question": 0.46, "guess": 0.06, "request": 0.12, "command": 0.36}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools, a command that
 says which calls to make."""
+LEAN = (0.25, 0.25)
+"""Chance that a call after a question shows a tag of an image, of a colour, that the question names."""
 STOP = (0.45, 0.5, 0.6, 1.0)
 """Chance to stop calling after each call."""
 NO_TAG = 0.06
@@ -201,17 +202,21 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
     Args:
         kind: "question": an unanswerable question comes first, an answer last. "request": a neutral request comes
             first, and after the calls a question about what they showed, answered. "command": the same, but the call's
-            arguments are told: "Look closely at Image 2, red."
+            arguments are told: "Look closely at the red tag in Image 2."
     """
-    numbers, tags = _targets(rng, scenes, len(STOP), kind != "question")
     if kind == "question":
         question, answer = unanswerable(rng, scenes)
-    elif kind == "command":
+        words = [{int(n) for n in re.findall(r"Image (\d+)", question)}, set(question.split()) & set(COLOURS)]
+        leans = [words[i] if (i := int(np.searchsorted(np.cumsum(LEAN), rng.random()))) < 2 else set() for _ in STOP]
+    else:  # half of the time tags of one colour, so that the question that comes after can compare them
+        leans = [{_pick(rng, COLOURS)} if rng.random() < 0.5 else set()] * len(STOP)
+    numbers, tags = _targets(rng, scenes, leans)
+    if kind == "command":
         told = 1 if len(tags) == 1 or rng.random() < STOP[0] else 2
         numbers, tags = numbers[:told], tags[:told]
-        listed = " and ".join(f"Image {number}, {tag.colour}" for number, tag in zip(numbers, tags, strict=True))
+        listed = " and ".join(f"the {tag.colour} tag in Image {n}" for n, tag in zip(numbers, tags, strict=True))
         question = f"Look closely at {listed}."
-    else:
+    elif kind == "request":
         question = _pick(rng, ("Use a tool.", "Look at something closely.", "Look again."))
     segments, said, seen = [ask(question)], "", []
     for number, tag, stop in zip(numbers, tags, STOP, strict=False):
@@ -240,26 +245,17 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
     return segments
 
 
-def _targets(rng, scenes: list[Scene], count: int, alike: bool) -> tuple[list[int], list[Tag]]:
-    """Image numbers and tags for `count` calls: each time an image, then one of its tags not taken yet, uniformly.
-
-    With `alike`, half of the time tags of one colour come first, so that later questions can compare them.
-    """
-    left = {number: list(scene.tags) for number, scene in enumerate(scenes, 1)}
-    colour = _pick(rng, COLOURS) if alike and rng.random() < 0.5 else None
-    numbers, tags = [], []
-    for _ in range(count):
-        open_ = [number for number, rest in left.items() if rest]
-        if not open_:
-            break
-        wanted = [number for number in open_ if any(tag.colour == colour for tag in left[number])]
-        number = _pick(rng, wanted or open_)
-        same = [tag for tag in left[number] if tag.colour == colour]
-        tag = _pick(rng, same or left[number])
-        left[number].remove(tag)
-        numbers.append(number)
-        tags.append(tag)
-    return numbers, tags
+def _targets(rng, scenes: list[Scene], leans: list[set]) -> tuple[list[int], list[Tag]]:
+    """Image numbers and tags for as many calls as `leans`: each time one of the images, then one of its tags not taken
+    yet, both uniformly among those that the set names (image numbers, colours) where there are any."""
+    left = [(number, tag) for number, scene in enumerate(scenes, 1) for tag in scene.tags]
+    taken = []
+    for lean in leans[: len(left)]:
+        able = [(number, tag) for number, tag in left if number in lean or tag.colour in lean] or left
+        number = _pick(rng, sorted({number for number, _ in able}))
+        taken.append(_pick(rng, [target for target in able if target[0] == number]))
+        left.remove(taken[-1])
+    return [number for number, _ in taken], [tag for _, tag in taken]
 
 
 def observation(parts: list[str | int], registry: ImageRegistry) -> Segment:
@@ -356,7 +352,7 @@ def make_group(rng: np.random.Generator, size: int, form: str | None = None, spl
     for _ in range(count):
         others = [c for c in rng.permutation(palette).tolist() if c not in shared]
         chosen = [*shared, *others][: int(rng.integers(2, 4))]
-        scenes.append(make_scene(rng, split, colours=rng.permutation(chosen).tolist()))
+        scenes.append(make_scene(rng, split, colours=rng.permutation(chosen).tolist(), varied=split == "train"))
     images = [ShownImage(Image.fromarray(scene.pixels), *THUMBNAIL) for scene in scenes]
     registry = ImageRegistry()
     for image in images:
@@ -382,7 +378,8 @@ def _crops(rng, size: int, count: int, split: str) -> PretrainGroup:
     images, shown, scenes = [], [], []
     for number in range(count):
         others = [c for c in rng.permutation(COLOURS).tolist() if c != colour]
-        scene = make_scene(rng, split, colours=[colour, *others[: int(rng.integers(1, 3))]])
+        colours = [colour, *others[: int(rng.integers(1, 3))]]
+        scene = make_scene(rng, split, colours=colours, varied=split == "train")
         tag = scene.tags[0] if same else _pick(rng, scene.tags)
         tag = None if (number or count == 1) and rng.random() < NO_TAG else tag
         pixels = crop_near(rng, scene, tag) if tag else crop_beside(rng, scene)

@@ -39,7 +39,7 @@ class Labelled(NamedTuple):
 def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, crowded: int = 0) -> Labelled:
     """Thumbnails and crops of `SCENES` scenes of the train split, with labels; crops of the first `crowded` scenes give
     way to images of the same size full of tags, which hold about three times as many digits."""
-    scenes = [make_scene(rng, "train") for _ in range(SCENES)]
+    scenes = [make_scene(rng, "train", varied=True) for _ in range(SCENES)]
     views = [(scene, box_near(rng, scene, tag)) for scene in scenes for tag in scene.tags[:2]]
     side = round(BOX / 1000 * SIZES[0][0])
     for i in range(2 * crowded):
