@@ -103,7 +103,7 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"{str(path)!r} is neither a folder nor a hub id that can be downloaded: {reason}") from error
 
 
-def _flat(params: nnx.State) -> dict[str, jax.Array]:
+def _flat(params: nnx.State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """Values by dotted path."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(params)}
 

@@ -239,7 +239,8 @@ class _Run:
             self.model, slots, group_size, self.cfg.rollout.prompt_tokens, self.cfg.rollout.response_tokens
         )
         self.live = np.zeros(self.rows, bool)
-        self.queue, self.groups, self.free = deque(range(len(tasks))), {}, list(range(slots))
+        self.queue, self.opened = deque(range(len(tasks))), deque()  # tasks to come; those with their images encoded
+        self.groups, self.free = {}, list(range(slots))
         self.pool = CallPool(engine.tools, engine.settings, self.cfg.tools.workers, self.cfg.tools.timeout_s)
         self.calling: deque[int] = deque()  # rows whose calls run, oldest first
         self.results: dict[int, CallResult] = {}
@@ -247,8 +248,8 @@ class _Run:
         self.clock = _Clock()
 
     def to_the_end(self) -> None:
-        while self.queue or self.groups:
-            while self.queue and (len(self.free) >= self.admitted or not self.groups):
+        while self.queue or self.opened or self.groups:
+            while (self.queue or self.opened) and (len(self.free) >= self.admitted or not self.groups):
                 self._admit()
             while self.calling and (len(self.calling) >= self.few or not self.live.any()):
                 self._observe([self.calling.popleft() for _ in range(min(self.few, len(self.calling)))])
@@ -262,22 +263,31 @@ class _Run:
     def _padded(self, rows: Sequence[int], size: int, none: int) -> np.ndarray:
         return np.asarray([*rows, *[none] * (size - len(rows))], np.int32)
 
+    def _prepare(self) -> None:
+        """Opens the next tasks, as many as one pack of images holds, and encodes their images together."""
+        opened, patches = [], [0]
+        while self.queue and (len(opened) < self.admitted or sum(patches) + max(patches) <= self.store.pack):
+            index = self.queue.popleft()
+            opened.append((index, *self.engine.open_task(self.tasks[index])))
+            patches.append(sum(len(image.patches) for image in opened[-1][1].images))
+        self.clock.lap("prepare")
+        first = iter(self.store.add([image for _, prompt, _ in opened for image in prompt.images]))
+        for index, prompt, registry in opened:
+            self.opened.append((index, prompt, registry, prompt.vision([next(first) for _ in prompt.images])))
+        self.clock.lap("vision", self.store.features)
+
     def _admit(self) -> None:
         """The next tasks into free slots."""
-        engine, slots = self.engine, self.free[: self.admitted]
-        indices = [self.queue.popleft() for _ in range(min(len(slots), len(self.queue)))]
-        slots = slots[: len(indices)]
-        self.free = [slot for slot in self.free if slot not in slots]
-        opened = [engine.open_task(self.tasks[i]) for i in indices]
-        self.clock.lap("prepare")
-        prompts = [prompt for prompt, _ in opened]
-        first = iter(self.store.add([image for prompt in prompts for image in prompt.images]))
-        vision = [prompt.vision([next(first) for _ in prompt.images]) for prompt in prompts]
-        for slot, index, (prompt, registry), shown in zip(slots, indices, opened, vision, strict=True):
+        if len(self.opened) < self.admitted:
+            self._prepare()
+        slots = self.free[: min(self.admitted, len(self.opened))]
+        admitted = [self.opened.popleft() for _ in slots]
+        self.free = self.free[len(slots) :]
+        for slot, (index, prompt, registry, vision) in zip(slots, admitted, strict=True):
             rows = [Row(self.tasks[index], i, registry.fork(), position=prompt.next_position) for i in range(self.g)]
-            self.groups[slot] = _Group(index, prompt, shown, rows)
+            self.groups[slot] = _Group(index, prompt, vision, rows)
             self.live[slot * self.g : (slot + 1) * self.g] = True
-        self.clock.lap("vision", self.store.features)
+        indices, prompts, _, vision = map(list, zip(*admitted, strict=True))
         more = self.admitted - len(prompts)  # filled up with repeats that go nowhere
         ids, positions, shown = pad_prompts(
             prompts + prompts[:1] * more, vision + vision[:1] * more, self.cfg.rollout.prompt_tokens

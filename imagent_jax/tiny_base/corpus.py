@@ -29,18 +29,18 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.06, "thumbnail": 0.06, "crops": 0.32, "thumbnails": 0.20, "calls": 0.36}
+FORMS = {"crop": 0.05, "thumbnail": 0.03, "crops": 0.28, "thumbnails": 0.30, "calls": 0.34}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
-THUMBNAIL_MIX = {"locate": 0.70, "look": 0.24, "guess": 0.06}
+THUMBNAIL_MIX = {"locate": 0.40, "look": 0.54, "guess": 0.06}
 """What is asked in a "thumbnails" group."""
-CALL_MIX = {"question": 0.46, "guess": 0.06, "request": 0.12, "command": 0.36}
+CALL_MIX = {"question": 0.36, "guess": 0.04, "request": 0.10, "command": 0.50}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools, a command that
 says which calls to make."""
-LEAN = (0.25, 0.25)
+LEAN = (0.40, 0.25)
 """Chance that a call after a question shows a tag of an image, of a colour, that the question names."""
-STOP = (0.45, 0.5, 0.6, 1.0)
+STOP = (0.65, 0.6, 0.7, 1.0)
 """Chance to stop calling after each call."""
 NO_TAG = 0.06
 """Share of crops without a tag."""
@@ -212,7 +212,7 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
         leans = [{_pick(rng, COLOURS)} if rng.random() < 0.5 else set()] * len(STOP)
     numbers, tags = _targets(rng, scenes, leans)
     if kind == "command":
-        told = 1 if len(tags) == 1 or rng.random() < STOP[0] else 2
+        told = 1 if len(tags) == 1 or rng.random() < 0.45 else 2
         numbers, tags = numbers[:told], tags[:told]
         listed = " and ".join(f"the {tag.colour} tag in Image {n}" for n, tag in zip(numbers, tags, strict=True))
         question = f"Look closely at {listed}."
