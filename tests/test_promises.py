@@ -6,11 +6,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from imagent_jax.compiling import CompileCounter
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.features import FeatureStore
+from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, pack_batch
 from imagent_jax.rl.learner import Tables, batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
@@ -168,6 +170,32 @@ def test_trajectories_do_not_depend_on_how_many_groups_are_in_progress(parts, ro
         np.testing.assert_array_equal(a.ids, b.ids)
         np.testing.assert_array_equal(a.kind, b.kind)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "constant"])
+def test_groups_without_spread_are_left_out_and_change_nothing(parts, config, batch, rollout, level, monkeypatch):
+    cfg = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, level=level))
+    spread = np.array([True, False, False, True])
+    flat = dataclasses.replace(batch, advantages=np.where(spread[:, None], batch.advantages, 0).astype(np.float32))
+    ran, accumulate = [], learner.accumulate
+    monkeypatch.setattr(learner, "accumulate", lambda *args: (ran.append(args[7].prompt_len.shape[0]), accumulate(*args))[1])
+
+    def updated():
+        trainer = learner.Learner(parts.model, cfg, optax.sgd(0.1), Tables(*mask_tables(cfg.mask)[:2]))
+        trainer.warm = True
+        ran.clear()
+        params = jax.tree.map(jnp.copy, parts.params)
+        return trainer.update(params, trainer.init(params), flat, rollout.store)[0], sum(ran)
+
+    some, few = updated()
+    monkeypatch.setattr(learner, "learning_groups", lambda batch, _: np.arange(4))
+    whole, all_of_them = updated()
+    assert (few, all_of_them) == (2, 4)
+    moved = 0.0
+    for a, b, before in zip(*map(jax.tree.leaves, (some, whole, parts.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+        moved = max(moved, float(jnp.abs(a - before).max()))
+    assert moved > 1e-4
 
 
 # ---- promises 5 and 6 -----------------------------------------------------------------------------------------------

@@ -83,6 +83,14 @@ def split_groups(batch: GroupBatch, size: int, widths: Sequence[int]) -> list[Gr
     return parts
 
 
+def learning_groups(batch: GroupBatch, multiple: int) -> np.ndarray:
+    """Indices of the groups that have an advantage, with as many others as make their number a multiple of `multiple`
+    (at least one multiple). Groups without an advantage have no gradient."""
+    idle = ~np.any(batch.advantages, axis=1)
+    count = max(1, -(-int((~idle).sum()) // multiple)) * multiple
+    return np.argsort(idle, kind="stable")[:count]
+
+
 def take_groups(batch: GroupBatch, index: np.ndarray, width: int) -> GroupBatch:
     """Groups `index` of the batch, responses cut to `width` tokens."""
     fields = {}

@@ -16,7 +16,7 @@ from flax import nnx
 from imagent_jax.config import Config
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, response_logprobs
-from imagent_jax.rl.batch import split_groups, take_groups
+from imagent_jax.rl.batch import learning_groups, split_groups, take_groups
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import two_level_mask
 from imagent_jax.rl.trajectory import GroupBatch
@@ -112,8 +112,10 @@ class Learner:
     def update(self, params: nnx.State, opt_state, batch: GroupBatch, store: FeatureStore):
         """`grpo.epochs` passes over the batch in `grpo.minibatches` optimizer updates each.
 
+        Groups whose advantages are all zero are not run: without KL they have no gradient. They count in the loss's
+        denominator all the same, an equal share in each update.
         The first call compiles the gradient for every response width, so that no later one compiles anything.
-        Returns parameters, optimizer state, metrics (floats).
+        Returns parameters, optimizer state, metrics (floats; of the groups that were run).
         """
         cfg, sums = self.cfg.grpo, []
         size = min(cfg.micro_groups, len(batch.prompt_len))
@@ -126,15 +128,17 @@ class Learner:
         if not self.warm:
             index = np.argsort(batch.response_len.max(axis=1), kind="stable")[:size]
             for width in self.widths:
-                self._gradient(params, [with_logprobs(take_groups(batch, index, width))], store, fresh=True)
+                self._gradient(params, [with_logprobs(take_groups(batch, index, width))], store, 0.0, fresh=True)
             self.warm = True
-        parts = [with_logprobs(part) for part in split_groups(batch, size, self.widths)]
-        per_update = max(1, len(parts) // cfg.minibatches)
+        index = np.arange(len(batch.prompt_len)) if cfg.kl else learning_groups(batch, size * cfg.minibatches)
+        run = take_groups(batch, index, batch.response_ids.shape[-1])
+        parts = [with_logprobs(part) for part in split_groups(run, size, self.widths)]
+        whole = part_normaliser(self.cfg, batch, self.tables)
+        idle = (whole - sum(part_normaliser(self.cfg, part, self.tables) for part, _, _ in parts)) / cfg.minibatches
         for epoch in range(cfg.epochs):
             order = np.random.default_rng(epoch).permutation(len(parts))
-            for begin in range(0, len(parts), per_update):
-                chunk = [parts[i] for i in order[begin : begin + per_update]]
-                gradients, metrics = self._gradient(params, chunk, store, fresh=not sums)
+            for chunk in np.array_split(order, cfg.minibatches):
+                gradients, metrics = self._gradient(params, [parts[i] for i in chunk], store, idle, fresh=not sums)
                 trained, frozen = self.split(params)
                 trained, opt_state, norm = apply_gradients(self.optimizer, trained, opt_state, gradients)
                 params = nnx.merge_state(trained, frozen)
@@ -145,13 +149,14 @@ class Learner:
     def _score(self, params, part, features):
         return score_jit(self.model, params, part, features, temperature=self.cfg.rollout.temperature)[0]
 
-    def _gradient(self, params, parts, store, fresh: bool):
-        """Gradient and metrics of one update; `fresh`: the rollout's features are those of these parameters."""
+    def _gradient(self, params, parts, store, idle, fresh: bool):
+        """Gradient and metrics of one update. `idle`: what groups that are not run add to the denominator; `fresh`: the
+        rollout's features are those of these parameters."""
         trained, frozen = self.split(params)
         learns = "vision" in trained
         features = store.features if fresh or not learns else store.encode_again(params)
         total = jax.tree.map(jnp.zeros_like, (trained, features) if learns else (trained,))
-        normaliser = sum(part_normaliser(self.cfg, part, self.tables) for part, _, _ in parts)
+        normaliser = idle + sum(part_normaliser(self.cfg, part, self.tables) for part, _, _ in parts)
         sums = []
         for part, reference, old in parts:
             total, value, metrics = accumulate(
