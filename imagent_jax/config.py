@@ -114,6 +114,7 @@ class ToolsConfig:
     max_repeats: int = field(default=2, metadata={"help": "times the same call may be made"})
     max_images: int = field(default=16, metadata={"help": "images of a trajectory, given and made"})
     timeout_s: float = field(default=10.0, metadata={"help": "seconds a call may take"})
+    patience_s: float = field(default=2.0, metadata={"help": "seconds a slow call may hold up rollouts that could go on"})
     workers: int = field(default=2, metadata={"help": "calls that run at once"})
     low_pixels: int = field(default=4704, metadata={"help": "most pixels of visual_reflection at 'low'"})
     high_pixels: int = field(default=7056, metadata={"help": "most pixels of visual_reflection at 'high'"})
@@ -355,8 +356,8 @@ _AT_LEAST_ONE = (
     "grpo.micro_groups", "eval.tasks", "eval.during", "eval.groups", "model.logprob_chunk",
 )  # fmt: skip
 _ABOVE_ZERO = (
-    "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.min_box", "grpo.importance_cap",
-    "lora.alpha",
+    "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
+    "grpo.importance_cap", "lora.alpha",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "run.steps", "run.checkpoint_every", "run.log_trajectories", "eval.every", "grpo.kl", "grpo.clip_high",

@@ -1,6 +1,7 @@
 """The promises that need the whole machine: tokens, gradients, shared prompts, shapes, images, faults."""
 
 import dataclasses
+import threading
 import time
 
 import jax
@@ -13,6 +14,7 @@ from imagent_jax.compiling import CompileCounter
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.rl import learner
+from imagent_jax.rl import rollout as rollouts
 from imagent_jax.rl.batch import check_images, pack_batch
 from imagent_jax.rl.learner import Tables, batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
@@ -64,6 +66,28 @@ def test_a_seed_gives_the_same_rollouts_whatever_stands_beside_a_task(parts, tas
     for group, other in zip(rollout.trajectories, again.trajectories[::-1], strict=True):
         for a, b in zip(group, other, strict=True):
             assert np.array_equal(a.ids, b.ids) and a.end == b.end
+
+
+def test_a_slow_tool_does_not_hold_up_the_rows_that_could_go_on(parts, config, rollout, tasks, monkeypatch):
+    """The first call does not return before rows that called after it have been answered and decode again."""
+    calls, answered, go_on = [], [], threading.Event()
+    run_call, observe, decode = pool.run_call, rollouts._Run._observe, rollouts._Run._decode
+
+    def slow(*args):
+        calls.append(args)
+        assert len(calls) > 1 or go_on.wait(60)
+        return run_call(*args)
+
+    monkeypatch.setattr(pool, "run_call", slow)
+    monkeypatch.setattr(rollouts._Run, "_observe", lambda run, rows: (answered.extend(rows), observe(run, rows)))
+    monkeypatch.setattr(rollouts._Run, "_decode", lambda run: (go_on.set() if answered else None, decode(run)))
+    patient = dataclasses.replace(config, tools=dataclasses.replace(config.tools, patience_s=0.2, timeout_s=50.0))
+    again = RolloutEngine(parts.model, parts.processor, parts.tools, patient).rollout(
+        parts.params, tasks, group_size=4, seed=11
+    )
+    assert go_on.is_set() and not any(t.end == EndReason.FAULT for group in again.trajectories for t in group)
+    for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
 
 
 # ---- promise 2: only chosen tokens learn ----------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def handwritten_digits(split: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
 
 @functools.cache
 def photographs(split: str) -> tuple[tuple[str, tuple[np.ndarray, ...]], ...]:
-    """Photographs of a split by name, each at several scales: uint8[h, w, 3] with both sides at least 336."""
+    """Photographs of a split by name, in black and white, each at several scales: uint8[h, w, 3] with both sides at least
+    336. Without colours of their own they hide no tag; fine detail is what is left to look for."""
     _check_split(split)
     folder = importlib.resources.files(__package__).joinpath("assets/photos")
     files = sorted((f for f in folder.iterdir() if f.name.startswith(f"{split}_")), key=lambda f: f.name)
@@ -98,7 +99,7 @@ def photographs(split: str) -> tuple[tuple[str, tuple[np.ndarray, ...]], ...]:
 
 
 def _scales(encoded: bytes) -> tuple[np.ndarray, ...]:
-    photo = Image.open(io.BytesIO(encoded)).convert("RGB")
+    photo = Image.open(io.BytesIO(encoded)).convert("L").convert("RGB")
     least = max(max(size) for size in SIZES)
     scales = []
     for short in (least, 440):
@@ -135,8 +136,7 @@ def make_scene(
         split: "train" or "test"; photographs and digits come from that split only.
         colours: the colours of the tags, all different; by default two or three at random.
         digits: the digit on each tag, in the order of `colours`; by default random.
-        varied: for pre-training: photographs turned and with their colours swapped, digits of more shapes than there
-            are.
+        varied: for pre-training: photographs turned and blended, digits of more shapes than there are.
 
     Returns:
         A scene of one of `SIZES`. Tags do not touch: their centres are `TAG_GAP` pixels apart along one axis at least,
@@ -210,14 +210,12 @@ def _background(rng: np.random.Generator, split: str, height: int, width: int) -
 
 
 def _vary(rng: np.random.Generator, split: str, pixels: np.ndarray) -> np.ndarray:
-    """A background turned by a right angle where it is square, or upside down, with its colours swapped, and half of the
-    time blended with another one."""
+    """A background turned by a right angle where it is square, or upside down, half of the time blended with another."""
     height, width = pixels.shape[:2]
     if rng.random() < 0.5:
         other, weight = _background(rng, split, height, width)[0], rng.random()
         pixels = np.round(weight * pixels + (1 - weight) * other).astype(np.uint8)
-    turned = np.rot90(pixels, int(rng.integers(4)) if height == width else 2 * int(rng.integers(2)))
-    return np.ascontiguousarray(turned[..., rng.permutation(3)])
+    return np.rot90(pixels, int(rng.integers(4)) if height == width else 2 * int(rng.integers(2))).copy()
 
 
 def _places(rng: np.random.Generator, height: int, width: int, count: int) -> list[tuple[int, int]]:

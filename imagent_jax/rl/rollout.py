@@ -225,7 +225,8 @@ class _Run:
 
     Slots are filled, live rows decode a chunk of tokens, calls run on the pool meanwhile, observations are appended, and
     a finished group makes room. Work on few rows (observations, stragglers) is done on a quarter of the batch. What is
-    done when depends on sampled tokens only, never on how long a tool took, so that a run repeats to the bit.
+    done when depends on sampled tokens only, not on how long a tool took (up to `tools.patience_s`), so that a run
+    repeats to the bit.
     """
 
     def __init__(self, engine: RolloutEngine, params, store, tasks: list[Task], group_size: int, slots: int, sampling):
@@ -243,6 +244,7 @@ class _Run:
         self.groups, self.free = {}, list(range(slots))
         self.pool = CallPool(engine.tools, engine.settings, self.cfg.tools.workers, self.cfg.tools.timeout_s)
         self.calling: deque[int] = deque()  # rows whose calls run, oldest first
+        self.late: set[int] = set()  # those whose calls were waited for in vain
         self.results: dict[int, CallResult] = {}
         self.done: list[_Group] = [None] * len(tasks)
         self.clock = _Clock()
@@ -251,8 +253,8 @@ class _Run:
         while self.queue or self.opened or self.groups:
             while (self.queue or self.opened) and (len(self.free) >= self.admitted or not self.groups):
                 self._admit()
-            while self.calling and (len(self.calling) >= self.few or not self.live.any()):
-                self._observe([self.calling.popleft() for _ in range(min(self.few, len(self.calling)))])
+            while due := self._due():
+                self._observe(due)
             if self.live.any():
                 self._decode()
             self._collect()
@@ -322,11 +324,29 @@ class _Run:
         self.live = live.copy()
         self.clock.lap("host")
 
-    def _observe(self, rows: list[int]) -> None:
-        """Waits for the calls of these rows and appends what they show, in chunks of `rollout.observation_tokens`."""
-        while any(b not in self.results for b in rows):
-            self.results.update(self.pool.poll(1.0))
+    def _due(self) -> list[int]:
+        """Rows whose observations come next: those that called first, as soon as they are a quarter of the batch or
+        nothing else is left to do. Their calls are waited for, but while others could decode only for
+        `tools.patience_s`; what is slower than that comes whenever it is there."""
+        self.results.update(self.pool.poll())
+        waiting = [b for b in self.calling if b not in self.late or b in self.results]
+        if len(waiting) < self.few and self.live.any():
+            return []
+        waiting = (waiting or list(self.calling))[: self.few]
+        give_up = time.perf_counter() + self.cfg.tools.patience_s
+        while any(b not in self.results for b in waiting):
+            self.results.update(self.pool.poll(0.1))
+            if self.live.any() and time.perf_counter() > give_up:
+                self.late.update(b for b in waiting if b not in self.results)
+                break
         self.clock.lap("tools")
+        due = [b for b in waiting if b in self.results]
+        self.calling = deque(b for b in self.calling if b not in due)
+        self.late.difference_update(due)
+        return due
+
+    def _observe(self, rows: list[int]) -> None:
+        """Appends what the calls of these rows showed, in chunks of `rollout.observation_tokens`."""
         responses = {b: self.engine.respond(self.row(b), self.results.pop(b)) for b in rows}
         observations = {b: encoded for b, encoded in responses.items() if encoded is not None}
         if not observations:

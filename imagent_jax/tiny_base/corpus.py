@@ -29,7 +29,7 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.05, "thumbnail": 0.03, "crops": 0.28, "thumbnails": 0.30, "calls": 0.34}
+FORMS = {"crop": 0.05, "thumbnail": 0.02, "crops": 0.36, "thumbnails": 0.22, "calls": 0.35}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
