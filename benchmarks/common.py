@@ -34,7 +34,7 @@ SIZES = {
         "num_key_value_heads": 4, "vocab_size": 16384, "mrope_section": [8, 12, 12], "depth": 4, "embed_dim": 256, "heads": 4,
     },
     "mini": {
-        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 8192, "mrope_section": [8, 12, 12], "depth": 2, "embed_dim": 64, "heads": 4,
     },
     "tiny": {
@@ -42,7 +42,7 @@ SIZES = {
         "num_key_value_heads": 2, "vocab_size": 4096, "mrope_section": [8, 12, 12], "depth": 2, "embed_dim": 64, "heads": 4,
     },
 }  # fmt: skip
-"""Qwen2-VL's shape at several sizes: 2 B parameters as published, about 65 M, 8 M and 3 M."""
+"""Qwen2-VL's shape at several sizes: 2 B parameters as published, about 65 M, 7 M and 3 M."""
 
 IMAGE, VISION_START, VISION_END = 97, 95, 96
 FIRST_TEXT = 100
@@ -63,6 +63,7 @@ def hf_config(size: str, dtype: str = "float32") -> dict:
         "text_config": s | {
             "model_type": "qwen2_vl_text", "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
+            "bos_token_id": None, "eos_token_id": None,
         },
         "vision_config": {
             "model_type": "qwen2_vl_vision", "depth": depth, "embed_dim": embed_dim, "num_heads": heads,
