@@ -14,7 +14,8 @@ Sizes: `tiny`, the shipped base with the default configuration (16 x 8); `small`
 base inside a decoder of that width and depth (2b: Qwen2-VL-2B's), which samples the same calls; vocabulary, head width and
 tower stay the base's (`grow`).
 
-Writes benchmarks/results/rollout.json: sampled tokens a second, ratio, peak memory. Meant to take about 6 minutes on two free cores.
+Writes benchmarks/results/rollout.json: sampled tokens a second, ratio, peak memory. Meant to take about 6 minutes on two free
+cores.
 """
 
 import json
