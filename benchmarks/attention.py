@@ -9,15 +9,12 @@ import json
 import re
 import statistics
 import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from common import RESULTS, seconds
 
 from imagent_jax.model.attention import Causal, Packed, Shared, attention, choose_attention
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def cases(scale: int) -> dict:
@@ -57,16 +54,6 @@ def both_passes(backend: str, mask, shared, real):
     return run
 
 
-def seconds(run, args, repeats: int) -> float:
-    """Median of `repeats` calls after two that are not counted."""
-    times = []
-    for _ in range(repeats + 2):
-        began = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
-
-
 def error(a, b) -> float:
     """Largest difference as a fraction of the largest value; infinite where `a` is not finite."""
     difference = max(float(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max() / jnp.abs(y).max())
@@ -84,8 +71,9 @@ def compare(backend: str, case, repeats: int) -> dict:
     for name in ("xla", backend):
         run = both_passes(name, mask, shared, real)
         out = run(*args)
+        times = seconds(lambda run=run: jax.block_until_ready(run(*args)), repeats, warmup=2)
         row[name] = {"error_forward": error(out[0], truth[0]), "error_backward": error(out[1], truth[1]),
-                     "seconds": seconds(run, args, repeats)}  # fmt: skip
+                     "seconds": statistics.median(times)}  # fmt: skip
         row[name]["microseconds_per_token"] = 1e6 * row[name]["seconds"] / row["tokens"]
     row["speedup"] = row["xla"]["seconds"] / row[backend]["seconds"]
     return row

@@ -6,8 +6,6 @@ seed's start once more with the cache full. Writes benchmarks/results/tiny_world
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -15,14 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
 import matplotlib
 import numpy as np
+from common import RESULTS, machine
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 CURVES = {"reward/total": "reward", "accuracy": "right answers", "tools/used_rate": "rollouts that call a tool",
           "mask/dropped_tokens": "sampled tokens dropped"}  # fmt: skip
 
@@ -87,8 +84,7 @@ def main() -> None:
         warm = run(args.seeds[0], f"{scratch}/cache{args.seeds[0]}", f"{scratch}/warm", [*overrides, *short[:4]])
     result = {
         "command": "python benchmarks/tiny_world.py " + " ".join(["--seeds", *map(str, args.seeds), *overrides]),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "device": "cpu"},
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "machine": machine(),
         "second_start": warm["seconds"],
         "runs": runs,
     }
