@@ -99,12 +99,19 @@ function picture(images, n, side, boxes) {
     pen.drawImage(pixels, box[0], box[1], box[2] - box[0], box[3] - box[1], 0, 0, cw, ch);
     canvas.dataset.drawn = name;
   }, () => canvas.replaceWith(h("span", { class: "small" }, `images/${name} is missing`)));
+  const labels = []; // [x, y] of those set, so that no label covers another
   return h("div", { class: seen ? "picture seen" : "picture", "data-image": n, style: { width: `${w * scale}px`, height: `${hh * scale}px` } },
     canvas,
-    boxes.map(({ box: [l, t, r, b], label, kind, image: m }) => h("div", {
-      class: `box ${kind || ""}`, "data-box": m, title: `${label}`,
-      style: { left: `${(100 * l) / w}%`, top: `${(100 * t) / hh}%`, width: `${(100 * (r - l)) / w}%`, height: `${(100 * (b - t)) / hh}%` },
-    }, h("span", {}, `${label}`))));
+    boxes.map(({ box: [l, t, r, b], label, kind, image: m }) => {
+      const above = t * scale > 16, y = above ? t * scale : b * scale;
+      let x = l * scale;
+      while (labels.some(([a, c]) => Math.abs(a - x) < 15 && Math.abs(c - y) < 14)) x += 15;
+      labels.push([x, y]);
+      return h("div", {
+        class: `box ${kind || ""}`, "data-box": m,
+        style: { left: `${(100 * l) / w}%`, top: `${(100 * t) / hh}%`, width: `${(100 * (r - l)) / w}%`, height: `${(100 * (b - t)) / hh}%` },
+      }, h("span", { class: above ? "above" : "", style: { left: `${x - l * scale - 2}px` } }, `${label}`));
+    }));
 }
 
 function figure(images, n, side) {
@@ -127,7 +134,7 @@ function excuse(t, i) {
 function token(t, i) {
   const { text, kind, kept, logprob, repeat } = t.tokens, count = repeat[i];
   const dropped = kept ? kept[i] === "0" : kind[i] === "4";
-  const special = /^<\|.*\|>$/.test(text[i]) ? " special" : "";
+  const special = /^<\|.*\|>$/.test(text[i]) ? " special" : /^\n+$/.test(text[i]) ? " newline" : "";
   return h("span", {
     class: `tok k${kind[i]} ${dropped ? "dropped" : "kept"}${special}`, "data-i": i,
     style: { "--p": Math.min(1, -logprob[i] / 3).toFixed(3) },
