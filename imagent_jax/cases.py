@@ -161,12 +161,13 @@ class Pictures:
         for turn in record["turns"]:
             parts.append(f"<pre>{e(turn['text'])}</pre>")
             call = turn["call"]
-            if call and call["status"] != "EXECUTED":
-                parts.append(f"<p class=error>{e((call['error'] or ' '.join(call['said'])).strip().splitlines()[-1])}</p>")
+            if call and call["status"] == "INVALID":
+                parts.append(f"<p class=error>{e(' '.join(call['said']))}</p>")
             for n in call["images"] if call else ():
                 image = record["images"][n - 1]
                 made = f": {e(image['origin'] or 'made')} of Image {image['parent']}" if "parent" in image else ""
                 parts.append(f"<figure>{self.svg(record['images'], n, 96)}<figcaption>Image {n}{made}</figcaption></figure>")
         if record["end"] != "ANSWERED":
-            parts.append(f"<p class=error>ended: {e(record['end'].lower().replace('_', ' '))}</p>")
+            why = (record["error"] or "").strip().splitlines()[-1:]  # of a traceback, what was raised
+            parts.append(f"<p class=error>ended: {e(': '.join([record['end'].lower().replace('_', ' '), *why]))}</p>")
         return "".join(parts)

@@ -35,6 +35,7 @@ class TrajectoryLog:
         self.images = folder.path / "trajectories" / "images"
         self.images.mkdir(parents=True, exist_ok=True)
         self.files = {path.stem: path.name for path in self.images.glob("*.*") if path.suffix != ".part"}
+        self.names: dict[bytes, str] = {}  # of the group being logged: its rollouts share their images
         self.pieces: dict[int, str] = {}
 
     def write(self, step: int, groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[dict]] | None = None,
@@ -48,6 +49,7 @@ class TrajectoryLog:
             return
         records = []
         for n, group in enumerate(groups[: max(1, self.limit // len(groups[0]))]):
+            self.names.clear()
             for g, t in enumerate(group):
                 paid = {} if rewards is None else rewards[n][g]
                 records.append(self.record(t, paid, None if advantages is None else float(advantages[n, g])))
@@ -106,7 +108,10 @@ class TrajectoryLog:
     def _source(self, entry: ImageEntry, given: Sequence[bytes], registry: ImageRegistry) -> dict[str, str]:
         """The file of an image; nothing for what its parent (and box) give again to the pixel."""
         if entry.number <= len(given):
-            return {"file": self._save(given[entry.number - 1], entry.image)}
+            data = given[entry.number - 1]
+            if data not in self.names:
+                self.names[data] = self._save(data, entry.image)
+            return {"file": self.names[data]}
         if entry.parent is not None:
             parent = registry[entry.parent].image
             if entry.image is parent:
@@ -143,7 +148,7 @@ def _lineage(entry: ImageEntry) -> dict[str, Any]:
 
 def _png(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    image.save(out, "PNG")
+    image.save(out, "PNG", compress_level=1)
     return out.getvalue()
 
 

@@ -420,6 +420,13 @@ def test_text_is_never_taken_for_a_page(made, page):
     assert page.evaluate("window.hacked") is None and page.evaluate("document.images.length") == 0
 
 
+def test_a_run_without_trajectories_says_how_to_have_some(made, page, tmp_path):
+    _, path, _ = made
+    shutil.copytree(path, tmp_path / "bare", ignore=shutil.ignore_patterns("view", "checkpoints", "trajectories"))
+    page.goto(write_view(tmp_path / "bare")[0].as_uri())
+    assert "set run.log_trajectories above 0" in page.inner_text("#list") and page.inner_text("#page") == ""
+
+
 def test_a_thousand_trajectories_open_in_two_seconds(made, page, tmp_path):
     _, path, _ = made
     many = tmp_path / "many"
