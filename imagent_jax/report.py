@@ -88,7 +88,7 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], width: int = 
     left, right, top, bottom = 38, 8, 8, 20
     xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
     x0, x1 = min(xs), max(max(xs), min(xs) + 1)
-    ticks = _ticks(min(0.0, *ys), max(ys))
+    ticks = _ticks(min(0.0, *ys), max(0.0, *ys))
     y0, y1 = min(ticks[0], *ys), max(ticks[-1], *ys)
 
     def at(x, y):
@@ -117,7 +117,8 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], width: int = 
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    span = (high - low) or abs(high) or 1.0
+    high = high if high > low else low + 1.0
+    span = high - low
     unit = 10 ** math.floor(math.log10(span / 2))
     step = next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= 3.2)
     return [round(step * k, 12) for k in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]

@@ -20,7 +20,7 @@ from imagent_jax.data.task import Task
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.evaluate import summarise
 from imagent_jax.model.processor import Processor
-from imagent_jax.report import write_report
+from imagent_jax.report import chart, write_report
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rl.rewards import score_trajectory
 from imagent_jax.rl.rollout import RolloutEngine, Row, _trajectory
@@ -478,6 +478,15 @@ def test_the_pointer_reads_all_charts_at_a_step(made, page):
     second = read_run(path).steps[1]
     told = page.locator(".chart").filter(has_text="gradient norm").locator("span b").text_content()
     assert float(told) == pytest.approx(second["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("ys", [[0.0], [0.0, 0.0], [-3.0, -3.0], [1e-9, 2e-9], [-0.2, 5e6], [0.30000000000000004] * 20, [7.0]])
+def test_a_chart_holds_any_figures(ys):
+    text = chart("figures", {"a": list(enumerate(ys, 1)), "b": [(1, 0.5 * ys[0])]})
+    height = float(re.search(r'viewBox="0 0 [0-9]+ ([0-9]+)"', text)[1])
+    points = re.findall(r"([0-9.-]+),([0-9.-]+)", " ".join(re.findall(r'points="([^"]*)"', text)))
+    assert len(points) >= len(ys) and all(0 <= float(y) <= height for _, y in points)
+    assert 2 <= text.count("class=grid") <= 6
 
 
 def test_a_run_that_was_stopped_or_has_only_its_base_has_a_report(made, tmp_path):
