@@ -34,7 +34,7 @@ class RunConfig:
     compile_cache: str = field(
         default="~/.cache/imagent_jax/xla", metadata={"help": "folder of compiled programs kept between runs ('': none)"}
     )
-    log_trajectories: int = field(default=16, metadata={"help": "trajectories written to disk each step"})
+    log_trajectories: int = field(default=16, metadata={"help": "trajectories logged each step, in whole groups (0: none)"})
 
 
 @dataclass(frozen=True)

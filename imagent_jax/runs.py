@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class RunFolder:
         """Appends one object to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def log_faults(self, faults: Sequence[Any]) -> None:
+        """Lists the rows of data that were left out, one a line, in data_faults.txt (no file: none)."""
+        if faults:
+            (self.path / "data_faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
 
     def rewind(self, step: int) -> None:
         """Drops metrics of steps after `step` (a resumed run writes them anew)."""
@@ -116,27 +122,3 @@ def load_params(run: Path, like, step: int | None = None):
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"Checkpoint {step} in {folder} does not fit the model of its config: {reason}") from error
-
-
-def trajectory_record(t, rewards: dict[str, float], advantage: float | None = None) -> dict[str, Any]:
-    """A trajectory as JSON: what was asked, said, called, shown and paid."""
-    return {
-        "task": t.task.uid,
-        "kind": t.task.kind,
-        "question": t.task.question,
-        "truth": t.task.answer,
-        "rollout": t.rollout,
-        "answer": t.answer,
-        "end": t.end.name,
-        "turns": [
-            {
-                "text": turn.text,
-                "call": turn.call
-                and {"status": turn.call.status.name, "name": turn.call.name, "arguments": turn.call.arguments},
-            }
-            for turn in t.turns
-        ],
-        "tokens": len(t.ids),
-        "rewards": rewards,
-        "advantage": advantage,
-    }

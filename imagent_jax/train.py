@@ -21,6 +21,7 @@ from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.sharding import make_mesh
+from imagent_jax.report import write_report
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import Learner, Tables
@@ -29,9 +30,10 @@ from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
 from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
 from imagent_jax.rl.trajectory import EndReason
-from imagent_jax.runs import RunFolder, trajectory_record
+from imagent_jax.runs import RunFolder
 from imagent_jax.tiny_base import base_folder
 from imagent_jax.tools import tools_by_name
+from imagent_jax.trajectory_log import TrajectoryLog
 
 
 class Parts:
@@ -66,6 +68,7 @@ class Parts:
     def test_tasks(self, count: int):
         """The first `count` held-out tasks."""
         tasks = open_tasks(self.cfg.data, "test")
+        self.test_faults = tasks.faults
         return [tasks[i] for i in range(min(count, len(tasks)))]
 
 
@@ -123,6 +126,8 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
         parts = Parts(cfg)
         train_tasks, test_tasks = open_tasks(cfg.data, "train"), parts.test_tasks(cfg.eval.tasks)
+    folder.log_faults([*train_tasks.faults, *parts.test_faults])
+    log = TrajectoryLog(folder, parts.processor, cfg)
     params = parts.params
     optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
     action, trajectory, _ = mask_tables(cfg.mask)
@@ -147,8 +152,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
                 parts.engine, params, test_tasks[:count], groups=cfg.eval.groups, seed=cfg.eval.seed,
                 greedy=cfg.eval.greedy, temperature=cfg.rollout.temperature,
             )  # fmt: skip
-        records = [trajectory_record(t, {}) for t in trajectories]
-        folder.log_trajectories(step, records[: cfg.run.log_trajectories], name)
+        log.write(step, [[t] for t in trajectories], name=name)
         metrics["time/evaluation"] = time.perf_counter() - start
         console.print(
             f"{name}: {100 * metrics['accuracy']:.1f} % of {len(trajectories)} held-out tasks right, "
@@ -194,9 +198,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
             metrics |= {f"eval/{k}": v for k, v in held_out(cfg.eval.during, f"step {step}").items()}
         folder.log({"step": step} | metrics)
-        shown = [(t, p, a) for group, ps, adv in zip(rollout.trajectories, scored, advantages, strict=True)
-                 for t, p, a in zip(group, ps, adv, strict=True)][: cfg.run.log_trajectories]  # fmt: skip
-        folder.log_trajectories(step, [trajectory_record(t, p, float(a)) for t, p, a in shown])
+        log.write(step, rollout.trajectories, scored, advantages)
         console.print(
             f"step {step:4d}/{cfg.run.steps}  reward {metrics['reward/total']:.3f}  right {100 * metrics['accuracy']:5.1f} %  "
             f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
@@ -209,6 +211,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     save()
     if interrupt.asked:
         folder.close()
+        write_report(folder.path)
         console.print(f"Stopped after step {step}; continue with --run.resume true.")
         return {}
     evaluations["trained"] = final = held_out(cfg.eval.tasks, "trained")
@@ -217,8 +220,10 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     if cfg.lora.on:
         lora.save(folder.path / "adapter", parts.model, params, base=cfg.model.path)
     folder.close()
+    write_report(folder.path)
     console.print(comparison(evaluations["base"], final, f"{cfg.run.name}: {step} steps"))
     console.print(f"{time.perf_counter() - began:.0f} s in all. Model, metrics and checkpoints: {folder.path}")
+    console.print(f"Report: {folder.path}/report.html. Look at trajectories: python -m imagent_jax.view {folder.path}")
     return final
 
 

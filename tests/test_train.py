@@ -50,6 +50,9 @@ def test_a_run_leaves_the_promised_folder(whole):
     assert keys <= steps[0].keys() and "base/accuracy" in records[0] and "final/accuracy" in records[-1]
     trajectory = json.loads((path / "trajectories" / "train-000001.jsonl").read_text().splitlines()[0])
     assert trajectory["turns"][0]["text"] and trajectory["end"] in ("ANSWERED", "TRUNCATED", "OVER_TURNS", "VOID", "REPEATED")
+    tokens, image = trajectory["tokens"], path / "trajectories" / "images" / trajectory["images"][0]["file"]
+    assert len(tokens["ids"]) == len(tokens["kept"]) == len(tokens["logprob"]) and image.is_file()
+    assert "of held-out tasks right, with" in (path / "report.html").read_text()
     model, _ = checkpoint.load(path / "model")
     assert model.cfg.text.num_layers == 4
 
