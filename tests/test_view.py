@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import time
 import webbrowser
 from pathlib import Path
@@ -142,8 +144,10 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium: the system's, or the one of `playwright install chromium`."""
+    """Chromium: the system's, or else the one that playwright fetches."""
     system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if system is None:
+        subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=True)
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=system, args=quiet)
