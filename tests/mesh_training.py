@@ -1,23 +1,26 @@
 """Run by test_mesh_training.py on eight simulated devices: `python mesh_training.py FOLDER`, one JSON object on standard output.
 
-One update of a random model, its tower included, on several meshes: how far loss, gradients and parameters are from one
-device's, what every device holds, what the compiled gradient exchanges, and what a checkpoint restores elsewhere.
+One update of a random model on several meshes: how far loss, gradients and parameters are from one device's, what every
+device holds, what the compiled gradient exchanges, what a checkpoint restores elsewhere; then the main job on four devices.
 """
 
+import contextlib
 import json
 import math
 import re
 import sys
-import time
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import nnx
 
+from imagent_jax import train as job
 from imagent_jax.config import Config
-from imagent_jax.model.attention import Causal, Packed, Shared, attention
+from imagent_jax.model import attention as seam
+from imagent_jax.model.attention import Causal, Shared, attention
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.images import PreparedImage
@@ -30,7 +33,7 @@ from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.trajectory import GroupBatch, TokenKind
 from imagent_jax.runs import RunFolder
 
-MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8), (2, 2, 2)]
+MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8), (2, 2, 2)]
 N, G, P, R, V = 16, 2, 16, 16, 1024
 LARGE = 64 * 1024  # bytes: no parameter above this is whole on every device of `fsdp`
 HF = {
@@ -41,6 +44,11 @@ HF = {
     },
     "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 8, "mlp_ratio": 2, "patch_size": 4},
 }  # fmt: skip
+JOB = [
+    "--run.compile_cache=", "--run.steps=2", "--rollout.groups=4", "--rollout.group_size=2", "--rollout.response_tokens=96",
+    "--grpo.micro_groups=4", "--grpo.minibatches=1", "--images.pack_blocks=4", "--images.packs=8", "--eval.tasks=4",
+    "--eval.groups=4", "--eval.every=0", "--data.train_size=64", "--data.test_size=32",
+]  # fmt: skip
 IMAGES, PATCHES = 8, 16  # one image a block of 16 patches, 4 features each
 
 
@@ -97,7 +105,15 @@ class Case:
         reference = self.params if cfg.grpo.kl else None
         self.learner = Learner(self.model, cfg, make_optimizer(cfg.optim, 10), tables, reference)
         self.learner.widths, self.learner.warm = [R], True  # one shape to compile
-        self.opt_state = self.learner.init(self.params)
+        with self:
+            self.opt_state = self.learner.init(self.params)
+
+    def __enter__(self) -> None:
+        self._current = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        self._current.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._current.__exit__(*error)
 
     def store(self) -> FeatureStore | SimpleNamespace:
         """Encoded images; for a tower that does not learn, any features will do."""
@@ -160,36 +176,89 @@ def whole_over_fsdp(case: Case) -> list[str]:
     return found
 
 
-def on_a_mesh(case: Case):
-    return jax.set_mesh(case.mesh)
-
-
-def updates(folder: str) -> dict:
-    cfg = settings(folder)
-    plain, one = Case(cfg, None), Case(cfg, (1, 1, 1))
+def updates(cfg: Config, meshes) -> dict:
+    """Every mesh beside no mesh at all. A mesh of one device is a mesh, and gives the same bits."""
+    plain = Case(cfg, None)
     gradient = plain.gradient()
-    metrics = plain.update()
-    with on_a_mesh(one):
-        bits = furthest(one.gradient(), gradient)
-        bits = max(bits, abs(one.update()["loss"] - metrics["loss"]), furthest(host(one.params), host(plain.params)))
-    report = {"one_device": bits, "largest_gradient": max(float(np.abs(g).max()) for g in gradient), "meshes": []}
-    for sizes in MESHES:
-        start = time.perf_counter()
+    metrics, report = plain.update(), []
+    for sizes in meshes:
         case = Case(cfg, sizes)
-        with on_a_mesh(case):
+        with case:
             found = {"mesh": sizes, "gradient": furthest(case.gradient(), gradient)}
             ours = case.update()
             found |= {
-                "metrics": max(abs(ours[key] - metrics[key]) for key in metrics),
+                "loss": abs(ours["loss"] - metrics["loss"]),
+                "norm": abs(ours["grad_norm"] / metrics["grad_norm"] - 1),
                 "params": furthest(host(case.params), host(plain.params)),
                 "whole": whole_over_fsdp(case),
             }
-            if sizes in ((1, 8, 1), (2, 2, 2)):
+            if cfg.model.freeze_vision and sizes in ((1, 8, 1), (2, 2, 2)):
                 found["exchanged"] = case.exchanged()
-        found["seconds"] = time.perf_counter() - start
-        report["meshes"].append(found)
+        report.append(found)
+    sizes = [leaf.size for leaf in jax.tree.leaves(plain.learner.split(plain.params)[0])]
+    return {"largest": max(float(np.abs(g).max()) for g in gradient), "elements": sum(sizes), "meshes": report}
+
+
+def resumes(cfg: Config) -> list[dict]:
+    """A checkpoint of eight devices continued on eight, four and one, beside the run that never stopped."""
+    whole, folder = Case(cfg, (1, 8, 1)), RunFolder(cfg)
+    with whole:
+        whole.update()
+        folder.save(1, whole.learner.split(whole.params)[0], whole.opt_state, {"step": 1})
+        saved = host((whole.learner.split(whole.params)[0], whole.opt_state))
+        whole.update()
+    report = []
+    for devices in (8, 4, 1):
+        case = Case(cfg, (1, devices, 1))
+        with case:
+            trained, frozen = case.learner.split(case.params)
+            like = trained, case.opt_state
+            restored = folder.restore(*like)[:2]
+            moved = [a.sharding != b.sharding for a, b in zip(*map(jax.tree.leaves, (like, restored)), strict=True)]
+            found = {"devices": devices, "restored": furthest(host(restored), saved), "moved": sum(moved)}
+            case.params, case.opt_state = nnx.merge_state(restored[0], frozen), restored[1]
+            case.update()
+            report.append(found | {"continued": furthest(host(case.params), host(whole.params))})
+    folder.close()
+    return report
+
+
+def kernels() -> dict[str, float]:
+    """Kernels on (2, 2, 2), groups and heads apart, beside the oracle on one device: output and gradients."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = [(4, 2, 8, 4, 16), *[(4, 2, 8, 2, 16)] * 2, *[(4, 12, 2, 16)] * 2]
+    inputs = [np.asarray(jax.random.normal(key, shape)) for key, shape in zip(keys, shapes, strict=True)]
+    length, prompt_len = np.arange(8).reshape(4, 2) + 1, np.asarray([12, 4, 7, 1])
+
+    def run(backend):
+        def value(q, k, v, pk, pv):
+            out = attention(q, k, v, Causal(length), Shared(pk, pv, prompt_len), backend)
+            return jnp.sum(jnp.sin(out)), out
+
+        return host(jax.jit(jax.grad(value, range(5), has_aux=True))(*inputs))
+
+    seam._BACKENDS["cudnn"] = partial(seam._cudnn, implementation="xla")
+    oracle = run("xla")
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        return {backend: furthest(run(backend), oracle) for backend in ("xla", "cudnn", "splash_interpret")}
+
+
+def main(folder: str) -> dict:
+    cfg = settings(folder)
+    too_few = Config.from_dict(cfg.to_dict() | {"mesh": {"fsdp": 8}, "grpo": {"micro_groups": 4}})
+    try:
+        refused = str(job.training_mesh(too_few))
+    except ValueError as error:
+        refused = str(error)
+    report = {"devices": jax.device_count(), "refused": refused, "kernels": kernels()}
+    report["frozen"] = updates(cfg, MESHES)
+    report["everything"] = updates(settings(folder, everything=True), [(2, 2, 2)])
+    report["resumes"] = resumes(cfg)
+    report["job"] = job.main([*JOB, f"--run.dir={folder}", "--run.name=four", "--mesh.data=2", "--mesh.fsdp=2"])
     return report
 
 
 if __name__ == "__main__":
-    print(json.dumps({"devices": jax.device_count(), **updates(sys.argv[1])}))
+    with contextlib.redirect_stdout(sys.stderr):
+        report = main(sys.argv[1])
+    print(json.dumps(report))
