@@ -12,7 +12,11 @@ import pytest
 from imagent_jax import train as job
 
 SCRIPT = Path(__file__).parent / "mesh_training.py"
-JOB_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",  # compiling is most of the time
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",  # eight devices wait for each other on few cores
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +30,11 @@ def report(folder):
     from mesh_training import JOB
 
     cache = os.path.expanduser("~/.cache/imagent_jax/tests")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": JOB_FLAGS, "PYTHONPATH": str(SCRIPT.parent.parent),
-                        "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}  # fmt: skip
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS), "PYTHONPATH": str(SCRIPT.parent.parent),
+        "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # two programs in flight can starve each other's collectives of threads
+    }  # fmt: skip
     with subprocess.Popen(
         [sys.executable, SCRIPT, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     ) as process:
@@ -68,7 +75,8 @@ def test_no_large_parameter_or_moment_is_whole_over_fsdp(report):
 
 
 def test_weights_travel_and_activations_stay(report):
-    """Every weight is gathered once and its gradient summed once; besides, activations are summed over `tensor` alone."""
+    """Every weight is gathered once, its gradient summed once for the prompts and once for the responses; without `tensor`,
+    nothing else is exchanged."""
     exchanged = {tuple(f["mesh"]): f["exchanged"] for f in report["frozen"]["meshes"] if "exchanged" in f}
     elements = report["frozen"]["elements"]
     for sizes, kinds in exchanged.items():
@@ -76,7 +84,7 @@ def test_weights_travel_and_activations_stay(report):
         assert set(kinds) <= {"all-gather", "all-reduce", "reduce-scatter"}, (sizes, kinds)
         assert sum(kinds["all-gather"]) <= parts, sizes
     summed = [sum(sum(kinds.get(kind, [])) for kind in ("all-reduce", "reduce-scatter")) for kinds in exchanged.values()]
-    assert elements * 0.9 <= summed[0] <= elements * 1.1
+    assert elements <= summed[0] <= 2 * elements
 
 
 def test_kernels_run_on_their_own_groups_and_heads(report):

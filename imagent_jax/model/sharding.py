@@ -146,6 +146,7 @@ def locally(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] =
         inputs, outputs: their `PartitionSpec`s (see `fitting`); what is whole on the way in has its gradient summed once.
         axes: mesh axes that this is about, the others being the compiler's; default all.
     """
-    if not several_devices():
+    sizes = get_abstract_mesh().shape
+    if math.prod(sizes.get(axis, 1) for axis in axes or sizes) == 1:
         return function
     return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(axes), check_vma=False)
