@@ -53,7 +53,7 @@ class ModelConfig:
     )
     remat: Literal["none", "dots", "full"] = field(default="none", metadata={"help": "what the backward pass recomputes"})
     freeze_vision: bool = field(default=True, metadata={"help": "keep the vision tower as it is"})
-    logprob_chunk: int = field(default=4096, metadata={"help": "tokens whose logits exist at one time"})
+    logprob_chunk: int = field(default=4096, metadata={"help": "tokens whose logits a device holds at one time"})
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ class EvalConfig:
 class MeshConfig:
     """Mesh axes; -1 fills an axis with the devices that are left."""
 
-    data: int = field(default=1, metadata={"help": "groups are split over it"})
-    fsdp: int = field(default=1, metadata={"help": "parameters are split over it"})
+    data: int = field(default=1, metadata={"help": "groups are split over it; parameters are repeated"})
+    fsdp: int = field(default=1, metadata={"help": "groups are split over it, and parameters"})
     tensor: int = field(default=1, metadata={"help": "heads and hidden units are split over it"})
 
 

@@ -4,6 +4,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.table import Table
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.task import Task
 from imagent_jax.evals.scoring import score
+from imagent_jax.model.sharding import make_mesh
 from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.trajectory import EndReason, Trajectory
 
@@ -81,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = Parts(cfg)
         tasks = parts.test_tasks(cfg.eval.tasks)
         console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.name}; nothing is written.")
-        metrics, _ = evaluate(
-            parts.engine, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
-            temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
-        )  # fmt: skip
+        with jax.set_mesh(make_mesh(**vars(cfg.mesh))):
+            metrics, _ = evaluate(
+                parts.engine, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
+                temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
+            )  # fmt: skip
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

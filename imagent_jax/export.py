@@ -4,12 +4,13 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flax import nnx
 from rich.console import Console
 
-from imagent_jax.config import Config, load_config
+from imagent_jax.config import Config, MeshConfig, load_config
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.qwen2_vl import Model
 from imagent_jax.rl.learner import trained_filter
@@ -20,7 +21,7 @@ from imagent_jax.train import Parts
 def trained_params(cfg: Config, run: Path, step: int | None) -> tuple[Path, Model, nnx.State, int]:
     """The folder of the run's base, the model as it is to be written (what was trained over the base, adapters merged), and
     the step it comes from."""
-    parts = Parts(cfg)
+    parts = Parts(replace(cfg, mesh=MeshConfig()))  # one device is enough, whatever the run had
     trained, frozen = nnx.split_state(parts.params, trained_filter(cfg), ...)
     trained, step = load_params(run, trained, step)
     return parts.folder, *lora.merge(parts.model, nnx.merge_state(trained, frozen)), step

@@ -3,6 +3,7 @@
 `python -m imagent_jax.train [--config FILE.yaml] [--section.key VALUE ...]`; with no arguments, the embedded tiny world.
 """
 
+import math
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
 from imagent_jax.compiling import CompileCounter, use_compile_cache
@@ -20,7 +22,7 @@ from imagent_jax.evaluate import comparison, evaluate, summarise
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.sharding import make_mesh
+from imagent_jax.model.sharding import GROUPS, make_mesh, shardings
 from imagent_jax.report import write_report
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
@@ -48,10 +50,9 @@ class Parts:
         reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
-        make_mesh(**vars(cfg.mesh))  # refused if it does not divide the devices; training itself uses one device yet
-        dtype = choose_dtype(cfg.model.dtype)
+        mesh, dtype = make_mesh(**vars(cfg.mesh)), choose_dtype(cfg.model.dtype)
         self.model, self.params = checkpoint.load(
-            folder, param_dtype=cfg.model.param_dtype, dtype=dtype, remat=cfg.model.remat,
+            folder, mesh=mesh, param_dtype=cfg.model.param_dtype, dtype=dtype, remat=cfg.model.remat,
             vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
             attention=choose_attention(cfg.model.attention, dtype),
         )  # fmt: skip
@@ -62,6 +63,7 @@ class Parts:
                 self.model, self.params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
                 merger=cfg.lora.merger, seed=cfg.run.seed,
             )  # fmt: skip
+        self.params = jax.device_put(self.params, shardings(self.params, mesh))  # adapters follow what they adapt
         self.tools = tools_by_name(cfg.tools.names)
         self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
 
@@ -70,6 +72,22 @@ class Parts:
         tasks = open_tasks(self.cfg.data, "test")
         self.test_faults = tasks.faults
         return [tasks[i] for i in range(min(count, len(tasks)))]
+
+
+def training_mesh(cfg: Config) -> Mesh:
+    """The mesh of `cfg.mesh`, over whose data and fsdp axes every micro-batch is split by groups.
+
+    Raises:
+        ValueError: its sizes do not divide the devices, or the groups of a micro-batch do not divide over it.
+    """
+    mesh = make_mesh(**vars(cfg.mesh))
+    shards, micro = math.prod(mesh.shape[axis] for axis in GROUPS), min(cfg.grpo.micro_groups, cfg.rollout.groups)
+    if micro % shards:
+        raise ValueError(
+            f"grpo.micro_groups {micro} (at most rollout.groups) does not divide over mesh.data x mesh.fsdp = {shards} devices; "
+            f"choose a multiple of {shards}, or move devices to mesh.tensor."
+        )
+    return mesh
 
 
 class Interrupt:
@@ -112,14 +130,14 @@ def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, l
 
 
 def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, float]:
-    """Runs the whole job; returns the last evaluation. See the module docstring."""
+    """Runs the whole job on the current mesh (`jax.set_mesh`); returns the last evaluation. See the module docstring."""
     began, compiles = time.perf_counter(), CompileCounter()
     use_compile_cache(cfg.run.compile_cache)
 
     # ---- what this run is ---------------------------------------------------------------------------------------
     console.print(
         f"[bold]imagent-jax[/]: {cfg.run.steps} steps of {cfg.rollout.groups} tasks x {cfg.rollout.group_size} rollouts of "
-        f"{cfg.model.path} on {cfg.data.name}, {jax.device_count()} {jax.devices()[0].platform} device(s)."
+        f"{cfg.model.path} on {cfg.data.name}, {jax.sharding.get_mesh().size} {jax.devices()[0].platform} device(s)."
     )
     folder = RunFolder(cfg)
     console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
@@ -231,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: exit code 0, or 2 after one sentence about bad input."""
     cfg = parse_args(argv)
     try:
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
             train(cfg, Console(), interrupt)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

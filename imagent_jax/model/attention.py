@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from imagent_jax.model.sharding import GROUPS, fitting, locally
 
 
 class Causal(NamedTuple):
@@ -94,7 +97,14 @@ def attention(
     if shared is not None:
         real_shared = _below(shared.length, shared.k.shape[1])[..., None, None]
         shared = shared._replace(k=jnp.where(real_shared, shared.k, 0), v=jnp.where(real_shared, shared.v, 0))
-    return jnp.where(real, _BACKENDS[backend](q, k, v, mask, shared), 0)
+    inputs = (q, k, v, mask, shared)
+    specs = jax.tree.map(_spec, inputs)
+    return jnp.where(real, locally(_BACKENDS[backend], specs, specs[0])(*inputs), 0)
+
+
+def _spec(x: Array) -> PartitionSpec:
+    """On a mesh every device attends alone: its groups (the first axis of all inputs) and its heads (the last but one)."""
+    return fitting(x, GROUPS, *(None,) * (x.ndim - 3), "tensor") if x.ndim > 3 else fitting(x, GROUPS)
 
 
 def _below(length: Int[Array, "*b"], tokens: int) -> Bool[Array, "*b S"]:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from imagent_jax.model.sharding import LOGICAL_TO_MESH, constrain
+
 
 class Maker:
     """Declares parameters: `make(shape, axes)` gives an `nnx.Param` that knows its logical axes.
@@ -42,6 +44,17 @@ def weights(module: nnx.Module, dtype) -> dict[str, jax.Array]:
         return jnp.asarray(param[...] if scale is None else param[...] * scale, dtype)
 
     return {name: cast(param) for name, param in vars(module).items() if isinstance(param, nnx.Param)}
+
+
+def gathered(module: nnx.Module, w: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """One layer of the module's `weights` as the layer uses them: whole over the mesh's `fsdp`, so that weights travel, not
+    activations. The gradient is summed over the devices of groups before it is split again."""
+
+    def axes(name):
+        return (None if LOGICAL_TO_MESH[a] == "fsdp" else LOGICAL_TO_MESH[a] for a in places[name] if a != "layers")
+
+    places = {name: param.get_metadata()["logical_axes"] for name, param in vars(module).items() if name in w}
+    return {name: constrain(x, *axes(name)) for name, x in w.items()}
 
 
 def linear(w: dict[str, jax.Array], name: str, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.sharding import GROUPS, constrain, fitting, locally
 from imagent_jax.model.text import Decoder, PromptCache, ResponseCache
 from imagent_jax.model.vision import VisionTower
 
@@ -91,7 +92,7 @@ def embed(
     model: Model, params: nnx.State, ids: Int[Array, "*b S"], vision: Int[Array, "*b S"], features: Float[Array, "F D"]
 ) -> Float[Array, "*b S D"]:
     """Token embeddings, with feature row `vision[...]` in place of every image placeholder (-1: text)."""
-    table = jnp.asarray(model.bind(params).text.embed[...], model.dtype)
+    table = constrain(jnp.asarray(model.bind(params).text.embed[...], model.dtype), "tensor")
     shown = features.astype(table.dtype)[jnp.maximum(vision, 0)]
     return jnp.where((vision >= 0)[..., None], shown, table[ids])
 
@@ -206,10 +207,15 @@ def response_logprobs(
         last = jnp.take_along_axis(prompt, prompt_len[:, None, None] - 1, axis=1)[:, None]  # [N 1 1 D]
         before = jnp.concatenate([jnp.broadcast_to(last, (n, g, 1, d)), hidden[:, :, :-1]], axis=2)
     with jax.named_scope("logprobs"):
-        logprobs, entropy = token_logprobs(
-            before.reshape(-1, d), text.head(model.dtype), response_ids.reshape(-1), temperature, model.logprob_chunk
+
+        def own_tokens(hidden, targets, head):
+            values = token_logprobs(hidden.reshape(-1, d), head, targets.reshape(-1), temperature, model.logprob_chunk)
+            return tuple(x.reshape(targets.shape) for x in values)
+
+        rows = fitting(response_ids, GROUPS)  # chunks are of one device's tokens: the head is gathered, and summed into, once
+        return locally(own_tokens, (rows, rows, PartitionSpec()), (rows, rows), GROUPS)(
+            before, response_ids, text.head(model.dtype)
         )
-    return logprobs.reshape(n, g, r), entropy.reshape(n, g, r)
 
 
 def create(cfg: Qwen2VLConfig, seed: int = 0, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:

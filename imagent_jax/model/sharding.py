@@ -1,11 +1,17 @@
-"""Where parameters live: the mesh, and one table from the logical axes that parameters declare to its axes."""
+"""Where arrays live: the mesh, one table from the logical axes that parameters declare to its axes, and how the model says
+in passing where its activations go.
+
+What is said in passing is about the current mesh (`jax.set_mesh`). On one device, and without a mesh, it says nothing.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from imagent_jax.model.config import Qwen2VLConfig
 
@@ -22,6 +28,8 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
     "rank": None,
 }
 """Where each logical axis of a parameter lives on the mesh (None: replicated)."""
+GROUPS = ("data", "fsdp")
+"""The mesh axes that groups are split over, prompts and responses together."""
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -65,15 +73,21 @@ def check_heads(cfg: Qwen2VLConfig, mesh: Mesh) -> None:
             raise ValueError(f"mesh.tensor={size} does not divide the {heads} {what}; choose mesh.tensor from {fits}.")
 
 
-def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """The `NamedSharding` of every parameter, by `LOGICAL_TO_MESH`.
+def shardings(params: Any, mesh: Mesh | AbstractMesh, whole: Sequence[str] = ()) -> Any:
+    """The `NamedSharding` of every leaf of a tree: a parameter's, or that of a moment kept for it, by `LOGICAL_TO_MESH`;
+    anything else (the optimizer's count) is replicated.
 
+    Args:
+        whole: mesh axes that nothing is split over.
     Raises:
         ValueError: a parameter's axis does not divide by its mesh axis (both named).
     """
 
-    def one(path, param: nnx.Param):
-        spec = tuple(LOGICAL_TO_MESH[a] for a in param.get_metadata()["logical_axes"])
+    def one(path, param):
+        if not isinstance(param, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        places = (LOGICAL_TO_MESH[a] for a in param.get_metadata()["logical_axes"])
+        spec = tuple(None if axis in whole else axis for axis in places)
         for size, logical, axis in zip(param.get_value().shape, param.get_metadata()["logical_axes"], spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 name = ".".join(str(getattr(p, "key", p)) for p in path)
@@ -84,3 +98,55 @@ def shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
         return param.replace(NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+# ---- said in passing, about the current mesh ---------------------------------------------------------------------------
+
+
+def several_devices() -> bool:
+    """Whether the current mesh has more than one device."""
+    return get_abstract_mesh().size > 1
+
+
+def fitting(x: jax.Array, *axes: str | tuple[str, ...] | None) -> PartitionSpec:
+    """`PartitionSpec(*axes)` for `x`, less what does not divide: such an axis of `x` stays whole."""
+    sizes = get_abstract_mesh().shape
+
+    def parts(axis):
+        return math.prod(sizes.get(a, 1) for a in ((axis,) if isinstance(axis, str) else axis or ()))
+
+    return PartitionSpec(*(axis if n % parts(axis) == 0 else None for n, axis in zip(x.shape, axes, strict=False)))
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x`, its leading axes split over `axes` as far as they divide, the others whole."""
+    return jax.lax.with_sharding_constraint(x, fitting(x, *axes)) if several_devices() else x
+
+
+def constrain_params(params: Any, whole: Sequence[str] = ()) -> Any:
+    """Parameters, or what is kept for each of them, where `shardings` says."""
+    if not several_devices():
+        return params
+    return jax.lax.with_sharding_constraint(params, shardings(params, get_abstract_mesh(), whole))
+
+
+_gather = jax.jit(partial(constrain_params, whole=("fsdp",)))
+
+
+def gather_params(params: nnx.State) -> nnx.State:
+    """Parameters as rollouts read them, once a token: whole over `fsdp`. One compiled program moves them, where any moves."""
+    return _gather(params) if get_abstract_mesh().shape.get("fsdp", 1) > 1 else params
+
+
+def locally(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] = ()) -> Callable:
+    """`function` run by every device on its own part (`jax.shard_map`): for work that needs no other device's part, where the
+    compiler could not tell, or would exchange more than it must.
+
+    Args:
+        inputs, outputs: their `PartitionSpec`s (see `fitting`); what is whole on the way in has its gradient summed once.
+        axes: mesh axes that this is about, the others being the compiler's; default all.
+    """
+    sizes = get_abstract_mesh().shape
+    if math.prod(sizes.get(axis, 1) for axis in axes or sizes) == 1:
+        return function
+    return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(axes), check_vma=False)

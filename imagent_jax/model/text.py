@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention, cached
 from imagent_jax.model.config import TextConfig
-from imagent_jax.model.params import Maker, linear, weights
+from imagent_jax.model.params import Maker, gathered, linear, weights
 from imagent_jax.model.rope import mrope, rotate
+from imagent_jax.model.sharding import GROUPS, constrain
 
 REMAT_POLICIES = {
     "none": None,
@@ -102,10 +103,12 @@ class Decoder(nnx.Module):
         rope, dtype = self._rope(positions), x.dtype
 
         def layer(x, w):
+            w = gathered(self.layers, w)
             q, k, v = self._qkv(w, x, rope)
-            return self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend)), cached(k, v)
+            x = self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend))
+            return constrain(x, GROUPS), cached(k, v)
 
-        x, (k, v) = jax.lax.scan(layer, x, weights(self.layers, dtype))
+        x, (k, v) = jax.lax.scan(layer, constrain(x, GROUPS), weights(self.layers, dtype))
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), PromptCache(tuple(k), tuple(v))
 
     def extend(
@@ -138,7 +141,7 @@ class Decoder(nnx.Module):
             keys.append(cache.k[i].at[rows, :, :, index].set(k, mode="drop"))
             values.append(cache.v[i].at[rows, :, index].set(v, mode="drop"))
             out = attend_two_part(split(q), prompt.k[i], prompt.v[i], prompt_len, split(keys[i]), split(values[i]), mask)
-            x = self._finish(w, x, out.reshape(b, s, *out.shape[3:]))
+            x = constrain(self._finish(w, x, out.reshape(b, s, *out.shape[3:])), GROUPS)
         cache = ResponseCache(tuple(keys), tuple(values))
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), cache
 
@@ -160,15 +163,16 @@ class Decoder(nnx.Module):
         rope_prompt, rope, dtype = self._rope(prompt_positions), self._rope(positions), x.dtype
 
         def layer(carry, w):
-            p, x = carry
+            (p, x), w = carry, gathered(self.layers, w)
             pq, pk, pv = self._qkv(w, p, rope_prompt)
             q, k, v = self._qkv(w, x, rope)
             prompt_out = attention(pq, pk, pv, Causal(prompt_len), backend=backend)
             out = attention(q, k, v, Causal(response_len), Shared(pk, pv, prompt_len), backend=backend)
-            return (self._finish(w, p, prompt_out), self._finish(w, x, out)), None
+            return (constrain(self._finish(w, p, prompt_out), GROUPS), constrain(self._finish(w, x, out), GROUPS)), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
-        carry, _ = jax.lax.scan(layer, (prompt_x, x), weights(self.layers, dtype), unroll=True)
+        carry = constrain(prompt_x, GROUPS), constrain(x, GROUPS)
+        carry, _ = jax.lax.scan(layer, carry, weights(self.layers, dtype), unroll=True)
         norm = partial(rms_norm, scale=weights(self, dtype)["norm"], eps=self.cfg.rms_norm_eps)
         return norm(carry[0]), norm(carry[1])

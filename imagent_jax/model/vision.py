@@ -7,8 +7,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from imagent_jax.model.attention import Packed, attend, attention
 from imagent_jax.model.config import VisionConfig
-from imagent_jax.model.params import Maker, linear, weights
+from imagent_jax.model.params import Maker, gathered, linear, weights
 from imagent_jax.model.rope import rope_2d, rotate
+from imagent_jax.model.sharding import GROUPS, constrain
 from imagent_jax.model.text import rms_norm
 
 
@@ -144,12 +145,12 @@ class VisionTower(nnx.Module):
         Raises:
             ValueError: M is not a multiple of `block`.
         """
-        cfg, w = self.cfg, weights(self, dtype)
+        cfg, w = self.cfg, gathered(self, weights(self, dtype))
         m = patches.shape[0]
         if m % block or block % cfg.merge_unit:
             raise ValueError(f"{m} patches do not fill blocks of {block}; pad the pack to a multiple.")
         blocks, unit, side = (m // block, block), cfg.merge_unit, cfg.window_side
-        x = (patches.astype(dtype) @ w["patch_embed"]).reshape(*blocks, -1)
+        x = constrain((patches.astype(dtype) @ w["patch_embed"]).reshape(*blocks, -1), GROUPS)
         coords, image = coords.reshape(*blocks, 2), image.reshape(blocks)
         if side:
             order, window = window_order(coords, image, side, unit)
@@ -165,12 +166,12 @@ class VisionTower(nnx.Module):
             return jax.lax.cond(full, all_to_all, lambda *qkv: attend_windows(*qkv, window, side**2), q, k, v)
 
         def layer(x, inputs):
-            w, full = inputs
+            w, full = gathered(self.blocks, inputs[0]), inputs[1]
             h = _norm(cfg, x, w, "norm1")
             q, k, v = jnp.split((h @ w["qkv"] + w["qkv_bias"]).reshape(*blocks, 3 * cfg.num_heads, -1), 3, axis=-2)
             out = attend_block(rotate(q, cos, sin), rotate(k, cos, sin), v, full)
             x = x + out.reshape(*blocks, -1) @ w["proj"] + w["proj_bias"]
-            return x + _feed_forward(cfg, _norm(cfg, x, w, "norm2"), w), None
+            return constrain(x + _feed_forward(cfg, _norm(cfg, x, w, "norm2"), w), GROUPS), None
 
         full = jnp.isin(jnp.arange(cfg.depth), jnp.asarray(cfg.full_attention_blocks, int))
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (weights(self.blocks, dtype), full))

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, get_mesh
 
 from imagent_jax.model.interleave import pad_prompts
+from imagent_jax.model.sharding import GROUPS
 from imagent_jax.rl.rollout import RolloutBatch
 from imagent_jax.rl.trajectory import GroupBatch, TokenKind, Trajectory
 
@@ -97,9 +100,22 @@ def take_groups(batch: GroupBatch, index: np.ndarray, width: int) -> GroupBatch:
     for name, value in vars(batch).items():
         if value is None:
             continue
-        axis = 1 if name.endswith("_positions") else 0
-        value = np.take(value, index, axis=axis)
+        value = np.take(value, index, axis=_group_axis(name))
         if name in ("response_ids", "response_positions", "response_vision", "kind", "logprobs"):
             value = value[..., :width]
         fields[name] = value
     return GroupBatch(**fields)
+
+
+def place_groups(batch: GroupBatch) -> GroupBatch:
+    """The batch on the current mesh (`jax.set_mesh`), each device with its groups; without a mesh as it is."""
+    mesh = get_mesh()
+    if mesh.empty:
+        return batch
+    fields = {name: value for name, value in vars(batch).items() if value is not None}
+    places = {name: NamedSharding(mesh, PartitionSpec(*(None,) * _group_axis(name), GROUPS)) for name in fields}
+    return GroupBatch(**jax.device_put(fields, places))
+
+
+def _group_axis(name: str) -> int:
+    return 1 if name.endswith("_positions") else 0

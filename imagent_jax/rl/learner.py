@@ -16,7 +16,8 @@ from flax import nnx
 from imagent_jax.config import Config
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, response_logprobs
-from imagent_jax.rl.batch import learning_groups, split_groups, take_groups
+from imagent_jax.model.sharding import constrain_params
+from imagent_jax.rl.batch import learning_groups, place_groups, split_groups, take_groups
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import two_level_mask
 from imagent_jax.rl.trajectory import GroupBatch
@@ -68,14 +69,15 @@ def accumulate(model, cfg, with_features, trained, frozen, total, features, batc
         return batch_loss(model, cfg, trained, frozen, features, batch, tables, normaliser, reference, old)
 
     (value, metrics), gradients = jax.value_and_grad(loss, argnums, has_aux=True)(trained, frozen, features)
-    return jax.tree.map(jnp.add, total, gradients), value, metrics
+    return constrain_params(jax.tree.map(jnp.add, total, gradients)), value, metrics
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def apply_gradients(optimizer, params, opt_state, gradients):
     """One optax update; returns parameters, optimizer state and the gradient's global norm before clipping."""
     updates, opt_state = optimizer.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.global_norm(gradients)
+    params, opt_state = constrain_params((optax.apply_updates(params, updates), opt_state))
+    return params, opt_state, optax.global_norm(gradients)
 
 
 def trained_filter(cfg: Config):
@@ -122,6 +124,7 @@ class Learner:
         reference = store.encode_again(self.reference) if cfg.kl else None
 
         def with_logprobs(part: GroupBatch):  # micro-batch, the reference's log-probabilities, the trainer's at the start
+            part = place_groups(part)
             kl = self._score(self.reference, part, reference) if cfg.kl else None
             return part, kl, self._score(params, part, store.features) if cfg.recompute else None
 

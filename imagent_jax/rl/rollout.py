@@ -20,6 +20,7 @@ from imagent_jax.model.images import PreparedImage, smart_resize, to_rgb
 from imagent_jax.model.interleave import Encoded, encode_parts, pad_prompts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model
+from imagent_jax.model.sharding import gather_params
 from imagent_jax.rl import sampler
 from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory, Turn
 from imagent_jax.tools import CallResult, CallStatus, ImageRegistry, ToolSet, ToolSettings
@@ -143,9 +144,11 @@ class RolloutEngine:
         Raises:
             ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
         """
+        params = gather_params(params)
         store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs)
         run = _Run(self, params, store, list(tasks), group_size, slots or len(tasks), (seed, temperature, greedy))
         run.to_the_end()
+        store.params = None  # it encodes no more: gathered parameters are not kept while training
         done = run.done
         count = sum(turn.stop - turn.start for group in done for t in group.trajectories for turn in t.turns)
         return RolloutBatch(

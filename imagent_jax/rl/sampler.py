@@ -1,5 +1,6 @@
 """The jitted side of rollouts: slots of groups, prefill of prompts, the decode loop, and observations appended to the kept
-cache. Every function takes the whole state and gives it back, updated in place."""
+cache. Every function takes the whole state and gives it back, updated in place. On a mesh, rows are split over the devices as
+groups are, so that every device decodes its own slots."""
 
 from functools import partial
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from imagent_jax.model.qwen2_vl import Model, empty_cache, extend, prefill
+from imagent_jax.model.sharding import GROUPS, constrain
 from imagent_jax.model.text import PromptCache, ResponseCache
 
 STOP_WIDTH = 8
@@ -39,7 +41,7 @@ class SamplerState(NamedTuple):
 def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, response_tokens: int) -> SamplerState:
     """A state without rollouts."""
     rows = slots * group_size
-    return SamplerState(
+    return _placed(SamplerState(
         ids=jnp.zeros((rows, response_tokens), jnp.int32),
         logprobs=jnp.zeros((rows, response_tokens), jnp.float32),
         length=jnp.zeros(rows, jnp.int32),
@@ -50,7 +52,12 @@ def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, respons
         cache=empty_cache(model, ResponseCache, rows, response_tokens),
         prompt=empty_cache(model, PromptCache, slots, prompt_tokens),
         prompt_len=jnp.ones(slots, jnp.int32),
-    )
+    ))  # fmt: skip
+
+
+def _placed(state: SamplerState) -> SamplerState:
+    """Rows and slots over the devices of groups, heads of the caches (their only four axes) over `tensor`."""
+    return jax.tree.map(lambda x: constrain(x, GROUPS, *("tensor",) * (x.ndim == 4)), state)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -72,7 +79,7 @@ def admit(
             return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), uid), rollout)
 
         keys = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(uids, jnp.arange(g))
-        return state._replace(
+        return _placed(state._replace(
             length=_put(state.length, rows, 0),
             position=_put(state.position, rows, jnp.repeat(next_position, g)),
             live=_put(state.live, rows, True),
@@ -80,7 +87,7 @@ def admit(
             key=_put(state.key, rows, jax.random.key_data(keys.reshape(-1))),
             prompt=jax.tree.map(lambda kept, new: _put(kept, slots, new), state.prompt, prompt),
             prompt_len=_put(state.prompt_len, slots, prompt_len),
-        )
+        ))  # fmt: skip
 
 
 def _put(kept: Array, index: Array, new) -> Array:
@@ -93,14 +100,14 @@ def take_rows(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:
     inside = jnp.minimum(rows, b - 1)
     part = jax.tree.map(lambda x: x[inside], state._replace(prompt=(), prompt_len=()))
     prompt, prompt_len = jax.tree.map(lambda x: x[inside // (b // s)], (state.prompt, state.prompt_len))
-    return part._replace(live=part.live & (rows < b), prompt=prompt, prompt_len=prompt_len)
+    return _placed(part._replace(live=part.live & (rows < b), prompt=prompt, prompt_len=prompt_len))
 
 
 def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) -> SamplerState:
     """The inverse: the rows of `part` back in their places."""
     kept, new = (x._replace(prompt=(), prompt_len=()) for x in (state, part))
     whole = jax.tree.map(lambda x, y: _put(x, rows, y), kept, new)
-    return whole._replace(prompt=state.prompt, prompt_len=state.prompt_len)
+    return _placed(whole._replace(prompt=state.prompt, prompt_len=state.prompt_len))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -154,7 +161,7 @@ def _decode(model, greedy, params, state, stops, temperature, max_steps):
             logits=jnp.where(s.live[:, None], new_logits, s.logits),
             cache=cache,
         )
-        return count + 1, new
+        return count + 1, _placed(new)
 
     bare = state._replace(key=(), prompt=(), prompt_len=())  # what the loop does not change stays outside of it
     going = lambda carry: (carry[0] < max_steps) & jnp.any(carry[1].live)  # noqa: E731

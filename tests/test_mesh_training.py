@@ -1,0 +1,122 @@
+"""Training on a mesh equals training on one device; devices hold their parts; the gradient exchanges what it must; runs resume
+on other meshes. What eight simulated devices do is measured by `mesh_training.py`, in one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imagent_jax import train as job
+
+SCRIPT = Path(__file__).parent / "mesh_training.py"
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",  # compiling is most of the time
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",  # eight devices wait for each other on few cores
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("mesh")
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    """What `mesh_training.py` found; meanwhile, the main job on one device."""
+    from mesh_training import JOB
+
+    cache = os.path.expanduser("~/.cache/imagent_jax/tests")
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS), "PYTHONPATH": str(SCRIPT.parent.parent),
+        "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # two programs in flight can starve each other's collectives of threads
+    }  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
+        assert job.main([*JOB, f"--run.dir={folder}", "--run.name=one"]) == 0
+        out, error = process.communicate(timeout=3600)
+    assert process.returncode == 0, error[-3000:]
+    found = json.loads(out.splitlines()[-1])
+    assert found["devices"] == 8
+    return found
+
+
+def metrics(folder, name):
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def meshes(report, *cases):
+    return [(case, found) for case in cases for found in report[case]["meshes"]]
+
+
+def test_an_update_on_a_mesh_is_that_of_one_device(report):
+    for case, found in meshes(report, "frozen", "everything"):
+        at = case, found["mesh"]
+        assert found["loss"] < 1e-5 and found["norm"] < 1e-5, at
+        assert found["gradient"] < 1e-5 * report[case]["largest"], at
+        assert found["params"] < 1e-5, at
+    assert report["frozen"]["largest"] > 1e-3 and len(report["frozen"]["meshes"]) == 6
+
+
+def test_a_mesh_of_one_device_changes_no_bit(report):
+    found = report["frozen"]["meshes"][0]
+    assert found["mesh"] == [1, 1, 1]
+    assert found["loss"] == found["norm"] == found["gradient"] == found["params"] == 0
+
+
+def test_no_large_parameter_or_moment_is_whole_over_fsdp(report):
+    for case, found in meshes(report, "frozen", "everything"):
+        assert found["whole"] == [], (case, found["mesh"])
+
+
+def test_weights_travel_and_activations_stay(report):
+    """Every weight is gathered once, its gradient summed once for the prompts and once for the responses; without `tensor`,
+    nothing else is exchanged."""
+    exchanged = {tuple(f["mesh"]): f["exchanged"] for f in report["frozen"]["meshes"] if "exchanged" in f}
+    elements = report["frozen"]["elements"]
+    for sizes, kinds in exchanged.items():
+        parts = elements / sizes[2]
+        assert set(kinds) <= {"all-gather", "all-reduce", "reduce-scatter"}, (sizes, kinds)
+        assert sum(kinds["all-gather"]) <= parts, sizes
+    summed = [sum(sum(kinds.get(kind, [])) for kind in ("all-reduce", "reduce-scatter")) for kinds in exchanged.values()]
+    assert elements <= summed[0] <= 2 * elements
+
+
+def test_kernels_run_on_their_own_groups_and_heads(report):
+    assert set(report["kernels"]) == {"xla", "cudnn", "splash_interpret"}
+    assert max(report["kernels"].values()) < 2e-5, report["kernels"]
+
+
+def test_a_run_of_eight_devices_resumes_on_eight_four_and_one(report):
+    eight, four, one = report["resumes"]
+    assert eight["continued"] == 0
+    for found in (eight, four, one):
+        assert found["restored"] == found["moved"] == 0 and found["continued"] < 1e-5, found
+
+
+def test_too_few_groups_for_the_mesh_are_refused_in_one_sentence(report):
+    sentence = report["refused"]
+    assert sentence.startswith("grpo.micro_groups 4 ") and "choose a multiple of 8" in sentence and "\n" not in sentence
+
+
+def test_the_main_job_on_four_devices_is_that_of_one(report, folder):
+    """The same trajectories, token by token: noise belongs to a row, and rounding never tips a choice here."""
+    assert report["job"] == 0
+    for name in ("base-000000", "train-000001", "train-000002", "trained-000002"):
+        one, four = (
+            [json.loads(line) for line in (folder / run / "trajectories" / f"{name}.jsonl").read_text().splitlines()]
+            for run in ("one", "four")
+        )
+        for a, b in zip(one, four, strict=True):
+            assert {**a, "advantage": 0} == {**b, "advantage": 0}
+            assert a["advantage"] == b["advantage"] or a["advantage"] == pytest.approx(b["advantage"], abs=1e-5)
+    for a, b in zip(metrics(folder, "one"), metrics(folder, "four"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if not key.startswith(("time/", "compile/", "rollout/")) and "time/" not in key:
+                assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), key
