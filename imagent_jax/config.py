@@ -26,9 +26,9 @@ class RunConfig:
 
     name: str = field(default="tiny", metadata={"help": "folder of the run inside run.dir"})
     dir: str = field(default="runs", metadata={"help": "folder of all runs"})
-    steps: int = field(default=120, metadata={"help": "training steps"})
+    steps: int = field(default=200, metadata={"help": "training steps"})
     seed: int = field(default=0, metadata={"help": "seed of sampling and of the order of tasks"})
-    checkpoint_every: int = field(default=40, metadata={"help": "steps between checkpoints (0: only at the end)"})
+    checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints (0: only at the end)"})
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
     resume: bool = field(default=False, metadata={"help": "continue the run of this name from its newest checkpoint"})
     compile_cache: str = field(
@@ -185,14 +185,14 @@ class GRPOConfig:
     importance_cap: float = field(default=2.0, metadata={"help": "where those weights are truncated"})
     epochs: int = field(default=1, metadata={"help": "passes over a batch"})
     minibatches: int = field(default=2, metadata={"help": "optimizer updates in a pass"})
-    micro_groups: int = field(default=4, metadata={"help": "groups in one forward and backward pass"})
+    micro_groups: int = field(default=2, metadata={"help": "groups in one forward and backward pass"})
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with warm-up and global-norm clipping."""
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate"})
     schedule: Literal["constant", "cosine"] = field(default="cosine", metadata={"help": "after warm-up"})
     warmup_steps: int = field(default=5, metadata={"help": "updates of linear warm-up"})
     weight_decay: float = field(default=0.0, metadata={"help": "of matrices only"})
@@ -206,7 +206,7 @@ class OptimConfig:
 class EvalConfig:
     """Held-out evaluation."""
 
-    every: int = field(default=40, metadata={"help": "steps between evaluations during training (0: none)"})
+    every: int = field(default=50, metadata={"help": "steps between evaluations during training (0: none)"})
     tasks: int = field(default=512, metadata={"help": "held-out tasks before and after training"})
     during: int = field(default=128, metadata={"help": "held-out tasks during training"})
     groups: int = field(default=128, metadata={"help": "tasks evaluated at once"})
