@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "crop": (Shape(64, 1, 72, 16, 22),),
     "thumbnail": (Shape(48, 3, 64, 24, 10),),
-    "thumbnails": (Shape(24, 8, 104, 24, 20),),
+    "thumbnails": (Shape(20, 8, 104, 40, 17),),
     "crops": (Shape(16, 8, 128, 48, 20),),
     "calls": (Shape(16, 4, 104, 96, 44), Shape(12, 4, 104, 144, 44), Shape(8, 4, 104, 256, 44)),
 }

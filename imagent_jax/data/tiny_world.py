@@ -33,7 +33,7 @@ RGB = {
 SPLITS = ("train", "test")
 SIZES = ((280, 280), (224, 336), (336, 224))  # (H, W); every side a multiple of 28, about 78,400 pixels
 
-KIND_MIX = {"read": 6, "sum": 3, "compare": 3, "find": 3, "count": 2, "colour": 3}  # tasks of each kind in every 20
+KIND_MIX = {"read": 7, "sum": 5, "compare": 3, "find": 2, "count": 1, "colour": 2}  # tasks of each kind in every 20
 KINDS = tuple(KIND_MIX)
 
 TAG_SIDE = 22  # pixels of the coloured square

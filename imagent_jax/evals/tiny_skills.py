@@ -37,8 +37,10 @@ def skill_task(rng: np.random.Generator, form: str, uid: str) -> Task:
 
 
 def right(expected: str, text: str) -> bool:
-    """Whether the text of a turn says what was expected; a box may be off by one `STEP` on every side."""
+    """Whether the text of a turn answers what was expected; a box may be off by one `STEP` on every side."""
     text = text.removesuffix("<|im_end|>").strip()
+    if "<answer>" in expected:
+        return expected.partition("<answer>")[2] == text.partition("<answer>")[2]
     if not expected.startswith("["):
         return text == expected.strip()
     try:

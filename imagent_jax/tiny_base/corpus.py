@@ -29,19 +29,19 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.05, "thumbnail": 0.02, "crops": 0.36, "thumbnails": 0.22, "calls": 0.35}
+FORMS = {"crop": 0.04, "thumbnail": 0.02, "crops": 0.28, "thumbnails": 0.28, "calls": 0.38}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
-THUMBNAIL_MIX = {"locate": 0.40, "look": 0.54, "guess": 0.06}
+THUMBNAIL_MIX = {"locate": 0.30, "look": 0.65, "guess": 0.05}
 """What is asked in a "thumbnails" group."""
 CALL_MIX = {"question": 0.36, "guess": 0.04, "request": 0.10, "command": 0.50}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools, a command that
 says which calls to make."""
-LEAN = (0.40, 0.25)
+LEAN = (0.30, 0.25)
 """Chance that a call after a question shows a tag of an image, of a colour, that the question names."""
-STOP = (0.65, 0.6, 0.7, 1.0)
-"""Chance to stop calling after each call."""
+CALLS = (0.6, 0.24, 0.1, 0.06)
+"""How often one to four calls follow a request; of the calls after a question, see `unanswerable`."""
 NO_TAG = 0.06
 """Share of crops without a tag."""
 SETTINGS = ToolSettings()
@@ -107,18 +107,25 @@ def _pick(rng: np.random.Generator, values):
 def locate(rng, scenes: list[Scene], number: int, tag: Tag) -> tuple[str, str]:
     if rng.random() < 0.8:
         return f"Where is the {tag.colour} tag in Image {number}?", str(box_of(tag))
-    ordered = sorted(scenes[number - 1].tags, key=lambda t: t.x)
-    return f"Name the tags in Image {number}.", " ".join(t.colour for t in ordered)
+    return f"Name the tags in Image {number}.", _names(scenes[number - 1])
 
 
 def look(rng, scenes: list[Scene]) -> tuple[str, str]:
+    """A question that thumbnails answer: what is seen image by image, then the answer."""
     having = {c: [n for n, s in enumerate(scenes, 1) if s.tag(c)] for c in COLOURS}
     once = [c for c, numbers in having.items() if len(numbers) == 1]
+    seen = [f"Image {n} {_names(scene)}.\n" for n, scene in enumerate(scenes, 1)]
     if once and rng.random() < 0.5:
         colour = _pick(rng, once)
-        return f"Which image has {_a(colour)} tag?", f"<answer>Image {having[colour][0]}</answer>"
+        number = having[colour][0]
+        return f"Which image has {_a(colour)} tag?", f"{''.join(seen[:number])}<answer>Image {number}</answer>"
     colour = _pick(rng, [c for c, numbers in having.items() if numbers])
-    return f"How many images have {_a(colour)} tag?", f"<answer>{len(having[colour])}</answer>"
+    return f"How many images have {_a(colour)} tag?", f"{''.join(seen)}<answer>{len(having[colour])}</answer>"
+
+
+def _names(scene: Scene) -> str:
+    """The colours of its tags from left to right."""
+    return " ".join(tag.colour for tag in sorted(scene.tags, key=lambda tag: tag.x))
 
 
 def _a(colour: str) -> str:
@@ -153,17 +160,17 @@ def find_question(colour: str, digit: int) -> str:
     return f"In which image does the {colour} tag show {digit}?"
 
 
-def unanswerable(rng, scenes: list[Scene]) -> tuple[str, Callable[[list[tuple[int, int]]], str]]:
-    """A question in the world's words about tags that are not there; and how an answer follows from what was read,
-    (image, digit) in order: by chance where nothing follows."""
+def unanswerable(rng, scenes: list[Scene]) -> tuple[str, int, Callable[[list[tuple[int, int]]], str]]:
+    """A question in the world's words about tags that are not there; how many tags it speaks of; and how an answer
+    follows from what was read, (image, digit) in order: by chance where nothing follows."""
     n = len(scenes)
     a, b = (int(i) + 1 for i in rng.permutation(n)[:2])
     absent = [{c for c in COLOURS if not scene.tag(c)} for scene in scenes]
-    kind = _pick(rng, ("read", "read", "sum", "compare", "find"))
+    kind = _pick(rng, ("read", "read", "sum", "sum", "compare", "find"))
     shared = sorted(absent[a - 1] & absent[b - 1] if kind == "compare" else set.intersection(*absent))
     if kind == "sum":
         pairs = [(image, _pick(rng, sorted(absent[image - 1]))) for image in (a, b)]
-        return sum_question(rng, *pairs), lambda seen: str(
+        return sum_question(rng, *pairs), 2, lambda seen: str(
             seen[-1][1] + seen[-2][1] if len(seen) > 1 else rng.integers(19)
         )
     if kind == "compare" and shared:
@@ -174,7 +181,7 @@ def unanswerable(rng, scenes: list[Scene]) -> tuple[str, Callable[[list[tuple[in
                 return f"Image {a if digit[a] > digit[b] else b}"
             return f"Image {_pick(rng, (a, b))}"
 
-        return compare_question(_pick(rng, shared), a, b), larger
+        return compare_question(_pick(rng, shared), a, b), 2, larger
     if kind == "find" and shared:
         digit = int(rng.integers(10))
 
@@ -183,13 +190,13 @@ def unanswerable(rng, scenes: list[Scene]) -> tuple[str, Callable[[list[tuple[in
             unread = [image for image in range(1, n + 1) if image not in dict(seen)]
             return f"Image {found[-1] if found else _pick(rng, unread or range(1, n + 1))}"
 
-        return find_question(_pick(rng, shared), digit), where
+        return find_question(_pick(rng, shared), digit), n, where
     question = read_question(rng, a, _pick(rng, sorted(absent[a - 1])))
-    return question, lambda seen: str(seen[-1][1] if seen else rng.integers(10))
+    return question, 1, lambda seen: str(seen[-1][1] if seen else rng.integers(10))
 
 
 def guess(rng, scenes: list[Scene]) -> tuple[str, str]:
-    question, answer = unanswerable(rng, scenes)
+    question, _, answer = unanswerable(rng, scenes)
     return question, f"<answer>{answer([])}</answer>"
 
 
@@ -200,26 +207,28 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
     """One to four calls with arbitrary arguments, each followed by what it shows.
 
     Args:
-        kind: "question": an unanswerable question comes first, an answer last. "request": a neutral request comes
+        kind: "question": an unanswerable question comes first, then mostly as many calls as it speaks of tags, an answer
+            last. "request": a neutral request comes
             first, and after the calls a question about what they showed, answered. "command": the same, but the call's
             arguments are told: "Look closely at the red tag in Image 2."
     """
+    count = 1 + int(rng.choice(len(CALLS), p=CALLS))
     if kind == "question":
-        question, answer = unanswerable(rng, scenes)
-        words = [{int(n) for n in re.findall(r"Image (\d+)", question)}, set(question.split()) & set(COLOURS)]
-        leans = [words[i] if (i := int(np.searchsorted(np.cumsum(LEAN), rng.random()))) < 2 else set() for _ in STOP]
+        question, tags_named, answer = unanswerable(rng, scenes)
+        count = tags_named if rng.random() < 0.85 else count
+        words = [{int(n) for n in re.findall(r"Image (\d+)", question)}, set(question.split()) & set(COLOURS), set()]
+        leans = [words[int(np.searchsorted(np.cumsum(LEAN), rng.random()))] for _ in range(count)]
     else:  # half of the time tags of one colour, so that the question that comes after can compare them
-        leans = [{_pick(rng, COLOURS)} if rng.random() < 0.5 else set()] * len(STOP)
+        count = int(rng.integers(1, 3)) if kind == "command" else count
+        leans = [{_pick(rng, COLOURS)} if rng.random() < 0.5 else set()] * count
     numbers, tags = _targets(rng, scenes, leans)
     if kind == "command":
-        told = 1 if len(tags) == 1 or rng.random() < 0.45 else 2
-        numbers, tags = numbers[:told], tags[:told]
         listed = " and ".join(f"the {tag.colour} tag in Image {n}" for n, tag in zip(numbers, tags, strict=True))
         question = f"Look closely at {listed}."
     elif kind == "request":
         question = _pick(rng, ("Use a tool.", "Look at something closely.", "Look again."))
     segments, said, seen = [ask(question)], "", []
-    for number, tag, stop in zip(numbers, tags, STOP, strict=False):
+    for number, tag in zip(numbers, tags, strict=True):
         if kind != "command" and rng.random() < 0.12:
             name, reading, arguments = "visual_reflection", "", {"images": [number]}
             if rng.random() < 0.25:
@@ -232,8 +241,6 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
         result = TOOLS.execute(text, registry, SETTINGS)
         segments += [Segment(said + text, True), observation(result.parts, registry)]
         said = reading
-        if kind != "command" and rng.random() < stop:
-            break
     if kind == "question":
         digits = [(number, tag.digit) for number, tag in seen]
         return [*segments, say(f"{said}<answer>{answer(digits)}</answer>")]
