@@ -29,16 +29,16 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.04, "thumbnail": 0.02, "crops": 0.28, "thumbnails": 0.28, "calls": 0.38}
+FORMS = {"crop": 0.04, "thumbnail": 0.01, "crops": 0.25, "thumbnails": 0.45, "calls": 0.25}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
-THUMBNAIL_MIX = {"locate": 0.30, "look": 0.65, "guess": 0.05}
+THUMBNAIL_MIX = {"locate": 0.20, "look": 0.76, "guess": 0.04}
 """What is asked in a "thumbnails" group."""
 CALL_MIX = {"question": 0.36, "guess": 0.04, "request": 0.10, "command": 0.50}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools, a command that
 says which calls to make."""
-LEAN = (0.30, 0.25)
+LEAN = (0.25, 0.20)
 """Chance that a call after a question shows a tag of an image, of a colour, that the question names."""
 CALLS = (0.6, 0.24, 0.1, 0.06)
 """How often one to four calls follow a request; of the calls after a question, see `unanswerable`."""
@@ -111,15 +111,15 @@ def locate(rng, scenes: list[Scene], number: int, tag: Tag) -> tuple[str, str]:
 
 
 def look(rng, scenes: list[Scene]) -> tuple[str, str]:
-    """A question that thumbnails answer: what is seen image by image, then the answer."""
+    """A question that thumbnails answer: whether the tag is there, image by image, then the answer."""
     having = {c: [n for n, s in enumerate(scenes, 1) if s.tag(c)] for c in COLOURS}
     once = [c for c, numbers in having.items() if len(numbers) == 1]
-    seen = [f"Image {n} {_names(scene)}.\n" for n, scene in enumerate(scenes, 1)]
-    if once and rng.random() < 0.5:
-        colour = _pick(rng, once)
+    which = bool(once) and rng.random() < 0.5
+    colour = _pick(rng, once if which else [c for c, numbers in having.items() if numbers])
+    seen = [f"Image {n} {colour if scene.tag(colour) else 'no tag'}.\n" for n, scene in enumerate(scenes, 1)]
+    if which:
         number = having[colour][0]
         return f"Which image has {_a(colour)} tag?", f"{''.join(seen[:number])}<answer>Image {number}</answer>"
-    colour = _pick(rng, [c for c, numbers in having.items() if numbers])
     return f"How many images have {_a(colour)} tag?", f"{''.join(seen)}<answer>{len(having[colour])}</answer>"
 
 
