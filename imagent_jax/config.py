@@ -26,9 +26,9 @@ class RunConfig:
 
     name: str = field(default="tiny", metadata={"help": "folder of the run inside run.dir"})
     dir: str = field(default="runs", metadata={"help": "folder of all runs"})
-    steps: int = field(default=200, metadata={"help": "training steps"})
+    steps: int = field(default=160, metadata={"help": "training steps"})
     seed: int = field(default=0, metadata={"help": "seed of sampling and of the order of tasks"})
-    checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints (0: only at the end)"})
+    checkpoint_every: int = field(default=40, metadata={"help": "steps between checkpoints (0: only at the end)"})
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
     resume: bool = field(default=False, metadata={"help": "continue the run of this name from its newest checkpoint"})
     compile_cache: str = field(
@@ -206,12 +206,12 @@ class OptimConfig:
 class EvalConfig:
     """Held-out evaluation."""
 
-    every: int = field(default=50, metadata={"help": "steps between evaluations during training (0: none)"})
+    every: int = field(default=40, metadata={"help": "steps between evaluations during training (0: none)"})
     tasks: int = field(default=512, metadata={"help": "held-out tasks before and after training"})
     during: int = field(default=128, metadata={"help": "held-out tasks during training"})
     groups: int = field(default=128, metadata={"help": "tasks evaluated at once"})
     seed: int = field(default=1234, metadata={"help": "seed of sampling in evaluation"})
-    greedy: bool = field(default=True, metadata={"help": "greedy decoding in evaluation"})
+    greedy: bool = field(default=False, metadata={"help": "greedy decoding in evaluation"})
 
 
 @dataclass(frozen=True)
