@@ -29,7 +29,7 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.04, "thumbnail": 0.01, "crops": 0.25, "thumbnails": 0.45, "calls": 0.25}
+FORMS = {"crop": 0.04, "thumbnail": 0.01, "crops": 0.25, "thumbnails": 0.25, "calls": 0.45}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
@@ -166,7 +166,7 @@ def unanswerable(rng, scenes: list[Scene]) -> tuple[str, int, Callable[[list[tup
     n = len(scenes)
     a, b = (int(i) + 1 for i in rng.permutation(n)[:2])
     absent = [{c for c in COLOURS if not scene.tag(c)} for scene in scenes]
-    kind = _pick(rng, ("read", "read", "sum", "sum", "compare", "find"))
+    kind = _pick(rng, ("read", "sum", "compare", "compare", "find", "find"))
     shared = sorted(absent[a - 1] & absent[b - 1] if kind == "compare" else set.intersection(*absent))
     if kind == "sum":
         pairs = [(image, _pick(rng, sorted(absent[image - 1]))) for image in (a, b)]
@@ -175,15 +175,13 @@ def unanswerable(rng, scenes: list[Scene]) -> tuple[str, int, Callable[[list[tup
         )
     if kind == "compare" and shared:
 
-        def larger(seen):
-            digit = dict(seen)  # the last reading of each image
-            if a in digit and b in digit and digit[a] != digit[b]:
-                return f"Image {a if digit[a] > digit[b] else b}"
-            return f"Image {_pick(rng, (a, b))}"
+        def larger(seen):  # of what was read last, wherever it was
+            (i, x), (j, y) = seen[-2:] if len(seen) > 1 else ((a, 0), (b, 0))
+            return f"Image {_pick(rng, (i, j)) if x == y else i if x > y else j}"
 
         return compare_question(_pick(rng, shared), a, b), 2, larger
     if kind == "find" and shared:
-        digit = int(rng.integers(10))
+        digit = _pick(rng, _pick(rng, scenes).tags).digit  # often read, though on a tag of another colour
 
         def where(seen):
             found = [image for image, shown in seen if shown == digit]
