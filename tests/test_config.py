@@ -145,7 +145,7 @@ def test_text_that_is_not_yaml_is_refused_in_one_sentence():
         ("images.max_pixels", 100_000, "raise images.vision_block or lower images.max_pixels."),
         ("tools.confirm_max_pixels", 50_000, "raise images.vision_block or lower tools.confirm_max_pixels."),
         ("images.vision_block", 90, "it must be a multiple of 4 (2x2 patches)."),
-        ("rollout.groups", 10, "choose a divisor."),
+        ("rollout.groups", 9, "choose a divisor."),
         ("grpo.minibatches", 3, "lower grpo.micro_groups or grpo.minibatches."),
         ("data.name", "jsonl", "name the folder with train.jsonl and test.jsonl."),
         ("run.name", " ", "give the run a name, which becomes its folder in run.dir."),

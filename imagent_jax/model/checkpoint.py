@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"{str(path)!r} is neither a folder nor a hub id that can be downloaded: {reason}") from error
 
 
-def _flat(params: nnx.State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+def _flat(params: nnx.State) -> dict[str, Any]:
     """Values by dotted path."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(params)}
 

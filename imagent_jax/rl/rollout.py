@@ -329,7 +329,7 @@ class _Run:
 
     def _due(self) -> list[int]:
         """Rows whose observations come next: those that called first, as soon as they are a quarter of the batch or
-        nothing else is left to do. Their calls are waited for, but while others could decode only for
+        nothing else is left to do. Their calls are waited for, but while others could go on only for
         `tools.patience_s`; what is slower than that comes whenever it is there."""
         self.results.update(self.pool.poll())
         waiting = [b for b in self.calling if b not in self.late or b in self.results]
@@ -339,7 +339,8 @@ class _Run:
         give_up = time.perf_counter() + self.cfg.tools.patience_s
         while any(b not in self.results for b in waiting):
             self.results.update(self.pool.poll(0.1))
-            if self.live.any() and time.perf_counter() > give_up:
+            others = self.live.any() or any(b in self.results for b in waiting)
+            if others and time.perf_counter() > give_up:
                 self.late.update(b for b in waiting if b not in self.results)
                 break
         self.clock.lap("tools")
