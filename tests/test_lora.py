@@ -252,7 +252,8 @@ def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
         if merge:
             here, whole = lora.merge(model, whole)
         features = encode_images(here, whole, *map(jnp.asarray, packed))
-        return batch_loss(here, CFG, whole, nnx.State({}), features, groups, TABLES, normaliser, None, None)[0]
+        batch = jax.tree.map(jnp.asarray, groups)
+        return batch_loss(here, CFG, whole, nnx.State({}), features, batch, TABLES, normaliser, None, None)[0]
 
     ours, expected = (flat(jax.jit(jax.grad(loss), static_argnums=1)(adapters, merge)) for merge in (False, True))
     for name, value in expected.items():
@@ -260,7 +261,7 @@ def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
 
     learner = Learner(model, CFG, make_optimizer(CFG.optim, 4), TABLES)
     params = nnx.merge_state(adapters, frozen)
-    learned, _ = learner._gradient(params, [(groups, None, None)], store_of(model, params), fresh=True)
+    learned, _ = learner._gradient(params, [(groups, None, None)], store_of(model, params), 0.0, fresh=True)
     for name, value in flat(learned).items():  # the merger's through the features' summed gradient
         assert np.abs(value - expected[name]).max() <= 1e-4 * np.abs(expected[name]).max(), name
     assert flat(learned).keys() == expected.keys()

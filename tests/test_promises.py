@@ -51,14 +51,15 @@ def test_trainer_recomputes_the_samplers_logprobs_turn_by_turn(parts, rollout, b
 
 def test_a_shifted_position_or_a_dropped_image_breaks_that_equality(parts, rollout, batch):
     seen = batch.response_vision >= 0
-    n, g, first = np.argwhere(seen & (np.cumsum(seen, -1) == 1))[0]
-    later = sampled(batch)[n, g] & (np.arange(batch.kind.shape[2]) > first)
+    index = np.arange(seen.shape[2])
+    first = np.where(seen.any(-1), seen.argmax(-1), seen.shape[2])[..., None]  # of every row that shows an image
+    later = sampled(batch) & (index > first)
     positions = np.array(batch.response_positions)
-    positions[1, n, g, first + 1] += 1
-    vision = np.where(np.arange(seen.shape[2]) == first, -1, batch.response_vision)
+    positions[1] += index == first + 1
+    vision = np.where(index == first, -1, batch.response_vision)
     for wrong in (dataclasses.replace(batch, response_positions=positions), dataclasses.replace(batch, response_vision=vision)):
         difference = np.abs(trainer_logprobs(parts, wrong, rollout.store.features) - batch.logprobs)
-        assert difference[n, g][later].max() > 1e-4
+        assert difference[later].max() > 1e-3
 
 
 def test_a_seed_gives_the_same_rollouts_whatever_stands_beside_a_task(parts, tasks, rollout):

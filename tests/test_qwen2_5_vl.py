@@ -5,6 +5,7 @@ import json
 
 import hf_oracle
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_gradients_through_windows_equal_the_reference(tmp_path):
         real[row // 4 : row // 4 + len(image.patches) // 4] = True
 
     def loss(params, remat):
-        return ((encode_images(model._replace(remat=remat), params, *packed) * real[:, None]) ** 2).sum()
+        return ((encode_images(model._replace(remat=remat), params, *map(jnp.asarray, packed)) * real[:, None]) ** 2).sum()
 
     patches, grid = hf_oracle.pixel_values(images)
     (reference.model.visual(patches, grid_thw=grid).pooler_output ** 2).sum().backward()
