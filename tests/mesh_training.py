@@ -133,7 +133,7 @@ class Case:
         """Of the whole batch; as `Learner.update` computes it, with no update."""
         parts = [place_groups(take_groups(self.batch, index, R)) for index in np.arange(N).reshape(2, -1)]
         kl = self.learner._score(self.params, parts[0], self.store().features) if self.cfg.grpo.kl else None
-        return host(self.learner._gradient(self.params, [(part, kl, None) for part in parts], self.store(), fresh=True)[0])
+        return host(self.learner._gradient(self.params, [(part, kl, None) for part in parts], self.store(), 0.0, fresh=True)[0])
 
     def exchanged(self) -> dict[str, list[int]]:
         """Elements of every collective's result in the compiled gradient of a micro-batch, by kind."""
