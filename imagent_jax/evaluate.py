@@ -12,7 +12,6 @@ from rich.table import Table
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.task import Task
 from imagent_jax.evals.scoring import score
-from imagent_jax.model.sharding import make_mesh
 from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.trajectory import EndReason, Trajectory
 
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = Parts(cfg)
         tasks = parts.test_tasks(cfg.eval.tasks)
         console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.name}; nothing is written.")
-        with jax.set_mesh(make_mesh(**vars(cfg.mesh))):
+        with jax.set_mesh(parts.mesh):
             metrics, _ = evaluate(
                 parts.engine, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
                 temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),

@@ -50,9 +50,9 @@ class Parts:
         reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
-        mesh, dtype = make_mesh(**vars(cfg.mesh)), choose_dtype(cfg.model.dtype)
+        self.mesh, dtype = make_mesh(**vars(cfg.mesh)), choose_dtype(cfg.model.dtype)
         self.model, self.params = checkpoint.load(
-            folder, mesh=mesh, param_dtype=cfg.model.param_dtype, dtype=dtype, remat=cfg.model.remat,
+            folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype, dtype=dtype, remat=cfg.model.remat,
             vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
             attention=choose_attention(cfg.model.attention, dtype),
         )  # fmt: skip
@@ -63,7 +63,7 @@ class Parts:
                 self.model, self.params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
                 merger=cfg.lora.merger, seed=cfg.run.seed,
             )  # fmt: skip
-        self.params = jax.device_put(self.params, shardings(self.params, mesh))  # adapters follow what they adapt
+        self.params = jax.device_put(self.params, shardings(self.params, self.mesh))  # adapters follow what they adapt
         self.tools = tools_by_name(cfg.tools.names)
         self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
 

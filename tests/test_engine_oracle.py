@@ -12,7 +12,6 @@ from imagent_jax.model.images import pack_images
 from imagent_jax.model.interleave import Encoded, pad_prompts
 from imagent_jax.model.qwen2_vl import encode_images, prefill
 from imagent_jax.rl.rollout import Row
-from imagent_jax.rl.trajectory import TokenKind
 from imagent_jax.tools import pool
 
 TASKS, SEED = 50, 23
@@ -77,8 +76,7 @@ def plain_rollout(engine, params, task, number: int) -> tuple[Row, list[int]]:
             return row, response
         sequence.add(observation)
         response += observation.ids.tolist()
-        row.seen, row.position = len(response), observation.next_position
-        row.kinds.append(np.full(len(observation.ids), TokenKind.OBSERVATION))
+        row.book_observation(observation, observation.vision([0] * len(observation.images)))
 
 
 def test_trajectories_equal_those_sampled_one_row_at_a_time(parts, monkeypatch):

@@ -47,6 +47,13 @@ class Row:
     end: EndReason | None = None
     error: str | None = None
 
+    def book_observation(self, encoded: Encoded, vision: np.ndarray) -> None:
+        """Adds what a call showed, its images' feature rows being `vision` (int32 [S])."""
+        self.kinds.append(np.full(len(encoded.ids), TokenKind.OBSERVATION, np.uint8))
+        self.positions.append(encoded.positions)
+        self.vision.append(vision)
+        self.seen, self.position = self.seen + len(encoded.ids), encoded.next_position
+
 
 @dataclass
 class RolloutBatch:
@@ -359,11 +366,7 @@ class _Run:
         self.clock.lap("vision", self.store.features)
         s, f = self.cfg.rollout.observation_tokens, self.few
         for b, encoded in observations.items():
-            row = self.row(b)
-            row.vision.append(encoded.vision([next(first) for _ in encoded.images]))
-            row.kinds.append(np.full(len(encoded.ids), TokenKind.OBSERVATION, np.uint8))
-            row.positions.append(encoded.positions)
-            row.seen, row.position = row.seen + len(encoded.ids), encoded.next_position
+            self.row(b).book_observation(encoded, encoded.vision([next(first) for _ in encoded.images]))
             self.live[b] = True
         index = self._padded(list(observations), f, self.rows)
         for begin in range(0, max(len(encoded.ids) for encoded in observations.values()), s):
