@@ -115,6 +115,28 @@ def test_a_command_names_the_calls_that_follow_and_asks_nothing():
     assert commands > 300 and seen == {1, 2}
 
 
+def test_after_find_the_images_are_seen_in_turn_until_only_one_is_left():
+    rng, found, excluded = np.random.default_rng(11), 0, 0
+    for _ in range(1500):
+        group = make_group(rng, 3, "calls")
+        for response in group.responses:
+            match = re.match(r"In which image does the \w+ tag show (\d)\?", response[0].text)
+            calls = [call for _, call in questions_and_calls(group, response)]
+            text = "".join(segment.text for segment in response)
+            read = re.findall(r"Image (\d) \w+ (\d)\.\n", text)
+            if not match or not calls or len(read) < len(calls):
+                continue
+            answer = int(re.search("<answer>Image (.*)</answer>", text)[1])
+            last, digit = int(read[-1][0]), read[-1][1]
+            if digit == match[1]:
+                assert answer == last
+                found += [call.arguments["image"] for call in calls] == list(range(1, last + 1))
+            elif match[1] not in {shown for _, shown in read} and len(dict(read)) == len(group.scenes) - 1:
+                assert str(answer) not in dict(read)
+                excluded += 1
+    assert found > 60 and excluded > 100
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_solves_recognises_the_tags_that_a_question_of_the_world_depends_on(kind):
     rng = np.random.default_rng(3)

@@ -160,9 +160,25 @@ def find_question(colour: str, digit: int) -> str:
     return f"In which image does the {colour} tag show {digit}?"
 
 
-def unanswerable(rng, scenes: list[Scene]) -> tuple[str, int, Callable[[list[tuple[int, int]]], str]]:
-    """A question in the world's words about tags that are not there; how many tags it speaks of; and how an answer
-    follows from what was read, (image, digit) in order: by chance where nothing follows."""
+@dataclass(frozen=True)
+class Unanswerable:
+    """A question in the world's words about tags that are not there.
+
+    Attributes:
+        calls: how many calls mostly follow.
+        answer: how an answer follows from what was read, (image, digit) in order; by chance where nothing follows.
+        settled: whether more readings would change nothing.
+        each_image: whether the calls look at one image after the other.
+    """
+
+    question: str
+    calls: int
+    answer: Callable[[list[tuple[int, int]]], str]
+    settled: Callable[[list[tuple[int, int]]], bool] = lambda seen: False
+    each_image: bool = False
+
+
+def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
     n = len(scenes)
     a, b = (int(i) + 1 for i in rng.permutation(n)[:2])
     absent = [{c for c in COLOURS if not scene.tag(c)} for scene in scenes]
@@ -170,32 +186,34 @@ def unanswerable(rng, scenes: list[Scene]) -> tuple[str, int, Callable[[list[tup
     shared = sorted(absent[a - 1] & absent[b - 1] if kind == "compare" else set.intersection(*absent))
     if kind == "sum":
         pairs = [(image, _pick(rng, sorted(absent[image - 1]))) for image in (a, b)]
-        return sum_question(rng, *pairs), 2, lambda seen: str(
+        return Unanswerable(sum_question(rng, *pairs), 2, lambda seen: str(
             seen[-1][1] + seen[-2][1] if len(seen) > 1 else rng.integers(19)
-        )
+        ))  # fmt: skip
     if kind == "compare" and shared:
 
         def larger(seen):  # of what was read last, wherever it was
             (i, x), (j, y) = seen[-2:] if len(seen) > 1 else ((a, 0), (b, 0))
             return f"Image {_pick(rng, (i, j)) if x == y else i if x > y else j}"
 
-        return compare_question(_pick(rng, shared), a, b), 2, larger
+        return Unanswerable(compare_question(_pick(rng, shared), a, b), 2, larger)
     if kind == "find" and shared:
         digit = _pick(rng, _pick(rng, scenes).tags).digit  # often read, though on a tag of another colour
 
-        def where(seen):
+        def left(seen):  # the image that showed it, or those not read
             found = [image for image, shown in seen if shown == digit]
-            unread = [image for image in range(1, n + 1) if image not in dict(seen)]
-            return f"Image {found[-1] if found else _pick(rng, unread or range(1, n + 1))}"
+            return found[-1:] or [image for image in range(1, n + 1) if image not in dict(seen)]
 
-        return find_question(_pick(rng, shared), digit), n, where
+        return Unanswerable(
+            find_question(_pick(rng, shared), digit), n, lambda seen: f"Image {_pick(rng, left(seen) or range(1, n + 1))}",
+            settled=lambda seen: len(left(seen)) == 1, each_image=True,
+        )  # fmt: skip
     question = read_question(rng, a, _pick(rng, sorted(absent[a - 1])))
-    return question, 1, lambda seen: str(seen[-1][1] if seen else rng.integers(10))
+    return Unanswerable(question, 1, lambda seen: str(seen[-1][1] if seen else rng.integers(10)))
 
 
 def guess(rng, scenes: list[Scene]) -> tuple[str, str]:
-    question, _, answer = unanswerable(rng, scenes)
-    return question, f"<answer>{answer([])}</answer>"
+    asked = unanswerable(rng, scenes)
+    return asked.question, f"<answer>{asked.answer([])}</answer>"
 
 
 # ---- calls --------------------------------------------------------------------------------------------------------
@@ -206,16 +224,17 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
 
     Args:
         kind: "question": an unanswerable question comes first, then mostly as many calls as it speaks of tags, an answer
-            last. "request": a neutral request comes
-            first, and after the calls a question about what they showed, answered. "command": the same, but the call's
-            arguments are told: "Look closely at the red tag in Image 2."
+            last. "request": a neutral request comes first, and after the calls a question about what they showed, answered.
+            "command": the same, but the call's arguments are told: "Look closely at the red tag in Image 2."
     """
     count = 1 + int(rng.choice(len(CALLS), p=CALLS))
+    usual = rng.random() < 0.85
     if kind == "question":
-        question, tags_named, answer = unanswerable(rng, scenes)
-        count = tags_named if rng.random() < 0.85 else count
+        asked = unanswerable(rng, scenes)
+        question, count = asked.question, asked.calls if usual else count
         words = [{int(n) for n in re.findall(r"Image (\d+)", question)}, set(question.split()) & set(COLOURS), set()]
         leans = [words[int(np.searchsorted(np.cumsum(LEAN), rng.random()))] for _ in range(count)]
+        leans = [{n} for n in range(1, count + 1)] if usual and asked.each_image else leans
     else:  # half of the time tags of one colour, so that the question that comes after can compare them
         count = int(rng.integers(1, 3)) if kind == "command" else count
         leans = [{_pick(rng, COLOURS)} if rng.random() < 0.5 else set()] * count
@@ -225,7 +244,7 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
         question = f"Look closely at {listed}."
     elif kind == "request":
         question = _pick(rng, ("Use a tool.", "Look at something closely.", "Look again."))
-    segments, said, seen = [ask(question)], "", []
+    segments, said, seen, digits = [ask(question)], "", [], []
     for number, tag in zip(numbers, tags, strict=True):
         if kind != "command" and rng.random() < 0.12:
             name, reading, arguments = "visual_reflection", "", {"images": [number]}
@@ -238,15 +257,15 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
         text = format_call(name, arguments)
         result = TOOLS.execute(text, registry, SETTINGS)
         segments += [Segment(said + text, True), observation(result.parts, registry)]
-        said = reading
+        said, digits = reading, [(number, tag.digit) for number, tag in seen]
+        if kind == "question" and usual and asked.settled(digits):
+            break
     if kind == "question":
-        digits = [(number, tag.digit) for number, tag in seen]
-        return [*segments, say(f"{said}<answer>{answer(digits)}</answer>")]
+        return [*segments, say(f"{said}<answer>{asked.answer(digits)}</answer>")]
     segments.append(say(f"{said}Done."))
     if seen:
         question, _, answer = about(rng, seen)
-        asked = ask(question)
-        segments += [Segment(f"\n<|im_start|>user\n{asked.text}", False), say(f"<answer>{answer}</answer>")]
+        segments += [Segment(f"\n<|im_start|>user\n{ask(question).text}", False), say(f"<answer>{answer}</answer>")]
     return segments
 
 
