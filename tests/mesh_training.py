@@ -20,6 +20,7 @@ from flax import nnx
 from imagent_jax import train as job
 from imagent_jax.config import Config
 from imagent_jax.model import attention as seam
+from imagent_jax.model import lora
 from imagent_jax.model.attention import Causal, Shared, attention
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.features import FeatureStore
@@ -52,11 +53,13 @@ JOB = [
 IMAGES, PATCHES = 8, 16  # one image a block of 16 patches, 4 features each
 
 
-def settings(folder: str, everything: bool = False) -> Config:
-    """Two micro-batches an update; with `everything` the tower learns too, and a reference holds the policy back."""
+def settings(folder: str, everything: bool = False, rank: int = 0) -> Config:
+    """Two micro-batches an update; with `everything` the tower learns too, and a reference holds the policy back; with a
+    `rank`, adapters learn and nothing else."""
     return Config.from_dict({
         "run": {"dir": folder, "name": "mesh", "compile_cache": ""},
         "model": {"freeze_vision": not everything, "logprob_chunk": 12},
+        "lora": {"rank": rank, "merger": False},
         "rollout": {"groups": N, "group_size": G, "prompt_tokens": P, "response_tokens": R},
         "grpo": {"micro_groups": N // 2, "minibatches": 1, "kl": 0.1 * everything},
         "optim": {"warmup_steps": 0, "schedule": "constant", "learning_rate": 1e-3, "weight_decay": 0.1},
@@ -100,7 +103,12 @@ class Case:
         self.model, shapes = abstract(Qwen2VLConfig.from_hf(HF), vision_block=PATCHES, logprob_chunk=cfg.model.logprob_chunk)
         rng = np.random.default_rng(2)
         params = jax.tree.map(lambda x: rng.normal(0.1, x.shape[-1] ** -0.5, x.shape).astype(x.dtype), shapes)
-        self.params = jax.device_put(params, None if self.mesh is None else shardings(shapes, self.mesh))
+        params = jax.tree.map(jnp.asarray, params)
+        if rank := cfg.lora.rank:
+            self.model, params = lora.attach(self.model, params, rank=rank, alpha=rank, targets=cfg.lora.targets)
+            adapters, base = nnx.split_state(params, nnx.LoRAParam, ...)  # fresh, half of their gradients are zero
+            params = nnx.merge_state(jax.tree.map(lambda x: x + 0.1, adapters), base)
+        self.params = jax.device_put(params, None if self.mesh is None else shardings(params, self.mesh))
         tables = Tables(*mask_tables(cfg.mask)[:2])
         reference = self.params if cfg.grpo.kl else None
         self.learner = Learner(self.model, cfg, make_optimizer(cfg.optim, 10), tables, reference)
@@ -192,7 +200,7 @@ def updates(cfg: Config, meshes) -> dict:
                 "params": furthest(host(case.params), host(plain.params)),
                 "whole": whole_over_fsdp(case),
             }
-            if cfg.model.freeze_vision and sizes in ((1, 8, 1), (2, 2, 2)):
+            if cfg.model.freeze_vision and not cfg.lora.rank and sizes in ((1, 8, 1), (2, 2, 2)):
                 found["exchanged"] = case.exchanged()
         report.append(found)
     sizes = [leaf.size for leaf in jax.tree.leaves(plain.learner.split(plain.params)[0])]
@@ -253,6 +261,7 @@ def main(folder: str) -> dict:
     report = {"devices": jax.device_count(), "refused": refused, "kernels": kernels()}
     report["frozen"] = updates(cfg, MESHES)
     report["everything"] = updates(settings(folder, everything=True), [(2, 2, 2)])
+    report["adapters"] = updates(settings(folder, rank=4), [(1, 4, 2)])
     report["resumes"] = resumes(cfg)
     report["job"] = job.main([*JOB, f"--run.dir={folder}", "--run.name=four", "--mesh.data=2", "--mesh.fsdp=2"])
     return report

@@ -55,7 +55,7 @@ def meshes(report, *cases):
 
 
 def test_an_update_on_a_mesh_is_that_of_one_device(report):
-    for case, found in meshes(report, "frozen", "everything"):
+    for case, found in meshes(report, "frozen", "everything", "adapters"):
         at = case, found["mesh"]
         assert found["loss"] < 1e-5 and found["norm"] < 1e-5, at
         assert found["gradient"] < 1e-5 * report[case]["largest"], at

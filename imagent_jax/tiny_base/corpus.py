@@ -29,13 +29,13 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.04, "thumbnail": 0.01, "crops": 0.25, "thumbnails": 0.25, "calls": 0.45}
+FORMS = {"crop": 0.04, "thumbnail": 0.01, "crops": 0.35, "thumbnails": 0.10, "calls": 0.50}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
 THUMBNAIL_MIX = {"locate": 0.20, "look": 0.76, "guess": 0.04}
 """What is asked in a "thumbnails" group."""
-CALL_MIX = {"question": 0.36, "guess": 0.04, "request": 0.10, "command": 0.50}
+CALL_MIX = {"question": 0.45, "guess": 0.05, "request": 0.10, "command": 0.40}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools, a command that
 says which calls to make."""
 LEAN = (0.25, 0.20)
@@ -182,7 +182,7 @@ def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
     n = len(scenes)
     a, b = (int(i) + 1 for i in rng.permutation(n)[:2])
     absent = [{c for c in COLOURS if not scene.tag(c)} for scene in scenes]
-    kind = _pick(rng, ("read", "sum", "compare", "compare", "find", "find"))
+    kind = _pick(rng, ("read", "sum", "compare", "find", "find", "find"))
     shared = sorted(absent[a - 1] & absent[b - 1] if kind == "compare" else set.intersection(*absent))
     if kind == "sum":
         pairs = [(image, _pick(rng, sorted(absent[image - 1]))) for image in (a, b)]
@@ -335,25 +335,27 @@ def _reading(number: int, tag: Tag | None) -> str:
 
 def answer_given(rng, shown: list[Tag | None]) -> tuple[str, str]:
     """A question in the world's words about crops that are given: what they show, then the answer."""
-    question, evidence, answer = about(rng, [(n, tag) for n, tag in enumerate(shown, 1) if tag])
+    question, evidence, answer = about(rng, [(n, tag) for n, tag in enumerate(shown, 1) if tag], len(shown))
     return question, f"{evidence}<answer>{answer}</answer>"
 
 
-def about(rng, seen: list[tuple[int, Tag]]) -> tuple[str, str, str]:
-    """A question in the world's words about tags seen closely, (image, tag); the readings it needs; its answer."""
-    seen = [seen[i] for i in rng.permutation(len(seen))]
+def about(rng, seen: list[tuple[int, Tag]], images: int = 0) -> tuple[str, str, str]:
+    """A question in the world's words about tags seen closely, (image, tag); the readings it needs; its answer. Where tags
+    of one colour were seen in all `images`, one is found without reading the last."""
+    ordered, seen = seen, [seen[i] for i in rng.permutation(len(seen))]
     (a, first), (b, second) = seen[0], seen[-1]
-    kind = _pick(rng, ("read", "sum", "sum", "compare", "compare", "find"))
+    kind = _pick(rng, ("read", "sum", "sum", "compare", "find", "find"))
     if len(seen) == 1 or kind == "read":
         return read_question(rng, a, first.colour), _reading(a, first), str(first.digit)
     if kind == "compare" and first.colour == second.colour and first.digit != second.digit:
         evidence = _reading(a, first) + _reading(b, second)
         return compare_question(first.colour, a, b), evidence, f"Image {a if first.digit > second.digit else b}"
-    alike = [(n, tag) for n, tag in seen if tag.colour == first.colour]
+    alike = [(n, tag) for n, tag in ordered if tag.colour == first.colour]
     if kind == "find" and len({tag.digit for _, tag in alike}) == len(alike):
-        tried = alike[: int(rng.integers(1, len(alike) + 1))]
-        image, tag = tried[-1]
-        return find_question(tag.colour, tag.digit), "".join(_reading(n, t) for n, t in tried), f"Image {image}"
+        last = int(rng.integers(len(alike)))
+        image, tag = alike[last]
+        evidence = [_reading(n, t) for n, t in alike[: last + 1]][: images - 1 if len(alike) == images else None]
+        return find_question(tag.colour, tag.digit), "".join(evidence), f"Image {image}"
     evidence = _reading(a, first) + _reading(b, second)
     return sum_question(rng, (a, first.colour), (b, second.colour)), evidence, str(first.digit + second.digit)
 
