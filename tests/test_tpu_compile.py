@@ -24,7 +24,9 @@ def device(request):
 
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles here: no device to lock
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    return topologies.get_topology_desc(request.param, "tpu").devices[0]
+    jax.config.update("jax_enable_compilation_cache", False)  # a program for a TPU cannot be read back without one
+    yield topologies.get_topology_desc(request.param, "tpu").devices[0]
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def responses(q, k, v, prompt_k, prompt_v, prompt_len, length):
