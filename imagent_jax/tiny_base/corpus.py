@@ -29,7 +29,7 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.04, "thumbnail": 0.01, "crops": 0.35, "thumbnails": 0.10, "calls": 0.50}
+FORMS = {"crop": 0.02, "thumbnail": 0.01, "crops": 0.55, "thumbnails": 0.07, "calls": 0.35}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
@@ -344,7 +344,7 @@ def about(rng, seen: list[tuple[int, Tag]], images: int = 0) -> tuple[str, str, 
     of one colour were seen in all `images`, one is found without reading the last."""
     ordered, seen = seen, [seen[i] for i in rng.permutation(len(seen))]
     (a, first), (b, second) = seen[0], seen[-1]
-    kind = _pick(rng, ("read", "sum", "sum", "compare", "find", "find"))
+    kind = _pick(rng, ("read", "sum", "sum", "compare", *("find",) * 6))  # where tags allow it; else the sum
     if len(seen) == 1 or kind == "read":
         return read_question(rng, a, first.colour), _reading(a, first), str(first.digit)
     if kind == "compare" and first.colour == second.colour and first.digit != second.digit:
@@ -414,7 +414,7 @@ def _crops(rng, size: int, count: int, split: str) -> PretrainGroup:
         scenes.append(scene)
     responses = []
     for i in range(size):
-        question, text = (read if i % 2 or count == 1 else answer_given)(rng, shown)
+        question, text = (answer_given if i % 4 and count > 1 else read)(rng, shown)
         responses.append([ask(question), say(text)])
     return PretrainGroup(images, prompt_text(count), responses, scenes)
 
