@@ -26,7 +26,7 @@ class RunConfig:
 
     name: str = field(default="tiny", metadata={"help": "folder of the run inside run.dir"})
     dir: str = field(default="runs", metadata={"help": "folder of all runs"})
-    steps: int = field(default=160, metadata={"help": "training steps"})
+    steps: int = field(default=240, metadata={"help": "training steps"})
     seed: int = field(default=0, metadata={"help": "seed of sampling and of the order of tasks"})
     checkpoint_every: int = field(default=40, metadata={"help": "steps between checkpoints (0: only at the end)"})
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
@@ -152,6 +152,9 @@ class MaskConfig:
 
     invalid_call: Literal["keep", "drop", "drop_positive"] = field(
         default="drop_positive", metadata={"help": "tokens of invalid calls: train, never, or only at advantages <= 0"}
+    )
+    observations: Literal["keep", "drop"] = field(
+        default="drop", metadata={"help": "tokens of observations: never train, or do (an ablation; needs grpo.recompute)"}
     )
     drop_truncated: bool = field(default=True, metadata={"help": "drop trajectories cut off by length"})
     drop_over_turns: bool = field(default=True, metadata={"help": "drop trajectories with too many calls"})
@@ -286,6 +289,10 @@ class Config:
             raise ValueError(
                 f"{self.rollout.groups // micro} micro-batches do not divide into grpo.minibatches {self.grpo.minibatches}; "
                 "lower grpo.micro_groups or grpo.minibatches."
+            )
+        if self.mask.observations == "keep" and not self.grpo.recompute:
+            raise ValueError(
+                "mask.observations is 'keep', but a sampler has no log-probabilities of observations; set grpo.recompute true."
             )
         if self.data.name == "jsonl" and not self.data.path:
             raise ValueError("data.name is 'jsonl' but data.path is empty; name the folder with train.jsonl and test.jsonl.")

@@ -20,7 +20,7 @@ from imagent_jax.model.sharding import constrain_params
 from imagent_jax.rl.batch import learning_groups, place_groups, split_groups, take_groups
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import two_level_mask
-from imagent_jax.rl.trajectory import GroupBatch
+from imagent_jax.rl.trajectory import GroupBatch, TokenKind
 
 
 class Tables(NamedTuple):
@@ -47,7 +47,8 @@ def batch_loss(model, cfg, trained, frozen, features, batch: GroupBatch, tables:
     params = nnx.merge_state(trained, frozen)
     logprobs, entropy = score(model, params, batch, features, cfg.rollout.temperature)
     mask = two_level_mask(batch.kind, batch.end, batch.advantages, tables.action, tables.trajectory)
-    importance = None if old is None else jnp.exp(jnp.where(mask, old - batch.logprobs, 0.0))
+    sampled = mask & (batch.kind != TokenKind.OBSERVATION)  # an observation that trains, in an ablation, was not sampled
+    importance = None if old is None else jnp.exp(jnp.where(sampled, old - batch.logprobs, 0.0))
     return policy_loss(
         logprobs, batch.logprobs if old is None else old, batch.advantages, mask, cfg=cfg.grpo, normaliser=normaliser,
         ref_logprobs=reference, importance=importance, entropy=entropy,

@@ -22,6 +22,7 @@ def mask_tables(cfg: MaskConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         counted bool[6]: does it count in its group's mean and deviation (FAULT never does).
     """
     action = np.tile(IS_ACTION, (2, 1))
+    action[:, TokenKind.OBSERVATION] = cfg.observations == "keep"
     if cfg.invalid_call != "keep":
         action[1, TokenKind.INVALID_CALL] = False
         action[0, TokenKind.INVALID_CALL] = cfg.invalid_call == "drop_positive"

@@ -29,13 +29,13 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.02, "thumbnail": 0.01, "crops": 0.55, "thumbnails": 0.07, "calls": 0.35}
+FORMS = {"crop": 0.02, "thumbnail": 0.01, "crops": 0.13, "thumbnails": 0.04, "calls": 0.80}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
 THUMBNAIL_MIX = {"locate": 0.20, "look": 0.76, "guess": 0.04}
 """What is asked in a "thumbnails" group."""
-CALL_MIX = {"question": 0.45, "guess": 0.05, "request": 0.10, "command": 0.40}
+CALL_MIX = {"question": 0.80, "guess": 0.03, "request": 0.02, "command": 0.15}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools, a command that
 says which calls to make."""
 LEAN = (0.25, 0.20)
@@ -168,21 +168,21 @@ class Unanswerable:
         calls: how many calls mostly follow.
         answer: how an answer follows from what was read, (image, digit) in order; by chance where nothing follows.
         settled: whether more readings would change nothing.
-        each_image: whether the calls look at one image after the other.
+        targets: tags to look at, one in every image, in order; empty where any will do.
     """
 
     question: str
     calls: int
     answer: Callable[[list[tuple[int, int]]], str]
     settled: Callable[[list[tuple[int, int]]], bool] = lambda seen: False
-    each_image: bool = False
+    targets: tuple[Tag, ...] = ()
 
 
 def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
     n = len(scenes)
     a, b = (int(i) + 1 for i in rng.permutation(n)[:2])
     absent = [{c for c in COLOURS if not scene.tag(c)} for scene in scenes]
-    kind = _pick(rng, ("read", "sum", "compare", "find", "find", "find"))
+    kind = _pick(rng, ("read", "sum", "compare", *("find",) * 9))
     shared = sorted(absent[a - 1] & absent[b - 1] if kind == "compare" else set.intersection(*absent))
     if kind == "sum":
         pairs = [(image, _pick(rng, sorted(absent[image - 1]))) for image in (a, b)]
@@ -197,7 +197,8 @@ def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
 
         return Unanswerable(compare_question(_pick(rng, shared), a, b), 2, larger)
     if kind == "find" and shared:
-        digit = _pick(rng, _pick(rng, scenes).tags).digit  # often read, though on a tag of another colour
+        tags = tuple(_pick(rng, scene.tags) for scene in scenes)  # of other colours than the question's
+        digit = _pick(rng, tags).digit
 
         def left(seen):  # the image that showed it, or those not read
             found = [image for image, shown in seen if shown == digit]
@@ -205,7 +206,7 @@ def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
 
         return Unanswerable(
             find_question(_pick(rng, shared), digit), n, lambda seen: f"Image {_pick(rng, left(seen) or range(1, n + 1))}",
-            settled=lambda seen: len(left(seen)) == 1, each_image=True,
+            settled=lambda seen: len(left(seen)) == 1, targets=tags,
         )  # fmt: skip
     question = read_question(rng, a, _pick(rng, sorted(absent[a - 1])))
     return Unanswerable(question, 1, lambda seen: str(seen[-1][1] if seen else rng.integers(10)))
@@ -234,11 +235,11 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
         question, count = asked.question, asked.calls if usual else count
         words = [{int(n) for n in re.findall(r"Image (\d+)", question)}, set(question.split()) & set(COLOURS), set()]
         leans = [words[int(np.searchsorted(np.cumsum(LEAN), rng.random()))] for _ in range(count)]
-        leans = [{n} for n in range(1, count + 1)] if usual and asked.each_image else leans
     else:  # half of the time tags of one colour, so that the question that comes after can compare them
         count = int(rng.integers(1, 3)) if kind == "command" else count
         leans = [{_pick(rng, COLOURS)} if rng.random() < 0.5 else set()] * count
-    numbers, tags = _targets(rng, scenes, leans)
+    targets = asked.targets if kind == "question" and usual else ()
+    numbers, tags = (range(1, len(targets) + 1), targets) if targets else _targets(rng, scenes, leans)
     if kind == "command":
         listed = " and ".join(f"the {tag.colour} tag in Image {n}" for n, tag in zip(numbers, tags, strict=True))
         question = f"Look closely at {listed}."
@@ -246,7 +247,7 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
         question = _pick(rng, ("Use a tool.", "Look at something closely.", "Look again."))
     segments, said, seen, digits = [ask(question)], "", [], []
     for number, tag in zip(numbers, tags, strict=True):
-        if kind != "command" and rng.random() < 0.12:
+        if kind != "command" and not targets and rng.random() < 0.12:
             name, reading, arguments = "visual_reflection", "", {"images": [number]}
             if rng.random() < 0.25:
                 arguments["resolution"] = "high"
@@ -256,7 +257,9 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
             seen.append((number, tag))
         text = format_call(name, arguments)
         result = TOOLS.execute(text, registry, SETTINGS)
-        segments += [Segment(said + text, True), observation(result.parts, registry)]
+        cut = text.index(', "label"') if targets else len(text)  # which tag is chance: nothing to learn
+        segments += [Segment(said + text[:cut], True), *([Segment(text[cut:], False)] if targets else [])]
+        segments.append(observation(result.parts, registry))
         said, digits = reading, [(number, tag.digit) for number, tag in seen]
         if kind == "question" and usual and asked.settled(digits):
             break
@@ -369,7 +372,7 @@ def make_group(rng: np.random.Generator, size: int, form: str | None = None, spl
     All is a function of `rng`'s state. Pre-training uses the train split only; skills are measured on the other.
     """
     form = form or str(rng.choice(list(FORMS), p=list(FORMS.values())))
-    count = 1 if form in ("crop", "thumbnail") else int(rng.integers(2, 5))
+    count = 1 if form in ("crop", "thumbnail") else int(rng.choice((2, 3, 4), p=(0.5, 0.35, 0.15)))
     if form in ("crop", "crops"):
         return _crops(rng, size, count, split)
     palette = rng.permutation(COLOURS)[: int(rng.integers(4, 6))].tolist()  # no image has a colour outside it

@@ -1,0 +1,120 @@
+"""Ablations: variants are what their files say, intervals are Student's, and a stopped command goes on."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from jax import numpy as jnp
+
+from imagent_jax import ablate
+from imagent_jax.config import Config, MaskConfig, read_args
+from imagent_jax.rl.learner import batch_loss
+from imagent_jax.rl.loss import PRESETS
+from imagent_jax.rl.mask import mask_tables, two_level_mask
+from imagent_jax.rl.trajectory import TokenKind
+
+VARIANTS = Path(__file__).parent.parent / "configs" / "ablations"
+
+
+def settings(name: str) -> Config:
+    return read_args([f"--config={VARIANTS / 'full.yaml'}", f"--config={VARIANTS / name}.yaml"])
+
+
+def test_every_variant_differs_from_the_full_method_in_what_its_title_says():
+    files = sorted(VARIANTS.glob("*.yaml"))
+    full = settings("full").to_dict()
+    for file in files:
+        changed = {f"{s}.{k}" for s, d in settings(file.stem).to_dict().items() for k, v in d.items() if v != full[s][k]}
+        assert bool(changed - {"run.name"}) == (file.stem != "full"), file
+        assert settings(file.stem).run.name == file.stem and ablate.title_of(file)
+    assert len(files) >= 14
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "gspo"])
+def test_the_losses_are_the_published_ones(name):
+    assert vars(settings(name).grpo).items() >= PRESETS[name].items()
+    assert vars(Config().grpo).items() >= PRESETS["dapo"].items()
+
+
+def test_intervals_are_students():
+    for n in ablate.T_975:
+        values = np.random.default_rng(n).normal(size=n)
+        mean, half = ablate.interval(values)
+        low, high = scipy.stats.t.interval(0.95, n - 1, values.mean(), scipy.stats.sem(values))
+        assert mean == pytest.approx((low + high) / 2) and half == pytest.approx((high - low) / 2, rel=1e-3)
+    assert math.isnan(ablate.interval([1.0])[1])
+
+
+def test_observations_train_only_where_they_are_kept(parts, batch, rollout, config):
+    """Kept, they count in the loss with a weight of one, whatever stands where a sampler's log-probability would be."""
+    from dataclasses import replace
+
+    shown = batch.kind == TokenKind.OBSERVATION
+    assert shown.any()
+    trained = {}
+    for choice in ("drop", "keep"):
+        mask_cfg = MaskConfig(observations=choice, drop_truncated=False, drop_over_turns=False, drop_repeated=False)
+        tables = [jnp.asarray(t) for t in mask_tables(mask_cfg)[:2]]
+        trained[choice] = np.asarray(two_level_mask(batch.kind, batch.end, batch.advantages, *tables))
+        if choice == "keep":
+            old = jnp.asarray(batch.logprobs) - 0.5 * shown
+            ours = [
+                jax.jit(batch_loss, static_argnums=(0, 1))(parts.model, config, parts.params, type(parts.params)({}), rollout.store.features,
+                           replace(batch, logprobs=logprobs), tables, 1.0, None, old)[0]
+                for logprobs in (batch.logprobs, np.where(shown, 3.0, batch.logprobs).astype(np.float32))
+            ]  # fmt: skip
+            assert float(ours[0]) == float(ours[1])
+    assert not trained["drop"][shown].any() and trained["keep"][shown].all()
+    assert not trained["keep"][batch.kind == TokenKind.PAD].any()
+    with pytest.raises(ValueError, match="set grpo.recompute true"):
+        Config.from_dict({"mask": {"observations": "keep"}})
+
+
+def fake_run(seed: int) -> dict:
+    final = {"accuracy": 0.5 + 0.1 * seed, "tools/used_rate": 0.9, "tools/executed_rate": 1.0, "length": 60.0}
+    return {"seed": seed, "base": {}, "final": final, "seconds": 1.0, "curves": {name: [0.1] * 6 for name in ablate.CURVES}}
+
+
+def test_a_stopped_command_repeats_nothing_and_makes_the_table(tmp_path, monkeypatch):
+    asked = []
+
+    def run(file, seed, overrides):
+        asked.append((file.stem, seed))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return fake_run(seed)
+
+    monkeypatch.setattr(ablate, "train_once", run)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "ablations.md").write_text("# Ours\n\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
+    command = [str(VARIANTS / "full.yaml"), str(VARIANTS / "no_gain.yaml"), f"--out={tmp_path}/out", f"--docs={docs}",
+               "--seeds", "0", "1"]  # fmt: skip
+    assert ablate.main(command) == 130
+    assert ablate.main(command) == 0
+    assert asked == [("full", 0), ("full", 1), ("no_gain", 0), ("no_gain", 0), ("no_gain", 1)]
+    text = (docs / "ablations.md").read_text()
+    assert "| The full method | 2 | 55.0 ± 63.5 |" in text and "old" not in text and text.endswith("after\n")
+    assert (docs / "ablations.png").stat().st_size > 1000
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("run: {name: x}\n")
+    for command in ([str(tmp_path / "nowhere.yaml")], [str(tmp_path / "x.yaml")], ["--table"]):
+        assert ablate.main([*command, f"--out={tmp_path}/empty"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
+
+
+def test_a_run_in_a_process_of_its_own_gives_its_figures(tmp_path):
+    (tmp_path / "gain.yaml").write_text((VARIANTS / "gain_for_any_call.yaml").read_text())
+    result = ablate.train_once(tmp_path / "gain.yaml", 0, [
+        "--run.steps=1", "--rollout.groups=2", "--rollout.group_size=2", "--grpo.micro_groups=1", "--eval.tasks=4",
+        "--eval.groups=4", "--data.train_size=64", "--data.test_size=32", "--run.compile_cache=", "--eval.every=0",
+    ])  # fmt: skip
+    assert json.loads(json.dumps(result)) == result
+    assert 0 <= result["final"]["accuracy"] <= 1 and len(result["curves"]["accuracy"]) == 1
