@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,13 @@ from imagent_jax.data.tiny_world import task_at
 from imagent_jax.rl.batch import pack_batch
 
 use_compile_cache("~/.cache/imagent_jax/tests")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_executables():
+    """Drops compiled programs after every file: each takes dozens of memory maps, and a process may hold 65,530."""
+    yield
+    jax.clear_caches()
 
 
 def small_config(**sections) -> Config:
