@@ -104,7 +104,8 @@ class ToolsConfig:
     """Tools, and how they show images."""
 
     names: tuple[str, ...] = field(
-        default=("visual_reflection", "visual_confirmation"), metadata={"help": "tools the policy may call"}
+        default=("visual_reflection", "visual_confirmation"),
+        metadata={"help": "tools the policy may call; your own as 'package.module:name'"},
     )
     system: str = field(default="Answer with <answer>...</answer>.", metadata={"help": "system text before the tools"})
     coordinates: Literal["relative_1000", "absolute"] = field(
@@ -306,7 +307,7 @@ class Config:
         except ValueError as error:
             raise ValueError(f"lora.targets: {error}") from None
         try:
-            tools_by_name(self.tools.names)
+            tools_by_name([name for name in self.tools.names if ":" not in name])  # your own: as a run starts
         except ValueError as error:
             raise ValueError(f"tools.names: {str(error).rstrip('.')}{'' if str(error).endswith('?') else '.'}") from None
 
