@@ -31,7 +31,11 @@ def test_the_log_has_every_token_with_its_kind_mask_and_logprob(made):
         assert np.array_equal(np.repeat([k == "1" for k in tokens["kept"]], counts), mask[: len(t.ids)])
         assert np.allclose(np.repeat(tokens["logprob"], counts), t.logprobs, atol=6e-5)
         assert "".join(tokens["text"]) == processor.decode(tokens["ids"]) and "\ufffd" not in "".join(tokens["text"])
-    assert any("日" in text for record in records(path, "train-000002") for text in record["tokens"]["text"])
+    tokens = [record["tokens"] for record in records(path, "train-000002")]
+    assert any("日" in text for columns in tokens for text in columns["text"])
+    told = [token for part in tokens for token in zip(part["ids"], part["kind"], part["kept"], strict=True)]
+    shown = {token[1:] for token in told if token[0] == processor.image_token_id}
+    assert shown == {(str(int(TokenKind.OBSERVATION)), "0")}
 
 
 def test_an_evaluation_logs_no_mask_and_whole_groups_are_logged(made):
