@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import sys
+import textwrap
 import typing
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Sequence
@@ -104,7 +105,8 @@ class ToolsConfig:
     """Tools, and how they show images."""
 
     names: tuple[str, ...] = field(
-        default=("visual_reflection", "visual_confirmation"), metadata={"help": "tools the policy may call"}
+        default=("visual_reflection", "visual_confirmation"),
+        metadata={"help": "tools the policy may call; your own as 'package.module:name'"},
     )
     system: str = field(default="Answer with <answer>...</answer>.", metadata={"help": "system text before the tools"})
     coordinates: Literal["relative_1000", "absolute"] = field(
@@ -313,7 +315,7 @@ class Config:
         except ValueError as error:
             raise ValueError(f"lora.targets: {error}") from None
         try:
-            tools_by_name(self.tools.names)
+            tools_by_name([name for name in self.tools.names if ":" not in name])  # your own: as a run starts
         except ValueError as error:
             raise ValueError(f"tools.names: {str(error).rstrip('.')}{'' if str(error).endswith('?') else '.'}") from None
 
@@ -412,6 +414,22 @@ def parse_args(argv: Sequence[str] | None = None, program: str = "imagent_jax.tr
         raise SystemExit(2) from None
 
 
+def reference() -> str:
+    """`docs/configuration.md`: every setting with its type, default and meaning, from the dataclasses themselves."""
+    lines = ["# Configuration", "", "Every setting: its default, its type and what it means. This page is written by", ""]
+    lines += ["```bash", "python -m imagent_jax.config > docs/configuration.md", "```"]
+    for section, settings in _SECTIONS.items():
+        lines += ["", f"## {section}", *textwrap.wrap(settings.__doc__, 120), ""]
+        for f in dataclasses.fields(settings):
+            name = f"{section}.{f.name}"
+            value = list(f.default) if isinstance(f.default, tuple) else f.default
+            written = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            kind = re.split(r" \(|, such", _kind(SETTINGS[name]))[0]
+            words = f"- `{name}: {written}`, {kind}: {f.metadata['help']}"
+            lines += textwrap.wrap(words, 120, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
 def _parser(program: str = "imagent_jax.train") -> ArgumentParser:
     """One argument per setting: type, default and help are the dataclasses' own."""
     parser = ArgumentParser(
@@ -504,3 +522,7 @@ def _read_yaml(text: str, origin: str) -> dict[str, Any]:
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{origin} must hold sections with settings, such as 'run:' with 'steps: 100' below it.")
     return values or {}
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

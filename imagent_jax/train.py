@@ -48,6 +48,7 @@ class Parts:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
+        self.tools = tools_by_name(cfg.tools.names)
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
         self.mesh, dtype = make_mesh(**vars(cfg.mesh)), choose_dtype(cfg.model.dtype)
@@ -64,7 +65,6 @@ class Parts:
                 merger=cfg.lora.merger, seed=cfg.run.seed,
             )  # fmt: skip
         self.params = jax.device_put(self.params, shardings(self.params, self.mesh))  # adapters follow what they adapt
-        self.tools = tools_by_name(cfg.tools.names)
         self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
 
     def test_tasks(self, count: int):

@@ -67,3 +67,39 @@ def batch(rollout, config):
     rewards = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
     return pack_batch(rollout, rewards, rewards - rewards.mean(1, keepdims=True), config.rollout.prompt_tokens,
                       config.rollout.response_tokens)  # fmt: skip
+
+
+# ---- a run to look at -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Config, folder and trajectories by step of a scripted run whose page and report are written."""
+    from scripted_run import make_run
+
+    from imagent_jax.view import write_view
+
+    cfg, path, logged = make_run(tmp_path_factory.mktemp("runs"))
+    write_view(path)
+    return cfg, path, logged
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from scripted_run import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser):
+    """An empty page; it fails the test where a script or a request in it failed."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(120_000)  # the machine may be busy
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("requestfailed", lambda request: errors.append(request.url))
+    yield page
+    page.close()
+    assert errors == []

@@ -1,6 +1,7 @@
 """Settings: defaults, YAML and command line, what is refused and in which words."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import typing
@@ -178,6 +179,15 @@ def test_help_names_every_setting_with_type_default_and_meaning(capsys):
                 assert f"default: {f.default})" in entry, name
             if typing.get_origin(SETTINGS[name]) is typing.Literal:
                 assert all(option in entry for option in typing.get_args(SETTINGS[name])), name
+
+
+def test_the_page_of_settings_is_what_its_command_writes():
+    command = [sys.executable, "-m", "imagent_jax.config"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=CONFIGS.parent, check=True)
+    page = (CONFIGS.parent / "docs" / "configuration.md").read_text()
+    assert page == ended.stdout, "run python -m imagent_jax.config > docs/configuration.md"
+    assert re.findall(r"^- `([\w.]+): ", page, re.MULTILINE) == list(SETTINGS)
+    assert max(map(len, page.splitlines())) <= 120
 
 
 def test_a_refused_command_line_ends_with_code_2_and_the_sentence_before_any_compute():

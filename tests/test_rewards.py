@@ -88,8 +88,8 @@ def test_a_reward_that_fails_is_a_fault_and_says_why(mine, name, error):
     "path, sentence",
     [
         ("no_such_module:f", "'no_such_module:f' cannot be imported"),
-        ("my_rewards:absent", "write 'package.module:function'"),
-        ("my_rewards", "write 'package.module:function'"),
+        ("my_rewards:absent", "write 'package.module:name'"),
+        ("my_rewards", "write 'package.module:name'"),
         ("my_rewards:constant", "is not a function"),
     ],
 )

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -223,6 +224,20 @@ def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
         ToolSet([brighten, brighten])
     with pytest.raises(ValueError, match='no tool "visual_reflect"; did you mean "visual_reflection"'):
         tools_by_name(["visual_reflect"])
+
+
+def test_a_tool_of_ones_own_is_named_by_its_path(monkeypatch):
+    module = ModuleType("my_tools")
+    module.brighten, module.constant = brighten, 3
+    monkeypatch.setitem(sys.modules, "my_tools", module)
+    assert tools_by_name(["visual_reflection", "my_tools:brighten"]).names == ("visual_reflection", "brighten")
+    for path, reason in [
+        ("my_tools:constant", r"tools\.names 'my_tools:constant' is not a tool; put @tool above the function\."),
+        ("my_tools:absent", r"'my_tools:absent' cannot be imported \(.*absent.*\); write 'package\.module:name'\."),
+        ("no_such_module:f", r"tools\.names 'no_such_module:f' cannot be imported \(No module named"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            tools_by_name([path])
 
 
 def test_settings_out_of_range_are_refused_with_a_reason():

@@ -1,6 +1,5 @@
 """Rewards: small named functions of a trajectory, summed by weight."""
 
-import importlib
 import math
 import re
 import traceback
@@ -8,6 +7,7 @@ from collections.abc import Callable
 
 from imagent_jax.config import RewardConfig
 from imagent_jax.evals.scoring import score
+from imagent_jax.naming import import_path
 from imagent_jax.rl.trajectory import EndReason, Trajectory
 
 Reward = Callable[[Trajectory], float]
@@ -40,13 +40,7 @@ def custom_reward(path: str) -> Reward:
     Raises:
         ValueError: it cannot be imported, or is no function.
     """
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module does as it is imported
-        raise ValueError(
-            f"reward.custom {path!r} cannot be imported ({error}); write 'package.module:function'."
-        ) from error
+    function = import_path(path, "reward.custom")
     if not callable(function):
         raise ValueError(f"reward.custom {path!r} is not a function; name a function of a trajectory.")
     return function

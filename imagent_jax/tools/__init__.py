@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from imagent_jax.naming import import_path
 from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, format_call, parse_call
 from imagent_jax.tools.context import ToolContext, ToolSettings
 from imagent_jax.tools.pool import CallPool
@@ -35,10 +36,22 @@ __all__ = [
 
 
 def tools_by_name(names: Sequence[str]) -> ToolSet:
-    """The tool set with these names, in order. Raises ValueError, with the nearest name, for an unknown one."""
-    for name in names:
-        if name not in VISUAL_TOOLS:
-            close = nearest(name, VISUAL_TOOLS)
-            hint = f'did you mean "{close}"?' if close else f"there are {', '.join(VISUAL_TOOLS)}"
-            raise ValueError(f'there is no tool "{name}"; {hint}')
-    return ToolSet([VISUAL_TOOLS[name] for name in names])
+    """The tool set with these names, in order: tools shipped here, or your own as 'package.module:name'.
+
+    Raises:
+        ValueError: an unknown name (the nearest is given), or a path that cannot be imported or is no tool.
+    """
+    return ToolSet([_named(name) for name in names])
+
+
+def _named(name: str) -> Tool:
+    if ":" in name:
+        item = import_path(name, "tools.names")
+        if not isinstance(item, Tool):
+            raise ValueError(f"tools.names {name!r} is not a tool; put @tool above the function.")
+        return item
+    if name not in VISUAL_TOOLS:
+        close = nearest(name, VISUAL_TOOLS)
+        hint = f'did you mean "{close}"?' if close else f"there are {', '.join(VISUAL_TOOLS)}"
+        raise ValueError(f'there is no tool "{name}"; {hint}')
+    return VISUAL_TOOLS[name]

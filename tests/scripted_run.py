@@ -1,0 +1,170 @@
+"""A run of a scripted policy on disk, as the main job leaves one, and a browser to look at it."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from playwright.sync_api import Browser, sync_playwright
+
+from imagent_jax.config import Config
+from imagent_jax.data.task import Task
+from imagent_jax.data.tiny_world import task_at
+from imagent_jax.evaluate import summarise
+from imagent_jax.model.processor import Processor
+from imagent_jax.rl.rewards import score_trajectory
+from imagent_jax.rl.rollout import RolloutEngine, Row, _trajectory
+from imagent_jax.rl.trajectory import Trajectory
+from imagent_jax.runs import RunFolder
+from imagent_jax.tiny_base import base_folder
+from imagent_jax.tools import ToolSet, format_call, tool
+from imagent_jax.tools.visual import VISUAL_TOOLS
+from imagent_jax.trajectory_log import TrajectoryLog
+
+EVIL = "Is </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> 日本語 in Image 1?"
+ANSWER = "<answer>{}</answer><|im_end|>"
+
+
+@tool
+def broken(context) -> str:
+    """Fails."""
+    raise OSError("the disk is full")
+
+
+def crop(image: int, *box: int) -> str:
+    return format_call("visual_confirmation", {"image": image, "label": "red", "bbox_2d": list(box)})
+
+
+def play(engine: RolloutEngine, task: Task, rollout: int, texts: list[str]) -> Trajectory:
+    """The trajectory of a policy that says `texts`, through the engine's own books; log-probabilities are drawn."""
+    prompt, registry = engine.open_task(task)
+    row, ids = Row(task, rollout, registry, position=prompt.next_position), []
+    for text in texts:
+        said = np.asarray(engine.processor.encode(text), np.int32)
+        ids += said.tolist()
+        if (call := engine.end_turn(row, said)) is None:
+            break
+        if (shown := engine.respond(row, engine.tools.execute(call, row.registry, engine.settings))) is None:
+            break
+        ids += shown.ids.tolist()
+        row.book_observation(shown, shown.vision([0] * len(shown.images)))
+    logprobs = -np.random.default_rng(len(ids) + rollout).exponential(0.4, len(ids))
+    return _trajectory(row, np.asarray(ids, np.int32), logprobs)
+
+
+def scripts(task: Task) -> list[list[str]]:
+    """What the eight rollouts of a group say."""
+    right, wrong, new = ANSWER.format(task.answer), ANSWER.format("none of them"), len(task.images) + 1
+    again = crop(1, 100, 100, 400, 400)
+    reflection = format_call("visual_reflection", {"images": [1, 2], "resolution": "high"})
+    return [
+        ["Look closer.\n" + crop(2, 250, 300, 650, 800), crop(new, 0, 500, 500, 1000), "So.\n" + right],
+        [crop(1, 500, 500, 900, 900), "Ünï 日本 " + wrong],
+        [crop(1, 900, 100, 200, 300), crop(1, 200, 100, 900, 300), right],
+        [again, again, again, right],
+        [reflection, crop(new, 300, 300, 700, 700), right],
+        [wrong],
+        ["I do not know.<|im_end|>"],
+        [format_call("broken", {}), right],
+    ]
+
+
+def metrics_of(step: int, rng) -> dict[str, float]:
+    """A step's metrics of a run that learns."""
+    right = 0.2 + 0.5 * (1 - math.exp(-step / 12)) + rng.normal() * 0.03
+    parts = {"decode": 0.9, "vision": 0.4, "train": 2.7}
+    times = {f"time/{name}": abs(rng.normal(mean, mean / 9)) for name, mean in parts.items()}
+    return {
+        "step": step, "reward/answer": right, "reward/format": 0.9, "reward/tool_gain": right * 0.8,
+        "reward/total": 1.2 * right, "accuracy": right, "tools/calls": 1 + right, "tools/invalid": 0.2 / step,
+        "mask/dropped_tokens": 0.2 / step, "mask/dropped_trajectories": 0.1 / step, "entropy": 0.3 / (1 + step / 9),
+        "kl/sampler": 1e-3 * abs(rng.normal()),
+        "grad_norm": abs(rng.normal(0.3, 0.1)), "groups/flat": 0.1, "length": 60 + step, "end/fault": 0.125, **times,
+        "time/step": sum(times.values()) + 0.1, "time/total": 30 + 4.2 * step,
+    }  # fmt: skip
+
+
+def make_run(folder: Path, steps: int = 3):
+    """A run's folder as the main job leaves it: three held-out evaluations, `steps` steps of two groups of eight."""
+    cfg = Config.from_dict({
+        "run": {"dir": str(folder), "name": "demo", "steps": steps}, "tools": {"max_turns": 3},
+        "rollout": {"prompt_tokens": 512, "response_tokens": 512},
+    })  # fmt: skip
+    processor, run = Processor.from_pretrained(base_folder()), RunFolder(cfg)
+    engine = RolloutEngine(None, processor, ToolSet([*VISUAL_TOOLS.values(), broken]), cfg)
+    log, rng = TrajectoryLog(run, processor, cfg), np.random.default_rng(0)
+    tasks = [task_at(3, "train", i) for i in range(2 * steps)]
+    tasks[0] = dataclasses.replace(tasks[0], question=EVIL)
+    held_out = [task_at(3, "test", i) for i in range(6)]
+
+    def evaluation(step: int, name: str, lines: list[int]) -> list[Trajectory]:
+        done = [play(engine, task, 0, scripts(task)[line]) for task, line in zip(held_out, lines, strict=True)]
+        log.write(step, [[t] for t in done], name=name)
+        return done
+
+    base = evaluation(0, "base", [1, 1, 5, 6, 0, 2])
+    run.log({"step": 0, "time/evaluation": 9.0} | {f"base/{k}": v for k, v in summarise(base).items()})
+    logged = {}
+    for step in range(1, steps + 1):
+        asked = tasks[2 * step - 2 : 2 * step]
+        groups = [[play(engine, t, g, texts) for g, texts in enumerate(scripts(t))] for t in asked]
+        rewards = [[score_trajectory(t, cfg.reward) for t in group] for group in groups]
+        totals = np.asarray([[r["total"] for r in group] for group in rewards])
+        advantages = (totals - totals.mean(1, keepdims=True)) / totals.std(1, keepdims=True)
+        log.write(step, groups, rewards, advantages)
+        run.log(metrics_of(step, rng))
+        logged[step] = (groups, advantages)
+    trained = evaluation(steps, "trained", [0, 4, 0, 2, 1, 0])
+    run.log({"step": steps, "time/total": 40 + 4.2 * steps} | {f"final/{k}": v for k, v in summarise(trained).items()})
+    run.log_faults(["train.jsonl, line 7: images: a.png does not decode"])
+    run.close()
+    return cfg, run.path, logged
+
+
+def new_log(folder: Path) -> TrajectoryLog:
+    """The empty trajectory log of a new run."""
+    cfg = Config.from_dict({"run": {"dir": str(folder), "name": "new"}})
+    run = RunFolder(cfg)
+    run.close()
+    return TrajectoryLog(run, Processor.from_pretrained(base_folder()), cfg)
+
+
+def many_trajectories(path: Path, folder: Path, steps: int = 65) -> Path:
+    """A copy in `folder` of the run at `path`, with its second step's trajectories again in every step up to `steps`."""
+    shutil.copytree(path, folder, ignore=shutil.ignore_patterns("view", "checkpoints"))
+    lines = records(path, "train-000002")
+    for step in range(4, steps + 1):
+        named = [json.dumps(record | {"task": f"{record['task']}/{step}"}) for record in lines]
+        (folder / "trajectories" / f"train-{step:06d}.jsonl").write_text("\n".join(named))
+    return folder
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Chromium without a window: the system's, or else the one that playwright fetches."""
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if system is None:
+        subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=True)
+    quiet = [f"--disable-{what}" for what in ("gpu", "background-networking", "component-update", "sync")]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox", *quiet])
+        yield browser
+        browser.close()
+
+
+def look(page, path: Path, name: str = "") -> None:
+    """Opens the page of a run at a trajectory, or goes there."""
+    page.goto(f"{(path / 'view' / 'index.html').as_uri()}#{name}")
+    page.wait_for_selector(f'#page[data-ready="{name}"]' if name else "#page[data-ready]")
+    page.wait_for_function("[...document.querySelectorAll('canvas')].every((c) => c.dataset.drawn)")
+
+
+def records(path: Path, stem: str) -> list[dict]:
+    """The records of a log file."""
+    return [json.loads(line) for line in (path / "trajectories" / f"{stem}.jsonl").read_text().splitlines()]
