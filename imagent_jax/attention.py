@@ -18,14 +18,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from rich.console import Console
 
 from imagent_jax.config import Config, MeshConfig, load_config
 from imagent_jax.data.task import Task
-from imagent_jax.export import trained_params
 from imagent_jax.model.qwen2_vl import attention_by_source
+from imagent_jax.rl.learner import trained_filter
 from imagent_jax.rl.mask import IS_ACTION
 from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
+from imagent_jax.runs import load_params
 from imagent_jax.tools import tools_by_name
 from imagent_jax.train import Parts
 
@@ -99,14 +101,14 @@ def measure(parts: Parts, tasks: Sequence[Task], tools: bool, seed: int) -> dict
     of_turn = [found for found in of_turn if len(found) >= len(tasks) / 10]
     return {
         "calls": float(np.mean([t.executed_calls for t in done])),
-        "all": dict(zip(SOURCES, np.concatenate(shares).mean(0).round(5).tolist(), strict=True)),
+        "all": {source: share for source, (share,) in _columns([np.concatenate(shares).mean(0)]).items()},
         "turn": _columns([np.concatenate(found).mean(0) for found in of_turn]) | {"rollouts": list(map(len, of_turn))},
         "position": _columns(at) | {"rollouts": reach},
     }
 
 
 def _columns(rows: Sequence[np.ndarray]) -> dict[str, list[float]]:
-    return dict(zip(SOURCES, np.stack(rows, axis=1).round(5).tolist(), strict=True))
+    return dict(zip(SOURCES, np.stack(rows, axis=1).astype(float).round(5).tolist(), strict=True))
 
 
 def plot(conditions: dict[str, Any], title: str, out: Path) -> None:
@@ -137,14 +139,14 @@ def load(name: str) -> Parts:
     """The parts of a run at its newest checkpoint, with its own settings, or of a base: "tiny", a folder, a hub id.
 
     Raises:
-        ValueError: see `export.trained_params` and `Parts`.
+        ValueError: see `runs.load_params` and `Parts`.
     """
     run = Path(name)
     if not (run / "config.yaml").is_file():
         return Parts(Config.from_dict({"model": {"path": name}}))
-    cfg = replace(load_config(run / "config.yaml"), mesh=MeshConfig())
-    parts = Parts(cfg)
-    _, parts.model, parts.params, _ = trained_params(cfg, run, None)
+    parts = Parts(cfg := replace(load_config(run / "config.yaml"), mesh=MeshConfig()))
+    trained, frozen = nnx.split_state(parts.params, trained_filter(cfg), ...)
+    parts.params = nnx.merge_state(load_params(run, trained)[0], frozen)
     return parts
 
 

@@ -8,15 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from hf_oracle import IMAGE, ODD_SIZES, interleave, pixel_values, random_image, tiny_model
 from test_model_parity import BLOCK, batch, pack
 
 from imagent_jax import attention as job
+from imagent_jax.config import Config
 from imagent_jax.model import checkpoint, text
 from imagent_jax.model.attention import Causal, attention, attention_shares, cached
 from imagent_jax.model.params import gathered, weights
 from imagent_jax.model.qwen2_vl import attention_by_source, encode_images
 from imagent_jax.model.sharding import GROUPS, constrain
+from imagent_jax.runs import RunFolder
 
 
 def divided(rng, rows, tokens, sources=4):
@@ -146,6 +149,17 @@ def test_the_command_measures_the_tiny_base_with_and_without_tools(tmp_path):
         if name.endswith("no tools"):
             assert found["calls"] == 0 == found["all"]["observation images"]
     assert record["conditions"]["several images, tools"]["all"]["observation images"] > 0
+
+
+def test_a_run_is_measured_at_its_newest_checkpoint(parts, tmp_path):
+    runs = RunFolder(Config.from_dict({"run": {"dir": str(tmp_path), "name": "one"}}))
+    for step in (2, 5):
+        trained = nnx.State({"text": jax.tree.map(lambda x, step=step: x + step, parts.params["text"])})
+        runs.save(step, trained, {"count": jnp.zeros(3)}, {"step": step})
+    runs.close()
+    loaded = job.load(str(tmp_path / "one")).params
+    np.testing.assert_array_equal(loaded["text"]["norm"][...], parts.params["text"]["norm"][...] + 5)
+    np.testing.assert_array_equal(loaded["vision"]["patch_embed"][...], parts.params["vision"]["patch_embed"][...])
 
 
 def test_bad_input_is_one_sentence(capsys, tmp_path):

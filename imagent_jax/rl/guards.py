@@ -100,7 +100,7 @@ def bonus_without_gain(history: History, rise: float = 0.1, share: float = 0.25)
 
 
 def entropy_away(history: History, low: float = 0.1, high: float = 2.0, good: float = 0.8) -> str | None:
-    """Entropy falls below `low` times what it was at first, though fewer than `good` are right, or rises above `high`."""
+    """Entropy falls below `low` times the first, though fewer than `good` are right, or rises above `high` times it."""
     if len(history) < 2 * WINDOW:
         return None
     now, first = _now_and_first(history, "entropy")
