@@ -1,5 +1,10 @@
-"""Evaluation on held-out tasks: `python -m imagent_jax.evaluate --model.path FOLDER_OR_HUB_ID`."""
+"""Evaluation on held-out tasks: `python -m imagent_jax.evaluate --model.path FOLDER_OR_HUB_ID`.
 
+`--control shuffle` and `--control blank` evaluate once more with something taken away (`evals.controls`); what they
+leave is reported beside the true accuracy.
+"""
+
+import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,15 +16,21 @@ from rich.table import Table
 
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.task import Task
+from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.evals.scoring import score
+from imagent_jax.rl.guards import call_metrics, looks_unused
 from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.trajectory import EndReason, Trajectory
 
 
+def answered_right(trajectories: Sequence[Trajectory]) -> list[bool]:
+    """Whether each trajectory's answer is wholly right."""
+    return [score(t.answer, t.task.answer, t.task.answer_type) == 1.0 for t in trajectories]
+
+
 def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Accuracy (also by question kind), tool-call rates and end reasons of a set of trajectories; shares in 0..1."""
-    n = len(trajectories)
-    right = [score(t.answer, t.task.answer, t.task.answer_type) == 1.0 for t in trajectories]
+    n, right = len(trajectories), answered_right(trajectories)
     by_kind, ends = defaultdict(list), Counter(t.end for t in trajectories)
     for t, ok in zip(trajectories, right, strict=True):
         by_kind[t.task.kind].append(ok)
@@ -53,44 +64,58 @@ def evaluate(
         done += [group[0] for group in out.trajectories]
         if progress:
             progress(len(done), len(tasks))
-    return summarise(done), done
+    return summarise(done) | call_metrics([[t] for t in done], engine.tools.names), done
 
 
-def comparison(base: dict[str, float] | None, trained: dict[str, float], title: str) -> Table:
-    """A table of evaluation figures, base beside trained."""
+def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
+    """A table of evaluation figures, one column an evaluation."""
     table = Table(title=title)
     table.add_column("held-out")
-    if base is not None:
-        table.add_column("base", justify="right")
-    table.add_column("trained" if base is not None else "model", justify="right")
-    for key in trained:
-        if key == "time/evaluation" or (key.startswith("end/") and not trained[key] and not (base or {}).get(key)):
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key in list(columns.values())[-1]:
+        figures = [metrics.get(key, 0.0) for metrics in columns.values()]
+        if key == "time/evaluation" or (key.startswith(("end/", "tools/calls/")) and not any(figures)):
             continue
-        plain = key in ("length", "tools/calls", "tools/invalid")
-        row = [f"{m.get(key, 0.0):.2f}" if plain else f"{100 * m.get(key, 0.0):.1f} %" for m in (base, trained) if m is not None]
-        table.add_row(key, *row)
+        plain = key.startswith(("length", "tools/calls", "tools/invalid"))
+        table.add_row(key, *(f"{x:.2f}" if plain else f"{100 * x:.1f} %" for x in figures))
     return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; prints the table of one model on the held-out split."""
+    """Entry point; prints the table of one model on the held-out split, and what the controls say."""
     from imagent_jax.train import Parts
 
-    cfg: Config = parse_args(argv, program="imagent_jax.evaluate")
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--control", action="append", choices=CONTROLS, default=[])
+    chosen, rest = options.parse_known_args(argv)
+    cfg: Config = parse_args(rest, program="imagent_jax.evaluate")
     console = Console()
     try:
         parts = Parts(cfg)
         tasks = parts.test_tasks(cfg.eval.tasks)
         console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.name}; nothing is written.")
         with jax.set_mesh(parts.mesh):
-            metrics, _ = evaluate(
-                parts.engine, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
-                temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
-            )  # fmt: skip
+
+            def run(engine: RolloutEngine):
+                return evaluate(
+                    engine, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
+                    temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
+                )  # fmt: skip
+
+            results = {"model": run(parts.engine)}
+            for control in chosen.control:
+                console.print(f"Control {control}: {CONTROLS[control]}.")
+                results[control] = run(controlled(parts.engine, control, results["model"][1], cfg.eval.seed))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console.print(comparison(None, metrics, f"{cfg.model.path} on {cfg.data.name}"))
+    columns = {name: metrics for name, (metrics, _) in results.items()}
+    console.print(comparison(columns, f"{cfg.model.path} on {cfg.data.name}"))
+    true, *others = (np.asarray(answered_right(done)) for _, done in results.values())
+    for control, right in zip(list(results)[1:], others, strict=True):
+        if warning := looks_unused(true, right, CONTROLS[control]):
+            console.print(f"[yellow]warning[/] ({control}): {warning}")
     return 0
 
 

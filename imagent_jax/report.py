@@ -20,7 +20,9 @@ CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl; a
     "KL": {"to the sampler": "kl/sampler", "to the reference": "kl/reference"},
     "gradient norm": {"norm": "grad_norm"},
     "groups without spread": {"share": "groups/flat"},
-    "tokens a response": {"length": "length"},
+    "share of tokens clipped": {"low": "clip/low", "high": "clip/high"},
+    "calling rollouts, more often right by": {"gain in a group": "tools/gain"},
+    "tokens a response": {"length": "length", "sampled": "length/sampled"},
     "seconds a step": {"step": "time/step", "train": "time/train", "decode": "time/decode"},
 }
 PLAIN = ("length", "tools/calls", "tools/invalid")  # figures that are no shares
@@ -42,7 +44,7 @@ def write_report(path: Path) -> Path:
         "NAME": e(cfg["run"]["name"]), "ABOUT": e(about), "THEME": (ASSETS / "theme.css").read_text(),
         "STYLE": (ASSETS / "report.css").read_text(), "SCRIPT": (ASSETS / "report.js").read_text(),
         "HEADLINE": _headline(run), "CURVES": _curves(run) or "<p>No training step has been logged yet.</p>",
-        "TABLE": _table(run.evaluations), "TIMES": _times(run), "FAULTS": _faults(run),
+        "WARNINGS": _warnings(run), "TABLE": _table(run.evaluations), "TIMES": _times(run), "FAULTS": _faults(run),
         "IMAGES": pictures.definitions(), "CASES": cases or "<p>No trajectories were logged.</p>",
     }  # fmt: skip
     page = re.sub(r"<!--(\w+)-->", lambda mark: parts[mark[1]], (ASSETS / "report.html").read_text())
@@ -137,11 +139,12 @@ def _table(evaluations: dict[str, dict[str, float]]) -> str:
     if not evaluations:
         return "<p>No evaluation has been logged yet.</p>"
     keys = [k for k in list(evaluations.values())[-1] if not k.startswith("time/")]
-    keys = [k for k in keys if not k.startswith("end/") or any(m.get(k) for m in evaluations.values())]
+    rare = ("end/", "tools/calls/")
+    keys = [k for k in keys if not k.startswith(rare) or any(m.get(k) for m in evaluations.values())]
     rows = []
     for key in keys:
         figures = [m.get(key) for m in evaluations.values()]
-        texts = ["–" if x is None else f"{x:.2f}" if key in PLAIN else f"{100 * x:.1f} %" for x in figures]
+        texts = ["–" if x is None else f"{x:.2f}" if key.startswith(PLAIN) else f"{100 * x:.1f} %" for x in figures]
         cells = "".join(f"<td>{text}</td>" for text in texts)
         rows.append(f"<tr{' class=main' if key == 'accuracy' else ''}><th>{html.escape(key)}</th>{cells}</tr>")
     return f"<table><tr><th>held-out</th>{''.join(f'<th>{html.escape(n)}</th>' for n in evaluations)}</tr>{''.join(rows)}</table>"
@@ -160,6 +163,19 @@ def _times(run: RunLog) -> str:
             bar = f"<td class=bar><i style='width:{100 * s / longest:.1f}%'></i></td>"
             rows += f"<tr><th>{name}</th>{bar}<td>{s:.1f} s</td><td>{100 * s / whole:.1f} %</td></tr>"
     return f"<table>{rows}<tr class=main><th>in all</th><td></td><td>{whole:.1f} s</td><td></td></tr></table>"
+
+
+def _warnings(run: RunLog) -> str:
+    """What the guards said (`rl.guards`): each one's last sentence, and the steps at which it held."""
+    said: dict[str, list[tuple[int, str]]] = {}
+    for record in run.steps:
+        for name, sentence in record.get("warnings", {}).items():
+            said.setdefault(name, []).append((record["step"], sentence))
+    rows = ""
+    for name, at in said.items():
+        when = f"{len(at)} step(s) from {at[0][0]} to {at[-1][0]}"
+        rows += f"<li><b>{html.escape(name)}</b>, {when}: {html.escape(at[-1][1])}</li>"
+    return f"<ul>{rows}</ul>" if rows else "<p>None of the guards against collapse and hacking has warned.</p>"
 
 
 def _faults(run: RunLog) -> str:

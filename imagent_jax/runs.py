@@ -54,12 +54,13 @@ class RunFolder:
         if faults:
             (self.path / "data_faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
 
-    def rewind(self, step: int) -> None:
-        """Drops metrics of steps after `step` (a resumed run writes them anew)."""
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drops metrics of steps after `step` (a resumed run writes them anew); returns the training steps it keeps."""
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        return [record for record in map(json.loads, kept) if "reward/total" in record]
 
     def log_trajectories(self, step: int, records: list[dict[str, Any]], name: str = "train") -> None:
         """Writes the trajectories of a step, one JSON object a line."""

@@ -26,6 +26,7 @@ from imagent_jax.model.sharding import GROUPS, make_mesh, shardings
 from imagent_jax.report import write_report
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
+from imagent_jax.rl.guards import call_metrics, watch
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import dropped_shares, mask_tables
 from imagent_jax.rl.optim import make_optimizer
@@ -126,7 +127,8 @@ def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, l
     )
     flat = [t for group in rollout.trajectories for t in group]
     means = {f"reward/{name}": float(np.mean([p[name] for group in parts for p in group])) for name in parts[0][0]}
-    return rewards, np.asarray(advantages), parts, means | {k: float(v) for k, v in stats.items()} | summarise(flat)
+    metrics = means | {k: float(v) for k, v in stats.items()} | summarise(flat)
+    return rewards, np.asarray(advantages), parts, metrics | call_metrics(rollout.trajectories, cfg.tools.names)
 
 
 def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, float]:
@@ -153,14 +155,14 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     learner = Learner(parts.model, cfg, optimizer, Tables(action, trajectory), reference)
     opt_state = learner.init(params)
     iterator = task_iterator(train_tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
-    step, evaluations = 0, {}
+    step, evaluations, history = 0, {}, []
     if cfg.run.resume:
         trained, frozen = learner.split(params)
         trained, opt_state, progress = folder.restore(trained, opt_state)
         params = nnx.merge_state(trained, frozen)
         step, evaluations = progress["step"], progress["evaluations"]
         iterator.set_state(progress["iterator"])
-        folder.rewind(step)
+        history = folder.rewind(step)
         console.print(f"Resumed after step {step}.")
 
     def held_out(count: int, name: str) -> dict[str, float]:
@@ -215,6 +217,10 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         }
         if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
             metrics |= {f"eval/{k}": v for k, v in held_out(cfg.eval.during, f"step {step}").items()}
+        said = history[-1].get("warnings", {}) if history else {}
+        history.append(metrics)
+        if warnings := watch(history):
+            metrics["warnings"] = warnings
         folder.log({"step": step} | metrics)
         log.write(step, rollout.trajectories, scored, advantages)
         console.print(
@@ -222,6 +228,8 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
             f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
             f"{metrics['time/step']:.1f} s (rollout {sum(rollout.times.values()):.1f}, train {metrics['time/train']:.1f})"
         )
+        for name in warnings.keys() - said.keys():
+            console.print(f"[yellow]warning[/] ({name}): {warnings[name]}")
         if cfg.run.checkpoint_every and step % cfg.run.checkpoint_every == 0:
             save()
 
@@ -239,7 +247,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         lora.save(folder.path / "adapter", parts.model, params, base=cfg.model.path)
     folder.close()
     write_report(folder.path)
-    console.print(comparison(evaluations["base"], final, f"{cfg.run.name}: {step} steps"))
+    console.print(comparison({"base": evaluations["base"], "trained": final}, f"{cfg.run.name}: {step} steps"))
     console.print(f"{time.perf_counter() - began:.0f} s in all. Model, metrics and checkpoints: {folder.path}")
     console.print(f"Report: {folder.path}/report.html. Look at trajectories: python -m imagent_jax.view {folder.path}")
     return final

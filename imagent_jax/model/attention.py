@@ -209,6 +209,35 @@ def attend_two_part(
     return _tokens_first(out / _flat(total).astype(out.dtype), s)
 
 
+_QUERIES = 256
+"""Queries whose softmax `attention_shares` holds at one time."""
+
+
+def attention_shares(
+    q: Float[Array, "N S Q H"], k: Float[Array, "N S K H"], length: Int[Array, " N"], source: Bool[Array, "N S C"]
+) -> Float[Array, "N S C"]:
+    """How the causal attention of every token divides over C sources of keys; mean over the heads, 0 at padding.
+
+    Args:
+        length: real tokens of a row, the others stand on the right.
+        source: which tokens are of which source. Where each is of one, the shares of a token sum to 1.
+    """
+    n, s, heads, width = q.shape
+    keys, source = cached(k, k)[0], source.astype(jnp.float32)
+    q = pad_to(q, 1, _QUERIES)
+    blocks = jnp.moveaxis(q.reshape(n, -1, _QUERIES, heads, width), 1, 0)
+
+    def one(block):
+        first, q = block
+        seen = jnp.arange(s) <= first + jnp.arange(_QUERIES)[:, None]
+        weights = jax.nn.softmax(_logits(_heads_first(q, k.shape[-2]), keys, seen[:, None]), axis=-1)  # [N K S q T]
+        return jnp.einsum("nksqt,ntc->nsc", weights, source) / heads
+
+    shares = jax.lax.map(one, (jnp.arange(len(blocks)) * _QUERIES, blocks))
+    shares = jnp.moveaxis(shares, 0, 1).reshape(n, -1, source.shape[-1])[:, :s]
+    return jnp.where(_below(length, s)[..., None], shares, 0)
+
+
 # ---- cuDNN ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.sharding import GROUPS, constrain, fitting, locally
@@ -112,6 +112,21 @@ def prefill(
         hidden, cache = text.prefill(embed(model, params, ids, vision, features), positions, prompt_len, model.attention)
         last = jnp.take_along_axis(hidden, prompt_len[:, None, None] - 1, axis=1)[:, 0]
         return logits(last, text.head(model.dtype)), cache
+
+
+def attention_by_source(
+    model: Model,
+    params: nnx.State,
+    ids: Int[Array, "N S"],
+    positions: Int[Array, "3 N S"],
+    vision: Int[Array, "N S"],
+    length: Int[Array, " N"],
+    features: Float[Array, "F D"],
+    source: Bool[Array, "N S C"],
+) -> Float[Array, "L N S C"]:
+    """How the attention of every token of whole sequences divides over C sources, by layer; see `attention_shares`."""
+    text = model.bind(params).text
+    return text.prefill(embed(model, params, ids, vision, features), positions, length, model.attention, source)[1]
 
 
 def extend(

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention, cached
+from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention, attention_shares, cached
 from imagent_jax.model.config import TextConfig
 from imagent_jax.model.params import Maker, gathered, linear, weights
 from imagent_jax.model.rope import mrope, rotate
@@ -98,18 +98,24 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 N P"],
         prompt_len: Int[Array, " N"] | None = None,
         backend: str = "xla",
-    ) -> tuple[Float[Array, "N P D"], PromptCache]:
-        """Prompts alone: final hidden states (before the head, after the norm) and their cache."""
+        source: Bool[Array, "N P C"] | None = None,
+    ) -> tuple[Float[Array, "N P D"], PromptCache | Float[Array, "L N P C"]]:
+        """Prompts alone: final hidden states (before the head, after the norm) and their cache.
+
+        With `source`, every layer's `attention_shares` in place of the cache; without it they are in no program.
+        """
         rope, dtype = self._rope(positions), x.dtype
 
         def layer(x, w):
             w = gathered(self.layers, w)
             q, k, v = self._qkv(w, x, rope)
             x = self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend))
-            return constrain(x, GROUPS), cached(k, v)
+            kept = cached(k, v) if source is None else attention_shares(q, k, prompt_len, source)
+            return constrain(x, GROUPS), kept
 
-        x, (k, v) = jax.lax.scan(layer, constrain(x, GROUPS), weights(self.layers, dtype))
-        return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), PromptCache(tuple(k), tuple(v))
+        x, kept = jax.lax.scan(layer, constrain(x, GROUPS), weights(self.layers, dtype))
+        kept = PromptCache(*map(tuple, kept)) if source is None else kept
+        return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), kept
 
     def extend(
         self,

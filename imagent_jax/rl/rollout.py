@@ -5,7 +5,7 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -23,7 +23,7 @@ from imagent_jax.model.qwen2_vl import Model
 from imagent_jax.model.sharding import gather_params
 from imagent_jax.rl import sampler
 from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory, Turn
-from imagent_jax.tools import CallResult, CallStatus, ImageRegistry, ToolSet, ToolSettings
+from imagent_jax.tools import CallResult, CallStatus, ImageEntry, ImageRegistry, ToolSet, ToolSettings
 from imagent_jax.tools.pool import CallPool
 
 TURN_END = "<|im_end|>\n"
@@ -70,7 +70,13 @@ class RolloutBatch:
 
 
 class RolloutEngine:
-    """Runs rollouts of a fixed shape; all that is random is a function of (seed, task uid, rollout, token)."""
+    """Runs rollouts of a fixed shape; all that is random is a function of (seed, task uid, rollout, token).
+
+    Attributes:
+        look: what the policy is shown in place of an image (registry, entry, is it an observation?); None: the image.
+    """
+
+    look: Callable[[ImageRegistry, ImageEntry, bool], Image.Image] | None = None
 
     def __init__(self, model: Model, processor: Processor, tools: ToolSet, cfg: Config):
         self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
@@ -84,10 +90,11 @@ class RolloutEngine:
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
-    def prepare(self, registry: ImageRegistry, number: int) -> PreparedImage:
-        """Image `number` in the size its registry says the policy sees."""
+    def prepare(self, registry: ImageRegistry, number: int, observed: bool = False) -> PreparedImage:
+        """Image `number` in the size its registry says the policy sees. `observed`: a call shows it."""
         entry = registry[number]
-        return self.processor.prepare(entry.image, min_pixels=entry.min_pixels, max_pixels=entry.max_pixels)
+        image = self.look(registry, entry, observed) if self.look else entry.image
+        return self.processor.prepare(image, min_pixels=entry.min_pixels, max_pixels=entry.max_pixels)
 
     def open_registry(self, task: Task) -> ImageRegistry:
         """The given images of a task, numbered from 1, with the size the policy sees them at.
@@ -206,7 +213,7 @@ class RolloutEngine:
             if isinstance(part, str):
                 text += f"{part}\n"
             else:
-                parts += [text, self.prepare(row.registry, part)]
+                parts += [text, self.prepare(row.registry, part, observed=True)]
                 text = "\n"
         parts.append(f"{text}</tool_response>{TURN_END}{ASSISTANT}")
         try:

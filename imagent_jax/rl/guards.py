@@ -1,0 +1,207 @@
+"""Guards against collapse and hacking: figures of tool use, and warnings in plain words, both pure functions.
+
+A guard takes the metrics of all steps so far, oldest first, and returns a sentence or None. It compares the last
+`WINDOW` steps with the first ones, or with a limit; the defaults of its arguments are what the main job uses. Each has
+been seen to be needed: tools are given up while they help, a bonus is collected by calls that show nothing, entropy or
+the clipped share runs away.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool
+
+from imagent_jax.evals.scoring import score
+from imagent_jax.rl.trajectory import Trajectory
+from imagent_jax.tools import CallStatus
+
+Metrics = dict[str, float]
+History = Sequence[Metrics]
+
+WINDOW = 10
+"""Steps whose mean a guard looks at."""
+
+
+# ---- what is measured ----------------------------------------------------------------------------------------------
+
+
+def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -> Metrics:
+    """What groups of rollouts say about their use of tools.
+
+    Returns:
+        `tools/calls/<tool>/<executed|invalid|faulted>`: calls a rollout (`unknown`: no tool of `tools` could be read);
+        `tools/earned`: share of the rollouts right after at least one executed call, all that a tool bonus may pay;
+        `length/sampled`: mean of the tokens the policy chose; and, where a group has rollouts with and without an
+        executed call, `tools/gain`: how much more often those with one are right, mean over such groups, -1 to 1.
+    """
+    flat = [t for group in groups for t in group]
+    names = {CallStatus.EXECUTED: "executed", CallStatus.INVALID: "invalid", CallStatus.FAULT: "faulted"}
+    calls = [turn.call for t in flat for turn in t.turns if turn.call]
+    counts = Counter((call.name if call.name in tools else "unknown", names[call.status]) for call in calls)
+    pairs = [(tool, name) for tool in tools for name in names.values()] + [("unknown", "invalid")]
+    result = {f"tools/calls/{tool}/{name}": counts[tool, name] / len(flat) for tool, name in pairs}
+    right, used = (
+        [np.asarray([f(t) for t in group], bool) for group in groups]
+        for f in (lambda t: score(t.answer, t.task.answer, t.task.answer_type) == 1.0, lambda t: t.executed_calls > 0)
+    )
+    result["tools/earned"] = float(np.mean(np.concatenate([r & u for r, u in zip(right, used, strict=True)])))
+    result["length/sampled"] = float(np.mean([sum(turn.stop - turn.start for turn in t.turns) for t in flat]))
+    gains = [r[u].mean() - r[~u].mean() for r, u in zip(right, used, strict=True) if u.any() and not u.all()]
+    return result | ({"tools/gain": float(np.mean(gains))} if gains else {})
+
+
+# ---- what is watched -----------------------------------------------------------------------------------------------
+
+
+def watch(history: History) -> dict[str, str]:
+    """The warnings that hold after the last step of `history` (metrics of all steps so far), by guard."""
+    said = {name: guard(history) for name, guard in GUARDS.items()} if history else {}
+    return {name: sentence for name, sentence in said.items() if sentence}
+
+
+def tools_abandoned(history: History, fall: float = 0.5, gain: float = 0.05) -> str | None:
+    """Far fewer rollouts call a tool than once did, though those that do are more often right than their groups."""
+    rates = [r["tools/used_rate"] for r in history]
+    height = max((np.mean(rates[i : i + WINDOW]) for i in range(len(rates) - 2 * WINDOW + 1)), default=0.0)
+    gains = [r["tools/gain"] for r in history if "tools/gain" in r][-WINDOW:]  # none where nobody calls any more
+    now = np.mean(rates[-WINDOW:])
+    if gains and height > 0.1 and now < fall * height and np.mean(gains) > gain:
+        return (
+            f"Tools are being given up: {_percent(now)} of the rollouts call one, {_percent(height)} once did, though "
+            f"those with a call were {100 * np.mean(gains):.0f} points more often right than others of their group."
+        )
+    return None
+
+
+def bonus_unearned(history: History) -> str | None:
+    """The tool bonus was paid to more rollouts than were right after an executed call."""
+    paid, earned = (history[-1].get(key, 0.0) for key in ("reward/tool_gain", "tools/earned"))
+    if paid > earned + 1e-6:
+        return (
+            f"The tool bonus is paid without cause: {_percent(paid)} of the rollouts got it, {_percent(earned)} were "
+            "right after an executed call."
+        )
+    return None
+
+
+def bonus_without_gain(history: History, rise: float = 0.1, share: float = 0.25) -> str | None:
+    """More tool bonus is earned than at first, and accuracy has not risen by `share` of that."""
+    if len(history) < 2 * WINDOW:
+        return None
+    (bonus, before), (accuracy, at_first) = (_now_and_first(history, key) for key in ("tools/earned", "accuracy"))
+    if bonus - before > rise and accuracy - at_first < share * (bonus - before):
+        return (
+            f"The tool bonus grows without better answers: it went from {_percent(before)} to {_percent(bonus)} of the "
+            f"rollouts, right answers from {_percent(at_first)} to {_percent(accuracy)}."
+        )
+    return None
+
+
+def entropy_away(history: History, low: float = 0.1, high: float = 2.0, good: float = 0.8) -> str | None:
+    """Entropy falls below `low` times the first, though fewer than `good` are right, or rises above `high` times it."""
+    if len(history) < 2 * WINDOW:
+        return None
+    now, first = _now_and_first(history, "entropy")
+    if now < low * first and _mean(history, "accuracy") < good:
+        return f"Entropy has collapsed from {first:.3g} to {now:.3g} nats a token: rollouts of a group become the same."
+    if now > high * first + 0.05:
+        return f"Entropy runs away: {now:.3g} nats a token after {first:.3g} at first; the policy comes apart."
+    return None
+
+
+def clip_away(history: History, limit: float = 0.2) -> str | None:
+    """The clip stops more than `limit` of the trained tokens."""
+    clipped = _mean(history, "clip/low") + _mean(history, "clip/high")
+    if clipped > limit:
+        return f"{_percent(clipped)} of the trained tokens are clipped: steps too large, or sampler and trainer differ."
+    return None
+
+
+def length_growth(history: History, growth: float = 1.5, gain: float = 0.05) -> str | None:
+    """The policy writes `growth` times as much as at first, and is not right more often by `gain`."""
+    if len(history) < 2 * WINDOW:
+        return None
+    (now, first), (accuracy, at_first) = (_now_and_first(history, key) for key in ("length/sampled", "accuracy"))
+    if now > growth * first and accuracy - at_first < gain:
+        return (
+            f"Responses grow without better answers: from {first:.0f} to {now:.0f} sampled tokens, right answers from "
+            f"{_percent(at_first)} to {_percent(accuracy)}."
+        )
+    return None
+
+
+def groups_flat(history: History, limit: float = 0.9) -> str | None:
+    """More than `limit` of the groups have no spread of rewards, so that nothing is learnt from them."""
+    if len(history) >= WINDOW and (flat := _mean(history, "groups/flat")) > limit:
+        return f"{_percent(flat)} of the groups have no spread of rewards and teach nothing: too easy, or too hard."
+    return None
+
+
+def mostly_masked(history: History, limit: float = 0.5) -> str | None:
+    """The mask drops more than `limit` of the sampled tokens."""
+    if (dropped := _mean(history, "mask/dropped_tokens")) > limit:
+        reasons = {k.rpartition("/")[2]: _mean(history, k) for k in history[-1] if k.startswith("mask/dropped_tokens/")}
+        reason = max(reasons, key=reasons.get, default="unknown").replace("_", " ")
+        return f"The mask drops {_percent(dropped)} of the sampled tokens, most of them for: {reason}."
+    return None
+
+
+def calls_invalid(history: History, limit: float = 0.5) -> str | None:
+    """More than `limit` of a tool's calls are refused as invalid."""
+    return _bad_calls(history, "invalid", limit, "are refused as invalid; look at what the tool says to them")
+
+
+def calls_faulted(history: History, limit: float = 0.02) -> str | None:
+    """More than `limit` of a tool's calls end with a fault of the world."""
+    return _bad_calls(history, "faulted", limit, "end with a fault of the world; the trajectories' `error` says which")
+
+
+GUARDS: dict[str, Callable[[History], str | None]] = {
+    guard.__name__: guard
+    for guard in (tools_abandoned, bonus_unearned, bonus_without_gain, entropy_away, clip_away, length_growth,
+                  groups_flat, mostly_masked, calls_invalid, calls_faulted)
+}  # fmt: skip
+
+
+def looks_unused(right: Bool[np.ndarray, " T"], control: Bool[np.ndarray, " T"], what: str) -> str | None:
+    """A warning where a control that takes something away (`what`, in words) leaves the agent about as good.
+
+    Args:
+        right, control: whether each task was answered right, truly and under the control.
+
+    The tasks that only one of the two gets right are compared by a sign test: the agent must win by more than two
+    standard deviations of a fair coin.
+    """
+    won, lost = int(np.sum(right & ~control)), int(np.sum(control & ~right))
+    if won - lost > 2 * math.sqrt(won + lost):
+        return None
+    return (
+        f"The agent makes no use of what it sees: with {what}, {_percent(np.mean(control))} of the answers are right, "
+        f"truly {_percent(np.mean(right))} ({won} tasks lost by it, {lost} won)."
+    )
+
+
+def _bad_calls(history: History, status: str, limit: float, words: str) -> str | None:
+    keys = [key.split("/") for key in history[-1] if key.startswith("tools/calls/")]
+    found = []
+    for tool in dict.fromkeys(parts[2] for parts in keys):
+        made = {parts[3]: _mean(history, "/".join(parts)) for parts in keys if parts[2] == tool}
+        bad, rest = made.pop(status, 0.0), sum(made.values())
+        if tool != "unknown" and bad > limit * (bad + rest) and bad > 0.01:
+            found.append(f"{_percent(bad / (bad + rest))} of the calls of {tool}")
+    return f"{' and '.join(found)} {words}." if found else None
+
+
+def _mean(history: History, key: str) -> float:
+    """Mean over the last `WINDOW` steps (fewer at first)."""
+    return float(np.mean([r.get(key, 0.0) for r in history[-WINDOW:]]))
+
+
+def _now_and_first(history: History, key: str) -> tuple[float, float]:
+    return _mean(history, key), _mean(history[:WINDOW], key)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -1,0 +1,131 @@
+"""Controls of an evaluation: what they replace, and that they tell an agent that looks from one that cannot."""
+
+import copy
+
+import numpy as np
+import pytest
+from conftest import small_config
+from PIL import Image
+
+from imagent_jax import evaluate as job
+from imagent_jax.data.tiny_world import task_at
+from imagent_jax.evals.controls import CONTROLS, controlled
+from imagent_jax.rl.guards import looks_unused
+from imagent_jax.rl.trajectory import TokenKind
+from imagent_jax.tools import VISUAL_TOOLS, ToolSet, tool
+
+TASKS = 64
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return [task_at(1, "test", i) for i in range(TASKS)]
+
+
+@pytest.fixture(scope="module")
+def run(parts, tasks):
+    """Greedy answers of the shipped base to held-out tasks."""
+    return lambda engine: job.evaluate(engine, parts.params, tasks, groups=32, seed=0, greedy=True, temperature=1.0)[1]
+
+
+@pytest.fixture(scope="module")
+def true(parts, run):
+    return run(parts.engine)
+
+
+def right(done):
+    return np.asarray(job.answered_right(done))
+
+
+def shown(engine, t):
+    """(is it an observation, true pixels, pixels shown) of every image of a trajectory, in order."""
+    engine, out = copy.copy(engine), []
+    look = engine.look or (lambda registry, entry, observed: entry.image)
+    for n in range(1, len(t.task.images) + 1):
+        out.append((False, t.registry[n].image, look(t.registry, t.registry[n], False)))
+    for turn in t.turns:
+        for n in turn.call.images if turn.call else ():
+            out.append((True, t.registry[n].image, look(t.registry, t.registry[n], True)))
+    return out
+
+
+def test_shuffle_replaces_what_tools_show_by_what_they_showed_in_another_task(parts, true):
+    engine = controlled(parts.engine, "shuffle", true, seed=0)
+    seen = [image for t in true for observed, image, _ in shown(parts.engine, t) if observed]
+    assert len(seen) > TASKS / 2
+    sizes = {image.size for image in seen}
+    pool = {image.resize(size, Image.Resampling.BICUBIC).tobytes() for image in seen for size in sizes}
+    for t in true:
+        own = [image.tobytes() for _, image, _ in shown(engine, t)]
+        for observed, image, instead in shown(engine, t):
+            assert instead.size == image.size and (instead.tobytes() not in own) == observed
+            assert not observed or instead.tobytes() in pool
+    again = controlled(parts.engine, "shuffle", true, seed=0), controlled(parts.engine, "shuffle", true, seed=1)
+    pixels = [[i.tobytes() for t in true for _, _, i in shown(e, t)] for e in (engine, *again)]
+    assert pixels[0] == pixels[1] != pixels[2]
+
+
+def test_blank_leaves_nothing_to_see_and_every_size_as_it_was(parts, true):
+    engine = controlled(parts.engine, "blank", true, seed=0)
+    for t in true[:8]:
+        for number in range(1, len(t.task.images) + 1):
+            plain, blank = (e.prepare(t.registry, number) for e in (parts.engine, engine))
+            assert blank.grid == plain.grid and len(np.unique(blank.patches)) <= 3 < len(np.unique(plain.patches))
+
+
+def test_the_shipped_base_gets_worse_under_both_controls(parts, run, true):
+    for control in CONTROLS:
+        done = run(controlled(parts.engine, control, true, seed=0))
+        assert looks_unused(right(true), right(done), control) is None, (right(true).mean(), right(done).mean())
+        if control == "shuffle":  # alike until the first observation
+            for t, c in zip(true, done, strict=True):
+                seen = np.flatnonzero(t.kind == TokenKind.OBSERVATION)
+                until = seen[0] if len(seen) else len(t.ids)
+                np.testing.assert_array_equal(t.ids[:until], c.ids[:until])
+
+
+def test_crops_replaced_by_noise_raise_the_warning(parts, run):
+    crop = VISUAL_TOOLS["visual_confirmation"]
+
+    @tool
+    def visual_confirmation(context, image: int, bbox_2d: tuple[float, float, float, float], label: str = "") -> list:
+        """Crop and enlarge.
+
+        Args:
+            image: image number
+            bbox_2d: box
+        """
+        number = crop(context, image=image, bbox_2d=bbox_2d, label=label)[0]
+        entry = context.registry[number]
+        noise = np.random.default_rng(number).integers(0, 256, (*entry.size, 3), dtype=np.uint8)
+        return [context.show(Image.fromarray(noise), parent=image, box=entry.box)]
+
+    engine = copy.copy(parts.engine)
+    engine.tools = ToolSet([VISUAL_TOOLS["visual_reflection"], visual_confirmation])
+    noisy = run(engine)
+    done = run(controlled(engine, "shuffle", noisy, seed=0))
+    assert "makes no use of what it sees" in looks_unused(right(noisy), right(done), CONTROLS["shuffle"])
+
+
+def test_the_sign_test_wants_more_than_luck():
+    def pair(won, lost):
+        both = np.zeros(100, bool), np.zeros(100, bool)
+        both[0][:won], both[1][won : won + lost] = True, True
+        return looks_unused(*both, "less")
+
+    assert pair(0, 0) and pair(5, 5) and pair(3, 0) and pair(8, 4)
+    assert pair(5, 0) is None and pair(30, 10) is None
+    assert "30 % of the answers are right, truly 30 % (30 tasks lost by it, 30 won)" in pair(30, 30)
+
+
+def test_the_command_reports_controls_beside_the_true_accuracy(tmp_path, capsys):
+    cfg = small_config(data={"cache_dir": str(tmp_path)})
+    (tmp_path / "c.yaml").write_text(cfg.to_yaml())
+    flags = ["--config", str(tmp_path / "c.yaml"), "--eval.tasks=8", "--control", "shuffle", "--control", "blank"]
+    assert job.main(flags) == 0
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if "held-out" in line and "model" in line)
+    assert header.split("┃")[2:5] and [c.strip() for c in header.split("┃")[2:5]] == ["model", "shuffle", "blank"]
+    with pytest.raises(SystemExit):
+        job.main(["--control", "scramble"])
+    assert "scramble" in capsys.readouterr().err
