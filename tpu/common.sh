@@ -16,5 +16,6 @@ on_all() {
 
 # state: of the queued resource, such as ACTIVE or SUSPENDED; NONE where there is none.
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" --zone "$ZONE" --format='value(state.state)' 2>/dev/null || echo NONE
+  gcloud compute tpus queued-resources describe "$NAME" --zone "$ZONE" --format='value(state.state)' 2>/dev/null ||
+    echo NONE
 }

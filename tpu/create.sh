@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Asks for a slice as a queued resource and waits until it is there: NAME=imagent ZONE=us-west4-a tpu/create.sh TYPE [--spot]
-# TYPE is an accelerator type, such as v5litepod-16 (v5e:4x4), v6e-16 (v6e:4x4) or v5p-16 (v5p:2x2x2: its number counts cores).
+# Asks for a slice as a queued resource and waits until it is there:
+#   NAME=imagent ZONE=us-west4-a tpu/create.sh TYPE [--spot]
+# TYPE is an accelerator type, such as v5litepod-16 (v5e:4x4), v6e-16 (v6e:4x4) or v5p-16 (v5p:2x2x2: it counts cores).
 source "$(dirname "$0")/common.sh"
 
 type=${1:?an accelerator type, such as v5litepod-16, v6e-16 or v5p-16}

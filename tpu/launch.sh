@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Starts the run on every host, to go on when you log out: NAME=... ZONE=... tpu/launch.sh --config FILE.yaml [--section.key VALUE ...]
-# Arguments are those of imagent_jax.train; paths are on the hosts, from the checkout. run.dir must be a disk that all share.
-# A run of the same name that is there already is continued.
+# Starts the run on every host, to go on when you log out:
+#   NAME=... ZONE=... tpu/launch.sh --config FILE.yaml [--section.key VALUE ...]
+# Arguments are those of imagent_jax.train; paths are on the hosts, from the checkout. run.dir must be a disk that all
+# share. A run of the same name that is there already is continued.
 source "$(dirname "$0")/common.sh"
 
 (($#)) || {

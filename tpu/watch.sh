@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Keeps a run going on spot machines, from a machine of yours that stays up: makes the slice where it is not there or was taken
-# away, installs, launches, and looks again every minute until the run has ended.
+# Keeps a run going on spot machines, from a machine of yours that stays up: makes the slice where it is not there or
+# was taken away, installs, launches, and looks again every minute until the run has ended.
 # NAME=... ZONE=... tpu/watch.sh TYPE --config FILE.yaml [--section.key VALUE ...]
 # A slice that comes back is a new one: run.dir and run.checkpoint_dir must be outside of it (a mounted disk, a bucket).
 source "$(dirname "$0")/common.sh"

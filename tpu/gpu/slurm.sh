@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Slurm: one process a machine, which finds the others by itself: sbatch --nodes 2 tpu/gpu/slurm.sh --config FILE.yaml [...]
+# Slurm: one process a machine, which finds the others by itself:
+#   sbatch --nodes 2 tpu/gpu/slurm.sh --config FILE.yaml [--section.key VALUE ...]
 # Submit from the checkout, with the environment (`.[cuda]`) active; run.dir on a disk that all machines share.
 # Before its time is up the run gets SIGTERM, saves and ends with 75; the job is then queued again, and goes on.
 #SBATCH --job-name=imagent
