@@ -28,7 +28,7 @@ PLANS = {
     "2b_full_v5e_2x2": "--topology v5e:2x2 --config configs/qwen2_vl_2b_gpu.yaml --mesh.fsdp=-1 --grpo.minibatches=1 "
     f"{SMALL} --grpo.micro_groups=4",
     "72b_full_v5p": "--topology v5p --config configs/qwen2_5_vl_7b_tpu.yaml --model.path=Qwen/Qwen2.5-VL-72B-Instruct "
-    f"--mesh.fsdp=-1 --mesh.tensor=8 --grpo.minibatches=1 {SMALL}",
+    f"--mesh.fsdp=-1 --mesh.tensor=8 --grpo.minibatches=1 --grpo.micro_groups=1 {SMALL}",
 }
 """Their commands, after `python -m imagent_jax.plan`."""
 SCALES = {

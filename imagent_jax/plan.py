@@ -86,6 +86,12 @@ def hold(cfg: Config, topology: str, memory: float | None = None) -> tuple[Held,
     return Held(cfg, training_mesh(cfg, devices), chip.platform), chip._replace(memory=memory or chip.memory)
 
 
+def least(held: Held) -> int:
+    """Bytes of the arrays that are alive together in a chip, rolling out or learning; known before compiling."""
+    both = held.params, held.opt_state, held.features, held.reference
+    return max(chip_bytes(both, held.sampled, held.state), chip_bytes(both, held.total))
+
+
 def make_plan(
     cfg: Config, topology: str, memory: float | None = None, *, only: Sequence[str] = (), first: Sequence[str] = (),
     give_up: bool = False, say: Callable[[str], None] = lambda line: None,
@@ -189,9 +195,7 @@ def nearest(cfg: Config, plan: Plan, say: Callable[[str], None]) -> tuple[dict[s
                 held, chip = hold(other, plan.topology, plan.memory)
             except ValueError:
                 continue
-            rolling = chip_bytes(held.params, held.opt_state, held.sampled, held.state, held.features, held.reference)
-            learning = chip_bytes(held.params, held.opt_state, held.features, held.total, held.reference)
-            if max(rolling, learning) > plan.memory:
+            if least(held) > plan.memory:
                 continue
             if tried == TRIES:
                 return None, None, tried
@@ -233,13 +237,14 @@ def smallest_slice(cfg: Config, kind: str, memory: float | None, say: Callable[[
     for shape in SLICES[kind]:
         topology, last = f"{kind}:{shape}", shape == SLICES[kind][-1]
         chip, devices = open_topology(topology)
-        shards = len(devices) // cfg.mesh.tensor
+        if len(devices) % cfg.mesh.tensor:
+            continue
+        shards = len(devices) // max(cfg.mesh.tensor, 1)
         micro = -(-cfg.grpo.micro_groups // shards) * shards
         groups = -(-cfg.rollout.groups // (micro * cfg.grpo.minibatches)) * micro * cfg.grpo.minibatches
         other = changed(cfg, {"mesh.data": 1, "mesh.fsdp": -1, "grpo.micro_groups": micro, "rollout.groups": groups})
         held, chip = hold(other, topology, memory)
-        need = chip_bytes(held.params, held.opt_state, held.sampled, held.state, held.features)
-        if need > chip.memory and not last:
+        if (need := least(held)) > chip.memory and not last:
             say(f"{topology}: {need / 1e9:.1f} GB of arrays alone, too much")
             continue
         plan = make_plan(other, topology, memory, give_up=not last, say=say)
