@@ -39,6 +39,15 @@ from imagent_jax.tools import tools_by_name
 from imagent_jax.trajectory_log import TrajectoryLog
 
 
+def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | int]:
+    """The fields of `Model` for a configuration on a platform (default: of the attached devices)."""
+    dtype = choose_dtype(cfg.model.dtype, platform)
+    return {
+        "dtype": dtype, "remat": cfg.model.remat, "vision_block": cfg.images.vision_block,
+        "logprob_chunk": cfg.model.logprob_chunk, "attention": choose_attention(cfg.model.attention, dtype, platform),
+    }  # fmt: skip
+
+
 class Parts:
     """Model, processor, tools, data and rollout engine of a configuration: what training and evaluation share.
 
@@ -52,12 +61,10 @@ class Parts:
         self.tools = tools_by_name(cfg.tools.names)
         folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
-        self.mesh, dtype = make_mesh(**vars(cfg.mesh)), choose_dtype(cfg.model.dtype)
+        self.mesh = make_mesh(**vars(cfg.mesh))
         self.model, self.params = checkpoint.load(
-            folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype, dtype=dtype, remat=cfg.model.remat,
-            vision_block=cfg.images.vision_block, logprob_chunk=cfg.model.logprob_chunk,
-            attention=choose_attention(cfg.model.attention, dtype),
-        )  # fmt: skip
+            folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype, **model_settings(cfg)
+        )
         if cfg.lora.path:
             self.model, self.params = lora.load(cfg.lora.path, self.model, self.params)
         elif cfg.lora.rank:
@@ -75,13 +82,15 @@ class Parts:
         return [tasks[i] for i in range(min(count, len(tasks)))]
 
 
-def training_mesh(cfg: Config) -> Mesh:
+def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `cfg.mesh`, over whose data and fsdp axes every micro-batch is split by groups.
 
+    Args:
+        devices: default all of `jax.devices()`.
     Raises:
         ValueError: its sizes do not divide the devices, or the groups of a micro-batch do not divide over it.
     """
-    mesh = make_mesh(**vars(cfg.mesh))
+    mesh = make_mesh(**vars(cfg.mesh), devices=devices)
     shards, micro = math.prod(mesh.shape[axis] for axis in GROUPS), min(cfg.grpo.micro_groups, cfg.rollout.groups)
     if micro % shards:
         raise ValueError(

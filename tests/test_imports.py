@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "imagent_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ENTRY_POINTS = {"train", "attention", "evaluate", "export", "tiny", "view"}
+ENTRY_POINTS = {"train", "ablate", "attention", "evaluate", "export", "plan", "tiny", "view"}
 FORBIDDEN = {
     "model": {"tools", "data", "rl", "evals", *ENTRY_POINTS},
     "tools": {"data", "rl", "evals", *ENTRY_POINTS},

@@ -52,18 +52,19 @@ class Shared(NamedTuple):
     length: Int[Array, " N"]
 
 
-def choose_dtype(setting: str) -> str:
-    """The compute dtype for `model.dtype` on the attached devices: where 'auto', bfloat16 on accelerators, float32 on CPU."""
-    return ("float32" if jax.default_backend() == "cpu" else "bfloat16") if setting == "auto" else setting
+def choose_dtype(setting: str, platform: str | None = None) -> str:
+    """The compute dtype for `model.dtype` on a platform (default: of the attached devices): where 'auto', bfloat16 on
+    accelerators, float32 on CPU."""
+    return ("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16") if setting == "auto" else setting
 
 
-def choose_attention(setting: str, dtype: str) -> str:
-    """The backend for `model.attention` on the attached devices.
+def choose_attention(setting: str, dtype: str, platform: str | None = None) -> str:
+    """The backend for `model.attention` on a platform (default: of the attached devices).
 
     Raises:
         ValueError: the backend asked for cannot run here.
     """
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     if setting == "auto":
         return {"tpu": "splash", "gpu": "cudnn" if dtype == "bfloat16" else "xla"}.get(platform, "xla")
     needs = {"cudnn": "gpu", "splash": "tpu"}.get(setting, platform)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from imagent_jax.model.config import Qwen2VLConfig
@@ -52,7 +53,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
             f"product divides {len(devices)}, or -1 for one axis."
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-    return jax.make_mesh(shape, tuple(sizes), (AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
+    # `jax.make_mesh` refuses, on some TPUs, axes that are not products of the slice's own: 8 x 8 on 4 x 4 x 4
+    placed = create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), (AxisType.Auto,) * 3)
 
 
 def check_heads(cfg: Qwen2VLConfig, mesh: Mesh) -> None:

@@ -29,9 +29,20 @@ class _GroupMask(splash_mask.Mask):
         return self.g * self.s, self.p + self.g * self.s
 
     def __getitem__(self, index) -> np.ndarray:
-        q, k = (np.arange(n)[i] for i, n in zip(index, self.shape, strict=True))
-        q, k = q[:, None], k[None, :] - self.p
+        (q, q_end), (k, k_end) = (slice_.indices(n)[:2] for slice_, n in zip(index, self.shape, strict=True))
+        k, k_end, shape = k - self.p, k_end - self.p, (q_end - q, k_end - k)
+        same_row = q // self.s == (q_end - 1) // self.s == max(k, 0) // self.s == (k_end - 1) // self.s
+        if k_end <= 0 or (k >= 0 and same_row and q >= k_end - 1):
+            return _uniform(shape, True)  # without looking: a sequence of 10^5 tokens has 10^5 blocks
+        if k >= 0 and (q_end <= k or k_end <= q // self.s * self.s):
+            return _uniform(shape, False)
+        q, k = np.arange(q, q_end)[:, None], np.arange(k, k_end)[None, :]
         return (k < 0) | ((q // self.s == k // self.s) & (q >= k))
+
+
+@lru_cache
+def _uniform(shape: tuple[int, int], value: bool) -> np.ndarray:
+    return np.full(shape, value)
 
 
 @lru_cache

@@ -21,6 +21,10 @@ REMAT_POLICIES = {
 }
 
 
+UNROLLED = 8
+"""Training unrolls at most so many layers, which is faster; more are one loop, whose compilation does not grow with them."""
+
+
 class PromptCache(NamedTuple):
     """Keys and values of the prompts by layer, written once per group; layouts as in `attention.cached`."""
 
@@ -179,6 +183,6 @@ class Decoder(nnx.Module):
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         carry = constrain(prompt_x, GROUPS), constrain(x, GROUPS)
-        carry, _ = jax.lax.scan(layer, carry, weights(self.layers, dtype), unroll=True)
+        carry, _ = jax.lax.scan(layer, carry, weights(self.layers, dtype), unroll=self.cfg.num_layers <= UNROLLED)
         norm = partial(rms_norm, scale=weights(self, dtype)["norm"], eps=self.cfg.rms_norm_eps)
         return norm(carry[0]), norm(carry[1])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, get_mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh
 
 from imagent_jax.model.interleave import pad_prompts
 from imagent_jax.model.sharding import GROUPS
@@ -113,8 +113,12 @@ def place_groups(batch: GroupBatch) -> GroupBatch:
     if mesh.empty:
         return batch
     fields = {name: value for name, value in vars(batch).items() if value is not None}
-    places = {name: NamedSharding(mesh, PartitionSpec(*(None,) * _group_axis(name), GROUPS)) for name in fields}
-    return GroupBatch(**jax.device_put(fields, places))
+    return GroupBatch(**jax.device_put(fields, {name: group_sharding(mesh, name) for name in fields}))
+
+
+def group_sharding(mesh: Mesh, name: str) -> NamedSharding:
+    """Where a field of a `GroupBatch` lives: by groups over `GROUPS`."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * _group_axis(name), GROUPS))
 
 
 def _group_axis(name: str) -> int:

@@ -226,6 +226,11 @@ class RolloutEngine:
         return encoded
 
 
+def quarters(slots: int, group_size: int) -> tuple[int, int]:
+    """Slots admitted at once (a divisor of `slots`) and rows observed at once: at most, and about, a quarter of either."""
+    return max(d for d in range(1, -(-slots // 4) + 1) if slots % d == 0), -(-slots * group_size // 4)
+
+
 @dataclass
 class _Group:
     """A task in its slot, and what came of it."""
@@ -251,8 +256,7 @@ class _Run:
         self.cfg, self.model = engine.cfg, engine.model
         self.seed, self.temperature, self.greedy = sampling
         self.slots, self.rows = slots, slots * group_size
-        self.few = -(-self.rows // 4)
-        self.admitted = max(d for d in range(1, -(-slots // 4) + 1) if slots % d == 0)
+        self.admitted, self.few = quarters(slots, group_size)
         self.state = sampler.empty(
             self.model, slots, group_size, self.cfg.rollout.prompt_tokens, self.cfg.rollout.response_tokens
         )

@@ -55,9 +55,14 @@ def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, respons
     ))  # fmt: skip
 
 
+def axes(x) -> tuple:
+    """Where a leaf of the state lives: rows and slots over the devices of groups, heads of the caches (their only four axes)
+    over `tensor`."""
+    return GROUPS, *("tensor",) * (x.ndim == 4)
+
+
 def _placed(state: SamplerState) -> SamplerState:
-    """Rows and slots over the devices of groups, heads of the caches (their only four axes) over `tensor`."""
-    return jax.tree.map(lambda x: constrain(x, GROUPS, *("tensor",) * (x.ndim == 4)), state)
+    return jax.tree.map(lambda x: constrain(x, *axes(x)), state)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -1,0 +1,153 @@
+"""The plans of docs/plans.md: `python benchmarks/plans.py [NAME ...]` compiles them, `python benchmarks/plans.py
+--table` writes the page.
+
+Each is one command of `imagent_jax.plan`, whose figures go to benchmarks/results/plan_NAME.json; without names, those
+that are missing. Nothing is run on an accelerator, none is needed. The page holds what the files say and no more.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "plans.md"
+
+SMALL = "--rollout.groups=16 --rollout.group_size=8 --rollout.prompt_tokens=4096 --rollout.response_tokens=2048"
+LORA = "--lora.rank=16 --model.param_dtype=bfloat16"
+SEVEN = f"--config configs/qwen2_5_vl_7b_tpu.yaml --mesh.fsdp=-1 --grpo.minibatches=1 {SMALL}"
+PLANS = {
+    "7b_full_v5e_4x4": f"--topology v5e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4",
+    "7b_lora_v5e_4x4": f"--topology v5e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4 {LORA}",
+    "7b_full_v6e_4x4": f"--topology v6e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4",
+    "7b_lora_v6e_4x4": f"--topology v6e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4 {LORA}",
+    "7b_full_v5p_2x2x2": f"--topology v5p:2x2x2 {SEVEN} --grpo.micro_groups=8",
+    "7b_lora_v5p_2x2x2": f"--topology v5p:2x2x2 {SEVEN} --grpo.micro_groups=8 {LORA}",
+    "2b_full_v5e_2x2": "--topology v5e:2x2 --config configs/qwen2_vl_2b_gpu.yaml --mesh.fsdp=-1 --grpo.minibatches=1 "
+    f"{SMALL} --grpo.micro_groups=4",
+    "72b_full_v5p": "--topology v5p --config configs/qwen2_5_vl_7b_tpu.yaml --model.path=Qwen/Qwen2.5-VL-72B-Instruct "
+    f"--mesh.fsdp=-1 --mesh.tensor=8 --grpo.minibatches=1 --grpo.micro_groups=1 {SMALL}",
+}
+"""Their commands, after `python -m imagent_jax.plan`."""
+SCALES = {
+    "scale_7b_v5p": f"--topology v5p --scale=8,16,32,64,128,256 {SEVEN} --grpo.micro_groups=8",
+}
+COLUMNS = (
+    "plan", "slice", "chips", "parameters", "optimizer", "rollout's copy", "cache", "gradients", "most temporaries",
+    "in all", "of", "fits", "update takes at least",
+)  # fmt: skip
+
+
+def command(name: str) -> str:
+    return f"python -m imagent_jax.plan {(PLANS | SCALES)[name]} --json benchmarks/results/plan_{name}.json"
+
+
+def compile_plans(names: list[str]) -> None:
+    for name in names:
+        print(command(name), flush=True)
+        ended = subprocess.run([sys.executable, *command(name).split()[1:]], cwd=PAGE.parent.parent)
+        if ended.returncode not in (0, 1):
+            sys.exit(f"error: that ended with code {ended.returncode}; its own message stands above.")
+
+
+def load(names: Iterable[str]) -> dict[str, dict]:
+    files = {name: RESULTS / f"plan_{name}.json" for name in names}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def row(title: str, plan: dict) -> list[str]:
+    """A plan as cells of the first table."""
+    a, costs = plan["arrays"], [c for c in plan["costs"] if not c["refused"]]
+    most = max((c["temporaries"] for c in costs), default=0)
+    update = sum(c["bound_s"] * c["calls"] for c in costs if c["phase"] == "update")
+    arrays = [a[key] for key in ("parameters", "optimizer", "rollout's copy", "cache", "gradients")]
+    whole = not plan["stopped"] and len(costs) == len(plan["costs"])
+    gb = [f"{x / 1e9:.2f}" for x in (*arrays, most, plan["peak"], plan["memory"])]
+    fits = "yes" if plan["fits"] else "**no**"
+    return [title, plan["topology"], str(plan["chips"]), *gb, fits, f"{update:.2g} s" if whole else "–"]
+
+
+def options(settings: dict) -> str:
+    return " ".join(f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in settings.items())
+
+
+INTRO = """# Plans
+
+What runs need of slices that nobody has here, compiled ahead of time from shapes (`python -m imagent_jax.plan --help`).
+**No TPU was used for anything, and no figure is a time.** Memory is the compiler's account (arguments, temporaries,
+results, code), to which arrays that are alive beside a program are added by their shapes. Operations and bytes
+exchanged are counted in the programs; bounds on time follow from published figures of the chips.
+`python benchmarks/plans.py` writes the files in `benchmarks/results/` that `python benchmarks/plans.py --table` makes
+this page of.
+
+## Memory
+GB (10^9 bytes) of one chip. "In all" is the fullest program with what is alive beside it; a bound is of an update of
+all groups.
+"""
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a table, the first columns to the left."""
+    marks = "".join("---|" if i < left else "---:|" for i in range(len(columns)))
+    return [f"| {' | '.join(columns)} |", f"|{marks}", *(f"| {' | '.join(cells)} |" for cells in rows), ""]
+
+
+def both(name: str, plan: dict) -> list[tuple[str, dict]]:
+    """A plan, and the nearest that fits where it does not."""
+    near = plan.get("nearest")
+    return [(name, plan), *([(f"… with `{options(near['settings'])}`", near)] if near else [])]
+
+
+def program(c: dict) -> list[str]:
+    """A program as cells of a table."""
+    gb = [f"{c[key] / 1e9:.2f}" for key in ("arguments", "temporaries", "total")]
+    if c["refused"]:
+        return [c["name"], gb[0], "refused", f"> {gb[2]}", "", f"{c['flops'] / 1e12:.3g}", "", f"{c['compile_s']:.0f}"]
+    rest = f"{c['wire'] / 1e9:.3f}", f"{c['flops'] / 1e12:.3g}", f"{c['bound_s']:.2g}", f"{c['compile_s']:.0f}"
+    return [c["name"], *gb, *rest]
+
+
+def exchanged(c: dict) -> list[str]:
+    """What a program exchanges, as cells of a table."""
+    kinds = ", ".join(f"{x['kind']}[{x['size']}] {x['wire'] / 1e9:.3g}" for x in c["collectives"])
+    held = f"{'> ' * c['refused']}{c['total'] / 1e9:.2f}"
+    return [c["name"], held, f"{c['flops'] / 1e12:.3g}", f"{c['wire'] / 1e9:.3f}", kinds]
+
+
+def page() -> str:
+    plans, scales = load(PLANS), load(SCALES)
+    named = [pair for name, plan in plans.items() for pair in both(name, plan)]
+    lines = [INTRO, *table(COLUMNS, (row(*pair) for pair in named))]
+    if missing := [name for name in (*PLANS, *SCALES) if name not in plans | scales]:
+        lines += [f"Not compiled yet: {', '.join(missing)}.", ""]
+    if hopeless := [name for name, plan in plans.items() if not plan["fits"] and not plan.get("nearest")]:
+        lines += [f"None of the changes tried makes these fit: {', '.join(hopeless)}.", ""]
+    lines += ["## Programs", "Of one chip and one call. Received: bytes from other chips, at least.", ""]
+    figures = "arguments", "temporaries", "in all", "received", "TFLOP", "at least, s", "compiled in, s"
+    cells = ([title, *program(c)] for title, plan in named for c in plan["costs"])
+    lines += table(("plan", "program", *figures), cells, 2)
+    for name, record in scales.items():
+        lines += [f"## The same work a chip: {name}", "By kind: [devices in a group] and GB received.", ""]
+        cells = ([str(plan["chips"]), *exchanged(c)] for plan in record["scale"] for c in plan["costs"])
+        lines += table(("chips", "program", "GB held", "TFLOP", "GB received", "by kind"), cells, 2)
+    return "\n".join([*lines, "## Commands", "```", *(command(name) for name in (*plans, *scales)), "```"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*PLANS, *SCALES))}")
+    parser.add_argument("--table", action="store_true", help="write docs/plans.md from the result files")
+    args = parser.parse_args()
+    if wrong := [name for name in args.names if name not in PLANS | SCALES]:
+        parser.error(f"there is no plan {wrong[0]!r}; choose from {', '.join((*PLANS, *SCALES))}.")
+    if args.table:
+        PAGE.write_text(page())
+        print(f"Written to {PAGE}.")
+    else:
+        compile_plans(args.names or [name for name in (*PLANS, *SCALES) if not load([name])])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Runs imagent_jax.train on this host, again for as long as it ends with 75 (stopped from outside, saved), and continues
+# an earlier run of the same name: tpu/restart.sh --config FILE.yaml [--section.key VALUE ...]
+# SIGTERM to this script ends the run, which saves; the exit code is then the run's, 75.
+set -uo pipefail
+
+python=${PYTHON:-python}
+resume=$("$python" - "$@" <<'PY'
+import sys
+
+from etils import epath
+
+from imagent_jax.config import parse_args
+
+run = parse_args(sys.argv[1:]).run
+folder = epath.Path(getattr(run, "checkpoint_dir", "") or epath.Path(run.dir) / run.name / "checkpoints")
+print(str(folder.is_dir() and any(saved.name.isdigit() for saved in folder.iterdir())).lower())
+PY
+) || exit 2
+
+stopped=
+trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM
+while true; do
+  "$python" -m imagent_jax.train "$@" "--run.resume=$resume" &
+  child=$!
+  wait "$child"
+  code=$?
+  while kill -0 "$child" 2>/dev/null; do # a signal ended the waiting, not the run
+    wait "$child"
+    code=$?
+  done
+  [[ $code == 75 && -z $stopped ]] || exit "$code"
+  resume=true
+  sleep "${PAUSE:-5}"
+done
