@@ -30,6 +30,10 @@ class RunConfig:
     seed: int = field(default=0, metadata={"help": "seed of sampling and of the order of tasks"})
     checkpoint_every: int = field(default=40, metadata={"help": "steps between checkpoints (0: only at the end)"})
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
+    keep_best: int = field(default=1, metadata={"help": "checkpoints kept besides, of best held-out accuracy"})
+    checkpoint_dir: str = field(
+        default="", metadata={"help": "folder or gs://bucket/path of all runs' checkpoints ('': in the run's folder)"}
+    )
     resume: bool = field(default=False, metadata={"help": "continue the run of this name from its newest checkpoint"})
     compile_cache: str = field(
         default="~/.cache/imagent_jax/xla", metadata={"help": "folder of compiled programs kept between runs ('': none)"}
@@ -360,8 +364,8 @@ _ABOVE_ZERO = (
     "grpo.importance_cap", "lora.alpha",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "run.steps", "run.checkpoint_every", "run.log_trajectories", "eval.every", "grpo.kl", "grpo.clip_high",
-    "optim.weight_decay", "optim.warmup_steps", "lora.rank",
+    "run.steps", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every", "grpo.kl",
+    "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank",
 )  # fmt: skip
 _PATCH_PIXELS = 14 * 14  # a patch of Qwen2-VL and Qwen2.5-VL
 _SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}

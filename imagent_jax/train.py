@@ -1,6 +1,9 @@
 """The main job: train a multi-image agent by reinforcement learning from outcomes alone.
 
 `python -m imagent_jax.train [--config FILE.yaml] [--section.key VALUE ...]`; with no arguments, the embedded tiny world.
+
+Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wrong; 75 (`RESTART`) stopped by SIGTERM,
+as machines that are taken away send it: the run is saved, start it again with `--run.resume true`.
 """
 
 import math
@@ -30,12 +33,15 @@ from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import dropped_shares, mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
-from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
+from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine, Stopped
 from imagent_jax.rl.trajectory import EndReason
 from imagent_jax.runs import RunFolder
 from imagent_jax.tiny_base import base_folder
 from imagent_jax.tools import tools_by_name
 from imagent_jax.trajectory_log import TrajectoryLog
+
+RESTART = 75
+"""Exit code of a run that was stopped from outside and should be started again (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Parts:
@@ -91,10 +97,11 @@ def training_mesh(cfg: Config) -> Mesh:
 
 
 class Interrupt:
-    """While open, Ctrl-C and SIGTERM set `asked` (stop after the current step); a second one stops at once."""
+    """While open, Ctrl-C and SIGTERM set `asked` to the signal: stop after the current step. SIGTERM gives up rollouts
+    in progress; they come again, the same. A second signal stops at once."""
 
     def __enter__(self) -> "Interrupt":
-        self.asked = False
+        self.asked = 0
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -105,7 +112,7 @@ class Interrupt:
     def _ask(self, number, frame) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
 
 
 def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, list[list[dict]], dict[str, float]]:
@@ -130,7 +137,13 @@ def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, l
 
 
 def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, float]:
-    """Runs the whole job on the current mesh (`jax.set_mesh`); returns the last evaluation. See the module docstring."""
+    """Runs the whole job on the current mesh (`jax.set_mesh`); returns the last evaluation ({}: stopped before). See
+    the module docstring.
+
+    Raises:
+        ValueError: see `Parts`, `RunFolder`.
+        Stopped: by SIGTERM, in an evaluation before or after training, where all that can be saved is.
+    """
     began, compiles = time.perf_counter(), CompileCounter()
     use_compile_cache(cfg.run.compile_cache)
 
@@ -143,6 +156,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
     with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
         parts = Parts(cfg)
+        parts.engine.stop = lambda: interrupt.asked == signal.SIGTERM
         train_tasks, test_tasks = open_tasks(cfg.data, "train"), parts.test_tasks(cfg.eval.tasks)
     folder.log_faults([*train_tasks.faults, *parts.test_faults])
     log = TrajectoryLog(folder, parts.processor, cfg)
@@ -153,14 +167,13 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     learner = Learner(parts.model, cfg, optimizer, Tables(action, trajectory), reference)
     opt_state = learner.init(params)
     iterator = task_iterator(train_tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
-    step, evaluations = 0, {}
-    if cfg.run.resume:
-        trained, frozen = learner.split(params)
-        trained, opt_state, progress = folder.restore(trained, opt_state)
+    step, evaluations, unlogged = 0, {}, None  # unlogged: metrics of the last step, until they are complete
+    trained, frozen = learner.split(params)
+    if restored := folder.restore(trained, opt_state):
+        trained, opt_state, progress = restored
         params = nnx.merge_state(trained, frozen)
-        step, evaluations = progress["step"], progress["evaluations"]
+        step, evaluations, unlogged = (progress[key] for key in ("step", "evaluations", "unlogged"))
         iterator.set_state(progress["iterator"])
-        folder.rewind(step)
         console.print(f"Resumed after step {step}.")
 
     def held_out(count: int, name: str) -> dict[str, float]:
@@ -178,23 +191,38 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         )
         return metrics
 
-    def save() -> None:
-        folder.save(step, learner.split(params)[0], opt_state,
-                    {"step": step, "iterator": iterator.get_state(), "evaluations": evaluations})  # fmt: skip
+    def save(accuracy: float | None = None) -> None:
+        progress = {"step": step, "iterator": iterator.get_state(), "evaluations": evaluations, "unlogged": unlogged}
+        folder.save(step, learner.split(params)[0], opt_state, progress, accuracy)
+
+    def book(metrics: dict[str, float]) -> dict[str, float]:
+        """Evaluates where that is due, and logs the step."""
+        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
+            metrics = metrics | {f"eval/{k}": v for k, v in held_out(cfg.eval.during, f"step {step}").items()}
+        folder.log({"step": step} | metrics)
+        return metrics
 
     if "base" not in evaluations:
         evaluations["base"] = held_out(cfg.eval.tasks, "base")
         folder.log({"step": 0, "time/evaluation": evaluations["base"]["time/evaluation"]}
                    | {f"base/{k}": v for k, v in evaluations["base"].items()})  # fmt: skip
+        if cfg.run.checkpoint_every:
+            save()
+    if unlogged is not None:
+        book(unlogged)
+        unlogged = None
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     while step < cfg.run.steps and not interrupt.asked:
-        start, compiled = time.perf_counter(), compiles.count
-        tasks = next(iterator)
-        rollout = parts.engine.rollout(
-            params, tasks, group_size=cfg.rollout.group_size, seed=cfg.run.seed * 1_000_003 + step,
-            temperature=cfg.rollout.temperature,
-        )  # fmt: skip
+        start, compiled, place = time.perf_counter(), compiles.count, iterator.get_state()
+        try:
+            rollout = parts.engine.rollout(
+                params, next(iterator), group_size=cfg.rollout.group_size, seed=cfg.run.seed * 1_000_003 + step,
+                temperature=cfg.rollout.temperature,
+            )  # fmt: skip
+        except Stopped:
+            iterator.set_state(place)
+            break
         rewards, advantages, scored, metrics = judge(cfg, rollout)
         batch = pack_batch(rollout, rewards, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
         trained_from = time.perf_counter()
@@ -213,20 +241,23 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
             "vision/shown": rollout.store.shown,
             "compile/count": compiles.count - compiled,
         }
-        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
-            metrics |= {f"eval/{k}": v for k, v in held_out(cfg.eval.during, f"step {step}").items()}
-        folder.log({"step": step} | metrics)
         log.write(step, rollout.trajectories, scored, advantages)
+        unlogged = metrics
+        try:
+            metrics, unlogged = book(metrics), None
+        except Stopped:
+            break
         console.print(
             f"step {step:4d}/{cfg.run.steps}  reward {metrics['reward/total']:.3f}  right {100 * metrics['accuracy']:5.1f} %  "
             f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
             f"{metrics['time/step']:.1f} s (rollout {sum(rollout.times.values()):.1f}, train {metrics['time/train']:.1f})"
         )
         if cfg.run.checkpoint_every and step % cfg.run.checkpoint_every == 0:
-            save()
+            save(metrics.get("eval/accuracy"))
 
     # ---- the end ------------------------------------------------------------------------------------------------
     save()
+    folder.settle()
     if interrupt.asked:
         folder.close()
         write_report(folder.path)
@@ -246,12 +277,16 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 after one sentence about bad input."""
+    """Entry point; exit codes are those of the module docstring."""
     cfg = parse_args(argv)
     try:
         with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
-            train(cfg, Console(), interrupt)
-    except ValueError as error:
+            if not train(cfg, Console(), interrupt) and interrupt.asked == signal.SIGTERM:
+                return RESTART
+    except Stopped:
+        print("Stopped by SIGTERM; start again with --run.resume true.", file=sys.stderr)
+        return RESTART
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,7 +5,7 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -69,8 +69,18 @@ class RolloutBatch:
     image_token_id: int
 
 
+class Stopped(Exception):
+    """Rollouts were given up, because `RolloutEngine.stop` said so."""
+
+
 class RolloutEngine:
-    """Runs rollouts of a fixed shape; all that is random is a function of (seed, task uid, rollout, token)."""
+    """Runs rollouts of a fixed shape; all that is random is a function of (seed, task uid, rollout, token).
+
+    Attributes:
+        stop: asked before every chunk of tokens; once it says True, rollouts are given up (`Stopped`).
+    """
+
+    stop: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, model: Model, processor: Processor, tools: ToolSet, cfg: Config):
         self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
@@ -150,6 +160,7 @@ class RolloutEngine:
 
         Raises:
             ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
+            Stopped: see `stop`.
         """
         params = gather_params(params)
         store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs)
@@ -265,6 +276,8 @@ class _Run:
                 self._admit()
             while due := self._due():
                 self._observe(due)
+            if self.engine.stop():
+                raise Stopped
             if self.live.any():
                 self._decode()
             self._collect()
