@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
+from imagent_jax import hosts
 from imagent_jax.config import Config, RunConfig
 
 
@@ -38,7 +40,8 @@ def checksums(tree: Any) -> list[int]:
 
 
 class RunFolder:
-    """`runs/<name>/`. Everything appended is flushed at once; nothing written is lost by a later failure.
+    """`runs/<name>/`. Everything appended is flushed at once; nothing written is lost by a later failure. Of several
+    processes all make checkpoints together, and the first writes the rest.
 
     A checkpoint is one Orbax checkpoint, written in the background and given its name only once it is whole: trained
     parameters, optimizer state, and the progress of the run with the checksums of all. The newest `run.keep_checkpoints`
@@ -51,12 +54,9 @@ class RunFolder:
     def __init__(self, cfg: Config):
         self.path = Path(cfg.run.dir) / cfg.run.name
         self.checkpoints, self.seed = checkpoint_folder(cfg.run, self.path), cfg.run.seed
-        metrics, config = self.path / "metrics.jsonl", self.path / "config.yaml"
-        if metrics.exists() and not cfg.run.resume:
-            self._set_aside()
-        if cfg.run.resume and not (config.exists() or "://" in self.checkpoints or Path(self.checkpoints).is_dir()):
-            raise ValueError(f"run.resume is on, but {self.path} holds no checkpoints; check run.dir and run.name.")
-        (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
+        if hosts.is_writer():
+            self._prepare(cfg)
+        hosts.barrier("the run's folder is there")
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(cfg.run.keep_checkpoints)]
         if cfg.run.keep_best:
@@ -73,16 +73,26 @@ class RunFolder:
             )
             self.latest = self.manager.latest and self.manager.latest.step
         except Exception as error:
-            raise ValueError(f"The checkpoints in {self.checkpoints} cannot be read ({_reason(error)}).") from error
+            sentence = f"The checkpoints in {self.checkpoints} cannot be read ({_reason(error)}); delete what is damaged there."
+            raise ValueError(sentence) from error
         self.writing = None  # the checkpoint that is being written: its step, and what to wait for
         if self.latest is not None and not cfg.run.resume:
             raise ValueError(
                 f"{self.checkpoints} holds checkpoints of an earlier run; continue it with --run.resume true, or "
                 "choose another run.name."
             )
-        if self.latest is None:
-            metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-        config.write_text(cfg.to_yaml())
+        if hosts.is_writer():
+            if self.latest is None and (metrics := self.path / "metrics.jsonl").exists():
+                metrics.replace(f"{metrics}.before")  # of a run that was killed before its first checkpoint
+            (self.path / "config.yaml").write_text(cfg.to_yaml())
+
+    def _prepare(self, cfg: Config) -> None:
+        there = (self.path / "config.yaml").exists() or "://" in self.checkpoints or Path(self.checkpoints).is_dir()
+        if cfg.run.resume and not there:
+            raise ValueError(f"run.resume is on, but {self.path} holds no checkpoints; check run.dir and run.name.")
+        if not cfg.run.resume and (self.path / "metrics.jsonl").exists():
+            self._set_aside()
+        (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
 
     def _set_aside(self) -> None:
         """An earlier run of the same name is kept, under a number."""
@@ -93,12 +103,14 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one object to metrics.jsonl."""
+        if not hosts.is_writer():
+            return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def log_faults(self, faults: Sequence[Any]) -> None:
         """Lists the rows of data that were left out, one a line, in data_faults.txt (no file: none)."""
-        if faults:
+        if faults and hosts.is_writer():
             (self.path / "data_faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
 
     def log_trajectories(self, step: int, records: list[dict[str, Any]], name: str = "train") -> None:
@@ -168,7 +180,7 @@ class RunFolder:
         if progress["seed"] != self.seed:
             raise ValueError(f"run.seed is {self.seed}, but the run to resume has {progress['seed']}; set the same.")
         path = self.path / "metrics.jsonl"
-        if path.exists():
+        if path.exists() and hosts.is_writer():
             os.truncate(path, min(path.stat().st_size, progress["logged"]))
         return tree["params"], tree["opt_state"], progress
 
@@ -199,39 +211,30 @@ def _load(manager: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -
     try:
         metadata = manager.metadata(step)
         saved, progress = metadata.metadata, dict(metadata.custom_metadata or {})
-        counts = {name: (len(jax.tree.leaves(saved[name])), len(jax.tree.leaves(part))) for name, part in like.items()}
+        counts = {name: (_shapes(saved[name]), _shapes(part)) for name, part in like.items()}
     except Exception as error:
         raise ValueError(damaged.format(_reason(error))) from error
     if progress.pop("crc", None) != _crc(progress):
         raise ValueError(damaged.format("its progress is not what was saved"))
-    for name, (there, wanted) in counts.items():
-        if there != wanted:
+    for name, (there, here) in counts.items():
+        if there != here:
             raise ValueError(
-                f"Checkpoint {step} in {manager.directory} does not fit the model of its config: it holds {there} "
-                f"arrays of {name}, not {wanted}."
+                f"Checkpoint {step} in {manager.directory} does not fit the model of its config: of {name} it has "
+                f"{[*(there - here).elements()][:3]} where {[*(here - there).elements()][:3]} are wanted."
             )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     try:
         tree = manager.load(step, shapes)
     except Exception as error:
-        different = _different(saved, like)
-        sentence = f"Checkpoint {step} in {manager.directory} does not fit the model of its config: {different}."
-        raise ValueError(sentence if different else damaged.format(_reason(error))) from error
+        raise ValueError(damaged.format(_reason(error))) from error
     for name in like:
         if wrong := sum(a != b for a, b in zip(checksums(tree[name]), progress["sums"][name], strict=True)):
             raise ValueError(damaged.format(f"{wrong} arrays of {name} are not what was saved"))
     return tree, progress
 
 
-def _different(saved: Any, like: dict[str, Any]) -> str:
-    """The first array whose shape is not the saved one's, in words; "" where there is none."""
-    for name, part in like.items():
-        pairs = zip(jax.tree_util.tree_leaves_with_path(saved[name]), jax.tree.leaves(part), strict=True)
-        for (path, there), wanted in pairs:
-            if tuple(there.shape) != wanted.shape:
-                key = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
-                return f"{name}/{key} is {tuple(there.shape)} there and {wanted.shape} here"
-    return ""
+def _shapes(tree: Any) -> Counter:
+    return Counter(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def load_params(checkpoints: str, like, step: int | None = None):

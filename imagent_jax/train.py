@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 import jax
@@ -18,14 +19,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
+from imagent_jax import hosts
 from imagent_jax.compiling import CompileCounter, use_compile_cache
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.evaluate import comparison, evaluate, summarise
+from imagent_jax.hosts import RESTART
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.sharding import GROUPS, make_mesh, shardings
+from imagent_jax.model.sharding import GROUPS, gather_params, make_mesh, shardings
 from imagent_jax.report import write_report
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
@@ -39,9 +42,6 @@ from imagent_jax.runs import RunFolder
 from imagent_jax.tiny_base import base_folder
 from imagent_jax.tools import tools_by_name
 from imagent_jax.trajectory_log import TrajectoryLog
-
-RESTART = 75
-"""Exit code of a run that was stopped from outside and should be started again (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Parts:
@@ -84,9 +84,13 @@ def training_mesh(cfg: Config) -> Mesh:
     """The mesh of `cfg.mesh`, over whose data and fsdp axes every micro-batch is split by groups.
 
     Raises:
-        ValueError: its sizes do not divide the devices, or the groups of a micro-batch do not divide over it.
+        ValueError: its sizes do not divide the devices, or the groups of a micro-batch do not divide over it, or it is not
+            for several processes.
     """
     mesh = make_mesh(**vars(cfg.mesh))
+    hosts.check_mesh(mesh)
+    if jax.process_count() > 1 and not (cfg.model.freeze_vision and not cfg.lora.merger):
+        raise ValueError("Several processes cannot train the vision tower; set model.freeze_vision, unset lora.merger.")
     shards, micro = math.prod(mesh.shape[axis] for axis in GROUPS), min(cfg.grpo.micro_groups, cfg.rollout.groups)
     if micro % shards:
         raise ValueError(
@@ -120,7 +124,8 @@ def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, l
 
     A reward function that fails marks the trajectory FAULT: it is counted and never trains (promise 6).
     """
-    parts = [[score_trajectory(t, cfg.reward) for t in group] for group in rollout.trajectories]
+    own = hosts.share(rollout.trajectories)  # others have what a reward may look at, and may be paid to look
+    parts = hosts.join([[score_trajectory(t, cfg.reward) for t in group] for group in own])
     for group, scored in zip(rollout.trajectories, parts, strict=True):
         for t, part in zip(group, scored, strict=True):
             if part.pop("fault", False):
@@ -191,6 +196,11 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         )
         return metrics
 
+    def asked() -> int:
+        """The signal that any process got; all stop after the same step."""
+        interrupt.asked = max(hosts.gather(interrupt.asked))
+        return interrupt.asked
+
     def save(accuracy: float | None = None) -> None:
         progress = {"step": step, "iterator": iterator.get_state(), "evaluations": evaluations, "unlogged": unlogged}
         folder.save(step, learner.split(params)[0], opt_state, progress, accuracy)
@@ -213,7 +223,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         unlogged = None
 
     # ---- the loop -----------------------------------------------------------------------------------------------
-    while step < cfg.run.steps and not interrupt.asked:
+    while step < cfg.run.steps and not asked():
         start, compiled, place = time.perf_counter(), compiles.count, iterator.get_state()
         try:
             rollout = parts.engine.rollout(
@@ -258,18 +268,23 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     # ---- the end ------------------------------------------------------------------------------------------------
     save()
     folder.settle()
-    if interrupt.asked:
+    if asked():
         folder.close()
-        write_report(folder.path)
+        if hosts.is_writer():
+            write_report(folder.path)
         console.print(f"Stopped after step {step}; continue with --run.resume true.")
         return {}
     evaluations["trained"] = final = held_out(cfg.eval.tasks, "trained")
     folder.log({"step": step, "time/total": time.perf_counter() - began} | {f"final/{k}": v for k, v in final.items()})
-    checkpoint.save(folder.path / "model", *lora.merge(parts.model, params), source=parts.folder)
-    if cfg.lora.on:
-        lora.save(folder.path / "adapter", parts.model, params, base=cfg.model.path)
+    if jax.process_count() > 1:
+        params = hosts.own_copy(gather_params(params))
     folder.close()
-    write_report(folder.path)
+    if hosts.is_writer():
+        with hosts.alone():
+            checkpoint.save(folder.path / "model", *lora.merge(parts.model, params), source=parts.folder)
+            if cfg.lora.on:
+                lora.save(folder.path / "adapter", parts.model, params, base=cfg.model.path)
+        write_report(folder.path)
     console.print(comparison(evaluations["base"], final, f"{cfg.run.name}: {step} steps"))
     console.print(f"{time.perf_counter() - began:.0f} s in all. Model, metrics and checkpoints: {folder.path}")
     console.print(f"Report: {folder.path}/report.html. Look at trajectories: python -m imagent_jax.view {folder.path}")
@@ -278,18 +293,25 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit codes are those of the module docstring."""
-    cfg = parse_args(argv)
+    cfg, watch, code = parse_args(argv), None, 2
     try:
+        watch = hosts.start(cfg.distributed)
         with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
-            if not train(cfg, Console(), interrupt) and interrupt.asked == signal.SIGTERM:
-                return RESTART
+            final = train(cfg, Console(quiet=not hosts.is_writer()), interrupt)
+            code = RESTART if not final and interrupt.asked == signal.SIGTERM else 0
     except Stopped:
         print("Stopped by SIGTERM; start again with --run.resume true.", file=sys.stderr)
-        return RESTART
+        code = RESTART
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except Exception:
+        if watch is None:
+            raise
+        traceback.print_exc()
+        time.sleep(10)  # where another process has ended, `watch` says so first
+    if watch is not None:
+        watch.close() if code in (0, RESTART) else watch.fail(code)
+    return code
 
 
 if __name__ == "__main__":

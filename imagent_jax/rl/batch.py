@@ -114,7 +114,8 @@ def place_groups(batch: GroupBatch) -> GroupBatch:
         return batch
     fields = {name: value for name, value in vars(batch).items() if value is not None}
     places = {name: NamedSharding(mesh, PartitionSpec(*(None,) * _group_axis(name), GROUPS)) for name in fields}
-    return GroupBatch(**jax.device_put(fields, places))
+    shapes = {name: value.shape for name, value in fields.items()}  # every process has the whole, and places its part
+    return GroupBatch(**jax.make_array_from_process_local_data(places, fields, shapes))
 
 
 def _group_axis(name: str) -> int:
