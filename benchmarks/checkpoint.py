@@ -1,6 +1,6 @@
 """What a checkpoint costs the training loop: `python benchmarks/checkpoint.py [--size small] [--repeats 3]`.
 
-Steps are updates of the learner (`benchmarks/train_step.py`) of 8 groups of 8 rollouts, without the rollouts, which make a
+Steps are updates of the learner (`benchmarks/train_step.py`) of 4 groups of 8 rollouts, without the rollouts, which make a
 real step longer. Parameters and both moments of AdamW are saved after a step, asynchronously, and the next step runs while
 they are written. Stall: seconds until `RunFolder.save` returns. Writes benchmarks/results/checkpoint.json.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import common
 from train_step import Ours, Shape, make_problem
 
-SHAPE, QUICK = Shape(8, 8, 512, 64), Shape(2, 4, 64, 32)
+SHAPE, QUICK = Shape(4, 8, 512, 64), Shape(2, 4, 64, 32)
 
 
 def measure(size: str, shape: Shape, repeats: int, folder: Path) -> dict:

@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = RESTART
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if watch is None:
             raise
         traceback.print_exc()
