@@ -31,6 +31,10 @@ class RunConfig:
     seed: int = field(default=0, metadata={"help": "seed of sampling and of the order of tasks"})
     checkpoint_every: int = field(default=40, metadata={"help": "steps between checkpoints (0: only at the end)"})
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
+    keep_best: int = field(default=1, metadata={"help": "checkpoints kept besides, of best held-out accuracy"})
+    checkpoint_dir: str = field(
+        default="", metadata={"help": "folder or gs://bucket/path of all runs' checkpoints ('': in the run's folder)"}
+    )
     resume: bool = field(default=False, metadata={"help": "continue the run of this name from its newest checkpoint"})
     compile_cache: str = field(
         default="~/.cache/imagent_jax/xla", metadata={"help": "folder of compiled programs kept between runs ('': none)"}
@@ -229,6 +233,16 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, one job; TPU VMs, Slurm and Open MPI need none of this."""
+
+    coordinator: str = field(default="", metadata={"help": "host:port of process 0 ('': one process, or the cluster's)"})
+    num_processes: int = field(default=0, metadata={"help": "processes of the job (0: one, or as the cluster says)"})
+    process_id: int = field(default=-1, metadata={"help": "which of them this is, from 0 (-1: as the cluster says)"})
+    timeout_s: int = field(default=300, metadata={"help": "seconds to wait at the start for processes that are late"})
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
@@ -245,6 +259,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
@@ -363,14 +378,15 @@ _AT_LEAST_ONE = (
     "tools.confirm_min_pixels", "rollout.groups", "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens",
     "rollout.observation_tokens", "rollout.decode_chunk", "grpo.constant", "grpo.epochs", "grpo.minibatches",
     "grpo.micro_groups", "eval.tasks", "eval.during", "eval.groups", "model.logprob_chunk",
+    "distributed.timeout_s",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
     "grpo.importance_cap", "lora.alpha",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "run.steps", "run.checkpoint_every", "run.log_trajectories", "eval.every", "grpo.kl", "grpo.clip_high",
-    "optim.weight_decay", "optim.warmup_steps", "lora.rank",
+    "run.steps", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every", "grpo.kl",
+    "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank", "distributed.num_processes",
 )  # fmt: skip
 _PATCH_PIXELS = 14 * 14  # a patch of Qwen2-VL and Qwen2.5-VL
 _SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}

@@ -14,7 +14,7 @@ from imagent_jax.config import Config, MeshConfig, load_config
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.qwen2_vl import Model
 from imagent_jax.rl.learner import trained_filter
-from imagent_jax.runs import load_params
+from imagent_jax.runs import checkpoint_folder, load_params
 from imagent_jax.train import Parts
 
 
@@ -23,7 +23,7 @@ def trained_params(cfg: Config, run: Path, step: int | None) -> tuple[Path, Mode
     the step it comes from."""
     parts = Parts(replace(cfg, mesh=MeshConfig()))  # one device is enough, whatever the run had
     trained, frozen = nnx.split_state(parts.params, trained_filter(cfg), ...)
-    trained, step = load_params(run, trained, step)
+    trained, step = load_params(checkpoint_folder(cfg.run, run), trained, step)
     return parts.folder, *lora.merge(parts.model, nnx.merge_state(trained, frozen)), step
 
 

@@ -1,12 +1,16 @@
 """The main job: train a multi-image agent by reinforcement learning from outcomes alone.
 
 `python -m imagent_jax.train [--config FILE.yaml] [--section.key VALUE ...]`; with no arguments, the embedded tiny world.
+
+Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wrong; 75 (`RESTART`) stopped by SIGTERM,
+as machines that are taken away send it: the run is saved, start it again with `--run.resume true`.
 """
 
 import math
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 import jax
@@ -15,14 +19,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
+from imagent_jax import hosts
 from imagent_jax.compiling import CompileCounter, use_compile_cache
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.evaluate import comparison, evaluate, summarise
+from imagent_jax.hosts import RESTART
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.sharding import GROUPS, make_mesh, shardings
+from imagent_jax.model.sharding import GROUPS, gather_params, make_mesh, shardings
 from imagent_jax.report import write_report
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
@@ -31,7 +37,7 @@ from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import dropped_shares, mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
-from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
+from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine, Stopped
 from imagent_jax.rl.trajectory import EndReason
 from imagent_jax.runs import RunFolder
 from imagent_jax.tiny_base import base_folder
@@ -88,9 +94,13 @@ def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> M
     Args:
         devices: default all of `jax.devices()`.
     Raises:
-        ValueError: its sizes do not divide the devices, or the groups of a micro-batch do not divide over it.
+        ValueError: its sizes do not divide the devices, or the groups of a micro-batch do not divide over it, or it is not
+            for several processes.
     """
     mesh = make_mesh(**vars(cfg.mesh), devices=devices)
+    hosts.check_mesh(mesh)
+    if jax.process_count() > 1 and not (cfg.model.freeze_vision and not cfg.lora.merger):
+        raise ValueError("Several processes cannot train the vision tower; set model.freeze_vision, unset lora.merger.")
     shards, micro = math.prod(mesh.shape[axis] for axis in GROUPS), min(cfg.grpo.micro_groups, cfg.rollout.groups)
     if micro % shards:
         raise ValueError(
@@ -101,10 +111,11 @@ def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> M
 
 
 class Interrupt:
-    """While open, Ctrl-C and SIGTERM set `asked` (stop after the current step); a second one stops at once."""
+    """While open, Ctrl-C and SIGTERM set `asked` to the signal: stop after the current step. SIGTERM gives up rollouts
+    in progress; they come again, the same. A second signal stops at once."""
 
     def __enter__(self) -> "Interrupt":
-        self.asked = False
+        self.asked = 0
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -115,7 +126,7 @@ class Interrupt:
     def _ask(self, number, frame) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
 
 
 def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, list[list[dict]], dict[str, float]]:
@@ -123,7 +134,8 @@ def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, l
 
     A reward function that fails marks the trajectory FAULT: it is counted and never trains (promise 6).
     """
-    parts = [[score_trajectory(t, cfg.reward) for t in group] for group in rollout.trajectories]
+    own = hosts.share(rollout.trajectories)  # others have what a reward may look at, and may be paid to look
+    parts = hosts.join([[score_trajectory(t, cfg.reward) for t in group] for group in own])
     for group, scored in zip(rollout.trajectories, parts, strict=True):
         for t, part in zip(group, scored, strict=True):
             if part.pop("fault", False):
@@ -141,7 +153,13 @@ def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, l
 
 
 def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, float]:
-    """Runs the whole job on the current mesh (`jax.set_mesh`); returns the last evaluation. See the module docstring."""
+    """Runs the whole job on the current mesh (`jax.set_mesh`); returns the last evaluation ({}: stopped before). See
+    the module docstring.
+
+    Raises:
+        ValueError: see `Parts`, `RunFolder`.
+        Stopped: by SIGTERM, in an evaluation before or after training, where all that can be saved is.
+    """
     began, compiles = time.perf_counter(), CompileCounter()
     use_compile_cache(cfg.run.compile_cache)
 
@@ -154,6 +172,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
     with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
         parts = Parts(cfg)
+        parts.engine.stop = lambda: interrupt.asked == signal.SIGTERM
         train_tasks, test_tasks = open_tasks(cfg.data, "train"), parts.test_tasks(cfg.eval.tasks)
     folder.log_faults([*train_tasks.faults, *parts.test_faults])
     log = TrajectoryLog(folder, parts.processor, cfg)
@@ -164,15 +183,15 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     learner = Learner(parts.model, cfg, optimizer, Tables(action, trajectory), reference)
     opt_state = learner.init(params)
     iterator = task_iterator(train_tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
-    step, evaluations, history = 0, {}, []
-    if cfg.run.resume:
-        trained, frozen = learner.split(params)
-        trained, opt_state, progress = folder.restore(trained, opt_state)
+    step, evaluations, unlogged = 0, {}, None  # unlogged: metrics of the last step, until they are complete
+    trained, frozen = learner.split(params)
+    if restored := folder.restore(trained, opt_state):
+        trained, opt_state, progress = restored
         params = nnx.merge_state(trained, frozen)
-        step, evaluations = progress["step"], progress["evaluations"]
+        step, evaluations, unlogged = (progress[key] for key in ("step", "evaluations", "unlogged"))
         iterator.set_state(progress["iterator"])
-        history = folder.rewind(step)
         console.print(f"Resumed after step {step}.")
+    history = folder.history()
 
     def held_out(count: int, name: str) -> dict[str, float]:
         start = time.perf_counter()
@@ -189,23 +208,46 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         )
         return metrics
 
-    def save() -> None:
-        folder.save(step, learner.split(params)[0], opt_state,
-                    {"step": step, "iterator": iterator.get_state(), "evaluations": evaluations})  # fmt: skip
+    def asked() -> int:
+        """The signal that any process got; all stop after the same step."""
+        interrupt.asked = max(hosts.gather(interrupt.asked))
+        return interrupt.asked
+
+    def save(accuracy: float | None = None) -> None:
+        progress = {"step": step, "iterator": iterator.get_state(), "evaluations": evaluations, "unlogged": unlogged}
+        folder.save(step, learner.split(params)[0], opt_state, progress, accuracy)
+
+    def book(metrics: dict[str, float]) -> dict[str, float]:
+        """Evaluates where that is due, notes what the guards warn of, and logs the step."""
+        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
+            metrics = metrics | {f"eval/{k}": v for k, v in held_out(cfg.eval.during, f"step {step}").items()}
+        history.append(metrics)
+        if warnings := watch(history):
+            metrics["warnings"] = warnings
+        folder.log({"step": step} | metrics)
+        return metrics
 
     if "base" not in evaluations:
         evaluations["base"] = held_out(cfg.eval.tasks, "base")
         folder.log({"step": 0, "time/evaluation": evaluations["base"]["time/evaluation"]}
                    | {f"base/{k}": v for k, v in evaluations["base"].items()})  # fmt: skip
+        if cfg.run.checkpoint_every:
+            save()
+    if unlogged is not None:
+        book(unlogged)
+        unlogged = None
 
     # ---- the loop -----------------------------------------------------------------------------------------------
-    while step < cfg.run.steps and not interrupt.asked:
-        start, compiled = time.perf_counter(), compiles.count
-        tasks = next(iterator)
-        rollout = parts.engine.rollout(
-            params, tasks, group_size=cfg.rollout.group_size, seed=cfg.run.seed * 1_000_003 + step,
-            temperature=cfg.rollout.temperature,
-        )  # fmt: skip
+    while step < cfg.run.steps and not asked():
+        start, compiled, place = time.perf_counter(), compiles.count, iterator.get_state()
+        try:
+            rollout = parts.engine.rollout(
+                params, next(iterator), group_size=cfg.rollout.group_size, seed=cfg.run.seed * 1_000_003 + step,
+                temperature=cfg.rollout.temperature,
+            )  # fmt: skip
+        except Stopped:
+            iterator.set_state(place)
+            break
         rewards, advantages, scored, metrics = judge(cfg, rollout)
         batch = pack_batch(rollout, rewards, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
         trained_from = time.perf_counter()
@@ -224,38 +266,43 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
             "vision/shown": rollout.store.shown,
             "compile/count": compiles.count - compiled,
         }
-        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
-            metrics |= {f"eval/{k}": v for k, v in held_out(cfg.eval.during, f"step {step}").items()}
-        said = history[-1].get("warnings", {}) if history else {}
-        history.append(metrics)
-        if warnings := watch(history):
-            metrics["warnings"] = warnings
-        folder.log({"step": step} | metrics)
         log.write(step, rollout.trajectories, scored, advantages)
+        unlogged, said = metrics, history[-1].get("warnings", {}) if history else {}
+        try:
+            metrics, unlogged = book(metrics), None
+        except Stopped:
+            break
         console.print(
             f"step {step:4d}/{cfg.run.steps}  reward {metrics['reward/total']:.3f}  right {100 * metrics['accuracy']:5.1f} %  "
             f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
             f"{metrics['time/step']:.1f} s (rollout {sum(rollout.times.values()):.1f}, train {metrics['time/train']:.1f})"
         )
-        for name in warnings.keys() - said.keys():
-            console.print(f"[yellow]warning[/] ({name}): {warnings[name]}")
+        for name, sentence in metrics.get("warnings", {}).items():
+            if name not in said:
+                console.print(f"[yellow]warning[/] ({name}): {sentence}")
         if cfg.run.checkpoint_every and step % cfg.run.checkpoint_every == 0:
-            save()
+            save(metrics.get("eval/accuracy"))
 
     # ---- the end ------------------------------------------------------------------------------------------------
     save()
-    if interrupt.asked:
+    folder.settle()
+    if asked():
         folder.close()
-        write_report(folder.path)
+        if hosts.is_writer():
+            write_report(folder.path)
         console.print(f"Stopped after step {step}; continue with --run.resume true.")
         return {}
     evaluations["trained"] = final = held_out(cfg.eval.tasks, "trained")
     folder.log({"step": step, "time/total": time.perf_counter() - began} | {f"final/{k}": v for k, v in final.items()})
-    checkpoint.save(folder.path / "model", *lora.merge(parts.model, params), source=parts.folder)
-    if cfg.lora.on:
-        lora.save(folder.path / "adapter", parts.model, params, base=cfg.model.path)
+    if jax.process_count() > 1:
+        params = hosts.own_copy(gather_params(params))
     folder.close()
-    write_report(folder.path)
+    if hosts.is_writer():
+        with hosts.alone():
+            checkpoint.save(folder.path / "model", *lora.merge(parts.model, params), source=parts.folder)
+            if cfg.lora.on:
+                lora.save(folder.path / "adapter", parts.model, params, base=cfg.model.path)
+        write_report(folder.path)
     console.print(comparison({"base": evaluations["base"], "trained": final}, f"{cfg.run.name}: {step} steps"))
     console.print(f"{time.perf_counter() - began:.0f} s in all. Model, metrics and checkpoints: {folder.path}")
     console.print(f"Report: {folder.path}/report.html. Look at trajectories: python -m imagent_jax.view {folder.path}")
@@ -263,15 +310,26 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 after one sentence about bad input."""
-    cfg = parse_args(argv)
+    """Entry point; exit codes are those of the module docstring."""
+    cfg, watch, code = parse_args(argv), None, 2
     try:
+        watch = hosts.start(cfg.distributed)
         with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
-            train(cfg, Console(), interrupt)
-    except ValueError as error:
+            final = train(cfg, Console(quiet=not hosts.is_writer()), interrupt)
+            code = RESTART if not final and interrupt.asked == signal.SIGTERM else 0
+    except Stopped:
+        print("Stopped by SIGTERM; start again with --run.resume true.", file=sys.stderr)
+        code = RESTART
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except (Exception, KeyboardInterrupt):
+        if watch is None:
+            raise
+        traceback.print_exc()
+        time.sleep(10)  # where another process has ended, `watch` says so first
+    if watch is not None:
+        watch.close() if code in (0, RESTART) else watch.fail(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imagent_jax import hosts
 from imagent_jax.config import Config
 from imagent_jax.evals.scoring import score
 from imagent_jax.model.processor import Processor
@@ -45,10 +46,12 @@ class TrajectoryLog:
         Args:
             rewards: reward parts of every trajectory, and `advantages` [N G]; None in an evaluation, where nothing trains.
         """
-        if not self.limit:
+        if not self.limit or not hosts.is_writer():
             return
         records = []
         for n, group in enumerate(groups[: max(1, self.limit // len(groups[0]))]):
+            if group[0].registry is None:  # another process has its images
+                break
             self.names.clear()
             for g, t in enumerate(group):
                 paid = {} if rewards is None else rewards[n][g]

@@ -62,9 +62,10 @@ def test_observations_train_only_where_they_are_kept(parts, batch, rollout, conf
         trained[choice] = np.asarray(two_level_mask(batch.kind, batch.end, batch.advantages, *tables))
         if choice == "keep":
             old = jnp.asarray(batch.logprobs) - 0.5 * shown
+            loss = jax.jit(batch_loss, static_argnums=(0, 1))
             ours = [
-                jax.jit(batch_loss, static_argnums=(0, 1))(parts.model, config, parts.params, type(parts.params)({}), rollout.store.features,
-                           replace(batch, logprobs=logprobs), tables, 1.0, None, old)[0]
+                loss(parts.model, config, parts.params, type(parts.params)({}), rollout.store.features,
+                     replace(batch, logprobs=logprobs), tables, 1.0, None, old)[0]
                 for logprobs in (batch.logprobs, np.where(shown, 3.0, batch.logprobs).astype(np.float32))
             ]  # fmt: skip
             assert float(ours[0]) == float(ours[1])

@@ -113,7 +113,9 @@ def place_groups(batch: GroupBatch) -> GroupBatch:
     if mesh.empty:
         return batch
     fields = {name: value for name, value in vars(batch).items() if value is not None}
-    return GroupBatch(**jax.device_put(fields, {name: group_sharding(mesh, name) for name in fields}))
+    places = {name: group_sharding(mesh, name) for name in fields}
+    shapes = {name: value.shape for name, value in fields.items()}  # every process has the whole, and places its part
+    return GroupBatch(**jax.make_array_from_process_local_data(places, fields, shapes))
 
 
 def group_sharding(mesh: Mesh, name: str) -> NamedSharding:

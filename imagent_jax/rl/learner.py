@@ -122,7 +122,7 @@ class Learner:
         """
         cfg, sums = self.cfg.grpo, []
         size = min(cfg.micro_groups, len(batch.prompt_len))
-        reference = store.encode_again(self.reference) if cfg.kl else None
+        reference = (store.encode_again(self.reference) if self._learns(params) else store.features) if cfg.kl else None
 
         def with_logprobs(part: GroupBatch):  # micro-batch, the reference's log-probabilities, the trainer's at the start
             part = place_groups(part)
@@ -137,8 +137,8 @@ class Learner:
         index = np.arange(len(batch.prompt_len)) if cfg.kl else learning_groups(batch, size * cfg.minibatches)
         run = take_groups(batch, index, batch.response_ids.shape[-1])
         parts = [with_logprobs(part) for part in split_groups(run, size, self.widths)]
-        whole = part_normaliser(self.cfg, batch, self.tables)
-        idle = (whole - sum(part_normaliser(self.cfg, part, self.tables) for part, _, _ in parts)) / cfg.minibatches
+        whole = float(part_normaliser(self.cfg, batch, self.tables))
+        idle = (whole - sum(float(part_normaliser(self.cfg, part, self.tables)) for part, _, _ in parts)) / cfg.minibatches
         for epoch in range(cfg.epochs):
             order = np.random.default_rng(epoch).permutation(len(parts))
             for chunk in np.array_split(order, cfg.minibatches):
@@ -150,6 +150,10 @@ class Learner:
         sums = jax.device_get(sums)
         return params, opt_state, {key: float(np.mean([m[key] for m in sums])) for key in sums[0]}
 
+    def _learns(self, params) -> bool:
+        """Whether anything in the vision tower is trained."""
+        return "vision" in self.split(params)[0]
+
     def _score(self, params, part, features):
         return score_jit(self.model, params, part, features, temperature=self.cfg.rollout.temperature)[0]
 
@@ -157,7 +161,7 @@ class Learner:
         """Gradient and metrics of one update. `idle`: what groups that are not run add to the denominator; `fresh`: the
         rollout's features are those of these parameters."""
         trained, frozen = self.split(params)
-        learns = "vision" in trained
+        learns = self._learns(params)
         features = store.features if fresh or not learns else store.encode_again(params)
         total = jax.tree.map(jnp.zeros_like, (trained, features) if learns else (trained,))
         normaliser = idle + sum(part_normaliser(self.cfg, part, self.tables) for part, _, _ in parts)

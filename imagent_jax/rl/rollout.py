@@ -1,18 +1,21 @@
 """Rollouts: N tasks x G rollouts, many turns, tools on the host, observations appended to the kept cache."""
 
+import contextlib
 import io
 import re
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 from flax import nnx
 from PIL import Image
 
+from imagent_jax import hosts
 from imagent_jax.config import Config
 from imagent_jax.data.task import Task
 from imagent_jax.model.features import FeatureStore
@@ -63,10 +66,14 @@ class RolloutBatch:
     prompts: list[Encoded]
     prompt_vision: list[np.ndarray]
     trajectories: list[list[Trajectory]]
-    store: FeatureStore
+    store: FeatureStore | SimpleNamespace
     times: dict[str, float]
     sampled_tokens: int
     image_token_id: int
+
+
+class Stopped(Exception):
+    """Rollouts were given up, because `RolloutEngine.stop` said so."""
 
 
 class RolloutEngine:
@@ -74,9 +81,11 @@ class RolloutEngine:
 
     Attributes:
         look: what the policy is shown in place of an image (registry, entry, is it an observation?); None: the image.
+        stop: asked before every chunk of tokens; once it says True, rollouts are given up (`Stopped`).
     """
 
     look: Callable[[ImageRegistry, ImageEntry, bool], Image.Image] | None = None
+    stop: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, model: Model, processor: Processor, tools: ToolSet, cfg: Config):
         self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
@@ -149,7 +158,8 @@ class RolloutEngine:
         slots: int | None = None,
         packs: int | None = None,
     ) -> RolloutBatch:
-        """`group_size` rollouts of every task, until each has ended.
+        """`group_size` rollouts of every task, until each has ended. Of several processes each runs its share, with its own
+        tools and images, on its own devices; they return the same batch, whose images only their own process has.
 
         Args:
             slots: groups in progress at a time (default: all tasks); a finished group's slot goes to the next task.
@@ -157,10 +167,23 @@ class RolloutEngine:
 
         Raises:
             ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
+            Stopped: see `stop`.
         """
-        params = gather_params(params)
+        params, sampling = gather_params(params), (seed, temperature, greedy)
+        if jax.process_count() == 1:
+            return self._rollout(params, tasks, group_size, sampling, slots or len(tasks), packs)
+        own, part, room = None, hosts.share(tasks), -(-(slots or len(tasks)) // jax.process_count())
+        params = hosts.own_copy(params)
+        with contextlib.suppress(Stopped), hosts.alone():
+            own = self._rollout(params, part, group_size, sampling, room, packs)
+        if any(hosts.gather(own is None)):
+            raise Stopped
+        return join_batches(own, tasks)
+
+    def _rollout(self, params, tasks, group_size: int, sampling, slots: int, packs: int | None) -> RolloutBatch:
+        """On the current mesh."""
         store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs)
-        run = _Run(self, params, store, list(tasks), group_size, slots or len(tasks), (seed, temperature, greedy))
+        run = _Run(self, params, store, list(tasks), group_size, slots, sampling)
         run.to_the_end()
         store.params = None  # it encodes no more: gathered parameters are not kept while training
         done = run.done
@@ -231,6 +254,38 @@ def quarters(slots: int, group_size: int) -> tuple[int, int]:
     return max(d for d in range(1, -(-slots // 4) + 1) if slots % d == 0), -(-slots * group_size // 4)
 
 
+def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
+    """The batch of all `tasks`, of which this process has rolled out its share: the others' trajectories come without
+    images, and everybody's encoded images are stacked, on the current mesh."""
+    rows = max(hosts.gather(own.store.features.shape[0]))
+    features, first = hosts.stack_rows(own.store.features, rows)
+
+    def moved(vision):
+        return np.where(vision >= 0, vision + first, -1).astype(np.int32)
+
+    own.prompt_vision = [moved(vision) for vision in own.prompt_vision]
+    for t in (t for group in own.trajectories for t in group):
+        t.vision = moved(t.vision)
+    light = replace(
+        own, tasks=[], store=SimpleNamespace(encoded=own.store.encoded, shown=own.store.shown),
+        prompts=[prompt._replace(images=[]) for prompt in own.prompts],
+        trajectories=[[replace(t, registry=None, task=replace(t.task, images=())) for t in group] for group in own.trajectories],
+    )  # fmt: skip
+    everyone = hosts.gather(light)
+    everyone[jax.process_index()].trajectories = own.trajectories
+
+    def chain(name):
+        return [item for one in everyone for item in getattr(one, name)]
+
+    return RolloutBatch(
+        list(tasks), chain("prompts"), chain("prompt_vision"), chain("trajectories"),
+        SimpleNamespace(features=features, encoded=sum(one.store.encoded for one in everyone),
+                        shown=sum(one.store.shown for one in everyone)),
+        {name: max(one.times.get(name, 0.0) for one in everyone) for name in everyone[0].times},
+        sum(one.sampled_tokens for one in everyone), own.image_token_id,
+    )  # fmt: skip
+
+
 @dataclass
 class _Group:
     """A task in its slot, and what came of it."""
@@ -276,6 +331,8 @@ class _Run:
                 self._admit()
             while due := self._due():
                 self._observe(due)
+            if self.engine.stop():
+                raise Stopped
             if self.live.any():
                 self._decode()
             self._collect()

@@ -1,0 +1,164 @@
+"""Several processes are one job: the same metrics as one process and one device, and none outlives another's death."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from imagent_jax import watcher
+from imagent_jax.hosts import RESTART
+
+ROOT = Path(__file__).parent.parent
+JOB = [
+    "--run.steps=2", "--rollout.groups=8", "--rollout.group_size=2", "--rollout.response_tokens=64", "--grpo.micro_groups=8",
+    "--grpo.minibatches=1", "--images.pack_blocks=4", "--images.packs=8", "--eval.tasks=5", "--eval.groups=4", "--eval.every=0",
+    "--data.train_size=64", "--data.test_size=32", "--tools.timeout_s=600", "--tools.patience_s=600", "--run.checkpoint_every=1",
+]  # fmt: skip
+TOGETHER = 900  # seconds that devices may wait for each other, on few cores
+
+
+def start(folder: Path, name: str, devices: int, *flags: str) -> subprocess.Popen:
+    """The main job in a process of its own with `devices` simulated devices."""
+    options = [
+        f"--xla_force_host_platform_device_count={devices}", "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",  # compiling is most of the time
+        f"--xla_cpu_collective_call_terminate_timeout_seconds={TOGETHER}",
+    ]  # fmt: skip
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(options), "PYTHONFAULTHANDLER": "0",
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # two programs in flight can starve each other's collectives of threads
+    }  # fmt: skip
+    command = [sys.executable, "-m", "imagent_jax.train", *JOB, f"--run.dir={folder}", f"--run.name={name}",
+               "--run.compile_cache=~/.cache/imagent_jax/tests", f"--data.cache_dir={folder}/data", *flags]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def start_two(folder: Path, name: str, *flags: str) -> list[subprocess.Popen]:
+    """The job in two processes of four devices on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [f"--distributed.coordinator=127.0.0.1:{port}", "--distributed.num_processes=2", "--mesh.fsdp=-1", *flags]
+    return [start(folder, name, 4, *both, f"--distributed.process_id={i}") for i in range(2)]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """What they printed."""
+    ends = [process.communicate(timeout=TOGETHER) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), [end[-2000:] for _, end in ends]
+    return [out for out, _ in ends]
+
+
+def records(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = "time/|compile/|per_second|vision/"  # images are encoded once a process
+    return [{k: v for k, v in line.items() if not re.search(clock, k)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The job on one device, on one process of eight, and on two of four."""
+    folder = tmp_path_factory.mktemp("hosts")
+    finish([start(folder, "one", 1)])
+    finish([start(folder, "eight", 8, "--mesh.fsdp=8")])
+    out = finish(start_two(folder, "two"))
+    assert "trained: " in out[0] and "trained: " not in out[1]
+    return folder
+
+
+@pytest.mark.parametrize(("other", "within"), [("eight", 1e-5), ("one", 1e-4)])
+def test_two_processes_give_the_metrics_of_one(folder, other, within):
+    a, b = records(folder / "two"), records(folder / other)
+    assert [record["step"] for record in a] == [record["step"] for record in b] == [0, 1, 2, 2]
+    assert all("reward/total" in record and record["loss"] != 0 for record in a[1:3])
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            assert x[key] == pytest.approx(y[key], abs=within, rel=within), (x["step"], key)
+
+
+def test_trajectories_are_the_same_wherever_they_run(folder):
+    for name in ("train-000001", "train-000002"):
+        two, one = (
+            [json.loads(line) for line in (folder / run / f"trajectories/{name}.jsonl").read_text().splitlines()]
+            for run in ("two", "one")
+        )
+        assert len(two) == 8 and len(one) == 16  # the first process writes those whose images it has
+        for a, b in zip(two, one, strict=False):
+            assert a["tokens"]["ids"] == b["tokens"]["ids"] and a["images"] == b["images"]
+
+
+def test_two_processes_resume_what_one_began_and_one_what_two_did(folder):
+    """Each continues the other's checkpoint for a step."""
+    finish(start_two(folder, "eight", "--run.resume=true", "--run.steps=3"))
+    finish([start(folder, "two", 1, "--run.resume=true", "--run.steps=3")])
+    a, b = records(folder / "two"), records(folder / "eight")
+    assert [record["step"] for record in a] == [record["step"] for record in b] == [0, 1, 2, 3, 3]
+    assert a[3]["reward/total"] == pytest.approx(b[3]["reward/total"], abs=1e-4)
+
+
+def underway(folder: Path) -> list[subprocess.Popen]:
+    """Two processes that have made a step of very many."""
+    processes = start_two(folder, "cut", "--run.steps=500")
+    path, deadline = folder / "cut/metrics.jsonl", time.time() + TOGETHER
+    while not (path.exists() and len(path.read_text().splitlines()) >= 2) and time.time() < deadline:
+        time.sleep(0.2)
+    assert path.exists(), processes[0].communicate()[1][-2000:]
+    return processes
+
+
+def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
+    processes = underway(tmp_path)
+    processes[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=TOGETHER)[1] for process in processes]
+    assert [process.returncode for process in processes] == [RESTART, RESTART], errors
+    last = records(tmp_path / "cut")[-1]["step"]
+    assert (tmp_path / f"cut/checkpoints/{last}").is_dir() and "ended before its time" not in "".join(errors)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_the_death_of_a_process_ends_the_others_with_its_name(tmp_path, victim):
+    processes = underway(tmp_path)
+    processes[victim].send_signal(signal.SIGKILL)
+    _, error = processes[1 - victim].communicate(timeout=60)
+    sentence = f"error: process {victim} ("
+    assert sentence in error and "start all processes again with --run.resume true." in error, error[-3000:]
+    assert processes[1 - victim].returncode in (RESTART, -signal.SIGABRT)  # without process 0, JAX may be first to end it
+    processes[victim].communicate()
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+@pytest.mark.parametrize("peace", [True, False])
+def test_watchers_tell_a_death_from_an_end_in_peace(ends, peace):
+    """Two watchers, whose processes this test plays; `ends` goes first."""
+    pair = socket.socketpair()
+    watchers = [
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", watcher.__file__, json.dumps({pair[i].fileno(): f"process {1 - i}"}), str(i)],
+            pass_fds=[pair[i].fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for end in pair:
+        end.close()
+    first, other = watchers[ends], watchers[1 - ends]
+    assert first.communicate("bye" if peace else "", timeout=30) == ("", "")
+    if peace:
+        assert other.communicate("bye", timeout=30) == ("", "")
+    else:
+        assert other.stdout.readline() == "ended\n"
+        assert f"error: process {ends} has ended before its time" in other.communicate(timeout=30)[1]
+
+
+def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path):
+    processes = start_two(tmp_path, "refused", "--mesh.fsdp=1")
+    errors = [process.communicate(timeout=TOGETHER)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    assert all("The mesh has 1 of the 8 devices of 2 processes; set mesh.data or mesh.fsdp to -1" in e for e in errors)
