@@ -415,11 +415,11 @@ def _compare(rng: np.random.Generator, count: int) -> _Plan:
 
 def _find(rng: np.random.Generator, count: int) -> _Plan:
     required, forbidden = _empty(count)
-    image, colour, digit = int(rng.integers(count)), str(rng.choice(COLOURS)), int(rng.integers(10))
+    image, colour = int(rng.integers(count)), str(rng.choice(COLOURS))
     for other in range(count):
-        required[other][colour] = digit if other == image else (digit + int(rng.integers(1, 10))) % 10
+        required[other][colour] = int(rng.integers(5, 10) if other == image else rng.integers(0, 5))
     targets = [(n + 1, colour) for n in range(count)]
-    question = f"In which image does the {colour} tag show {digit}?"
+    question = f"In which image does the {colour} tag show a digit larger than 4?"
     return _Plan(question, f"Image {image + 1}", "choice", required, forbidden, targets)
 
 

@@ -29,13 +29,13 @@ BOX = 200
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
 TURN = "<|im_end|>\n<|im_start|>"
-FORMS = {"crop": 0.02, "thumbnail": 0.01, "crops": 0.13, "thumbnails": 0.04, "calls": 0.80}
+FORMS = {"crop": 0.03, "thumbnail": 0.02, "crops": 0.25, "thumbnails": 0.15, "calls": 0.55}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
 """The same at the beginning: seeing comes before choosing among images."""
 THUMBNAIL_MIX = {"locate": 0.20, "look": 0.76, "guess": 0.04}
 """What is asked in a "thumbnails" group."""
-CALL_MIX = {"question": 0.80, "guess": 0.03, "request": 0.02, "command": 0.15}
+CALL_MIX = {"question": 0.60, "guess": 0.05, "request": 0.05, "command": 0.30}
 """What the responses of a "calls" group answer: a question by calls, one by a guess, a request to use tools, a command that
 says which calls to make."""
 LEAN = (0.25, 0.20)
@@ -156,8 +156,8 @@ def compare_question(colour: str, a: int, b: int) -> str:
     return f"Which image has the larger digit on its {colour} tag, Image {a} or Image {b}?"
 
 
-def find_question(colour: str, digit: int) -> str:
-    return f"In which image does the {colour} tag show {digit}?"
+def find_question(colour: str) -> str:
+    return f"In which image does the {colour} tag show a digit larger than 4?"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
     n = len(scenes)
     a, b = (int(i) + 1 for i in rng.permutation(n)[:2])
     absent = [{c for c in COLOURS if not scene.tag(c)} for scene in scenes]
-    kind = _pick(rng, ("read", "sum", "compare", *("find",) * 9))
+    kind = _pick(rng, ("read", "sum", "compare", "find", "find", "find"))
     shared = sorted(absent[a - 1] & absent[b - 1] if kind == "compare" else set.intersection(*absent))
     if kind == "sum":
         pairs = [(image, _pick(rng, sorted(absent[image - 1]))) for image in (a, b)]
@@ -198,14 +198,16 @@ def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
         return Unanswerable(compare_question(_pick(rng, shared), a, b), 2, larger)
     if kind == "find" and shared:
         tags = tuple(_pick(rng, scene.tags) for scene in scenes)  # of other colours than the question's
-        digit = _pick(rng, tags).digit
+        for _ in range(20):
+            if sum(tag.digit > 4 for tag in tags) != 1:  # as in the world; where no tags do, any
+                tags = tuple(_pick(rng, scene.tags) for scene in scenes)
 
-        def left(seen):  # the image that showed it, or those not read
-            found = [image for image, shown in seen if shown == digit]
+        def left(seen):  # the image that showed one, or those not read
+            found = [image for image, shown in seen if shown > 4]
             return found[-1:] or [image for image in range(1, n + 1) if image not in dict(seen)]
 
         return Unanswerable(
-            find_question(_pick(rng, shared), digit), n, lambda seen: f"Image {_pick(rng, left(seen) or range(1, n + 1))}",
+            find_question(_pick(rng, shared)), n, lambda seen: f"Image {_pick(rng, left(seen) or range(1, n + 1))}",
             settled=lambda seen: len(left(seen)) == 1, targets=tags,
         )  # fmt: skip
     question = read_question(rng, a, _pick(rng, sorted(absent[a - 1])))
@@ -347,18 +349,17 @@ def about(rng, seen: list[tuple[int, Tag]], images: int = 0) -> tuple[str, str, 
     of one colour were seen in all `images`, one is found without reading the last."""
     ordered, seen = seen, [seen[i] for i in rng.permutation(len(seen))]
     (a, first), (b, second) = seen[0], seen[-1]
-    kind = _pick(rng, ("read", "sum", "sum", "compare", *("find",) * 6))  # where tags allow it; else the sum
+    kind = _pick(rng, ("read", "sum", "sum", "compare", "find", "find", "find", "find"))  # where tags allow it; else the sum
     if len(seen) == 1 or kind == "read":
         return read_question(rng, a, first.colour), _reading(a, first), str(first.digit)
     if kind == "compare" and first.colour == second.colour and first.digit != second.digit:
         evidence = _reading(a, first) + _reading(b, second)
         return compare_question(first.colour, a, b), evidence, f"Image {a if first.digit > second.digit else b}"
     alike = [(n, tag) for n, tag in ordered if tag.colour == first.colour]
-    if kind == "find" and len({tag.digit for _, tag in alike}) == len(alike):
-        last = int(rng.integers(len(alike)))
-        image, tag = alike[last]
-        evidence = [_reading(n, t) for n, t in alike[: last + 1]][: images - 1 if len(alike) == images else None]
-        return find_question(tag.colour, tag.digit), "".join(evidence), f"Image {image}"
+    large = [at for at, (_, tag) in enumerate(alike) if tag.digit > 4]
+    if kind == "find" and len(large) == 1:
+        evidence = [_reading(n, t) for n, t in alike[: large[0] + 1]][: images - 1 if len(alike) == images else None]
+        return find_question(first.colour), "".join(evidence), f"Image {alike[large[0]][0]}"
     evidence = _reading(a, first) + _reading(b, second)
     return sum_question(rng, (a, first.colour), (b, second.colour)), evidence, str(first.digit + second.digit)
 
