@@ -99,8 +99,8 @@ def _solve(task) -> str:
         return f"Image {max((a, b), key=lambda n: tags[n - 1][colour])}"
     if task.kind == "find":
         assert having == list(range(1, len(tags) + 1))
-        digit = int(re.search(r"show (\d)", task.question)[1])
-        (image,) = (n for n, image in enumerate(tags, 1) if image[colour] == digit)
+        least = int(re.search(r"larger than (\d)", task.question)[1])
+        (image,) = (n for n, image in enumerate(tags, 1) if image[colour] > least)
         return f"Image {image}"
     if task.kind == "count":
         return str(len(having))
