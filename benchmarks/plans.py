@@ -44,10 +44,11 @@ def command(name: str) -> str:
     return f"python -m imagent_jax.plan {(PLANS | SCALES)[name]} --json benchmarks/results/plan_{name}.json"
 
 
-def compile_plans(names: list[str]) -> None:
+def compile_plans(names: list[str], only: str | None) -> None:
     for name in names:
-        print(command(name), flush=True)
-        ended = subprocess.run([sys.executable, *command(name).split()[1:]], cwd=PAGE.parent.parent)
+        line = command(name) + (f" --only {only}" if only else "")
+        print(line, flush=True)
+        ended = subprocess.run([sys.executable, *line.split()[1:]], cwd=PAGE.parent.parent)
         if ended.returncode not in (0, 1):
             sys.exit(f"error: that ended with code {ended.returncode}; its own message stands above.")
 
@@ -65,7 +66,7 @@ def row(title: str, plan: dict) -> list[str]:
     arrays = [a[key] for key in ("parameters", "optimizer", "rollout's copy", "cache", "gradients")]
     whole = not plan["stopped"] and len(costs) == len(plan["costs"])
     gb = [f"{x / 1e9:.2f}" for x in (*arrays, most, plan["peak"], plan["memory"])]
-    fits = "yes" if plan["fits"] else "**no**"
+    fits = ("so far" if plan["stopped"] else "yes") if plan["fits"] else "**no**"
     return [title, plan["topology"], str(plan["chips"]), *gb, fits, f"{update:.2g} s" if whole else "–"]
 
 
@@ -120,6 +121,9 @@ def page() -> str:
     plans, scales = load(PLANS), load(SCALES)
     named = [pair for name, plan in plans.items() for pair in both(name, plan)]
     lines = [INTRO, *table(COLUMNS, (row(*pair) for pair in named))]
+    part = {name: ", ".join(c["name"] for c in plan["costs"]) for name, plan in plans.items() if plan["stopped"]}
+    if partly := [f"{name} ({names})" for name, names in part.items()]:
+        lines += [f"Compiled in part: {'; '.join(partly)}.", ""]
     if missing := [name for name in (*PLANS, *SCALES) if name not in plans | scales]:
         lines += [f"Not compiled yet: {', '.join(missing)}.", ""]
     if hopeless := [name for name, plan in plans.items() if not plan["fits"] and not plan.get("nearest")]:
@@ -132,12 +136,14 @@ def page() -> str:
         lines += [f"## The same work a chip: {name}", "By kind: [devices in a group] and GB received.", ""]
         cells = ([str(plan["chips"]), *exchanged(c)] for plan in record["scale"] for c in plan["costs"])
         lines += table(("chips", "program", "GB held", "TFLOP", "GB received", "by kind"), cells, 2)
-    return "\n".join([*lines, "## Commands", "```", *(command(name) for name in (*plans, *scales)), "```"]) + "\n"
+    commands = [record["command"] for record in (plans | scales).values()]
+    return "\n".join([*lines, "## Commands", "```", *commands, "```"]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*PLANS, *SCALES))}")
+    parser.add_argument("--only", metavar="PROGRAM,...", help="see imagent_jax.plan")
     parser.add_argument("--table", action="store_true", help="write docs/plans.md from the result files")
     args = parser.parse_args()
     if wrong := [name for name in args.names if name not in PLANS | SCALES]:
@@ -146,7 +152,7 @@ def main() -> None:
         PAGE.write_text(page())
         print(f"Written to {PAGE}.")
     else:
-        compile_plans(args.names or [name for name in (*PLANS, *SCALES) if not load([name])])
+        compile_plans(args.names or [name for name in (*PLANS, *SCALES) if not load([name])], args.only)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ not, 2: bad input.
     --scale 8,16,32       the same work a chip on slices of so many chips: bytes exchanged and FLOPs
     --json FILE           all figures, as JSON
     --no-remedy           do not look for changes that fit
+    --only NAME,NAME      these programs of a step alone; then "fits" is said of them
 
 Bounds on time are what the published figures of a chip allow at best (`CHIPS`), never a time: FLOPs at the peak rate,
 arguments and results once through HBM, collectives at the full rate of the links; the slowest of the three.
@@ -51,7 +52,7 @@ class Plan:
     settings: dict[str, Any]
     arrays: dict[str, int]
     costs: list[Cost]
-    stopped: bool = False  # at the first program that does not fit: the others were not compiled
+    stopped: bool = False  # there are programs that were not compiled
 
     @property
     def peak(self) -> Cost:
@@ -117,7 +118,12 @@ def make_plan(
     }
     settings = {name: cfg.get(name) for name in ASPECTS}
     plan = Plan(topology, held.mesh.size, dict(held.mesh.shape), chip.memory, settings, arrays, [])
-    chosen = [p for p in programs(held) if not only or p.name in only]
+    every = list(programs(held))
+    if wrong := set(only) - {p.name for p in every}:
+        names = ", ".join(p.name for p in every)
+        raise ValueError(f"This run has no program {min(wrong)!r}; choose from {names}.")
+    chosen = [p for p in every if not only or p.name in only]
+    plan.stopped = len(chosen) < len(every)
     for program in sorted(chosen, key=lambda p: p.name not in first):
         found = cost(held, program, chip)
         plan.costs.append(found)
@@ -279,6 +285,7 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row(c.name, calls, *gb, f"{c.flops / 1e12:.3g}", bound, f"{c.compile_s:.0f} s")
     console.print(table)
     verdict = "fits" if plan.fits else "does NOT fit"
+    verdict += ", as far as it was compiled" * plan.stopped
     console.print(
         f"Most in {plan.peak.name}: {plan.peak.total / 1e9:.2f} of {plan.memory / 1e9:.2f} GB. It {verdict}.",
         soft_wrap=True,
@@ -303,7 +310,9 @@ def scale(cfg: Config, kind: str, counts: Sequence[int], memory: float | None, s
     plans = []
     for n in counts:
         say(f"{n} chips")
-        topology, only = f"{kind}:{sizes.get(n, n)}", ("gather", "decode", "train")
+        topology = f"{kind}:{sizes.get(n, n)}"
+        only = "gather", "decode", "train"
+        only = only[n == cfg.mesh.tensor :]
         plans.append(make_plan(resized(cfg, n, counts[0]), topology, memory, only=only, say=say))
     return plans
 
@@ -334,6 +343,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--scale", metavar="CHIPS,CHIPS,...")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--no-remedy", action="store_true")
+    parser.add_argument("--only", type=lambda names: names.split(","), default=(), metavar="NAME,NAME")
     own, rest = parser.parse_known_args(argv)
     return own, read_args(rest, "imagent_jax.plan")
 
@@ -358,10 +368,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if own.topology in SLICES:
                 cfg, plan = smallest_slice(cfg, own.topology, memory, say)
             else:
-                plan = make_plan(cfg, own.topology, memory, say=say)
+                plan = make_plan(cfg, own.topology, memory, only=own.only, say=say)
             show(plan, console)
             record, fits = record | plan.to_dict(), plan.fits
-            if not fits and not own.no_remedy:
+            if not fits and not own.no_remedy and not own.only:
                 settings, remedied, tried = nearest(cfg, plan, say)
                 record["nearest"] = remedied and {"settings": settings} | remedied.to_dict()
                 if remedied:
