@@ -7,10 +7,14 @@ that are missing. Nothing is run on an accelerator, none is needed. The page hol
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import jax
+
+from imagent_jax import plan
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "plans.md"
@@ -19,6 +23,9 @@ SMALL = "--rollout.groups=16 --rollout.group_size=8 --rollout.prompt_tokens=4096
 LORA = "--lora.rank=16 --model.param_dtype=bfloat16"
 SEVEN = f"--config configs/qwen2_5_vl_7b_tpu.yaml --mesh.fsdp=-1 --grpo.minibatches=1 {SMALL}"
 PLANS = {
+    "tiny_v5e_2x2": "--topology v5e:2x2 --mesh.fsdp=4 --grpo.micro_groups=4 --model.dtype=bfloat16 "
+    "--grpo.minibatches=1",
+    "7b_as_shipped_v5p_2x2x2": "--topology v5p:2x2x2 --config configs/qwen2_5_vl_7b_tpu.yaml",
     "7b_full_v5e_4x4": f"--topology v5e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4",
     "7b_lora_v5e_4x4": f"--topology v5e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4 {LORA}",
     "7b_full_v6e_4x4": f"--topology v6e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4",
@@ -44,12 +51,13 @@ def command(name: str) -> str:
     return f"python -m imagent_jax.plan {(PLANS | SCALES)[name]} --json benchmarks/results/plan_{name}.json"
 
 
-def compile_plans(names: list[str]) -> None:
+def compile_plans(names: list[str], only: str | None) -> None:
     for name in names:
-        print(command(name), flush=True)
-        ended = subprocess.run([sys.executable, *command(name).split()[1:]], cwd=PAGE.parent.parent)
-        if ended.returncode not in (0, 1):
-            sys.exit(f"error: that ended with code {ended.returncode}; its own message stands above.")
+        line = command(name) + (f" --only {only}" if only else "")
+        print(line, flush=True)
+        if plan.main(line.split()[3:]) == 2:
+            sys.exit(2)
+        jax.clear_caches()
 
 
 def load(names: Iterable[str]) -> dict[str, dict]:
@@ -57,16 +65,16 @@ def load(names: Iterable[str]) -> dict[str, dict]:
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
-def row(title: str, plan: dict) -> list[str]:
+def row(title: str, found: dict) -> list[str]:
     """A plan as cells of the first table."""
-    a, costs = plan["arrays"], [c for c in plan["costs"] if not c["refused"]]
+    a, costs = found["arrays"], [c for c in found["costs"] if not c["refused"]]
     most = max((c["temporaries"] for c in costs), default=0)
     update = sum(c["bound_s"] * c["calls"] for c in costs if c["phase"] == "update")
     arrays = [a[key] for key in ("parameters", "optimizer", "rollout's copy", "cache", "gradients")]
-    whole = not plan["stopped"] and len(costs) == len(plan["costs"])
-    gb = [f"{x / 1e9:.2f}" for x in (*arrays, most, plan["peak"], plan["memory"])]
-    fits = "yes" if plan["fits"] else "**no**"
-    return [title, plan["topology"], str(plan["chips"]), *gb, fits, f"{update:.2g} s" if whole else "–"]
+    whole = not found["stopped"] and len(costs) == len(found["costs"])
+    gb = [f"{x / 1e9:.3g}" for x in (*arrays, most, found["peak"], found["memory"])]
+    fits = ("so far" if found["stopped"] else "yes") if found["fits"] else "**no**"
+    return [title, found["topology"], str(found["chips"]), *gb, fits, f"{update:.2g} s" if whole else "–"]
 
 
 def options(settings: dict) -> str:
@@ -94,50 +102,59 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
     return [f"| {' | '.join(columns)} |", f"|{marks}", *(f"| {' | '.join(cells)} |" for cells in rows), ""]
 
 
-def both(name: str, plan: dict) -> list[tuple[str, dict]]:
+def both(name: str, found: dict) -> list[tuple[str, dict]]:
     """A plan, and the nearest that fits where it does not."""
-    near = plan.get("nearest")
-    return [(name, plan), *([(f"… with `{options(near['settings'])}`", near)] if near else [])]
+    near = found.get("nearest")
+    return [(name, found), *([(f"… with `{options(near['changes'])}`", near)] if near else [])]
 
 
 def program(c: dict) -> list[str]:
     """A program as cells of a table."""
-    gb = [f"{c[key] / 1e9:.2f}" for key in ("arguments", "temporaries", "total")]
+    gb = [f"{c[key] / 1e9:.3g}" for key in ("arguments", "temporaries", "total")]
     if c["refused"]:
         return [c["name"], gb[0], "refused", f"> {gb[2]}", "", f"{c['flops'] / 1e12:.3g}", "", f"{c['compile_s']:.0f}"]
-    rest = f"{c['wire'] / 1e9:.3f}", f"{c['flops'] / 1e12:.3g}", f"{c['bound_s']:.2g}", f"{c['compile_s']:.0f}"
+    rest = f"{c['wire'] / 1e9:.3g}", f"{c['flops'] / 1e12:.3g}", f"{c['bound_s']:.2g}", f"{c['compile_s']:.0f}"
     return [c["name"], *gb, *rest]
 
 
 def exchanged(c: dict) -> list[str]:
     """What a program exchanges, as cells of a table."""
     kinds = ", ".join(f"{x['kind']}[{x['size']}] {x['wire'] / 1e9:.3g}" for x in c["collectives"])
-    held = f"{'> ' * c['refused']}{c['total'] / 1e9:.2f}"
-    return [c["name"], held, f"{c['flops'] / 1e12:.3g}", f"{c['wire'] / 1e9:.3f}", kinds]
+    held = f"{'> ' * c['refused']}{c['total'] / 1e9:.3g}"
+    return [c["name"], held, f"{c['flops'] / 1e12:.3g}", f"{c['wire'] / 1e9:.3g}", kinds]
 
 
 def page() -> str:
     plans, scales = load(PLANS), load(SCALES)
-    named = [pair for name, plan in plans.items() for pair in both(name, plan)]
+    named = [pair for name, p in plans.items() for pair in both(name, p)]
     lines = [INTRO, *table(COLUMNS, (row(*pair) for pair in named))]
+    part = {name: [c["name"] for c in p["costs"]] or ["arrays alone"] for name, p in plans.items() if p["stopped"]}
+    if partly := [f"{name} ({', '.join(names)})" for name, names in part.items()]:
+        lines += [f"Compiled in part: {'; '.join(partly)}.", ""]
     if missing := [name for name in (*PLANS, *SCALES) if name not in plans | scales]:
         lines += [f"Not compiled yet: {', '.join(missing)}.", ""]
-    if hopeless := [name for name, plan in plans.items() if not plan["fits"] and not plan.get("nearest")]:
+    for name, p in plans.items():
+        if p.get("ruled_out"):
+            needs = ", ".join(f"{slice_} ({size / 1e9:.3g} GB)" for slice_, size in p["ruled_out"].items())
+            lines += [f"{name}: too small are {needs}.", ""]
+    if hopeless := [name for name, p in plans.items() if not (p["fits"] or p["stopped"] or p.get("nearest"))]:
         lines += [f"None of the changes tried makes these fit: {', '.join(hopeless)}.", ""]
     lines += ["## Programs", "Of one chip and one call. Received: bytes from other chips, at least.", ""]
     figures = "arguments", "temporaries", "in all", "received", "TFLOP", "at least, s", "compiled in, s"
-    cells = ([title, *program(c)] for title, plan in named for c in plan["costs"])
+    cells = ([title, *program(c)] for title, p in named for c in p["costs"])
     lines += table(("plan", "program", *figures), cells, 2)
     for name, record in scales.items():
         lines += [f"## The same work a chip: {name}", "By kind: [devices in a group] and GB received.", ""]
-        cells = ([str(plan["chips"]), *exchanged(c)] for plan in record["scale"] for c in plan["costs"])
+        cells = ([str(p["chips"]), *exchanged(c)] for p in record["scale"] for c in p["costs"])
         lines += table(("chips", "program", "GB held", "TFLOP", "GB received", "by kind"), cells, 2)
-    return "\n".join([*lines, "## Commands", "```", *(command(name) for name in (*plans, *scales)), "```"]) + "\n"
+    commands = [record["command"] for record in (plans | scales).values()]
+    return "\n".join([*lines, "## Commands", "```", *commands, "```"]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*PLANS, *SCALES))}")
+    parser.add_argument("--only", metavar="PROGRAM,...", help="see imagent_jax.plan")
     parser.add_argument("--table", action="store_true", help="write docs/plans.md from the result files")
     args = parser.parse_args()
     if wrong := [name for name in args.names if name not in PLANS | SCALES]:
@@ -146,7 +163,8 @@ def main() -> None:
         PAGE.write_text(page())
         print(f"Written to {PAGE}.")
     else:
-        compile_plans(args.names or [name for name in (*PLANS, *SCALES) if not load([name])])
+        os.chdir(PAGE.parent.parent)
+        compile_plans(args.names or [name for name in (*PLANS, *SCALES) if not load([name])], args.only)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ not, 2: bad input.
     --scale 8,16,32       the same work a chip on slices of so many chips: bytes exchanged and FLOPs
     --json FILE           all figures, as JSON
     --no-remedy           do not look for changes that fit
+    --only NAME,NAME      these programs of a step alone ("arrays": none); then "fits" is said of them
 
 Bounds on time are what the published figures of a chip allow at best (`CHIPS`), never a time: FLOPs at the peak rate,
 arguments and results once through HBM, collectives at the full rate of the links; the slowest of the three.
@@ -50,16 +51,17 @@ class Plan:
     memory: float
     settings: dict[str, Any]
     arrays: dict[str, int]
+    least: int  # bytes of arrays that are alive together, before any program
     costs: list[Cost]
-    stopped: bool = False  # at the first program that does not fit: the others were not compiled
+    stopped: bool = False  # there are programs that were not compiled
 
     @property
     def peak(self) -> Cost:
-        return max(self.costs, key=lambda c: c.total)
+        return max([Cost("arrays", "", 1, total=self.least), *self.costs], key=lambda c: c.total)
 
     @property
     def fits(self) -> bool:
-        return not any(c.refused or c.total > self.memory for c in self.costs)
+        return self.peak.total <= self.memory and not any(c.refused for c in self.costs)
 
     def bound(self, *names: str) -> float:
         """Seconds a step takes at least in some programs, as often as it calls them."""
@@ -116,8 +118,13 @@ def make_plan(
         "reference": chip_bytes(held.reference),
     }
     settings = {name: cfg.get(name) for name in ASPECTS}
-    plan = Plan(topology, held.mesh.size, dict(held.mesh.shape), chip.memory, settings, arrays, [])
-    chosen = [p for p in programs(held) if not only or p.name in only]
+    plan = Plan(topology, held.mesh.size, dict(held.mesh.shape), chip.memory, settings, arrays, least(held), [])
+    every = list(programs(held))
+    if wrong := set(only) - {"arrays", *(p.name for p in every)}:
+        names = ", ".join(p.name for p in every)
+        raise ValueError(f"This run has no program {min(wrong)!r}; choose from arrays, {names}.")
+    chosen = [p for p in every if not only or p.name in only]
+    plan.stopped = len(chosen) < len(every)
     for program in sorted(chosen, key=lambda p: p.name not in first):
         found = cost(held, program, chip)
         plan.costs.append(found)
@@ -231,9 +238,16 @@ def resized(cfg: Config, chips: int, fixed: int) -> Config:
     })  # fmt: skip
 
 
-def smallest_slice(cfg: Config, kind: str, memory: float | None, say: Callable[[str], None]) -> tuple[Config, Plan]:
-    """The plan on the smallest of `SLICES` of a chip that fits, the groups raised to a multiple of the mesh; else the
-    last."""
+def smallest_slice(
+    cfg: Config, kind: str, memory: float | None, only: Sequence[str], say: Callable[[str], None]
+) -> tuple[Config, Plan, dict[str, int]]:  # fmt: skip
+    """The plan on the smallest of `SLICES` of a chip that fits, else on the last, the groups raised to a multiple of
+    the mesh; and the bytes of a chip on the slices before it.
+
+    Args:
+        only: see `make_plan`.
+    """
+    ruled_out = {}
     for shape in SLICES[kind]:
         topology, last = f"{kind}:{shape}", shape == SLICES[kind][-1]
         chip, devices = open_topology(topology)
@@ -246,11 +260,13 @@ def smallest_slice(cfg: Config, kind: str, memory: float | None, say: Callable[[
         held, chip = hold(other, topology, memory)
         if (need := least(held)) > chip.memory and not last:
             say(f"{topology}: {need / 1e9:.1f} GB of arrays alone, too much")
+            ruled_out[topology] = need
             continue
-        plan = make_plan(other, topology, memory, give_up=not last, say=say)
+        plan = make_plan(other, topology, memory, only=only, give_up=not last, say=say)
         say(f"{topology}: {plan.peak.total / 1e9:.1f} GB, {'fits' if plan.fits else 'too much'}")
         if plan.fits or last:
-            return other, plan
+            return other, plan, ruled_out
+        ruled_out[topology] = plan.peak.total
     raise AssertionError("there is a last slice")
 
 
@@ -279,6 +295,7 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row(c.name, calls, *gb, f"{c.flops / 1e12:.3g}", bound, f"{c.compile_s:.0f} s")
     console.print(table)
     verdict = "fits" if plan.fits else "does NOT fit"
+    verdict += ", as far as it was compiled" * plan.stopped
     console.print(
         f"Most in {plan.peak.name}: {plan.peak.total / 1e9:.2f} of {plan.memory / 1e9:.2f} GB. It {verdict}.",
         soft_wrap=True,
@@ -303,7 +320,9 @@ def scale(cfg: Config, kind: str, counts: Sequence[int], memory: float | None, s
     plans = []
     for n in counts:
         say(f"{n} chips")
-        topology, only = f"{kind}:{sizes.get(n, n)}", ("gather", "decode", "train")
+        topology = f"{kind}:{sizes.get(n, n)}"
+        only = "gather", "decode", "train"
+        only = only[n == cfg.mesh.tensor :]
         plans.append(make_plan(resized(cfg, n, counts[0]), topology, memory, only=only, say=say))
     return plans
 
@@ -334,6 +353,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--scale", metavar="CHIPS,CHIPS,...")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--no-remedy", action="store_true")
+    parser.add_argument("--only", type=lambda names: names.split(","), default=(), metavar="NAME,NAME")
     own, rest = parser.parse_known_args(argv)
     return own, read_args(rest, "imagent_jax.plan")
 
@@ -356,14 +376,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             fits = all(plan.fits for plan in plans)
         else:
             if own.topology in SLICES:
-                cfg, plan = smallest_slice(cfg, own.topology, memory, say)
+                cfg, plan, record["ruled_out"] = smallest_slice(cfg, own.topology, memory, own.only, say)
             else:
-                plan = make_plan(cfg, own.topology, memory, say=say)
+                plan = make_plan(cfg, own.topology, memory, only=own.only, say=say)
             show(plan, console)
             record, fits = record | plan.to_dict(), plan.fits
-            if not fits and not own.no_remedy:
+            if not fits and not own.no_remedy and not own.only:
                 settings, remedied, tried = nearest(cfg, plan, say)
-                record["nearest"] = remedied and {"settings": settings} | remedied.to_dict()
+                record["nearest"] = remedied and {"changes": settings} | remedied.to_dict()
                 if remedied:
                     found = f"It fits ({remedied.peak.total / 1e9:.2f} GB) with {options(settings)}"
                     console.print(found, soft_wrap=True)

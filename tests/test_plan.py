@@ -101,7 +101,7 @@ def test_what_does_not_fit_fits_with_the_nearest_change(tmp_path, toy, capsys):
     assert limit > max(size for name, size in peak.items() if name != "train")
     code, found = planned(tmp_path, "--topology=cpu:1", f"--memory={limit / 1e9}", *toy)
     assert code == 1 and not found["fits"] and found["peak_program"] == "train"
-    assert found["nearest"]["settings"] == {"grpo.micro_groups": 1} and found["nearest"]["fits"]
+    assert found["nearest"]["changes"] == {"grpo.micro_groups": 1} and found["nearest"]["fits"]
     assert found["nearest"]["peak"] <= limit < found["peak"]
     assert "with --grpo.micro_groups=1" in capsys.readouterr().out
     code, found = planned(tmp_path, "--topology=cpu:1", "--memory=1e-6", *toy)
