@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from imagent_jax import watcher
+from imagent_jax import hosts, watcher
+from imagent_jax.config import DistributedConfig
 from imagent_jax.hosts import RESTART
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +134,37 @@ def test_the_death_of_a_process_ends_the_others_with_its_name(tmp_path, victim):
     assert sentence in error and "start all processes again with --run.resume true." in error, error[-3000:]
     assert processes[1 - victim].returncode in (RESTART, -signal.SIGABRT)  # without process 0, JAX may be first to end it
     processes[victim].communicate()
+
+
+@pytest.mark.parametrize(
+    ("settings", "env", "asked"),
+    [
+        ({}, {}, None),
+        ({}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({}, {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, (None, None, None)),
+        ({}, {"OMPI_COMM_WORLD_SIZE": "2"}, (None, None, None)),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 1}, {}, ("a:1", 2, 1)),
+    ],
+)
+def test_processes_are_joined_where_settings_or_the_cluster_say_so(monkeypatch, settings, env, asked):
+    found = []
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **named: found.append(named))
+    assert hosts.start(DistributedConfig(**settings)) is None  # jax still has one process
+    named = [tuple(call[name] for name in ("coordinator_address", "num_processes", "process_id")) for call in found]
+    assert named == ([] if asked is None else [asked])
+
+
+def test_processes_that_do_not_find_each_other_are_one_sentence(monkeypatch):
+    def initialize(**_):
+        raise RuntimeError("DEADLINE_EXCEEDED:\n nobody there")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match="did not find each other .*nobody there.*give every process the same distributed.coord"):
+        hosts.start(DistributedConfig(coordinator="a:1", num_processes=2, process_id=1))
 
 
 @pytest.mark.parametrize("ends", [0, 1])
