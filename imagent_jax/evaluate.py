@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--control", action="append", choices=CONTROLS, default=[])
     chosen, rest = options.parse_known_args(argv)
-    cfg: Config = parse_args(rest, program="imagent_jax.evaluate")
+    cfg: Config = parse_args(rest, program=f"imagent_jax.evaluate [--control {'|'.join(CONTROLS)}]")
     console = Console()
     try:
         parts = Parts(cfg)

@@ -126,6 +126,8 @@ def test_the_command_reports_controls_beside_the_true_accuracy(tmp_path, capsys)
     out = capsys.readouterr().out
     header = next(line for line in out.splitlines() if "held-out" in line and "model" in line)
     assert header.split("┃")[2:5] and [c.strip() for c in header.split("┃")[2:5]] == ["model", "shuffle", "blank"]
-    with pytest.raises(SystemExit):
-        job.main(["--control", "scramble"])
-    assert "scramble" in capsys.readouterr().err
+    for flags, words in ((["--control", "scramble"], "scramble"), (["--help"], "[--control shuffle|blank]")):
+        with pytest.raises(SystemExit):
+            job.main(flags)
+        said = capsys.readouterr()
+        assert words in said.out + said.err
