@@ -74,11 +74,11 @@ def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
     for name in columns:
         table.add_column(name, justify="right")
     for key in list(columns.values())[-1]:
-        figures = [metrics.get(key, 0.0) for metrics in columns.values()]
+        figures = [metrics.get(key) for metrics in columns.values()]
         if key == "time/evaluation" or (key.startswith(("end/", "tools/calls/")) and not any(figures)):
             continue
         plain = key.startswith(("length", "tools/calls", "tools/invalid"))
-        table.add_row(key, *(f"{x:.2f}" if plain else f"{100 * x:.1f} %" for x in figures))
+        table.add_row(key, *("–" if x is None else f"{x:.2f}" if plain else f"{100 * x:.1f} %" for x in figures))
     return table
 
 
