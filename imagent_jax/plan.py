@@ -293,7 +293,8 @@ def show(plan: Plan, console: Console) -> None:
         calls = f"<= {c.calls}" if c.name in ("decode", "vision", "vision backward") else str(c.calls or "")
         bound = f">= {1e3 * c.bound_s:.2g}" if c.bound_s else ""
         table.add_row(c.name, calls, *gb, f"{c.flops / 1e12:.3g}", bound, f"{c.compile_s:.0f} s")
-    console.print(table)
+    if plan.costs:
+        console.print(table)
     verdict = "fits" if plan.fits else "does NOT fit"
     verdict += ", as far as it was compiled" * plan.stopped
     console.print(
