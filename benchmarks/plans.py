@@ -96,6 +96,19 @@ all groups.
 """
 
 
+BREAKS = """## What breaks first
+From the shapes, for Qwen2.5-VL-7B on more and more chips with `mesh.tensor` as it is:
+
+1. **The rollout's copy of the weights.** It is whole over `fsdp`, so more chips do not make it smaller: 33 GB in
+   float32, half in bfloat16, divided by `mesh.tensor` alone, which is at most 4 (key heads): 8.3 of the 16 GB of a v5e
+   chip at best, on any slice, before decoding makes its bfloat16 cast of it.
+2. **Groups.** A chip takes part in an update with a whole group, so a micro-batch has as many groups as data x fsdp:
+   256 chips at `mesh.tensor=1` learn from 256 tasks at least in an update. The activations of one group (G responses
+   of R tokens, and the prompt) are a chip's least, and shrink with G, R and `mesh.tensor` only.
+3. **Widths.** `fsdp` must divide the tower's 1280 = 256 x 5: 256 is the last power of two, though 512 divides 3584.
+"""
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
     """Lines of a table, the first columns to the left."""
     marks = "".join("---|" if i < left else "---:|" for i in range(len(columns)))
@@ -148,7 +161,7 @@ def page() -> str:
         cells = ([str(p["chips"]), *exchanged(c)] for p in record["scale"] for c in p["costs"])
         lines += table(("chips", "program", "GB held", "TFLOP", "GB received", "by kind"), cells, 2)
     commands = [record["command"] for record in (plans | scales).values()]
-    return "\n".join([*lines, "## Commands", "```", *commands, "```"]) + "\n"
+    return "\n".join([*lines, BREAKS, "## Commands", "```", *commands, "```"]) + "\n"
 
 
 def main() -> None:

@@ -293,19 +293,20 @@ def show(plan: Plan, console: Console) -> None:
         calls = f"<= {c.calls}" if c.name in ("decode", "vision", "vision backward") else str(c.calls or "")
         bound = f">= {1e3 * c.bound_s:.2g}" if c.bound_s else ""
         table.add_row(c.name, calls, *gb, f"{c.flops / 1e12:.3g}", bound, f"{c.compile_s:.0f} s")
-    console.print(table)
+    if plan.costs:
+        console.print(table)
     verdict = "fits" if plan.fits else "does NOT fit"
     verdict += ", as far as it was compiled" * plan.stopped
     console.print(
         f"Most in {plan.peak.name}: {plan.peak.total / 1e9:.2f} of {plan.memory / 1e9:.2f} GB. It {verdict}.",
         soft_wrap=True,
     )
-    if update := plan.bound("score", "reference", "train", "apply"):
-        token = plan.bound("decode") / plan.settings["rollout.response_tokens"]
-        console.print(
-            f"Bounds, not times: no update of all groups takes less than {update:.2g} s, no token of all rows less "
-            f"than {1e3 * token:.2g} ms.", soft_wrap=True,
-        )  # fmt: skip
+    token = 1e3 * plan.bound("decode") / plan.settings["rollout.response_tokens"]
+    update = plan.bound("score", "reference", "train", "apply")
+    if update:
+        console.print(f"A bound, not a time: no update of all groups takes less than {update:.2g} s.", soft_wrap=True)
+    if token:
+        console.print(f"A bound, not a time: no token of all rows takes less than {token:.2g} ms.", soft_wrap=True)
 
 
 def scale(cfg: Config, kind: str, counts: Sequence[int], memory: float | None, say) -> list[Plan]:
