@@ -311,9 +311,9 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit codes are those of the module docstring."""
-    cfg, watch, code = parse_args(argv), None, 2
+    cfg, watcher, code = parse_args(argv), None, 2
     try:
-        watch = hosts.start(cfg.distributed)
+        watcher = hosts.start(cfg.distributed)
         with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
             final = train(cfg, Console(quiet=not hosts.is_writer()), interrupt)
             code = RESTART if not final and interrupt.asked == signal.SIGTERM else 0
@@ -323,12 +323,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except (Exception, KeyboardInterrupt):
-        if watch is None:
+        if watcher is None:
             raise
         traceback.print_exc()
-        time.sleep(10)  # where another process has ended, `watch` says so first
-    if watch is not None:
-        watch.close() if code in (0, RESTART) else watch.fail(code)
+        time.sleep(10)  # where another process has ended, its watcher says so first
+    if watcher is not None:
+        watcher.close() if code in (0, RESTART) else watcher.fail(code)
     return code
 
 

@@ -55,7 +55,7 @@ def test_a_shifted_position_or_a_dropped_image_breaks_that_equality(parts, rollo
     first = np.where(seen.any(-1), seen.argmax(-1), seen.shape[2])[..., None]  # of every row that shows an image
     later = sampled(batch) & (index > first)
     positions = np.array(batch.response_positions)
-    positions[1] += index == first + 1
+    positions += index == first + 1  # of one token
     image = seen & (np.cumsum(~seen & (index > first), -1) == 0)
     vision = np.where(image, -1, batch.response_vision)
     for wrong in (dataclasses.replace(batch, response_positions=positions), dataclasses.replace(batch, response_vision=vision)):
