@@ -27,7 +27,7 @@ from imagent_jax.model.qwen2_vl import attention_by_source
 from imagent_jax.rl.learner import trained_filter
 from imagent_jax.rl.mask import IS_ACTION
 from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
-from imagent_jax.runs import load_params
+from imagent_jax.runs import checkpoint_folder, load_params
 from imagent_jax.tools import tools_by_name
 from imagent_jax.train import Parts
 
@@ -146,7 +146,7 @@ def load(name: str) -> Parts:
         return Parts(Config.from_dict({"model": {"path": name}}))
     parts = Parts(cfg := replace(load_config(run / "config.yaml"), mesh=MeshConfig()))
     trained, frozen = nnx.split_state(parts.params, trained_filter(cfg), ...)
-    parts.params = nnx.merge_state(load_params(run, trained)[0], frozen)
+    parts.params = nnx.merge_state(load_params(checkpoint_folder(cfg.run, run), trained)[0], frozen)
     return parts
 
 

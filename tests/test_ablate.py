@@ -12,7 +12,7 @@ from jax import numpy as jnp
 
 from imagent_jax import ablate
 from imagent_jax.config import Config, MaskConfig, read_args
-from imagent_jax.rl.learner import batch_loss
+from imagent_jax.rl.learner import Tables, batch_loss
 from imagent_jax.rl.loss import PRESETS
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rl.trajectory import TokenKind
@@ -58,7 +58,7 @@ def test_observations_train_only_where_they_are_kept(parts, batch, rollout, conf
     trained = {}
     for choice in ("drop", "keep"):
         mask_cfg = MaskConfig(observations=choice, drop_truncated=False, drop_over_turns=False, drop_repeated=False)
-        tables = [jnp.asarray(t) for t in mask_tables(mask_cfg)[:2]]
+        tables = Tables(*map(jnp.asarray, mask_tables(mask_cfg)[:2]))
         trained[choice] = np.asarray(two_level_mask(batch.kind, batch.end, batch.advantages, *tables))
         if choice == "keep":
             old = jnp.asarray(batch.logprobs) - 0.5 * shown

@@ -58,6 +58,8 @@ def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -
 def watch(history: History) -> dict[str, str]:
     """The warnings that hold after the last step of `history` (metrics of all steps so far), by guard."""
     said = {name: guard(history) for name, guard in GUARDS.items()} if history else {}
+    if said.get("calls_invalid"):  # names the cause: refused calls, their repeats and their extra turns are what is masked
+        said["mostly_masked"] = None
     return {name: sentence for name, sentence in said.items() if sentence}
 
 
