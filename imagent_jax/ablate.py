@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from imagent_jax.config import read_args
 from imagent_jax.rl.rewards import answer
 from imagent_jax.rl.trajectory import Trajectory
 
@@ -147,8 +148,12 @@ def write_table(results_folder: Path, docs: Path) -> None:
     print(table(results))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 after one sentence about bad input."""
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Options of the command, and the settings that every run is given.
+
+    Raises:
+        ValueError: see `config.read_args`.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="*", help="variants (default: configs/ablations/*.yaml)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -156,16 +161,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the table and the figure")
     parser.add_argument("--table", action="store_true", help="train nothing; only make table and figure")
     args, overrides = parser.parse_known_args(argv)
-    files = args.files or sorted(Path("configs/ablations").glob("*.yaml"))
+    read_args(overrides)
+    args.files = args.files or sorted(Path("configs/ablations").glob("*.yaml"))
+    return args, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: exit code 0, or 2 after one sentence about bad input."""
     try:
-        titles = {file: title_of(file) for file in files}
+        args, overrides = parse(argv)
+        titles = {file: title_of(file) for file in args.files}
         args.out.mkdir(parents=True, exist_ok=True)
         if not args.table:
-            print(f"{len(files)} variants x {len(args.seeds)} seeds; results to {args.out}, table to {args.docs}.", flush=True)
-        for file in () if args.table else files:
+            print(f"{len(titles)} variants x {len(args.seeds)} seeds; results to {args.out}, table to {args.docs}.", flush=True)
+        for file, title in () if args.table else titles.items():
             path = args.out / f"{file.stem}.json"
             result = json.loads(path.read_text()) if path.is_file() else {"runs": []}
-            result |= {"variant": file.stem, "title": titles[file], "overrides": overrides}
+            result |= {"variant": file.stem, "title": title, "overrides": overrides}
             for seed in args.seeds:
                 if any(run["seed"] == seed for run in result["runs"]):
                     continue

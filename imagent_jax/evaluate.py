@@ -82,14 +82,19 @@ def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
     return table
 
 
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
+    """Options of the command, and the configuration of all others (`config.parse_args`)."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--control", action="append", choices=CONTROLS, default=[])
+    chosen, rest = options.parse_known_args(argv)
+    return chosen, parse_args(rest, program=f"imagent_jax.evaluate [--control {'|'.join(CONTROLS)}]")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; prints the table of one model on the held-out split, and what the controls say."""
     from imagent_jax.train import Parts
 
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--control", action="append", choices=CONTROLS, default=[])
-    chosen, rest = options.parse_known_args(argv)
-    cfg: Config = parse_args(rest, program=f"imagent_jax.evaluate [--control {'|'.join(CONTROLS)}]")
+    chosen, cfg = parse(argv)
     console = Console()
     try:
         parts = Parts(cfg)

@@ -105,10 +105,10 @@ def test_a_stopped_command_repeats_nothing_and_makes_the_table(tmp_path, monkeyp
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("run: {name: x}\n")
-    for command in ([str(tmp_path / "nowhere.yaml")], [str(tmp_path / "x.yaml")], ["--table"]):
+    for command in ([str(tmp_path / "nowhere.yaml")], [str(tmp_path / "x.yaml")], ["--table"], ["--grpo.kll=1"]):
         assert ablate.main([*command, f"--out={tmp_path}/empty"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
+    assert len(errors) == 4 and all(line.startswith("error: ") for line in errors)
 
 
 def test_a_run_in_a_process_of_its_own_gives_its_figures(tmp_path):

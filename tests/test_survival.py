@@ -23,17 +23,17 @@ import survival
 
 
 def test_a_run_killed_twice_and_stopped_once_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    flags = ["--run.steps=4", "--run.compile_cache=~/.cache/imagent_jax/tests", f"--data.cache_dir={tmp_path}/data"]
+    flags = ["--run.steps=12", "--run.compile_cache=~/.cache/imagent_jax/tests", f"--data.cache_dir={tmp_path}/data"]
     log = tmp_path / "whole.log"
     whole = threading.Thread(target=lambda: survival.finish(survival.start(tmp_path, "whole", log, *flags), log))
     whole.start()
-    strikes = survival.survive(tmp_path, "struck", [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL], 5, 8.0, 1.0, *flags)
+    strikes = survival.survive(tmp_path, "struck", [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL], 5, 4.0, 0.3, *flags)
     whole.join()
     assert [strike["code"] for strike in strikes] == [-signal.SIGKILL, train.RESTART, -signal.SIGKILL]
     assert sum(strike["steps_done"] > 0 for strike in strikes) >= 2
     assert survival.differences(tmp_path / "whole", tmp_path / "struck") == []
     steps = [record["step"] for record in survival.records(tmp_path / "struck")]
-    assert steps == [0, 1, 2, 3, 4, 4]  # base, steps, the final evaluation
+    assert steps == [*range(13), 12]  # base, steps, the final evaluation
 
 
 def test_the_comparison_sees_one_bit(tmp_path):

@@ -29,6 +29,10 @@ while true; do
     wait "$child"
     code=$?
   done
+  if [[ -n $stopped && $code == 143 ]]; then # it ended before it could be waited for again: bash has kept its code
+    wait "$child"
+    code=$?
+  fi
   [[ $code == 75 && -z $stopped ]] || exit "$code"
   resume=true
   sleep "${PAUSE:-5}"
