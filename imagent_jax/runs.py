@@ -253,7 +253,8 @@ def load_params(checkpoints: str, like, step: int | None = None):
     Raises:
         ValueError: there is no such checkpoint (those there are named), it is damaged, or it is of another model.
     """
-    context = ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True)))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
     if "://" not in checkpoints and not Path(checkpoints).is_dir():
         raise ValueError(f"There are no checkpoints in {checkpoints}; name the folder of a run, such as runs/tiny.")
     with context, ocp.training.Checkpointer(checkpoints) as manager:
