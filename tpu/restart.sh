@@ -19,20 +19,16 @@ PY
 ) || exit 2
 
 stopped=
-trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM
+trap 'stopped=1 interrupted=1; kill -TERM "$child" 2>/dev/null' TERM
 while true; do
   "$python" -m imagent_jax.train "$@" "--run.resume=$resume" &
   child=$!
-  wait "$child"
-  code=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal ended the waiting, not the run
+  while # a signal ends the waiting, not the run; bash keeps the code of one that has ended
+    interrupted=
     wait "$child"
     code=$?
-  done
-  if [[ -n $stopped && $code == 143 ]]; then # it ended before it could be waited for again: bash has kept its code
-    wait "$child"
-    code=$?
-  fi
+    [[ -n $interrupted ]]
+  do :; done
   [[ $code == 75 && -z $stopped ]] || exit "$code"
   resume=true
   sleep "${PAUSE:-5}"

@@ -14,14 +14,14 @@
 #SBATCH --signal=B:TERM@300
 set -uo pipefail
 
-trap 'kill -TERM "$run"' TERM # sbatch's signal reaches this shell alone
+trap 'interrupted=1; kill -TERM "$run" 2>/dev/null' TERM # sbatch's signal reaches this shell alone
 srun --kill-on-bad-exit=1 tpu/restart.sh --mesh.fsdp=-1 "$@" &
 run=$!
-wait "$run"
-code=$?
-while kill -0 "$run" 2>/dev/null; do # the signal ended the waiting, not the run
+while # a signal ends the waiting, not the run; bash keeps the code of one that has ended
+  interrupted=
   wait "$run"
   code=$?
-done
+  [[ -n $interrupted ]]
+do :; done
 ((code != 75)) || scontrol requeue "$SLURM_JOB_ID"
 exit "$code"
