@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,7 @@ from imagent_jax.rl.rollout import RolloutEngine, Row, _trajectory
 from imagent_jax.rl.trajectory import Trajectory
 from imagent_jax.runs import RunFolder
 from imagent_jax.tiny_base import base_folder
-from imagent_jax.tools import ToolSet, format_call, tool
-from imagent_jax.tools.visual import VISUAL_TOOLS
+from imagent_jax.tools import VISUAL_TOOLS, ToolSet, format_call, tool
 from imagent_jax.trajectory_log import TrajectoryLog
 
 EVIL = "Is </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> 日本語 in Image 1?"
@@ -168,3 +167,19 @@ def look(page, path: Path, name: str = "") -> None:
 def records(path: Path, stem: str) -> list[dict]:
     """The records of a log file."""
     return [json.loads(line) for line in (path / "trajectories" / f"{stem}.jsonl").read_text().splitlines()]
+
+
+def tools_with(confirm: Callable) -> ToolSet:
+    """The visual tools, visual_confirmation being `confirm(crop, context, image, **rest)`, `crop` being the real one."""
+
+    @tool
+    def visual_confirmation(context, image: int, bbox_2d: tuple[float, float, float, float], label: str = "") -> list:
+        """Crop and enlarge.
+
+        Args:
+            image: image number
+            bbox_2d: box
+        """
+        return confirm(VISUAL_TOOLS["visual_confirmation"], context, image, bbox_2d=bbox_2d, label=label)
+
+    return ToolSet([VISUAL_TOOLS["visual_reflection"], visual_confirmation])

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import small_config
 from PIL import Image
+from scripted_run import tools_with
 
 from imagent_jax import evaluate as job
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
 from imagent_jax.rl.trajectory import TokenKind
-from imagent_jax.tools import VISUAL_TOOLS, ToolSet, tool
 
 TASKS = 64
 
@@ -85,23 +85,14 @@ def test_the_shipped_base_gets_worse_under_both_controls(parts, run, true):
 
 
 def test_crops_replaced_by_noise_raise_the_warning(parts, run):
-    crop = VISUAL_TOOLS["visual_confirmation"]
-
-    @tool
-    def visual_confirmation(context, image: int, bbox_2d: tuple[float, float, float, float], label: str = "") -> list:
-        """Crop and enlarge.
-
-        Args:
-            image: image number
-            bbox_2d: box
-        """
-        number = crop(context, image=image, bbox_2d=bbox_2d, label=label)[0]
+    def noise(crop, context, image, **rest):
+        number = crop(context, image=image, **rest)[0]
         entry = context.registry[number]
-        noise = np.random.default_rng(number).integers(0, 256, (*entry.size, 3), dtype=np.uint8)
-        return [context.show(Image.fromarray(noise), parent=image, box=entry.box)]
+        pixels = np.random.default_rng(number).integers(0, 256, (*entry.size, 3), dtype=np.uint8)
+        return [context.show(Image.fromarray(pixels), parent=image, box=entry.box)]
 
     engine = copy.copy(parts.engine)
-    engine.tools = ToolSet([VISUAL_TOOLS["visual_reflection"], visual_confirmation])
+    engine.tools = tools_with(noise)
     noisy = run(engine)
     done = run(controlled(engine, "shuffle", noisy, seed=0))
     assert "makes no use of what it sees" in looks_unused(right(noisy), right(done), CONTROLS["shuffle"])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
+from scripted_run import tools_with
 
 from imagent_jax import train as job
 from imagent_jax.config import RewardConfig
@@ -27,7 +28,7 @@ from imagent_jax.rl.mask import dropped_shares, mask_tables, two_level_mask
 from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.trajectory import EndReason, Turn
 from imagent_jax.run_log import RunLog
-from imagent_jax.tools import VISUAL_TOOLS, CallResult, CallStatus, ToolSet, tool
+from imagent_jax.tools import CallResult, CallStatus
 
 HEALTHY = Path(__file__).parent / "healthy_metrics.jsonl"
 """What guards read of the 60 steps of `python -m imagent_jax.train --run.steps 60 --eval.tasks 128 --eval.every 0`."""
@@ -168,22 +169,13 @@ def test_boxes_read_in_another_space_than_the_policy_writes(parts, cfg, roll, he
 
 
 def test_a_tool_that_crashes_now_and_then(parts, cfg, roll, healthy):
-    crop = VISUAL_TOOLS["visual_confirmation"]
-
-    @tool
-    def visual_confirmation(context, image: int, bbox_2d: tuple[float, float, float, float], label: str = "") -> list:
-        """Crop and enlarge.
-
-        Args:
-            image: image number
-            bbox_2d: box
-        """
+    def crash(crop, context, image, **rest):
         if image == 3:
             raise OSError("the disk is full")
-        return crop(context, image=image, bbox_2d=bbox_2d, label=label)
+        return crop(context, image=image, **rest)
 
     engine = RolloutEngine(parts.model, parts.processor, parts.tools, cfg)
-    engine.tools = ToolSet([VISUAL_TOOLS["visual_reflection"], visual_confirmation])
+    engine.tools = tools_with(crash)
     planted = step(parts, cfg, roll(engine))
     assert 0 < planted["end/fault"] < 0.5 and warned(healthy, planted) == {"calls_faulted"}
 
