@@ -36,7 +36,7 @@ def ours(folder: str, tokens: int) -> dict:
     state, slot = sampler.empty(model, 1, 1, n, tokens), jnp.zeros(1, jnp.int32)
     state = sampler.admit(model, params, state, slot, ids, positions, text, length, length, slot, 0, features)
     stops = jnp.full((1, sampler.STOP_WIDTH), -2)
-    state = sampler.decode(model, True, params, state, None, stops, 1.0, tokens)
+    state = sampler.decode(model, True, state.ids.shape[1], params, state, None, stops, 1.0, tokens)
     out = np.asarray(state.ids[0]).tolist()
     return {"load_s": loaded - start, "after_loading": after, "decode_s": time.perf_counter() - loaded, "tokens": out}
 

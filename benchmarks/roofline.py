@@ -74,9 +74,13 @@ def train_flops(t: TextConfig, shape: Shape) -> float:
 
 
 def copy_bandwidth(megabytes: int, repeats: int) -> float:
-    """Bytes a second."""
-    x, plus_one = jnp.zeros(megabytes * 2**18, jnp.float32), jax.jit(lambda x: x + 1)
-    return 2 * x.nbytes / min(common.seconds(lambda: plus_one(x).block_until_ready(), repeats, 2))
+    """Bytes a second, read and written in place."""
+    kept, plus_one = [jnp.zeros(megabytes * 2**18, jnp.float32)], jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def again():
+        kept[:] = [plus_one(*kept).block_until_ready()]
+
+    return 2 * megabytes * 2**20 / min(common.seconds(again, repeats, 2))
 
 
 def matrix_rate(n: int, dtype: str, repeats: int) -> float:
@@ -123,7 +127,7 @@ def decode_seconds(model: Model, params, shape: Shape, repeats: int) -> list[flo
     for _ in range(repeats + 1):
         state = start()
         times += common.seconds(
-            lambda state=state: sampler.decode(model, False, params, state, None, stops, 1.0, r).length.block_until_ready(), 1, 0
+            lambda state=state: jax.block_until_ready(sampler.decode(model, False, r, params, state, None, stops, 1.0, r)), 1, 0
         )
     return [t / r for t in times[1:]]
 
@@ -137,7 +141,7 @@ def train_seconds(model: Model, params, shape: Shape, repeats: int) -> list[floa
         grpo=replace(cfg.grpo, minibatches=1, micro_groups=1),
     )
     learner = Learner(model, cfg, make_optimizer(cfg.optim, 1000), Tables(*mask_tables(cfg.mask)[:2]))
-    learner.widths = [shape.r]  # every response is as long
+    learner.shapes = learner.shapes[-1:]  # every response is as long
     batch, store, kept = text_batch(model, shape), FeatureStore(model, params, 1, packs=1), [params, learner.init(params)]
 
     def step():

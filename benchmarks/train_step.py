@@ -180,7 +180,7 @@ class Ours:
         )
         optimizer = make_optimizer(replace(cfg.optim, schedule="constant"), 1000)
         self.learner = Learner(self.model, self.cfg, optimizer, Tables(*mask_tables(cfg.mask)[:2]))
-        self.learner.widths = [shape.r]  # the batch fills the widest, so no other shape need be compiled
+        self.learner.shapes = self.learner.shapes[-1:]  # the batch fills the widest, so no other shape need be compiled
         self.state = self.learner.init(self.params)
 
     def step(self) -> dict[str, float]:

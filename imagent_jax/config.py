@@ -194,7 +194,9 @@ class GRPOConfig:
     importance_cap: float = field(default=2.0, metadata={"help": "where those weights are truncated"})
     epochs: int = field(default=1, metadata={"help": "passes over a batch"})
     minibatches: int = field(default=2, metadata={"help": "optimizer updates in a pass"})
-    micro_groups: int = field(default=2, metadata={"help": "groups in one forward and backward pass"})
+    micro_groups: int = field(
+        default=2, metadata={"help": "groups in one forward and backward pass; of short responses more, for the same tokens"}
+    )
 
 
 @dataclass(frozen=True)
@@ -297,15 +299,10 @@ class Config:
         """Raises ValueError for a value out of range or values that do not go together; the sentence says what to change."""
         self._validate_ranges()
         self._validate_images()
-        micro = min(self.grpo.micro_groups, self.rollout.groups)
-        if self.rollout.groups % micro:
+        if self.grpo.minibatches > self.rollout.groups:
             raise ValueError(
-                f"rollout.groups {self.rollout.groups} does not divide by grpo.micro_groups {micro}; choose a divisor."
-            )
-        if (self.rollout.groups // micro) % self.grpo.minibatches:
-            raise ValueError(
-                f"{self.rollout.groups // micro} micro-batches do not divide into grpo.minibatches {self.grpo.minibatches}; "
-                "lower grpo.micro_groups or grpo.minibatches."
+                f"grpo.minibatches is {self.grpo.minibatches}, more than rollout.groups {self.rollout.groups}; an update needs a "
+                "group at least."
             )
         if self.mask.observations == "keep" and not self.grpo.recompute:
             raise ValueError(

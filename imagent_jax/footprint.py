@@ -24,7 +24,7 @@ from imagent_jax.model.published import published_config
 from imagent_jax.model.qwen2_vl import abstract
 from imagent_jax.model.sharding import GROUPS, check_heads, fitting, shardings
 from imagent_jax.rl import learner, sampler
-from imagent_jax.rl.batch import group_sharding
+from imagent_jax.rl.batch import group_sharding, micro_shapes
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.rollout import quarters
@@ -142,9 +142,8 @@ class Held:
             if cfg.lora.rank:
                 self.model, shapes = self._adapted(shapes)
             self.params = placed(shapes, shardings(shapes, mesh))
-            self.sampled = self.params
-            if mesh.shape["fsdp"] > 1:
-                self.sampled = placed(shapes, shardings(shapes, mesh, whole=("fsdp",)))
+            copied = jax.eval_shape(partial(sharding.rollout_params, self.settings["dtype"]), shapes)
+            self.sampled = placed(copied, shardings(copied, mesh, whole=("fsdp",)))
             self.optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
             self.trained, self.frozen = nnx.split_state(self.params, learner.trained_filter(cfg), ...)
             self.learns = "vision" in self.trained
@@ -155,7 +154,7 @@ class Held:
             self.state = jax.tree.map(lambda x: self.on(x, *fitting(x, *sampler.axes(x))), jax.eval_shape(empty))
             rows = cfg.images.packs * self.pack // size.vision.merge_unit
             self.features = self.on(jax.ShapeDtypeStruct((rows, size.text.hidden_size), self.settings["dtype"]))
-            self.batch = self._batch(min(cfg.grpo.micro_groups, r.groups))
+            self.batch = self._batch(micro_shapes(cfg)[-1][1])
             total = (self.trained, self.features) if self.learns else (self.trained,)
             self.total = jax.tree.map(_another, total)
 
@@ -231,10 +230,10 @@ def programs(held: Held) -> Iterator[Program]:
     def ints(*shape):
         return np.zeros(shape, np.int32)
 
-    if held.sampled is not held.params:
-        yield Program(
-            "gather", sharding._gather, (), (held.params,), (held.params, held.opt_state, held.reference), 1, "rollout"
-        )
+    yield Program(
+        "gather", sharding.rollout_params, (held.settings["dtype"],), (held.params,),
+        (held.params, held.opt_state, held.reference), 1, "rollout",
+    )  # fmt: skip
     pack = np.zeros((held.pack, model.cfg.vision.patch_dim), np.float32), ints(held.pack, 2), ints(held.pack)
     encode = held.sampled, held.features, 0, *pack
     yield Program("vision", features._encode_into, (model,), encode, rolling, cfg.images.packs, "rollout")
@@ -243,13 +242,13 @@ def programs(held: Held) -> Iterator[Program]:
     admit = held.sampled, held.state, *prompts, np.uint32(0), held.features
     yield Program("prefill", sampler.admit, (model,), admit, rolling, r.groups // admitted, "rollout")
     stops = ints(3, sampler.STOP_WIDTH)
-    decode = held.sampled, held.state, None, stops, r.temperature, r.decode_chunk
-    yield Program("decode", sampler.decode, (model, False), decode, rolling, r.response_tokens, "rollout")
+    decode = held.sampled, held.state, None, stops, r.temperature, r.decode_chunk, 0
+    yield Program("decode", sampler.decode, (model, False, r.response_tokens), decode, rolling, r.response_tokens, "rollout")
     shown = ints(few), ints(few, s), ints(3, few, s), ints(few, s), ints(few), np.zeros(few, bool)
     observe = held.sampled, held.state, *shown, held.features
     yield Program("observe", sampler.observe, (model,), observe, rolling, 0, "rollout")
 
-    micro = cfg.grpo.epochs * -(-r.groups // min(cfg.grpo.micro_groups, r.groups))
+    micro = cfg.grpo.epochs * -(-r.groups // held.batch.prompt_len.shape[0])
     logprobs = held.on(held.batch.logprobs, *fitting(held.batch.logprobs, GROUPS))
     score = partial(learner.score_jit.trace, temperature=r.temperature)
     for name, params, wanted in (

@@ -111,7 +111,7 @@ def make_plan(
     arrays = {
         "parameters": chip_bytes(held.params),
         "optimizer": chip_bytes(held.opt_state),
-        "rollout's copy": chip_bytes(held.sampled) if held.sampled is not held.params else 0,
+        "rollout's copy": chip_bytes(held.sampled),
         "cache": chip_bytes(held.state),
         "image features": chip_bytes(held.features),
         "gradients": chip_bytes(held.total),
@@ -151,7 +151,7 @@ def changes(cfg: Config, mesh: dict[str, int]) -> list[tuple[str, dict[str, Any]
         cfg.rollout,
     )
     found: list[tuple[str, dict[str, Any]]] = []
-    if g.micro_groups > shards and r.groups % shards == 0:
+    if g.micro_groups > shards:
         found.append(("update", {"grpo.micro_groups": shards}))
     if cfg.model.remat != "full":
         found.append(("update", {"model.remat": "full"}))
@@ -159,8 +159,7 @@ def changes(cfg: Config, mesh: dict[str, int]) -> list[tuple[str, dict[str, Any]
         found.append(("", {"mesh.data": 1, "mesh.fsdp": devices // mesh["tensor"]}))
     for tensor in (2, 4, 8):
         if tensor > mesh["tensor"] and devices % tensor == 0:
-            micro = devices // tensor
-            found.append(("", {"mesh.tensor": tensor, "mesh.data": 1, "mesh.fsdp": micro, "grpo.micro_groups": micro}))
+            found.append(("", {"mesh.tensor": tensor, "mesh.data": 1, "mesh.fsdp": devices // tensor}))
     least = shards * g.minibatches
     found += [("rollout", {"rollout.groups": n}) for n in (r.groups // 2, r.groups // 4) if n >= least]
     if not cfg.lora.on:
@@ -254,9 +253,8 @@ def smallest_slice(
         if len(devices) % cfg.mesh.tensor:
             continue
         shards = len(devices) // max(cfg.mesh.tensor, 1)
-        micro = -(-cfg.grpo.micro_groups // shards) * shards
-        groups = -(-cfg.rollout.groups // (micro * cfg.grpo.minibatches)) * micro * cfg.grpo.minibatches
-        other = changed(cfg, {"mesh.data": 1, "mesh.fsdp": -1, "grpo.micro_groups": micro, "rollout.groups": groups})
+        groups = -(-cfg.rollout.groups // shards) * shards
+        other = changed(cfg, {"mesh.data": 1, "mesh.fsdp": -1, "rollout.groups": groups})
         held, chip = hold(other, topology, memory)
         if (need := least(held)) > chip.memory and not last:
             say(f"{topology}: {need / 1e9:.1f} GB of arrays alone, too much")

@@ -6,7 +6,6 @@ Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wro
 as machines that are taken away send it: the run is saved, start it again with `--run.resume true`.
 """
 
-import math
 import signal
 import sys
 import time
@@ -28,7 +27,7 @@ from imagent_jax.hosts import RESTART
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.sharding import GROUPS, gather_params, make_mesh, shardings
+from imagent_jax.model.sharding import gather_params, make_mesh, shardings
 from imagent_jax.report import write_report
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.batch import pack_batch
@@ -89,24 +88,17 @@ class Parts:
 
 
 def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `cfg.mesh`, over whose data and fsdp axes every micro-batch is split by groups.
+    """The mesh of `cfg.mesh`, over whose data and fsdp axes rollouts and micro-batches are split by groups.
 
     Args:
         devices: default all of `jax.devices()`.
     Raises:
-        ValueError: its sizes do not divide the devices, or the groups of a micro-batch do not divide over it, or it is not
-            for several processes.
+        ValueError: its sizes do not divide the devices, or it is not for several processes.
     """
     mesh = make_mesh(**vars(cfg.mesh), devices=devices)
     hosts.check_mesh(mesh)
     if jax.process_count() > 1 and not (cfg.model.freeze_vision and not cfg.lora.merger):
         raise ValueError("Several processes cannot train the vision tower; set model.freeze_vision, unset lora.merger.")
-    shards, micro = math.prod(mesh.shape[axis] for axis in GROUPS), min(cfg.grpo.micro_groups, cfg.rollout.groups)
-    if micro % shards:
-        raise ValueError(
-            f"grpo.micro_groups {micro} (at most rollout.groups) does not divide over mesh.data x mesh.fsdp = {shards} devices; "
-            f"choose a multiple of {shards}, or move devices to mesh.tensor."
-        )
     return mesh
 
 
@@ -264,6 +256,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
             "rollout/tokens_per_second": rollout.sampled_tokens / sum(rollout.times.values()),
             "vision/encoded": rollout.store.encoded,
             "vision/shown": rollout.store.shown,
+            "vision/waste": 1 - rollout.store.patches / max(1, rollout.store.packed),
             "compile/count": compiles.count - compiled,
         }
         log.write(step, rollout.trajectories, scored, advantages)

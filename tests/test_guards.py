@@ -69,7 +69,7 @@ def step(parts, cfg, rollout, temperature=1.0, params=None):
     mask = two_level_mask(batch.kind, batch.end, advantages, action, trajectory)
     old = of_batch(temperature=temperature)[0]
     _, learned = policy_loss(logprobs, old, jnp.asarray(advantages), mask, cfg=cfg.grpo, entropy=entropy,
-                             normaliser=loss_normaliser(mask, cfg=cfg.grpo))  # fmt: skip
+                             normaliser=loss_normaliser(mask, cfg=cfg.grpo).sum())  # fmt: skip
     learned = {k: float(v) for k, v in finish_metrics(jax.device_get(learned)).items()}
     return metrics | learned | dropped_shares(batch, cfg.mask)
 

@@ -25,7 +25,7 @@ from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import encode_images
 from imagent_jax.model.sharding import shardings
 from imagent_jax.rl.batch import pack_batch
-from imagent_jax.rl.learner import Learner, Tables, batch_loss, part_normaliser, score
+from imagent_jax.rl.learner import Learner, Tables, batch_loss, group_normalisers, score
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.rollout import RolloutEngine
@@ -245,7 +245,7 @@ def test_a_step_changes_adapters_alone_and_the_optimizer_holds_only_them(base, g
 def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
     model, params = lora.attach(*base, **MERGER_TOO)
     adapters, frozen = nnx.split_state(shaken(params), nnx.LoRAParam, ...)
-    normaliser, packed = part_normaliser(CFG, groups, TABLES), store_of(*base).packs[0]
+    normaliser, packed = group_normalisers(CFG, groups, TABLES).sum(), store_of(*base).packs[0]
 
     def loss(adapters, merge):
         here, whole = model, nnx.merge_state(adapters, frozen)
@@ -261,7 +261,7 @@ def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
 
     learner = Learner(model, CFG, make_optimizer(CFG.optim, 4), TABLES)
     params = nnx.merge_state(adapters, frozen)
-    learned, _ = learner._gradient(params, [(groups, None, None)], store_of(model, params), 0.0, fresh=True)
+    learned, _ = learner._gradient(params, [(groups, None, None)], store_of(model, params), normaliser, fresh=True)
     for name, value in flat(learned).items():  # the merger's through the features' summed gradient
         assert np.abs(value - expected[name]).max() <= 1e-4 * np.abs(expected[name]).max(), name
     assert flat(learned).keys() == expected.keys()

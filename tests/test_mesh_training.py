@@ -98,12 +98,6 @@ def test_a_run_of_eight_devices_resumes_on_eight_four_and_one(report):
     for found in (eight, four, one):
         assert found["restored"] == found["moved"] == 0 and found["continued"] < 1e-5, found
 
-
-def test_too_few_groups_for_the_mesh_are_refused_in_one_sentence(report):
-    sentence = report["refused"]
-    assert sentence.startswith("grpo.micro_groups 4 ") and "choose a multiple of 8" in sentence and "\n" not in sentence
-
-
 def test_the_main_job_on_four_devices_is_that_of_one(report, folder):
     """The same trajectories, token by token: noise belongs to a row, and rounding never tips a choice here."""
     assert report["job"] == 0

@@ -217,7 +217,7 @@ def started(model, params, prompts, images):
 
 
 def decode(model, params, state, steps, rows=None):
-    return sampler.decode(model, True, params, state, rows, NEVER, 1.0, steps)
+    return sampler.decode(model, True, state.ids.shape[1], params, state, rows, NEVER, 1.0, steps)
 
 
 def test_greedy_generation_equals_the_reference_for_64_tokens(pair):

@@ -107,7 +107,7 @@ def gradient(parts, config, rollout, batch):
     @jax.jit
     def compute(batch, features):
         mask = two_level_mask(batch.kind, batch.end, batch.advantages, *tables)
-        normaliser = loss_normaliser(mask, cfg=config.grpo)
+        normaliser = loss_normaliser(mask, cfg=config.grpo).sum()
 
         def loss(trained):
             return batch_loss(parts.model, config, trained, nnx.State(frozen), features, batch, tables, normaliser, None, None)[0]
@@ -264,7 +264,7 @@ def test_a_failing_tool_faults_its_trajectory_and_gives_no_gradient(parts, confi
 
 def test_feature_rows_survive_encoding_under_other_parameters(parts, rollout):
     again = rollout.store.encode_again(parts.params)
-    rows = len(rollout.store.packs) * rollout.store.rows
+    rows = rollout.store.packed // 4
     assert np.allclose(again[:rows], rollout.store.features[:rows], atol=1e-6)
 
 
@@ -278,7 +278,7 @@ def test_the_tower_gradient_through_the_store_equals_autodiff(parts, rollout):
         from imagent_jax.model.qwen2_vl import encode_images
 
         features = encode_images(parts.model, params, *map(jnp.asarray, store.packs[0]))
-        return jnp.sum(features * cotangent[: store.rows])
+        return jnp.sum(features * cotangent[: store.packed // 4])
 
     expected = jax.grad(whole)(parts.params)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected["vision"]), strict=True):

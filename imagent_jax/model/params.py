@@ -36,14 +36,20 @@ class Maker:
         return self((width,), (axis,), nnx.initializers.zeros)
 
 
-def weights(module: nnx.Module, dtype) -> dict[str, jax.Array]:
-    """The module's own parameters by attribute name, times their `scale` if they have one, cast to the compute dtype."""
+def weights(module: nnx.Module, dtype) -> dict[str, jax.Array | tuple[jax.Array, ...]]:
+    """The module's own parameters by attribute name, times their `scale` if they have one, cast to the compute dtype. Those of
+    layers are stacked, or a tuple (`sharding.rollout_params`)."""
 
-    def cast(param: nnx.Param) -> jax.Array:
+    def cast(param: nnx.Param):
         scale = param.get_metadata().get("scale")
-        return jnp.asarray(param[...] if scale is None else param[...] * scale, dtype)
+        return jax.tree.map(lambda x: jnp.asarray(x if scale is None else x * scale, dtype), param.get_value())
 
     return {name: cast(param) for name, param in vars(module).items() if isinstance(param, nnx.Param)}
+
+
+def layer_of(w: dict[str, jax.Array | tuple[jax.Array, ...]], index: int) -> dict[str, jax.Array]:
+    """One layer of `weights`."""
+    return {name: x[index] for name, x in w.items()}
 
 
 def gathered(module: nnx.Module, w: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -89,16 +89,19 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh, whole: Sequence[str] = ())
     def one(path, param):
         if not isinstance(param, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
-        places = (LOGICAL_TO_MESH[a] for a in param.get_metadata()["logical_axes"])
-        spec = tuple(None if axis in whole else axis for axis in places)
-        for size, logical, axis in zip(param.get_value().shape, param.get_metadata()["logical_axes"], spec, strict=True):
+        logical_axes, value, apart = param.get_metadata()["logical_axes"], param.get_value(), None
+        if isinstance(value, tuple):  # layers apart
+            logical_axes, value, apart = logical_axes[1:], value[0], len(value)
+        spec = tuple(None if LOGICAL_TO_MESH[a] in whole else LOGICAL_TO_MESH[a] for a in logical_axes)
+        for size, logical, axis in zip(value.shape, logical_axes, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 name = ".".join(str(getattr(p, "key", p)) for p in path)
                 raise ValueError(
                     f"{name}: axis {logical!r} of size {size} does not divide by mesh.{axis}={mesh.shape[axis]}; "
                     f"choose a mesh.{axis} that divides it."
                 )
-        return param.replace(NamedSharding(mesh, PartitionSpec(*spec)))
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        return param.replace(place if apart is None else (place,) * apart)
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -137,8 +140,23 @@ _gather = jax.jit(partial(constrain_params, whole=("fsdp",)))
 
 
 def gather_params(params: nnx.State) -> nnx.State:
-    """Parameters as rollouts read them, once a token: whole over `fsdp`. One compiled program moves them, where any moves."""
+    """Parameters whole over `fsdp`. One compiled program moves them, where any moves."""
     return _gather(params) if get_abstract_mesh().shape.get("fsdp", 1) > 1 else params
+
+
+@partial(jax.jit, static_argnums=0)
+def rollout_params(dtype: str, params: nnx.State) -> nnx.State:
+    """The copy of the parameters that rollouts read, once a token: whole over `fsdp`, in the compute dtype (to which every use
+    of them casts), the decoder's layers apart, as not every backend reads a layer of stacked ones without copying it."""
+
+    def cast(path, param):
+        value = param.get_value()
+        if not isinstance(param, nnx.LoRAParam):  # what is scaled first, is cast then
+            value = value.astype(dtype)
+        return param.replace(tuple(value) if path[:2] == ("text", "layers") else value)
+
+    copied = nnx.from_flat_state([(path, cast(path, param)) for path, param in nnx.to_flat_state(params)])
+    return constrain_params(copied, whole=("fsdp",))
 
 
 def locally(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] = ()) -> Callable:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention, attention_shares, cached
 from imagent_jax.model.config import TextConfig
-from imagent_jax.model.params import Maker, gathered, linear, weights
+from imagent_jax.model.params import Maker, gathered, layer_of, linear, weights
 from imagent_jax.model.rope import mrope, rotate
 from imagent_jax.model.sharding import GROUPS, constrain
 
@@ -117,7 +117,14 @@ class Decoder(nnx.Module):
             kept = cached(k, v) if source is None else attention_shares(q, k, prompt_len, source)
             return constrain(x, GROUPS), kept
 
-        x, kept = jax.lax.scan(layer, constrain(x, GROUPS), weights(self.layers, dtype))
+        x, w, kept = constrain(x, GROUPS), weights(self.layers, dtype), []
+        if isinstance(w["q"], tuple):
+            for i in range(self.cfg.num_layers):
+                x, one = layer(x, layer_of(w, i))
+                kept.append(one)
+            kept = zip(*kept, strict=True)
+        else:
+            x, kept = jax.lax.scan(layer, x, w)
         kept = PromptCache(*map(tuple, kept)) if source is None else kept
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), kept
 
@@ -140,13 +147,13 @@ class Decoder(nnx.Module):
         g = b // n
         index = start[:, None] + jnp.arange(s)  # [B S]
         mask = (jnp.arange(r) <= index[..., None]).reshape(n, g, s, r)
-        rows, stacked, keys, values = jnp.arange(b)[:, None], weights(self.layers, dtype), [], []
+        rows, layers, keys, values = jnp.arange(b)[:, None], weights(self.layers, dtype), [], []
 
         def split(t):
             return t.reshape(n, g, *t.shape[1:])
 
         for i in range(self.cfg.num_layers):  # unrolled: every layer's cache is an array of its own, updated in place
-            w = jax.tree.map(lambda a, i=i: a[i], stacked)
+            w = layer_of(layers, i)
             q, k, v = self._qkv(w, x, rope)
             keys.append(cache.k[i].at[rows, :, :, index].set(k, mode="drop"))
             values.append(cache.v[i].at[rows, :, index].set(v, mode="drop"))

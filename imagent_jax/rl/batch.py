@@ -1,11 +1,13 @@
 """Trajectories -> `GroupBatch`, the unit of training."""
 
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, get_mesh
 
+from imagent_jax.config import Config
 from imagent_jax.model.interleave import pad_prompts
 from imagent_jax.model.sharding import GROUPS
 from imagent_jax.rl.rollout import RolloutBatch
@@ -66,44 +68,52 @@ def check_images(trajectories: Sequence[Trajectory], image_token_id: int) -> Non
             )
 
 
-def split_groups(batch: GroupBatch, size: int, widths: Sequence[int]) -> list[GroupBatch]:
-    """Micro-batches of `size` groups each, groups of like length together, responses cut to the smallest width of
-    `widths` that holds them (a few compiled shapes).
+def micro_shapes(cfg: Config) -> list[tuple[int, int]]:
+    """The compiled shapes of a micro-batch, narrowest first: width of its responses (quarters of R), and its groups.
 
-    Raises:
-        ValueError: the groups do not divide by `size`.
+    All hold about the tokens of `grpo.micro_groups` groups with responses of R tokens, P + G R each: the shorter the
+    responses, the more groups, a multiple of the mesh's data x fsdp.
     """
-    n = batch.prompt_len.shape[0]
-    if n % size:
-        raise ValueError(f"{n} groups do not divide into micro-batches of {size}; set grpo.micro_groups to a divisor.")
-    order = np.argsort(batch.response_len.max(axis=1), kind="stable")
-    parts = []
-    for begin in range(0, n, size):
-        index = order[begin : begin + size]
-        longest = int(batch.response_len[index].max())
-        width = min(w for w in widths if w >= longest)
-        parts.append(take_groups(batch, index, width))
+    r, shards = cfg.rollout, math.prod(get_abstract_mesh().shape.get(axis, 1) for axis in GROUPS)
+
+    def whole(groups: float) -> int:
+        return max(1, int(groups // shards)) * shards
+
+    most = -(-r.groups // cfg.grpo.minibatches // shards) * shards  # of an update
+    widths = sorted({max(1, quarter * r.response_tokens // 4) for quarter in (1, 2, 3, 4)})
+    tokens = cfg.grpo.micro_groups * (r.prompt_tokens + r.group_size * r.response_tokens)
+    return [(w, min(most, whole(tokens / (r.prompt_tokens + r.group_size * w)))) for w in widths]
+
+
+def micro_batches(batch: GroupBatch, index: np.ndarray, shapes: Sequence[tuple[int, int]]) -> list[GroupBatch]:
+    """Groups `index` of the batch in micro-batches of `shapes` (`micro_shapes`), groups of like length together; the last
+    of a shape is filled up with groups that train nothing."""
+    longest = batch.response_len.max(axis=1)
+    left, parts = sorted(index, key=lambda i: -longest[i]), []
+    while left:
+        width, size = next(shape for shape in shapes if shape[0] >= longest[left[0]])
+        parts.append(take_groups(batch, np.asarray(left[:size]), width, size))
+        left = left[size:]
     return parts
 
 
-def learning_groups(batch: GroupBatch, multiple: int) -> np.ndarray:
-    """Indices of the groups that have an advantage, with as many others as make their number a multiple of `multiple`
-    (at least one multiple). Groups without an advantage have no gradient."""
+def learning_groups(batch: GroupBatch, least: int) -> np.ndarray:
+    """Indices of the groups that have an advantage, filled up with others to `least`. Groups without one have no gradient."""
     idle = ~np.any(batch.advantages, axis=1)
-    count = max(1, -(-int((~idle).sum()) // multiple)) * multiple
-    return np.argsort(idle, kind="stable")[:count]
+    return np.argsort(idle, kind="stable")[: max(least, int((~idle).sum()))]
 
 
-def take_groups(batch: GroupBatch, index: np.ndarray, width: int) -> GroupBatch:
-    """Groups `index` of the batch, responses cut to `width` tokens."""
-    fields = {}
+def take_groups(batch: GroupBatch, index: np.ndarray, width: int, size: int | None = None) -> GroupBatch:
+    """Groups `index` of the batch, responses cut to `width` tokens; up to `size` filled up with groups that train nothing."""
+    fields, more = {}, (size or len(index)) - len(index)
     for name, value in vars(batch).items():
         if value is None:
             continue
-        value = np.take(value, index, axis=_group_axis(name))
+        value = np.take(value, [*index, *[index[0]] * more], axis=_group_axis(name))
         if name in ("response_ids", "response_positions", "response_vision", "kind", "logprobs"):
             value = value[..., :width]
         fields[name] = value
+    fields["kind"][len(index) :] = TokenKind.PAD
     return GroupBatch(**fields)
 
 

@@ -17,7 +17,7 @@ from imagent_jax.config import Config
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, response_logprobs
 from imagent_jax.model.sharding import constrain_params
-from imagent_jax.rl.batch import learning_groups, place_groups, split_groups, take_groups
+from imagent_jax.rl.batch import learning_groups, micro_batches, micro_shapes, place_groups, take_groups
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import two_level_mask
 from imagent_jax.rl.trajectory import GroupBatch, TokenKind
@@ -56,8 +56,8 @@ def batch_loss(model, cfg, trained, frozen, features, batch: GroupBatch, tables:
 
 
 @partial(jax.jit, static_argnums=0)
-def part_normaliser(cfg, batch, tables):
-    """What a micro-batch adds to the denominator of the loss."""
+def group_normalisers(cfg, batch, tables):
+    """What each group adds to the denominator of the loss, [N]."""
     return loss_normaliser(two_level_mask(batch.kind, batch.end, batch.advantages, *tables), cfg=cfg.grpo)
 
 
@@ -102,8 +102,7 @@ class Learner:
         if reference is not None:  # updates donate what they train
             trained, frozen = self.split(reference)
             self.reference = nnx.merge_state(jax.tree.map(jnp.copy, trained), frozen)
-        r = cfg.rollout.response_tokens
-        self.widths = sorted({max(1, quarter * r // 4) for quarter in (1, 2, 3, 4)})
+        self.shapes = micro_shapes(cfg)
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
         """(trained, frozen) parameters; see `trained_filter`."""
@@ -117,11 +116,10 @@ class Learner:
 
         Groups whose advantages are all zero are not run: without KL they have no gradient. They count in the loss's
         denominator all the same, an equal share in each update.
-        The first call compiles the gradient for every response width, so that no later one compiles anything.
+        The first call compiles the gradient for every shape of a micro-batch, so that no later one compiles anything.
         Returns parameters, optimizer state, metrics (floats; of the groups that were run).
         """
         cfg, sums = self.cfg.grpo, []
-        size = min(cfg.micro_groups, len(batch.prompt_len))
         reference = (store.encode_again(self.reference) if self._learns(params) else store.features) if cfg.kl else None
 
         def with_logprobs(part: GroupBatch):  # micro-batch, the reference's log-probabilities, the trainer's at the start
@@ -130,19 +128,20 @@ class Learner:
             return part, kl, self._score(params, part, store.features) if cfg.recompute else None
 
         if not self.warm:
-            index = np.argsort(batch.response_len.max(axis=1), kind="stable")[:size]
-            for width in self.widths:
-                self._gradient(params, [with_logprobs(take_groups(batch, index, width))], store, 0.0, fresh=True)
+            for width, size in self.shapes:
+                self._gradient(params, [with_logprobs(take_groups(batch, np.zeros(1, int), width, size))], store, 1.0, fresh=True)
             self.warm = True
-        index = np.arange(len(batch.prompt_len)) if cfg.kl else learning_groups(batch, size * cfg.minibatches)
-        run = take_groups(batch, index, batch.response_ids.shape[-1])
-        parts = [with_logprobs(part) for part in split_groups(run, size, self.widths)]
-        whole = float(part_normaliser(self.cfg, batch, self.tables))
-        idle = (whole - sum(float(part_normaliser(self.cfg, part, self.tables)) for part, _, _ in parts)) / cfg.minibatches
+        index = np.arange(len(batch.prompt_len)) if cfg.kl else learning_groups(batch, cfg.minibatches)
+        weight = np.asarray(group_normalisers(self.cfg, batch, self.tables))
+        idle = (weight.sum() - weight[index].sum()) / cfg.minibatches
+        updates = [
+            (idle + weight[chunk].sum(), [with_logprobs(part) for part in micro_batches(batch, chunk, self.shapes)])
+            for chunk in np.array_split(np.random.default_rng(0).permutation(index), cfg.minibatches)
+        ]
         for epoch in range(cfg.epochs):
-            order = np.random.default_rng(epoch).permutation(len(parts))
-            for chunk in np.array_split(order, cfg.minibatches):
-                gradients, metrics = self._gradient(params, [parts[i] for i in chunk], store, idle, fresh=not sums)
+            for i in np.random.default_rng(epoch).permutation(cfg.minibatches):
+                normaliser, parts = updates[i]
+                gradients, metrics = self._gradient(params, parts, store, normaliser, fresh=not sums)
                 trained, frozen = self.split(params)
                 trained, opt_state, norm = apply_gradients(self.optimizer, trained, opt_state, gradients)
                 params = nnx.merge_state(trained, frozen)
@@ -157,14 +156,13 @@ class Learner:
     def _score(self, params, part, features):
         return score_jit(self.model, params, part, features, temperature=self.cfg.rollout.temperature)[0]
 
-    def _gradient(self, params, parts, store, idle, fresh: bool):
-        """Gradient and metrics of one update. `idle`: what groups that are not run add to the denominator; `fresh`: the
-        rollout's features are those of these parameters."""
+    def _gradient(self, params, parts, store, normaliser, fresh: bool):
+        """Gradient and metrics of one update. `fresh`: the rollout's features are those of these parameters."""
         trained, frozen = self.split(params)
         learns = self._learns(params)
         features = store.features if fresh or not learns else store.encode_again(params)
         total = jax.tree.map(jnp.zeros_like, (trained, features) if learns else (trained,))
-        normaliser = idle + sum(part_normaliser(self.cfg, part, self.tables) for part, _, _ in parts)
+        normaliser = np.float32(normaliser)
         sums = []
         for part, reference, old in parts:
             total, value, metrics = accumulate(

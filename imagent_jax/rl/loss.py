@@ -20,13 +20,13 @@ LOG_LIMIT = 20.0
 """Differences of log-probabilities are cut to ±20 before `exp`: an overflow would make even a clipped gradient NaN."""
 
 
-def loss_normaliser(mask: Bool[Array, "N G R"], *, cfg: GRPOConfig) -> Float[Array, ""]:
-    """What this part of a batch adds to the loss's denominator; sum it over micro-batches before the first gradient."""
+def loss_normaliser(mask: Bool[Array, "N G R"], *, cfg: GRPOConfig) -> Float[Array, " N"]:
+    """What each group adds to the loss's denominator; sum it over the groups of an update before its first gradient."""
     if cfg.level == "token":
-        return mask.sum().astype(jnp.float32)
+        return mask.sum((1, 2)).astype(jnp.float32)
     if cfg.level == "sequence":
-        return mask.any(-1).sum().astype(jnp.float32)
-    return jnp.float32(mask.shape[0] * mask.shape[1] * cfg.constant)
+        return mask.any(-1).sum(1).astype(jnp.float32)
+    return jnp.full(mask.shape[0], mask.shape[1] * cfg.constant, jnp.float32)
 
 
 def policy_loss(
@@ -48,7 +48,7 @@ def policy_loss(
         old_logprobs: the sampler's, of the same tokens; the ratio is against them.
         advantages: one per rollout, or one per token.
         mask: tokens that train. Whatever stands elsewhere, NaN included, changes neither loss nor gradient.
-        normaliser: `loss_normaliser` summed over the whole batch, so that losses and gradients of micro-batches add
+        normaliser: `loss_normaliser` summed over the whole update, so that losses and gradients of micro-batches add
             up exactly.
         ref_logprobs: of the reference policy; adds `cfg.kl` times the k3 estimate of the KL per token.
         importance: weights for stale or low-precision samples, exp(trainer's at the start - sampler's), truncated at

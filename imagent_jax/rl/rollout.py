@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import time
 import zlib
@@ -18,12 +19,12 @@ from PIL import Image
 from imagent_jax import hosts
 from imagent_jax.config import Config
 from imagent_jax.data.task import Task
-from imagent_jax.model.features import FeatureStore
+from imagent_jax.model.features import COUNTS, FeatureStore
 from imagent_jax.model.images import PreparedImage, smart_resize, to_rgb
 from imagent_jax.model.interleave import Encoded, encode_parts, pad_prompts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model
-from imagent_jax.model.sharding import gather_params
+from imagent_jax.model.sharding import rollout_params
 from imagent_jax.rl import sampler
 from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory, Turn
 from imagent_jax.tools import CallResult, CallStatus, ImageEntry, ImageRegistry, ToolSet, ToolSettings
@@ -90,6 +91,7 @@ class RolloutEngine:
     def __init__(self, model: Model, processor: Processor, tools: ToolSet, cfg: Config):
         self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
         self.settings = tool_settings(cfg, processor)
+        self.warm: set[tuple] = set()  # shapes of rollouts whose programs are compiled
         self.system = tools.system_prompt(cfg.tools.system, self.settings)
         markers = ("<|im_end|>", "<|endoftext|>", "</tool_call>")
         stops = [ids for ids in (processor.encode(marker) for marker in markers) if len(ids) <= sampler.STOP_WIDTH]
@@ -169,7 +171,7 @@ class RolloutEngine:
             ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
             Stopped: see `stop`.
         """
-        params, sampling = gather_params(params), (seed, temperature, greedy)
+        params, sampling = rollout_params(self.model.dtype, params), (seed, temperature, greedy)
         if jax.process_count() == 1:
             return self._rollout(params, tasks, group_size, sampling, slots or len(tasks), packs)
         own, part, room = None, hosts.share(tasks), -(-(slots or len(tasks)) // jax.process_count())
@@ -182,7 +184,10 @@ class RolloutEngine:
 
     def _rollout(self, params, tasks, group_size: int, sampling, slots: int, packs: int | None) -> RolloutBatch:
         """On the current mesh."""
-        store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs)
+        frozen = self.cfg.model.freeze_vision and not self.cfg.lora.merger
+        store = FeatureStore(
+            self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs, remainders=frozen
+        )
         run = _Run(self, params, store, list(tasks), group_size, slots, sampling)
         run.to_the_end()
         store.params = None  # it encodes no more: gathered parameters are not kept while training
@@ -267,7 +272,7 @@ def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
     for t in (t for group in own.trajectories for t in group):
         t.vision = moved(t.vision)
     light = replace(
-        own, tasks=[], store=SimpleNamespace(encoded=own.store.encoded, shown=own.store.shown),
+        own, tasks=[], store=SimpleNamespace(**{name: getattr(own.store, name) for name in COUNTS}),
         prompts=[prompt._replace(images=[]) for prompt in own.prompts],
         trajectories=[[replace(t, registry=None, task=replace(t.task, images=())) for t in group] for group in own.trajectories],
     )  # fmt: skip
@@ -279,8 +284,7 @@ def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
 
     return RolloutBatch(
         list(tasks), chain("prompts"), chain("prompt_vision"), chain("trajectories"),
-        SimpleNamespace(features=features, encoded=sum(one.store.encoded for one in everyone),
-                        shown=sum(one.store.shown for one in everyone)),
+        SimpleNamespace(features=features, **{name: sum(getattr(one.store, name) for one in everyone) for name in COUNTS}),
         {name: max(one.times.get(name, 0.0) for one in everyone) for name in everyone[0].times},
         sum(one.sampled_tokens for one in everyone), own.image_token_id,
     )  # fmt: skip
@@ -301,7 +305,8 @@ class _Run:
     """One call of `RolloutEngine.rollout`: the schedule.
 
     Slots are filled, live rows decode a chunk of tokens, calls run on the pool meanwhile, observations are appended, and
-    a finished group makes room. Work on few rows (observations, stragglers) is done on a quarter of the batch. What is
+    a finished group makes room. Work on few rows (observations, stragglers) is done on a quarter of the batch, and while
+    responses are short it is done on the first half of their cache. What is
     done when depends on sampled tokens only, not on how long a tool took (up to `tools.patience_s`), so that a run
     repeats to the bit.
     """
@@ -312,10 +317,12 @@ class _Run:
         self.seed, self.temperature, self.greedy = sampling
         self.slots, self.rows = slots, slots * group_size
         self.admitted, self.few = quarters(slots, group_size)
+        r = self.cfg.rollout.response_tokens
+        self.sizes, self.widths = sorted({self.few, self.rows}), sorted({-(-r // 2), r})
         self.state = sampler.empty(
             self.model, slots, group_size, self.cfg.rollout.prompt_tokens, self.cfg.rollout.response_tokens
         )
-        self.live = np.zeros(self.rows, bool)
+        self.live, self.length = np.zeros(self.rows, bool), np.zeros(self.rows, int)
         self.queue, self.opened = deque(range(len(tasks))), deque()  # tasks to come; those with their images encoded
         self.groups, self.free = {}, list(range(slots))
         self.pool = CallPool(engine.tools, engine.settings, self.cfg.tools.workers, self.cfg.tools.timeout_s)
@@ -324,6 +331,16 @@ class _Run:
         self.results: dict[int, CallResult] = {}
         self.done: list[_Group] = [None] * len(tasks)
         self.clock = _Clock()
+        if (shape := (slots, group_size, self.greedy, store.features.shape)) not in engine.warm:
+            engine.warm.add(shape)
+            self._compile()
+
+    def _compile(self) -> None:
+        """Every shape that may come up, so that none is compiled later."""
+        self.store.warm()
+        for size, width in itertools.product(self.sizes, self.widths):
+            self._step(np.zeros(0, int), size, width, 0)
+        self.clock.lap("compile", self.state.logits)
 
     def to_the_end(self) -> None:
         while self.queue or self.opened or self.groups:
@@ -367,6 +384,7 @@ class _Run:
             rows = [Row(self.tasks[index], i, registry.fork(), position=prompt.next_position) for i in range(self.g)]
             self.groups[slot] = _Group(index, prompt, vision, rows)
             self.live[slot * self.g : (slot + 1) * self.g] = True
+            self.length[slot * self.g : (slot + 1) * self.g] = 0
         indices, prompts, _, vision = map(list, zip(*admitted, strict=True))
         more = self.admitted - len(prompts)  # filled up with repeats that go nowhere
         ids, positions, shown = pad_prompts(
@@ -386,11 +404,10 @@ class _Run:
 
     def _decode(self) -> None:
         """A chunk of tokens for all live rows; turns that ended are booked and their calls begun."""
-        cfg, rows = self.cfg.rollout, np.flatnonzero(self.live)
-        few = self._padded(rows, self.few, self.rows) if len(rows) <= self.few < self.rows else None
-        self.state = sampler.decode(
-            self.model, self.greedy, self.params, self.state, few, self.engine.stops, self.temperature, cfg.decode_chunk
-        )
+        rows, steps = np.flatnonzero(self.live), self.cfg.rollout.decode_chunk
+        longest = min(self.length[rows].max() + steps, self.widths[-1])
+        size, width = (next(n for n in sizes if n >= least) for sizes, least in ((self.sizes, len(rows)), (self.widths, longest)))
+        self._step(rows, size, width, steps)
         ids, length, live = jax.device_get((self.state.ids, self.state.length, self.state.live))
         self.clock.lap("decode")
         for b in rows[~live[rows]]:
@@ -399,16 +416,24 @@ class _Run:
             if text is not None:
                 self.pool.submit(int(b), text, row.registry)
                 self.calling.append(int(b))
-        self.live = live.copy()
+        self.live, self.length = live.copy(), length.copy()
         self.clock.lap("host")
 
+    def _step(self, rows: np.ndarray, size: int, width: int, steps: int) -> None:
+        """Decodes these rows among `size` on `width` tokens of the cache, until fewer rows would do."""
+        some = self._padded(rows, size, self.rows) if size < self.rows else None
+        enough = max((s for s in self.sizes if s < size), default=0)
+        self.state = sampler.decode(
+            self.model, self.greedy, width, self.params, self.state, some, self.engine.stops, self.temperature, steps, enough
+        )
+
     def _due(self) -> list[int]:
-        """Rows whose observations come next: those that called first, as soon as they are a quarter of the batch or
-        nothing else is left to do. Their calls are waited for, but while others could go on only for
+        """Rows whose observations come next: those that called first, as soon as they are a quarter of the batch or no fewer
+        than the rows that go on. Their calls are waited for, but while others could go on only for
         `tools.patience_s`; what is slower than that comes whenever it is there."""
         self.results.update(self.pool.poll())
         waiting = [b for b in self.calling if b not in self.late or b in self.results]
-        if len(waiting) < self.few and self.live.any():
+        if len(waiting) < min(self.few, self.live.sum()):
             return []
         waiting = (waiting or list(self.calling))[: self.few]
         give_up = time.perf_counter() + self.cfg.tools.patience_s
@@ -435,7 +460,7 @@ class _Run:
         s, f = self.cfg.rollout.observation_tokens, self.few
         for b, encoded in observations.items():
             self.row(b).book_observation(encoded, encoded.vision([next(first) for _ in encoded.images]))
-            self.live[b] = True
+            self.live[b], self.length[b] = True, self.row(b).seen
         index = self._padded(list(observations), f, self.rows)
         for begin in range(0, max(len(encoded.ids) for encoded in observations.values()), s):
             ids, positions = np.zeros((f, s), np.int32), np.zeros((3, f, s), np.int32)

@@ -115,24 +115,32 @@ def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) ->
     return _placed(whole._replace(prompt=state.prompt, prompt_len=state.prompt_len))
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def decode(
-    model: Model, greedy: bool, params: nnx.State, state: SamplerState, rows, stops, temperature, max_steps
-) -> SamplerState:
-    """Samples up to `max_steps` tokens for every live row, or for those among `rows` ([F]), from softmax(logits / T).
+    model: Model, greedy: bool, width: int, params: nnx.State, state: SamplerState, rows, stops, temperature, max_steps,
+    enough=0,
+) -> SamplerState:  # fmt: skip
+    """Samples up to `max_steps` tokens for every live row, or for those among `rows` ([F]), from softmax(logits / T), while
+    more than `enough` of them are live. No response may come to hold more than `width` tokens meanwhile (R: any).
 
     A row stops, inside the loop, when its last tokens equal one of `stops` ([n STOP_WIDTH], left-padded with -1) or
     its buffer is full. The random number of a token belongs to (row key, index of the token), so it depends on
     neither the batch nor the chunking.
     """
     with jax.named_scope("decode"):
-        if rows is None:
-            return _decode(model, greedy, params, state, stops, temperature, max_steps)
-        part = _decode(model, greedy, params, take_rows(state, rows), stops, temperature, max_steps)
-        return put_rows(state, rows, part)
+        part = state if rows is None else take_rows(state, rows)
+        first = ResponseCache(tuple(k[..., :width] for k in part.cache.k), tuple(v[..., :width, :] for v in part.cache.v))
+        done = _decode(model, greedy, params, part._replace(cache=first), stops, temperature, max_steps, enough)
+        if width < state.ids.shape[1]:
+            done = done._replace(cache=jax.tree.map(_write_first, part.cache, done.cache))
+        return done if rows is None else put_rows(state, rows, done)
 
 
-def _decode(model, greedy, params, state, stops, temperature, max_steps):
+def _write_first(kept: Array, new: Array) -> Array:
+    return jax.lax.dynamic_update_slice(kept, new, (0,) * kept.ndim)
+
+
+def _decode(model, greedy, params, state, stops, temperature, max_steps, enough):
     b, r = state.ids.shape
     rows, prompt, prompt_len = jnp.arange(b), state.prompt, state.prompt_len
     keys = jax.random.wrap_key_data(state.key)
@@ -169,7 +177,7 @@ def _decode(model, greedy, params, state, stops, temperature, max_steps):
         return count + 1, _placed(new)
 
     bare = state._replace(key=(), prompt=(), prompt_len=())  # what the loop does not change stays outside of it
-    going = lambda carry: (carry[0] < max_steps) & jnp.any(carry[1].live)  # noqa: E731
+    going = lambda carry: (carry[0] < max_steps) & (jnp.sum(carry[1].live) > enough)  # noqa: E731
     _, done = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), bare))
     return done._replace(key=state.key, prompt=prompt, prompt_len=prompt_len)
 
