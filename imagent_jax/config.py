@@ -39,6 +39,8 @@ class RunConfig:
     compile_cache: str = field(
         default="~/.cache/imagent_jax/xla", metadata={"help": "folder of compiled programs kept between runs ('': none)"}
     )
+    profile: int = field(default=0, metadata={"help": "step traced into the run's profile/, for Perfetto and XProf (0: none)"})
+    wandb: str = field(default="", metadata={"help": "project of Weights & Biases to log to as well ('': none; needs wandb)"})
     log_trajectories: int = field(default=16, metadata={"help": "trajectories logged each step, in whole groups (0: none)"})
 
 
@@ -101,6 +103,9 @@ class DataConfig:
     train_size: int = field(default=3072, metadata={"help": "training tasks of the tiny world"})
     test_size: int = field(default=512, metadata={"help": "held-out tasks of the tiny world"})
     seed: int = field(default=0, metadata={"help": "seed of the tiny world and of the order of tasks"})
+    permute_images: bool = field(
+        default=True, metadata={"help": "in random order; else what the answer needs comes first (tiny world, training)"}
+    )
     skip_bad: bool = field(default=False, metadata={"help": "skip rows with faults (counted and listed) instead of stopping"})
 
 
@@ -140,6 +145,9 @@ class RolloutConfig:
     response_tokens: int = field(default=192, metadata={"help": "R: tokens of the longest response, observations included"})
     observation_tokens: int = field(default=32, metadata={"help": "tokens of an observation appended at once"})
     decode_chunk: int = field(default=16, metadata={"help": "tokens decoded before the host looks"})
+    overlap: bool = field(
+        default=False, metadata={"help": "sample the next step's rollouts while one trains, by weights one update older"}
+    )
 
 
 @dataclass(frozen=True)
@@ -304,6 +312,8 @@ class Config:
                 f"grpo.minibatches is {self.grpo.minibatches}, more than rollout.groups {self.rollout.groups}; an update needs a "
                 "group at least."
             )
+        if self.rollout.overlap and not (self.model.freeze_vision and not self.lora.merger):
+            raise ValueError("rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.merger.")
         if self.mask.observations == "keep" and not self.grpo.recompute:
             raise ValueError(
                 "mask.observations is 'keep', but a sampler has no log-probabilities of observations; set grpo.recompute true."
@@ -382,7 +392,7 @@ _ABOVE_ZERO = (
     "grpo.importance_cap", "lora.alpha",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "run.steps", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every", "grpo.kl",
+    "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every", "grpo.kl",
     "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank", "distributed.num_processes",
 )  # fmt: skip
 _PATCH_PIXELS = 14 * 14  # a patch of Qwen2-VL and Qwen2.5-VL

@@ -14,6 +14,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from imagent_jax import hosts
 from imagent_jax.config import Config, RunConfig
+from imagent_jax.trackers import Trackers
 
 
 def checkpoint_folder(run: RunConfig, folder: Path) -> str:
@@ -85,6 +86,7 @@ class RunFolder:
             if self.latest is None and (metrics := self.path / "metrics.jsonl").exists():
                 metrics.replace(f"{metrics}.before")  # of a run that was killed before its first checkpoint
             (self.path / "config.yaml").write_text(cfg.to_yaml())
+            self.trackers = Trackers(cfg, self.path)
 
     def _prepare(self, cfg: Config) -> None:
         there = (self.path / "config.yaml").exists() or "://" in self.checkpoints or Path(self.checkpoints).is_dir()
@@ -102,11 +104,12 @@ class RunFolder:
         os.rename(self.path, kept)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one object to metrics.jsonl."""
+        """Appends one object to metrics.jsonl, and passes it on (`Trackers`)."""
         if not hosts.is_writer():
             return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
+        self.trackers.log(record)
 
     def log_faults(self, faults: Sequence[Any]) -> None:
         """Lists the rows of data that were left out, one a line, in data_faults.txt (no file: none)."""
@@ -194,6 +197,8 @@ class RunFolder:
         """Waits for what is being written; see `settle`."""
         self.settle()
         self.manager.close()
+        if hosts.is_writer():
+            self.trackers.close()
 
 
 def _crc(progress: dict[str, Any]) -> int:

@@ -6,11 +6,13 @@ Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wro
 as machines that are taken away send it: the run is saved, start it again with `--run.resume true`.
 """
 
+import resource
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from imagent_jax import hosts
+from imagent_jax.ahead import Ahead
 from imagent_jax.compiling import CompileCounter, use_compile_cache
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
@@ -93,12 +96,14 @@ def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> M
     Args:
         devices: default all of `jax.devices()`.
     Raises:
-        ValueError: its sizes do not divide the devices, or it is not for several processes.
+        ValueError: its sizes do not divide the devices, or it is not for several processes, or overlaps on several devices.
     """
     mesh = make_mesh(**vars(cfg.mesh), devices=devices)
     hosts.check_mesh(mesh)
     if jax.process_count() > 1 and not (cfg.model.freeze_vision and not cfg.lora.merger):
         raise ValueError("Several processes cannot train the vision tower; set model.freeze_vision, unset lora.merger.")
+    if cfg.rollout.overlap and mesh.size > 1:
+        raise ValueError("rollout.overlap is for one device: two programs at a time wait for each other on several.")
     return mesh
 
 
@@ -119,6 +124,16 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = number
+
+
+def memory() -> dict[str, float]:
+    """GB that this process and its first device hold, where they say so."""
+    found, statm, device = {}, Path("/proc/self/statm"), jax.local_devices()[0].memory_stats() or {}
+    if statm.exists():
+        found["memory/resident_gb"] = int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9
+    if "bytes_in_use" in device:
+        found |= {"memory/device_gb": device["bytes_in_use"] / 1e9, "memory/device_peak_gb": device["peak_bytes_in_use"] / 1e9}
+    return found
 
 
 def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, list[list[dict]], dict[str, float]]:
@@ -161,6 +176,8 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         f"{cfg.model.path} on {cfg.data.name}, {jax.sharding.get_mesh().size} {jax.devices()[0].platform} device(s)."
     )
     folder = RunFolder(cfg)
+    if cfg.run.profile:
+        console.print(f"Step {cfg.run.profile} is traced into {folder.path}/profile, for Perfetto and XProf.")
     console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
     with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
         parts = Parts(cfg)
@@ -183,7 +200,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         step, evaluations, unlogged = (progress[key] for key in ("step", "evaluations", "unlogged"))
         iterator.set_state(progress["iterator"])
         console.print(f"Resumed after step {step}.")
-    history = folder.history()
+    ahead, history = Ahead(parts.engine, iterator, cfg), folder.history()
 
     def held_out(count: int, name: str) -> dict[str, float]:
         start = time.perf_counter()
@@ -206,7 +223,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         return interrupt.asked
 
     def save(accuracy: float | None = None) -> None:
-        progress = {"step": step, "iterator": iterator.get_state(), "evaluations": evaluations, "unlogged": unlogged}
+        progress = {"step": step, "iterator": ahead.place, "evaluations": evaluations, "unlogged": unlogged}
         folder.save(step, learner.split(params)[0], opt_state, progress, accuracy)
 
     def book(metrics: dict[str, float]) -> dict[str, float]:
@@ -231,28 +248,34 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     while step < cfg.run.steps and not asked():
-        start, compiled, place = time.perf_counter(), compiles.count, iterator.get_state()
+        start, compiled, traced = time.perf_counter(), compiles.count, step + 1 == cfg.run.profile
+        if traced:
+            jax.profiler.start_trace(folder.path / "profile", create_perfetto_trace=True)
         try:
-            rollout = parts.engine.rollout(
-                params, next(iterator), group_size=cfg.rollout.group_size, seed=cfg.run.seed * 1_000_003 + step,
-                temperature=cfg.rollout.temperature,
-            )  # fmt: skip
+            rollout, staleness = ahead.take(step, params)
         except Stopped:
-            iterator.set_state(place)
             break
+        sampled = time.perf_counter()
         rewards, advantages, scored, metrics = judge(cfg, rollout)
         batch = pack_batch(rollout, rewards, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
+        if step + 1 < cfg.run.steps:
+            saved = cfg.run.checkpoint_every and (step + 1) % cfg.run.checkpoint_every == 0
+            ahead.begin(step + 1, params if cfg.rollout.overlap and not saved else None)
         trained_from = time.perf_counter()
         params, opt_state, learned = learner.update(params, opt_state, batch, rollout.store)
         step += 1
 
-        now = time.perf_counter()
-        metrics |= learned | dropped_shares(batch, cfg.mask)
-        metrics |= {f"time/{name}": seconds for name, seconds in rollout.times.items()}
+        now, waited = time.perf_counter(), {"wait": sampled - start} if staleness else rollout.times
+        if traced:
+            jax.profiler.stop_trace()
+        metrics |= learned | dropped_shares(batch, cfg.mask) | memory()
+        metrics |= {f"time/{name}": seconds for name, seconds in waited.items()}
         metrics |= {
+            "time/judge": trained_from - sampled,
             "time/train": now - trained_from,
             "time/step": now - start,
             "time/total": now - began,
+            "rollout/staleness": staleness,
             "rollout/tokens_per_second": rollout.sampled_tokens / sum(rollout.times.values()),
             "vision/encoded": rollout.store.encoded,
             "vision/shown": rollout.store.shown,
@@ -268,7 +291,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         console.print(
             f"step {step:4d}/{cfg.run.steps}  reward {metrics['reward/total']:.3f}  right {100 * metrics['accuracy']:5.1f} %  "
             f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
-            f"{metrics['time/step']:.1f} s (rollout {sum(rollout.times.values()):.1f}, train {metrics['time/train']:.1f})"
+            f"{metrics['time/step']:.1f} s (rollout {sampled - start:.1f}, train {metrics['time/train']:.1f})"
         )
         for name, sentence in metrics.get("warnings", {}).items():
             if name not in said:
@@ -280,6 +303,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     save()
     folder.settle()
     if asked():
+        ahead.close()
         folder.close()
         if hosts.is_writer():
             write_report(folder.path)

@@ -1,5 +1,6 @@
 """Caches and iterators: written once and whole, read at random, resumed exactly, no TensorFlow."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -138,3 +139,12 @@ def test_an_iterator_needs_tasks_and_a_batch(cfg):
         task_iterator(open_tasks(cfg, "test"), 0, seed=0)
     with pytest.raises(ValueError, match="no tasks to iterate over"):
         task_iterator([], 2, seed=0)
+
+
+def test_images_in_a_fixed_order_are_of_training_alone(cfg):
+    fixed = dataclasses.replace(cfg, permute_images=False)
+    plain, ordered = open_tasks(cfg, "train"), open_tasks(fixed, "train")
+    assert [task.uid for task in plain] == [task.uid for task in ordered]
+    assert any(a.images != b.images for a, b in zip(plain, ordered, strict=True))
+    assert all(task.answer == "Image 1" for task in ordered if task.answer_type == "choice")
+    assert list(open_tasks(cfg, "test")) == list(open_tasks(fixed, "test"))

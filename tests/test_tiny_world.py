@@ -193,3 +193,21 @@ def test_thumbnails_show_colours_but_not_digits_and_crops_show_digits():
 def test_impossible_requests_are_refused_in_one_sentence(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_a_fixed_order_renumbers_images_question_and_answer_alike(tasks):
+    """The same images, and the answer that the same rules give for them; where it is an image, always the first."""
+    for task in tasks[:200]:
+        fixed = world.in_fixed_order(task)
+        assert sorted(fixed.images) == sorted(task.images) and len(set(fixed.images)) == len(fixed.images)
+        if task.answer_type == "choice":
+            assert fixed.answer == "Image 1"
+            assert fixed.images[0] == task.images[int(task.answer.split()[1]) - 1]
+        else:
+            assert fixed.answer == task.answer
+        old, new = ([int(n) - 1 for n in re.findall(r"Image (\d+)", t.question)] for t in (task, fixed))
+        assert [task.images[n] for n in old] == [fixed.images[n] for n in new]
+        for (a, colour), (b, same) in zip(task.meta["targets"], fixed.meta["targets"], strict=True):
+            assert colour == same and task.images[a - 1] == fixed.images[b - 1]
+            assert task.meta["tags"][a - 1] == fixed.meta["tags"][b - 1]
+    assert any(world.in_fixed_order(task).images != task.images for task in tasks)

@@ -1,10 +1,12 @@
 """The main job: what it writes, that it learns, that it resumes bit for bit, and that bad input is one sentence."""
 
 import contextlib
+import gzip
 import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from imagent_jax import train as job
 from imagent_jax.config import Config, read_args
 from imagent_jax.data.tiny_world import make_task
 from imagent_jax.model import checkpoint
+from imagent_jax.trackers import Trackers
 
 SMALL = [
     "--run.compile_cache=", "--rollout.groups=4", "--rollout.group_size=4", "--grpo.micro_groups=2", "--grpo.minibatches=1",
@@ -85,7 +88,54 @@ def test_thirty_steps_over_random_sizes_counts_and_turns_compile_nothing(tmp_pat
     assert sum(r["compile/count"] for r in steps[2:]) == 0, [r["compile/count"] for r in steps]
 
 
-def test_a_stopped_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):
+def test_the_times_of_a_step_add_up(whole):
+    for record in metrics(whole, "whole")[1:-1]:
+        parts = sum(v for k, v in record.items() if k.startswith("time/") and k[5:] not in ("step", "total", "evaluation"))
+        assert parts == pytest.approx(record["time/step"], rel=0.02, abs=0.02)
+
+
+def test_tensorboard_reads_what_was_logged(whole):
+    """With TensorBoard's own reader; the numbers of every record, each at its step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole / "whole" / "tensorboard"))
+    events.Reload()
+    for name in ("reward/total", "eval/accuracy", "base/accuracy", "time/step"):
+        expected = [(r["step"], np.float32(r[name])) for r in metrics(whole, "whole") if name in r]
+        assert expected and [(e.step, np.float32(e.value)) for e in events.Scalars(name)] == expected
+
+
+def test_weights_and_biases_gets_every_record_and_the_same_run_again(tmp_path, monkeypatch):
+    calls = []
+    stub = SimpleNamespace(
+        init=lambda **about: calls.append(about) or SimpleNamespace(
+            log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"))
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    cfg = Config.from_dict({"run": {"wandb": "agents", "name": "one"}})
+    for _ in range(2):
+        trackers = Trackers(cfg, tmp_path)
+        trackers.log({"step": 3, "accuracy": 0.5, "warnings": {"collapse": "…"}})
+        trackers.close()
+    first, (step, values), end, second = calls[:4]
+    assert first["project"] == "agents" and first["id"] == second["id"] and first["config"]["run"]["name"] == "one"
+    assert (step, values, end) == (3, {"accuracy": 0.5}, "end")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        Trackers(cfg, tmp_path)
+
+
+def test_a_traced_step_leaves_a_trace(tmp_path):
+    assert run(tmp_path, "--run.name=traced", "--run.steps=2", "--run.profile=2", "--eval.every=0") == 0
+    trace = next((tmp_path / "traced" / "profile").rglob("perfetto_trace.json.gz"))
+    names = {event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert any("decode" in name for name in names) and any("accumulate" in name for name in names)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stopped_run_resumes_to_the_same_bits(request, tmp_path, monkeypatch, overlap):
+    """With overlap, every other step is sampled by older weights, but never by others than those of the run that was not
+    stopped."""
     class StopAfterTwo:
         asked = False
 
@@ -99,10 +149,17 @@ def test_a_stopped_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "Interrupt", lambda: contextlib.nullcontext(interrupt))
     monkeypatch.setattr(job.RunFolder, "save", stop)
     flags = ("--run.name=cut", "--run.steps=4", "--run.checkpoint_every=2", "--eval.every=2")
+    flags += (f"--rollout.overlap={str(overlap).lower()}",)
     assert run(tmp_path, *flags) == 0
     assert [r["step"] for r in metrics(tmp_path, "cut")] == [0, 1, 2]
     monkeypatch.undo()
     assert run(tmp_path, *flags, "--run.resume=true") == 0
+    if overlap:
+        whole = tmp_path
+        assert run(whole, *flags, "--run.name=whole") == 0
+        assert [r["rollout/staleness"] for r in metrics(whole, "whole") if "reward/total" in r] == [0, 1, 0, 1]
+    else:
+        whole = request.getfixturevalue("whole")
     a, b = (checkpoint.load(folder / "model")[1] for folder in (whole / "whole", tmp_path / "cut"))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     same = ("reward/total", "accuracy", "loss", "grad_norm", "entropy", "final/accuracy")

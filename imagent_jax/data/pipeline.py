@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -13,6 +13,7 @@ from imagent_jax.config import DataConfig
 from imagent_jax.data import tiny_world_builder
 from imagent_jax.data.jsonl import Fault, read_jsonl
 from imagent_jax.data.task import Task
+from imagent_jax.data.tiny_world import in_fixed_order
 
 SPLITS = ("train", "test")
 
@@ -26,7 +27,8 @@ class ArrayRecordTasks(Sequence[Task]):
 
     faults: tuple[Fault, ...] = ()
 
-    def __init__(self, folder: pathlib.Path, split: str):
+    def __init__(self, folder: pathlib.Path, split: str, change: Callable[[Task], Task] = lambda task: task):
+        self._change = change
         try:
             self._source = tfds.builder_from_directory(folder).as_data_source(split)
         except Exception as error:
@@ -40,7 +42,7 @@ class ArrayRecordTasks(Sequence[Task]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"There is no task {index} among {len(self)}.")
-        return tiny_world_builder.from_example(self._source[int(index) % len(self)])
+        return self._change(tiny_world_builder.from_example(self._source[int(index) % len(self)]))
 
 
 def open_tasks(cfg: DataConfig, split: str) -> Sequence[Task]:
@@ -56,7 +58,8 @@ def open_tasks(cfg: DataConfig, split: str) -> Sequence[Task]:
         raise ValueError(f"There is no split {split!r}; use one of {', '.join(SPLITS)}.")
     if cfg.name == "tiny_world":
         sizes = {"train": cfg.train_size, "test": cfg.test_size}
-        return ArrayRecordTasks(tiny_world_builder.prepare(cfg.cache_dir, sizes, cfg.seed), split)
+        change = [] if cfg.permute_images or split == "test" else [in_fixed_order]
+        return ArrayRecordTasks(tiny_world_builder.prepare(cfg.cache_dir, sizes, cfg.seed), split, *change)
     if cfg.name == "jsonl":
         return read_jsonl(pathlib.Path(cfg.path).expanduser() / f"{split}.jsonl", skip_bad=cfg.skip_bad)
     raise ValueError(f"There is no data set {cfg.name!r}; set data.name to tiny_world or jsonl.")

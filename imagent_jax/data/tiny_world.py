@@ -14,6 +14,7 @@ import hashlib
 import importlib.resources
 import io
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -351,6 +352,25 @@ def task_at(seed: int, split: str, index: int) -> Task:
     kind = cycle[np.random.default_rng((seed, code, 0, block)).permutation(len(cycle))[place]]
     task, _ = make_task(np.random.default_rng((seed, code, 1, index)), split, kind)
     return dataclasses.replace(task, uid=f"tiny_world/{split}/{seed}/{index}")
+
+
+def in_fixed_order(task: Task) -> Task:
+    """The task with its images renumbered: first the one that is the answer, then others the answer depends on, then the
+    rest. A policy that is trained on nothing else may learn places in place of looking."""
+    answer = [int(task.answer.removeprefix("Image "))] if task.answer_type == "choice" else []
+    order = list(dict.fromkeys([*answer, *(n for n, _ in task.meta["targets"]), *range(1, len(task.images) + 1)]))
+
+    def renumbered(text: str) -> str:
+        return re.sub(r"Image (\d+)", lambda match: f"Image {order.index(int(match[1])) + 1}", text)
+
+    meta = task.meta | {
+        "tags": [task.meta["tags"][n - 1] for n in order],
+        "targets": [[order.index(n) + 1, colour] for n, colour in task.meta["targets"]],
+    }
+    images = tuple(task.images[n - 1] for n in order)
+    return dataclasses.replace(
+        task, question=renumbered(task.question), answer=renumbered(task.answer), images=images, meta=meta
+    )
 
 
 def _scene_for(rng: np.random.Generator, split: str, required: dict[str, int | None], forbidden: set[str]) -> Scene:

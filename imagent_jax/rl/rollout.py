@@ -8,8 +8,10 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -73,6 +75,12 @@ class RolloutBatch:
     image_token_id: int
 
 
+class Weights(NamedTuple):
+    """Parameters as rollouts read them: `sharding.rollout_params`."""
+
+    params: nnx.State
+
+
 class Stopped(Exception):
     """Rollouts were given up, because `RolloutEngine.stop` said so."""
 
@@ -95,6 +103,7 @@ class RolloutEngine:
         self.system = tools.system_prompt(cfg.tools.system, self.settings)
         markers = ("<|im_end|>", "<|endoftext|>", "</tool_call>")
         stops = [ids for ids in (processor.encode(marker) for marker in markers) if len(ids) <= sampler.STOP_WIDTH]
+        self.opener, self.opened = ThreadPoolExecutor(cfg.tools.workers, "prompts"), {}  # prompts begun ahead, by task
         self.stops = np.full((len(stops), sampler.STOP_WIDTH), -1, np.int32)
         for row, ids in zip(self.stops, stops, strict=True):
             row[-len(ids) :] = ids
@@ -146,11 +155,19 @@ class RolloutEngine:
             )
         return prompt, registry
 
+    def open_ahead(self, tasks: Sequence[Task]) -> None:
+        """Begins to open tasks that a later rollout of this process is of; one that fails says so then."""
+        self.opened = {task.uid: self.opener.submit(self.open_task, task) for task in hosts.share(tasks)}
+
     # ---- the rollout ---------------------------------------------------------------------------------------------
+
+    def weights(self, params: nnx.State) -> Weights:
+        """The copy that rollouts read; the parameters may change while it is read."""
+        return Weights(rollout_params(self.model.dtype, params))
 
     def rollout(
         self,
-        params: nnx.State,
+        params: nnx.State | Weights,
         tasks: Sequence[Task],
         *,
         group_size: int,
@@ -171,7 +188,8 @@ class RolloutEngine:
             ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
             Stopped: see `stop`.
         """
-        params, sampling = rollout_params(self.model.dtype, params), (seed, temperature, greedy)
+        params = (params if isinstance(params, Weights) else self.weights(params)).params
+        sampling = seed, temperature, greedy
         if jax.process_count() == 1:
             return self._rollout(params, tasks, group_size, sampling, slots or len(tasks), packs)
         own, part, room = None, hosts.share(tasks), -(-(slots or len(tasks)) // jax.process_count())
@@ -365,7 +383,8 @@ class _Run:
         opened, patches = [], [0]
         while self.queue and (len(opened) < self.admitted or sum(patches) + max(patches) <= self.store.pack):
             index = self.queue.popleft()
-            opened.append((index, *self.engine.open_task(self.tasks[index])))
+            begun = self.engine.opened.pop(self.tasks[index].uid, None)
+            opened.append((index, *(begun.result() if begun else self.engine.open_task(self.tasks[index]))))
             patches.append(sum(len(image.patches) for image in opened[-1][1].images))
         self.clock.lap("prepare")
         first = iter(self.store.add([image for _, prompt, _ in opened for image in prompt.images]))

@@ -1,0 +1,117 @@
+"""A long run on whatever comes: `python benchmarks/endurance.py [--steps 200]`.
+
+The main job on 5 new tasks a step, 1,000 in all: 1 to 8 images of 28 to 1,500 pixels a side, 0 to 6 calls a rollout. What a
+rollout samples is the base's; how many calls it makes, and of which box, is drawn for it. Counted: programs compiled after the
+first step, resident memory step by step, and the part of encoded patches that were filling.
+
+Writes benchmarks/results/endurance.json. Meant to take about 10 minutes on two free cores.
+"""
+
+import io
+import json
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import common
+import numpy as np
+from PIL import Image
+
+from imagent_jax import train
+from imagent_jax.data.tiny_world import make_task
+from imagent_jax.rl.rollout import RolloutEngine
+from imagent_jax.rl.trajectory import EndReason
+
+GROUPS, CALLS, WARM = 5, 6, 20
+"""Tasks a step, most calls of a rollout, steps before memory is looked at."""
+SETTINGS = [
+    f"--rollout.groups={GROUPS}", "--rollout.group_size=4", "--rollout.prompt_tokens=448", "--rollout.response_tokens=512",
+    "--images.max_pixels=25088", "--images.packs=32", "--tools.confirm_max_pixels=25088", "--tools.max_turns=7",
+    "--tools.max_images=16", "--grpo.micro_groups=1", "--eval.tasks=4", "--eval.every=0", "--run.log_trajectories=0",
+    "--run.checkpoint_every=50", "--data.name=jsonl",
+]  # fmt: skip
+
+
+def write_tasks(folder: Path, count: int) -> Counter:
+    """Questions of the tiny world on images of any size; returns how many have how many images."""
+    rng, images = np.random.default_rng(0), Counter()
+    for split, n in (("train", count), ("test", 4)):
+        rows = []
+        for i in range(n):
+            names = []
+            for number in range(int(rng.integers(1, 9))):
+                width, height = (int(side) for side in rng.integers(28, 1501, 2))
+                names.append(f"{split}-{i}-{number}.jpg")
+                pixels = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+                pixels.resize((width, height), Image.Resampling.BILINEAR).save(folder / names[-1], quality=70)
+            images[len(names)] += split == "train"
+            task, _ = make_task(rng, "train")
+            rows.append({"uid": f"{split}-{i}", "question": task.question, "images": names, "answer": task.answer})
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return images
+
+
+def call(images: int, rng: np.random.Generator) -> str:
+    """A call that can be executed."""
+    left, top = rng.uniform(0, 700, 2)
+    box = [int(left), int(top), int(rng.uniform(left + 100, 1000)), int(rng.uniform(top + 100, 1000))]
+    arguments = {"image": int(rng.integers(images)) + 1, "bbox_2d": box}
+    return f"<tool_call>{json.dumps({'name': 'visual_confirmation', 'arguments': arguments})}</tool_call>"
+
+
+def script_calls() -> Counter:
+    """Every rollout makes as many calls as are drawn for it; returns how many made how many, as they end."""
+    book, ended = RolloutEngine.end_turn, Counter()
+
+    def end_turn(engine, row, ids):
+        text = book(engine, row, ids)
+        seed = zlib.crc32(f"{row.task.uid}/{row.rollout}".encode())
+        full, calls = row.seen >= engine.cfg.rollout.response_tokens, len(row.turns) - 1
+        if not full and calls < seed % (CALLS + 1):
+            row.end, text = None, call(len(row.task.images), np.random.default_rng((seed, calls)))
+        else:
+            row.end, text = row.end or EndReason.VOID, None
+            ended[calls] += 1
+        return text
+
+    RolloutEngine.end_turn = end_turn
+    return ended
+
+
+def main() -> None:
+    options = common.parser(__doc__)
+    options.add_argument("--steps", type=int, default=200)
+    args = options.parse_args()
+    steps = 3 if args.quick else args.steps
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        images, calls = write_tasks(folder, GROUPS * steps), script_calls()
+        job = [*SETTINGS, f"--run.steps={steps}", f"--run.dir={folder}", "--run.name=run", f"--data.path={folder}"]
+        if train.main([*job, "--run.compile_cache="]):
+            sys.exit("error: the run failed; its message stands above.")
+        records = [json.loads(line) for line in io.StringIO((folder / "run" / "metrics.jsonl").read_text())]
+    found = [record for record in records if "reward/total" in record]
+    resident = [record["memory/resident_gb"] for record in found]
+    later = resident[WARM:] or resident
+    middle = float(np.median(later))
+    waste = float(np.mean([record["vision/waste"] for record in found]))
+    compiled = [int(record["compile/count"]) for record in found]
+    rows = [
+        ("tasks", GROUPS * steps), ("steps", steps), ("images shown", int(sum(r["vision/shown"] for r in found))),
+        ("compiled in the first step", compiled[0]), ("compiled after it", sum(compiled[1:])),
+        (f"resident GB after step {WARM}, median", middle), ("least of it, %", 100 * (min(later) / middle - 1)),
+        ("most of it, %", 100 * (max(later) / middle - 1)), ("patches that fill, %", 100 * waste),
+    ]  # fmt: skip
+    common.show("Endurance", ("", "measured"), rows)
+    record = {
+        "steps": steps, "tasks_by_images": dict(sorted(images.items())), "rollouts_by_calls": dict(sorted(calls.items())),
+        "compiled": compiled, "resident_gb": [round(x, 4) for x in resident], "waste": waste,
+        "step_median_s": float(np.median([r["time/step"] for r in found])),
+    }  # fmt: skip
+    common.report("endurance", args, record, "cpu")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""A run's metrics for other tools: TensorBoard files always, Weights & Biases where a run asks for it."""
+
+import secrets
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from imagent_jax.config import Config
+
+
+class Trackers:
+    """Passes every record of metrics.jsonl on. What a run that goes on logs anew takes the place of what it had logged.
+
+    Raises:
+        ValueError: `run.wandb` is set and wandb is not installed.
+    """
+
+    def __init__(self, cfg: Config, folder: Path):
+        self.folder, self.board, self.wandb = folder, None, None
+        if cfg.run.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("run.wandb is set, but wandb is not installed; pip install wandb, or unset it.") from None
+            kept = folder / "wandb_id"  # the same run there when it is resumed
+            if not kept.is_file():
+                kept.write_text(secrets.token_hex(4))
+            self.wandb = wandb.init(
+                project=cfg.run.wandb, name=cfg.run.name, id=kept.read_text(), resume="allow", dir=folder, config=cfg.to_dict()
+            )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """The numbers of a record, at its `step`."""
+        step, numbers = record["step"], {k: v for k, v in record.items() if isinstance(v, Real) and k != "step"}
+        if self.board is None:
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
