@@ -12,7 +12,7 @@ It is spared what our time includes: preparing images, tokenising, running tools
 
 Sizes: `tiny`, the shipped base with the default configuration (16 x 8); `small` (60 M; 4 x 8) and `2b` (4 x 8, for a GPU): the
 base inside a decoder of that width and depth (2b: Qwen2-VL-2B's), which samples the same calls; vocabulary, head width and
-tower stay the base's (`grow`).
+tower stay the base's (`grow`). `small_long` is `small` with given images of up to 128 tokens each, shown as large as they are.
 
 Writes benchmarks/results/rollout.json: sampled tokens a second, ratio, peak memory. Meant to take about 6 minutes on two free
 cores.
@@ -31,10 +31,13 @@ import numpy as np
 
 SHAPES = {
     "tiny": None,
+    "small_long": {"hidden_size": 768, "intermediate_size": 2048, "num_layers": 9, "num_heads": 24, "num_kv_heads": 8},
     "small": {"hidden_size": 768, "intermediate_size": 2048, "num_layers": 9, "num_heads": 24, "num_kv_heads": 8},
     "2b": {"hidden_size": 1536, "intermediate_size": 8960, "num_layers": 28, "num_heads": 48, "num_kv_heads": 8},
 }
-BATCH = {"tiny": (16, 8), "small": (4, 8), "2b": (4, 8)}
+BATCH = {"tiny": (16, 8), "small": (4, 8), "small_long": (4, 8), "2b": (4, 8)}
+LARGE = {"max_pixels": 100_352, "vision_block": 512}, {"prompt_tokens": 640}
+"""Settings of `small_long`."""
 CHECKED = 4
 """Rows whose log-probabilities are compared."""
 
@@ -158,6 +161,8 @@ def ours(folder: str, args, groups: int, group_size: int, path: Path) -> dict:
         model=replace(cfg.model, path=folder, param_dtype="bfloat16" if accelerated else "float32"),
         rollout=replace(cfg.rollout, groups=groups, group_size=group_size),
     )
+    if args.sizes == ["small_long"]:
+        cfg = replace(cfg, images=replace(cfg.images, **LARGE[0]), rollout=replace(cfg.rollout, **LARGE[1]))
     parts, tasks = Parts(cfg), [task_at(0, "train", i) for i in range(groups)]
     batches = []
 
@@ -173,6 +178,7 @@ def ours(folder: str, args, groups: int, group_size: int, path: Path) -> dict:
         "device": jax.devices()[0].device_kind if accelerated else "cpu",
         "sampled_tokens": batch.sampled_tokens,
         "response_tokens": sum(len(row.logprobs) for row in rows),
+        "prompt_tokens": sum(len(row.prompt) for row in rows) / len(rows),
         "turns": sum(len(row.turns) for row in rows) / len(rows),
         "phases_s": {name: round(s, 4) for name, s in batch.times.items()},
     }
@@ -293,7 +299,7 @@ def compare(size: str, args, groups: int, group_size: int) -> dict:
 
 def main() -> None:
     options = common.parser(__doc__)
-    options.add_argument("--sizes", choices=SHAPES, nargs="+", default=["tiny", "small"])
+    options.add_argument("--sizes", choices=SHAPES, nargs="+", default=["tiny", "small", "small_long"])
     options.add_argument("--groups", type=int, help="tasks at once (default: 16 of tiny, else 4)")
     options.add_argument("--group-size", type=int, help="rollouts of each (default: 8)")
     options.add_argument("--tmp", help="where temporary files go (default: the system's)")

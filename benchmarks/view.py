@@ -4,6 +4,8 @@ A scripted policy's run: 65 steps of 16 trajectories and two evaluations of 6. T
 image written anew, and opening the page of all trajectories in headless Chromium until they are listed and the first is
 shown. Beside wall times stands what this process (`cpu_s`) or the page's thread (`page_s`) computed, whatever else the
 machine did. Writes benchmarks/results/view.json.
+
+`--picture RUN --trajectory NAME` takes a picture of a trajectory, docs/trajectory.png, and times nothing.
 """
 
 import sys
@@ -11,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import median, parser, report, seconds, show
+from common import RESULTS, median, parser, report, seconds, show
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
@@ -61,8 +63,28 @@ def opening(path: Path, repeats: int) -> dict:
     } | median(times)  # fmt: skip
 
 
+def picture(path: Path, trajectory: str, out: Path) -> None:
+    """The page of a run, opened at a trajectory."""
+    from scripted_run import chromium, look
+
+    from imagent_jax.view import write_view
+
+    write_view(path)
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1200, "height": 1000})
+        look(page, path, trajectory)
+        page.screenshot(path=out)
+    print(f"Written to {out}.")
+
+
 def main() -> None:
-    args = parser(__doc__, repeats=5).parse_args()
+    options = parser(__doc__, repeats=5)
+    options.add_argument("--picture", type=Path, metavar="RUN", help="folder of a run")
+    options.add_argument("--trajectory", default="trained-000240/3", help="as in the page's address")
+    args = options.parse_args()
+    if args.picture:
+        picture(args.picture.resolve(), args.trajectory, RESULTS.parent.parent / "docs" / "trajectory.png")
+        return
     from scripted_run import make_run, many_trajectories
 
     with tempfile.TemporaryDirectory() as folder:

@@ -323,8 +323,8 @@ class _Run:
     """One call of `RolloutEngine.rollout`: the schedule.
 
     Slots are filled, live rows decode a chunk of tokens, calls run on the pool meanwhile, observations are appended, and
-    a finished group makes room. Work on few rows (observations, stragglers) is done on a quarter of the batch, and while
-    responses are short it is done on the first half of their cache. What is
+    a finished group makes room. Observations are of a quarter of the batch, and stragglers are decoded on a quarter or a
+    sixteenth of it; while responses are short, on the first half of their cache. What is
     done when depends on sampled tokens only, not on how long a tool took (up to `tools.patience_s`), so that a run
     repeats to the bit.
     """
@@ -336,7 +336,7 @@ class _Run:
         self.slots, self.rows = slots, slots * group_size
         self.admitted, self.few = quarters(slots, group_size)
         r = self.cfg.rollout.response_tokens
-        self.sizes, self.widths = sorted({self.few, self.rows}), sorted({-(-r // 2), r})
+        self.sizes, self.widths = sorted({-(-self.few // 4), self.few, self.rows}), sorted({-(-r // 2), r})
         self.state = sampler.empty(
             self.model, slots, group_size, self.cfg.rollout.prompt_tokens, self.cfg.rollout.response_tokens
         )
