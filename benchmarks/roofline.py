@@ -37,6 +37,7 @@ from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.config import Qwen2VLConfig, TextConfig
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, create
+from imagent_jax.model.sharding import rollout_params
 from imagent_jax.rl import sampler
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import mask_tables
@@ -115,6 +116,7 @@ def decode_seconds(model: Model, params, shape: Shape, repeats: int) -> list[flo
     (n, g, p, r), batch = shape, text_batch(model, shape)
     features, slots = jnp.zeros((1, model.cfg.text.hidden_size), model.dtype), jnp.arange(n)
     stops, times = jnp.full((1, sampler.STOP_WIDTH), -2), []  # no token: rows end when they are full
+    params = rollout_params(model.dtype, params)
 
     def start():
         return jax.block_until_ready(

@@ -28,19 +28,21 @@ def measure(size: str, prompt: int, group_size: int, repeats: int) -> dict:
     from imagent_jax.model.attention import choose_attention, choose_dtype
     from imagent_jax.model.config import Qwen2VLConfig
     from imagent_jax.model.qwen2_vl import create
+    from imagent_jax.model.sharding import rollout_params
     from imagent_jax.rl import sampler
 
     dtype = choose_dtype("auto")
     cfg, shape = Qwen2VLConfig.from_hf(common.hf_config(size)), Shape(GROUPS, group_size, prompt, RESPONSE)
     model, params = create(cfg, param_dtype=dtype, vision_block=64, dtype=dtype, attention=choose_attention("auto", dtype))
     batch, features, slots = text_batch(model, shape), jnp.zeros((1, cfg.text.hidden_size), model.dtype), jnp.arange(GROUPS)
+    weights = rollout_params(model.dtype, params)
     empty = jax.jit(lambda: sampler.empty(model, GROUPS, group_size, prompt, RESPONSE))
     prefill = []
     for _ in range(repeats + 1):
         state = jax.block_until_ready(empty())
         prefill += common.seconds(
             lambda state=state: jax.block_until_ready(sampler.admit(
-                model, params, state, slots, batch.prompt_ids, batch.prompt_positions, batch.prompt_vision, batch.prompt_len,
+                model, weights, state, slots, batch.prompt_ids, batch.prompt_positions, batch.prompt_vision, batch.prompt_len,
                 batch.prompt_len, slots, np.uint32(0), features,
             ).logits), 1, 0,
         )  # fmt: skip
