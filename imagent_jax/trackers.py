@@ -1,11 +1,14 @@
 """A run's metrics for other tools: TensorBoard files always, Weights & Biases where a run asks for it."""
 
 import secrets
+import time
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from imagent_jax.config import Config
 
@@ -34,16 +37,21 @@ class Trackers:
     def log(self, record: dict[str, Any]) -> None:
         """The numbers of a record, at its `step`."""
         step, numbers = record["step"], {k: v for k, v in record.items() if isinstance(v, Real) and k != "step"}
-        if self.board is None:
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, step)
+        if self.board is None:  # written at once: the library's SummaryWriter has a thread, whose end on a full disk is a hang
+            (self.folder / "tensorboard").mkdir(exist_ok=True)
+            self.board = EventsWriter(str(self.folder / "tensorboard" / "events"), f".{time.time_ns()}")
+            self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self.board.write_event(event)
+        self.board.flush()
+
     def close(self) -> None:
-        """Writes what is left."""
-        if self.board:
-            self.board.close()
+        """Ends the run at Weights & Biases."""
         if self.wandb:
             self.wandb.finish()

@@ -105,6 +105,18 @@ def test_tensorboard_reads_what_was_logged(whole):
         assert expected and [(e.step, np.float32(e.value)) for e in events.Scalars(name)] == expected
 
 
+def test_what_a_resumed_run_logs_anew_takes_the_place_of_what_it_had_logged(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, value in ((1, 0.0), (3, 1.0)):
+        trackers = Trackers(Config(), tmp_path)
+        for step in range(first, first + 4):
+            trackers.log({"step": step, "loss": value})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
+
+
 def test_weights_and_biases_gets_every_record_and_the_same_run_again(tmp_path, monkeypatch):
     calls = []
     stub = SimpleNamespace(
