@@ -58,7 +58,9 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn", "splash"] = field(
         default="auto", metadata={"help": "attention kernel (auto: splash on TPU, cudnn on GPU in bfloat16, else xla)"}
     )
-    remat: Literal["none", "dots", "full"] = field(default="none", metadata={"help": "what the backward pass recomputes"})
+    remat: Literal["none", "dots", "full", "offload"] = field(
+        default="none", metadata={"help": "what the backward pass recomputes (offload: as dots, with those in host memory)"}
+    )
     freeze_vision: bool = field(default=True, metadata={"help": "keep the vision tower as it is"})
     logprob_chunk: int = field(default=4096, metadata={"help": "tokens whose logits a device holds at one time"})
 

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ import pytest
 from imagent_jax.compiling import CompileCounter
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.features import FeatureStore
+from imagent_jax.model.text import REMAT_POLICIES
 from imagent_jax.rl import learner
 from imagent_jax.rl import rollout as rollouts
-from imagent_jax.rl.batch import check_images, pack_batch
+from imagent_jax.rl.batch import check_images, pack_batch, take_groups
 from imagent_jax.rl.learner import Tables, batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
@@ -161,6 +163,25 @@ def test_shared_prompts_equal_the_naive_forward(parts, rollout, batch):
     )  # fmt: skip
     difference = np.abs(trainer_logprobs(parts, naive, rollout.store.features).reshape(n, g, r) - shared)
     assert difference[sampled(batch)].max() <= 1e-5
+
+
+def test_the_gradient_is_the_same_whatever_the_backward_pass_recomputes(parts, batch, rollout):
+    counted = sampled(batch)[:2, :2]
+    part = jax.tree.map(jnp.asarray, take_groups(batch, np.arange(2), batch.kind.shape[-1]))
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(remat, params):
+        def total(params):
+            model = parts.model._replace(remat=remat)
+            return jnp.where(counted, score(model, params, part, rollout.store.features, 1.0)[0][:, :2], 0).sum()
+
+        return jax.grad(total)(params)["text"]
+
+    expected = gradient("none", parts.params)
+    assert {"dots", "full", "offload"} == REMAT_POLICIES.keys() - {"none"}
+    for remat in REMAT_POLICIES:
+        for a, b in zip(*map(jax.tree.leaves, (gradient(remat, parts.params), expected)), strict=True):
+            assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max())
 
 
 def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
