@@ -24,17 +24,24 @@ def with_lengths(batch, lengths):
 def test_every_group_is_in_one_micro_batch_and_none_exceeds_the_budget(batch):
     cfg = small_config(rollout={"groups": 24, "group_size": 4, "response_tokens": 96}, grpo={"micro_groups": 3, "minibatches": 1})
     shapes, r = micro_shapes(cfg), cfg.rollout
-    assert [width for width, _ in shapes] == [24, 48, 72, 96] and shapes[-1][1] == 3 < shapes[0][1]
+    assert [width for width, _ in shapes] == [24, 48, 72, 96] and [size for _, size in shapes] == [6, 3, 3, 3]
     lengths = np.random.default_rng(0).integers(1, 97, 24)
     big = dataclasses.replace(with_lengths(batch, lengths), prompt_len=np.arange(24))
     index, seen = np.arange(2, 24), []
-    for part in micro_batches(big, index, shapes):
+    updates = micro_batches(big, index, shapes, 4)
+    shares = [sum(len(taken) for taken, _ in update) for update in updates]
+    assert len(updates) == 4 and sum(shares) == len(index) and max(shares) - min(shares) <= shapes[0][1]
+    for taken, part in sum(updates, []):
         n, g, width = part.kind.shape
         assert (width, n) in shapes and n * (r.prompt_tokens + g * width) <= 3 * (r.prompt_tokens + g * r.response_tokens)
         blank = (part.kind == TokenKind.PAD).all((1, 2))
         assert not np.any(blank[:-1] & ~blank[1:]) and (part.response_len[~blank] <= width).all()
-        seen += part.prompt_len[~blank].tolist()
+        assert part.prompt_len[~blank].tolist() == taken.tolist()
+        seen += taken.tolist()
     assert sorted(seen) == index.tolist()
+    for count, updates in ((1, 1), (3, 2), (5, 4), (7, 3)):
+        dealt = micro_batches(big, np.arange(count), shapes, updates)
+        assert len(dealt) == updates and all(dealt) and sum(len(taken) for update in dealt for taken, _ in update) == count
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "constant"])

@@ -43,7 +43,7 @@ class FeatureStore:
     the packs can be encoded anew, or differentiated, with the same row numbers.
 
     Args:
-        remainders: what does not fill a pack has a shape of its own, an eighth of it.
+        remainders: what does not fill a pack has a shape of its own, a quarter of it.
 
     Attributes:
         features: Float[Array, "F D"], F grows by doubling.
@@ -53,7 +53,7 @@ class FeatureStore:
 
     def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4, remainders: bool = False):
         self.model, self.params = model, params
-        self.sizes = sorted({-(-pack_blocks // 8), pack_blocks}) if remainders else [pack_blocks]
+        self.sizes = sorted({-(-pack_blocks // 4), pack_blocks}) if remainders else [pack_blocks]
         self.pack = pack_blocks * model.vision_block
         self.packs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.features = jnp.zeros((packs * self._rows(self.pack), model.cfg.text.hidden_size), model.dtype)
@@ -94,7 +94,8 @@ class FeatureStore:
             blocks[at].append((key, image))
             room[at] -= count
         while blocks:
-            size = self.sizes[-1] if len(blocks) >= self.sizes[-1] else self.sizes[0]
+            few, most = self.sizes[0], self.sizes[-1]
+            size = most if len(blocks) > most - few else few
             self._encode([pair for pairs in blocks[:size] for pair in pairs], size)
             blocks = blocks[size:]
         return [self._first[key] for key in keys]

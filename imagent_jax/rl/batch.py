@@ -71,30 +71,38 @@ def check_images(trajectories: Sequence[Trajectory], image_token_id: int) -> Non
 def micro_shapes(cfg: Config) -> list[tuple[int, int]]:
     """The compiled shapes of a micro-batch, narrowest first: width of its responses (quarters of R), and its groups.
 
-    All hold about the tokens of `grpo.micro_groups` groups with responses of R tokens, P + G R each: the shorter the
-    responses, the more groups, a multiple of the mesh's data x fsdp.
+    None holds more tokens than `grpo.micro_groups` groups (made a multiple of the mesh's data x fsdp) with responses of R
+    tokens, P + G R each: where responses are short there are twice as many groups, or four times.
     """
     r, shards = cfg.rollout, math.prod(get_abstract_mesh().shape.get(axis, 1) for axis in GROUPS)
-
-    def whole(groups: float) -> int:
-        return max(1, int(groups // shards)) * shards
-
-    most = -(-r.groups // cfg.grpo.minibatches // shards) * shards  # of an update
     widths = sorted({max(1, quarter * r.response_tokens // 4) for quarter in (1, 2, 3, 4)})
-    tokens = cfg.grpo.micro_groups * (r.prompt_tokens + r.group_size * r.response_tokens)
-    return [(w, min(most, whole(tokens / (r.prompt_tokens + r.group_size * w)))) for w in widths]
+    groups = -(-min(cfg.grpo.micro_groups, r.groups) // shards) * shards
+
+    def tokens(width):
+        return r.prompt_tokens + r.group_size * width
+
+    return [(width, groups << int(math.log2(tokens(r.response_tokens) / tokens(width)))) for width in widths]
 
 
-def micro_batches(batch: GroupBatch, index: np.ndarray, shapes: Sequence[tuple[int, int]]) -> list[GroupBatch]:
-    """Groups `index` of the batch in micro-batches of `shapes` (`micro_shapes`), groups of like length together; the last
-    of a shape is filled up with groups that train nothing."""
+def micro_batches(
+    batch: GroupBatch, index: np.ndarray, shapes: Sequence[tuple[int, int]], updates: int
+) -> list[list[tuple[np.ndarray, GroupBatch]]]:
+    """Groups `index` of the batch, at least `updates` of them, in micro-batches of `shapes` (`micro_shapes`) with the groups
+    they are of, dealt to as many updates.
+
+    Groups of like length are together. Where there are too few for a shape, it is filled up with groups that train nothing.
+    """
     longest = batch.response_len.max(axis=1)
     left, parts = sorted(index, key=lambda i: -longest[i]), []
     while left:
         width, size = next(shape for shape in shapes if shape[0] >= longest[left[0]])
-        parts.append(take_groups(batch, np.asarray(left[:size]), width, size))
-        left = left[size:]
-    return parts
+        taken = np.asarray(left[: min(size, len(index) // updates)])  # at most an update's share: none goes without
+        parts.append((taken, take_groups(batch, taken, width, size)))
+        left = left[len(taken) :]
+    dealt = [[] for _ in range(updates)]
+    for i in np.random.default_rng(0).permutation(len(parts)):
+        min(dealt, key=lambda update: sum(len(taken) for taken, _ in update)).append(parts[i])
+    return dealt
 
 
 def learning_groups(batch: GroupBatch, least: int) -> np.ndarray:

@@ -135,8 +135,8 @@ class Learner:
         weight = np.asarray(group_normalisers(self.cfg, batch, self.tables))
         idle = (weight.sum() - weight[index].sum()) / cfg.minibatches
         updates = [
-            (idle + weight[chunk].sum(), [with_logprobs(part) for part in micro_batches(batch, chunk, self.shapes)])
-            for chunk in np.array_split(np.random.default_rng(0).permutation(index), cfg.minibatches)
+            (idle + sum(weight[taken].sum() for taken, _ in update), [with_logprobs(part) for _, part in update])
+            for update in micro_batches(batch, index, self.shapes, cfg.minibatches)
         ]
         for epoch in range(cfg.epochs):
             for i in np.random.default_rng(epoch).permutation(cfg.minibatches):

@@ -447,12 +447,12 @@ class _Run:
         )
 
     def _due(self) -> list[int]:
-        """Rows whose observations come next: those that called first, as soon as they are a quarter of the batch or no fewer
-        than the rows that go on. Their calls are waited for, but while others could go on only for
+        """Rows whose observations come next: those that called first, as soon as they are a quarter of the batch or
+        nothing else is left to do. Their calls are waited for, but while others could go on only for
         `tools.patience_s`; what is slower than that comes whenever it is there."""
         self.results.update(self.pool.poll())
         waiting = [b for b in self.calling if b not in self.late or b in self.results]
-        if len(waiting) < min(self.few, self.live.sum()):
+        if len(waiting) < self.few and self.live.any():
             return []
         waiting = (waiting or list(self.calling))[: self.few]
         give_up = time.perf_counter() + self.cfg.tools.patience_s
