@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
-from imagent_jax.model.images import PreparedImage, pack_images, patch_coords, prepare_image, smart_resize, to_rgb
+from imagent_jax.model.images import PreparedImage, fit_budget, pack_images, patch_coords, prepare_image, smart_resize, to_rgb
 
 BUDGET = {"min_pixels": 3136, "max_pixels": 12544}
 
@@ -101,6 +101,23 @@ def test_smart_resize_equals_the_reference_on_random_sizes_and_budgets():
         args = (int(rng.choice([8, 28, 32])), low, low + int(rng.integers(0, 10**6)))
         if max(h, w) / min(h, w) <= 200:
             assert smart_resize(h, w, *args) == reference.smart_resize(h, w, *args)
+
+
+def test_a_budget_is_lowered_only_where_the_reference_goes_beyond_what_a_block_holds():
+    rng, lowered = np.random.default_rng(1), 0
+    for _ in range(3000):
+        size = tuple(int(side) for side in np.exp(rng.uniform(0, 8, 2)))
+        low = int(rng.integers(1, 20_000))
+        high = low + int(rng.integers(0, 20_000))
+        most = high + int(rng.integers(0, 2000))
+        if max(size) / min(size) <= 200:
+            shown, *budget = fit_budget(size, 28, low, high, most)
+            plain = reference.smart_resize(*size, 28, low, high)
+            assert shown == reference.smart_resize(*size, 28, *budget) and shown[0] * shown[1] <= max(most, 28 * 28)
+            fits = plain[0] * plain[1] <= max(most, 28 * 28)
+            assert (shown, budget) == (plain, [low, high]) if fits else budget[1] < high
+            lowered += not fits
+    assert lowered > 100
 
 
 @pytest.mark.parametrize("size", [(201, 1), (1, 201), (0, 5)])

@@ -44,6 +44,21 @@ def smart_resize(
     return h, w
 
 
+def fit_budget(
+    size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int, most_pixels: int
+) -> tuple[tuple[int, int], int, int]:
+    """The size at which an image of `size` (height, width) is shown, and the budget that gives it: the one asked for, but
+    lowered where `smart_resize` would go beyond `most_pixels`, as it does for long strips and for what it enlarges.
+
+    Raises:
+        ValueError: see `smart_resize`.
+    """
+    while math.prod(shown := smart_resize(*size, factor, min_pixels, max_pixels)) > max(most_pixels, factor**2):
+        max_pixels = max_pixels * 7 // 8
+        min_pixels = min(min_pixels, max_pixels)
+    return shown, min_pixels, max_pixels
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, transparency laid over white (as transformers does); orientation tags are not applied."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:

@@ -22,7 +22,7 @@ from imagent_jax import hosts
 from imagent_jax.config import Config
 from imagent_jax.data.task import Task
 from imagent_jax.model.features import COUNTS, FeatureStore
-from imagent_jax.model.images import PreparedImage, smart_resize, to_rgb
+from imagent_jax.model.images import PreparedImage, fit_budget, to_rgb
 from imagent_jax.model.interleave import Encoded, encode_parts, pad_prompts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model
@@ -122,14 +122,16 @@ class RolloutEngine:
         Raises:
             ValueError: an image does not decode; the sentence names the task and the image.
         """
-        cfg, registry = self.cfg.images, ImageRegistry()
+        cfg, s, registry = self.cfg.images, self.settings, ImageRegistry()
         for number, data in enumerate(task.images, 1):
             try:
                 image = to_rgb(Image.open(io.BytesIO(data)))
-                shown = smart_resize(image.height, image.width, self.settings.patch_factor, cfg.min_pixels, cfg.max_pixels)
+                shown, low, high = fit_budget(
+                    (image.height, image.width), s.patch_factor, cfg.min_pixels, cfg.max_pixels, s.most_pixels
+                )
             except (OSError, ValueError) as error:
                 raise ValueError(f"Task {task.uid}: Image {number} cannot be used ({error}); mend or drop it.") from error
-            registry.add(image, shown=shown, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+            registry.add(image, shown=shown, min_pixels=low, max_pixels=high)
         return registry
 
     def open_task(self, task: Task) -> tuple[Encoded, ImageRegistry]:
@@ -549,7 +551,7 @@ def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:
     return ToolSettings(
         coordinates=t.coordinates, patch_factor=processor.patch_size * processor.merge_size, low_pixels=t.low_pixels,
         high_pixels=t.high_pixels, confirm_min_pixels=t.confirm_min_pixels, confirm_max_pixels=t.confirm_max_pixels,
-        min_box=t.min_box, max_images=t.max_images,
+        min_box=t.min_box, max_images=t.max_images, most_pixels=cfg.images.vision_block * processor.patch_size**2,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from imagent_jax.model.images import smart_resize
+from imagent_jax.model.images import fit_budget
 from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, fault, invalid, plain
 from imagent_jax.tools.registry import ImageEntry, ImageRegistry, ToolError
 from imagent_jax.tools.schema import Tool
@@ -27,6 +27,7 @@ class ToolSettings:
         confirm_min_pixels, confirm_max_pixels: pixel budget of a crop; smaller crops are enlarged to it.
         min_box: least side of a crop, as a fraction of the image's side; smaller boxes grow about their centre.
         max_images: most images of one trajectory, given and made.
+        most_pixels: no image is shown larger, whatever its budget; strips would be.
 
     Raises ValueError for a value out of its range.
     """
@@ -39,6 +40,7 @@ class ToolSettings:
     confirm_max_pixels: int = 9408
     min_box: float = 0.08
     max_images: int = 16
+    most_pixels: int = 144 * 14 * 14
 
     def __post_init__(self) -> None:
         if self.coordinates not in COORDINATES:
@@ -89,9 +91,10 @@ class ToolContext:
             raise ToolError(f"no more than {limit} images; answer with what you have seen")
         min_pixels = self.settings.confirm_min_pixels if min_pixels is None else min_pixels
         max_pixels = self.settings.confirm_max_pixels if max_pixels is None else max_pixels
+        shown, min_pixels, max_pixels = self.budget((image.height, image.width), min_pixels, max_pixels)
         return self.registry.add(
             image,
-            shown=self.shown_size((image.height, image.width), min_pixels, max_pixels),
+            shown=shown,
             parent=parent,
             box=box,
             origin=origin or ("crop" if box is not None else ""),
@@ -106,7 +109,7 @@ class ToolContext:
         a number always means one size. Raises ToolError for an unknown number and where there is no room.
         """
         source = self.registry[number]
-        shown = self.shown_size(source.size, min_pixels, max_pixels)
+        shown, *_ = self.budget(source.size, min_pixels, max_pixels)
         same: list[ImageEntry] = [e for e in self.registry if e.image is source.image and e.shown == shown]
         if same:
             return source.number if source in same else same[0].number
@@ -114,13 +117,13 @@ class ToolContext:
         origin = "larger view" if larger else "smaller view"
         return self.show(source.image, parent=number, origin=origin, min_pixels=min_pixels, max_pixels=max_pixels)
 
-    def shown_size(self, size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
-        """(height, width) at which an image of `size` (height, width) is shown. Raises ToolError if too narrow."""
+    def budget(self, size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[tuple[int, int], int, int]:
+        """(height, width) at which an image of `size` (height, width) is shown, and the budget for it (`fit_budget`). Raises
+        ToolError if too narrow."""
         try:
-            height, width = smart_resize(size[0], size[1], self.settings.patch_factor, min_pixels, max_pixels)
+            return fit_budget(size, self.settings.patch_factor, min_pixels, max_pixels, self.settings.most_pixels)
         except ValueError as error:
             raise ToolError(f"a piece of {size[1]} x {size[0]} pixels is too narrow to show") from error
-        return int(height), int(width)
 
 
 def run_call(
