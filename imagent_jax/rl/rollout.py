@@ -158,8 +158,8 @@ class RolloutEngine:
         return prompt, registry
 
     def open_ahead(self, tasks: Sequence[Task]) -> None:
-        """Begins to open tasks that a later rollout of this process is of; one that fails says so then."""
-        self.opened = {task.uid: self.opener.submit(self.open_task, task) for task in hosts.share(tasks)}
+        """Begins to open tasks, these very objects, that a later rollout of this process is of; one that fails says so then."""
+        self.opened = {id(task): self.opener.submit(self.open_task, task) for task in hosts.share(tasks)}
 
     # ---- the rollout ---------------------------------------------------------------------------------------------
 
@@ -385,7 +385,7 @@ class _Run:
         opened, patches = [], [0]
         while self.queue and (len(opened) < self.admitted or sum(patches) + max(patches) <= self.store.pack):
             index = self.queue.popleft()
-            begun = self.engine.opened.pop(self.tasks[index].uid, None)
+            begun = self.engine.opened.pop(id(self.tasks[index]), None)
             opened.append((index, *(begun.result() if begun else self.engine.open_task(self.tasks[index]))))
             patches.append(sum(len(image.patches) for image in opened[-1][1].images))
         self.clock.lap("prepare")
