@@ -102,7 +102,7 @@ def main() -> None:
         ("tasks", GROUPS * steps), ("steps", steps), ("images shown", int(sum(r["vision/shown"] for r in found))),
         ("compiled in the first step", compiled[0]), ("compiled after it", sum(compiled[1:])),
         (f"resident GB after step {WARM}, median", middle), ("least of it, %", 100 * (min(later) / middle - 1)),
-        ("most of it, %", 100 * (max(later) / middle - 1)), ("patches that fill, %", 100 * waste),
+        ("most of it, %", 100 * (max(later) / middle - 1)), ("places for patches left empty, %", 100 * waste),
     ]  # fmt: skip
     common.show("Endurance", ("", "measured"), rows)
     record = {
