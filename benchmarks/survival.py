@@ -76,7 +76,7 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 def records(run: Path) -> list[dict]:
     """The metrics of a run, less what depends on the clock and on how often the process was started."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not re.search("time/|compile/|per_second", k)} for line in lines]
+    return [{k: v for k, v in line.items() if not re.search("time/|compile/|memory/|per_second", k)} for line in lines]
 
 
 def differences(a: Path, b: Path) -> list[str]:

@@ -139,7 +139,6 @@ def test_a_mesh_may_split_the_axes_of_a_slice():
         (["--topology=cpu:1", "--rollout.grups=3"], "There is no setting 'rollout.grups'; did you mean"),
         (["--topology=v5e", "--scale=7"], "There is no slice of 7 v5e chips; choose from 4, 8, 16"),
         pytest.param(["--topology=v5e:3x5"], "There is no topology 'v5e:3x5': ", marks=TPU),
-        pytest.param(["--topology=v5e:2x2", "--mesh.fsdp=4"], "over mesh.data x mesh.fsdp = 4 devices", marks=TPU),
         pytest.param(["--topology=v5e:2x2", "--mesh.tensor=3"], "does not divide the 4 there are", marks=TPU),
     ],
 )  # fmt: skip
