@@ -99,9 +99,9 @@ all groups.
 BREAKS = """## What breaks first
 From the shapes, for Qwen2.5-VL-7B on more and more chips with `mesh.tensor` as it is:
 
-1. **The rollout's copy of the weights.** It is whole over `fsdp`, so more chips do not make it smaller: 33 GB in
-   float32, half in bfloat16, divided by `mesh.tensor` alone, which is at most 4 (key heads): 8.3 of the 16 GB of a v5e
-   chip at best, on any slice, before decoding makes its bfloat16 cast of it.
+1. **The rollout's copy of the weights.** It is whole over `fsdp`, so more chips do not make it smaller: 16.6 GB in
+   bfloat16, divided by `mesh.tensor` alone, which is at most 4 (key heads): 4.2 of the 16 GB of a v5e chip at best, on
+   any slice.
 2. **Groups.** A chip takes part in an update with a whole group, so a micro-batch has as many groups as data x fsdp:
    256 chips at `mesh.tensor=1` learn from 256 tasks at least in an update. The activations of one group (G responses
    of R tokens, and the prompt) are a chip's least, and shrink with G, R and `mesh.tensor` only.

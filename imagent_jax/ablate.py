@@ -118,10 +118,10 @@ def plot(results: Sequence[dict], path: Path) -> None:
     bars.set_title("held-out questions right, %")
     for axis, name, title in zip(curves, ("accuracy", "tools/used_rate"), ("training rollouts right", "that call a tool"),
                                  strict=True):  # fmt: skip
-        for result in results:
+        for i, result in enumerate(results):
             curve = np.mean([run["curves"][name] for run in result["runs"]], axis=0)
             smooth = np.convolve(curve, np.ones(5) / 5, mode="valid") if len(curve) > 5 else curve
-            axis.plot(smooth, label=result["variant"])
+            axis.plot(smooth, "-" if i < 10 else "--", label=result["variant"])  # there are ten colours
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     curves[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
