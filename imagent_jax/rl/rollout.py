@@ -338,7 +338,8 @@ class _Run:
         self.slots, self.rows = slots, slots * group_size
         self.admitted, self.few = quarters(slots, group_size)
         r = self.cfg.rollout.response_tokens
-        self.sizes, self.widths = sorted({-(-self.few // 4), self.few, self.rows}), sorted({-(-r // 2), r})
+        least = max(-(-self.few // 4), min(2, self.few))  # one row, or half of a short cache, is not worth its compilation
+        self.sizes, self.widths = sorted({least, self.few, self.rows}), sorted({-(-r // 2) if r >= 128 else r, r})
         self.state = sampler.empty(
             self.model, slots, group_size, self.cfg.rollout.prompt_tokens, self.cfg.rollout.response_tokens
         )
