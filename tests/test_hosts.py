@@ -1,7 +1,6 @@
 """Several processes are one job: the same metrics as one process and one device, and none outlives another's death."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -12,34 +11,24 @@ from pathlib import Path
 
 import jax
 import pytest
+import simulated
+from simulated import CACHE, TOGETHER
 
 from imagent_jax import hosts, watcher
 from imagent_jax.config import DistributedConfig
 from imagent_jax.hosts import RESTART
 
-ROOT = Path(__file__).parent.parent
 JOB = [
     "--run.steps=2", "--rollout.groups=8", "--rollout.group_size=2", "--rollout.response_tokens=64", "--grpo.micro_groups=8",
     "--grpo.minibatches=1", "--images.pack_blocks=4", "--images.packs=8", "--eval.tasks=5", "--eval.groups=4", "--eval.every=0",
     "--data.train_size=64", "--data.test_size=32", "--tools.timeout_s=600", "--tools.patience_s=600", "--run.checkpoint_every=1",
 ]  # fmt: skip
-TOGETHER = 900  # seconds that devices may wait for each other, on few cores
 
 
 def start(folder: Path, name: str, devices: int, *flags: str) -> subprocess.Popen:
     """The main job in a process of its own with `devices` simulated devices."""
-    options = [
-        f"--xla_force_host_platform_device_count={devices}", "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",  # compiling is most of the time
-        f"--xla_cpu_collective_call_terminate_timeout_seconds={TOGETHER}",
-    ]  # fmt: skip
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(options), "PYTHONFAULTHANDLER": "0",
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # two programs in flight can starve each other's collectives of threads
-    }  # fmt: skip
-    command = [sys.executable, "-m", "imagent_jax.train", *JOB, f"--run.dir={folder}", f"--run.name={name}",
-               "--run.compile_cache=~/.cache/imagent_jax/tests", f"--data.cache_dir={folder}/data", *flags]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return simulated.start(devices, "-m", "imagent_jax.train", *JOB, f"--run.dir={folder}", f"--run.name={name}",
+                           f"--run.compile_cache={CACHE}", f"--data.cache_dir={folder}/data", *flags)  # fmt: skip
 
 
 def start_two(folder: Path, name: str, *flags: str) -> list[subprocess.Popen]:

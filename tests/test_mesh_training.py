@@ -2,22 +2,14 @@
 on other meshes. What eight simulated devices do is measured by `mesh_training.py`, in one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from simulated import TOGETHER, start
 
 from imagent_jax import train as job
 
 SCRIPT = Path(__file__).parent / "mesh_training.py"
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",  # compiling is most of the time
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",  # eight devices wait for each other on few cores
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -29,17 +21,9 @@ def report(folder):
     """What `mesh_training.py` found; meanwhile, the main job on one device."""
     from mesh_training import JOB
 
-    cache = os.path.expanduser("~/.cache/imagent_jax/tests")
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS), "PYTHONPATH": str(SCRIPT.parent.parent),
-        "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # two programs in flight can starve each other's collectives of threads
-    }  # fmt: skip
-    with subprocess.Popen(
-        [sys.executable, SCRIPT, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    ) as process:
+    with start(8, SCRIPT, folder) as process:
         assert job.main([*JOB, f"--run.dir={folder}", "--run.name=one"]) == 0
-        out, error = process.communicate(timeout=3600)
+        out, error = process.communicate(timeout=2 * TOGETHER)
     assert process.returncode == 0, error[-3000:]
     found = json.loads(out.splitlines()[-1])
     assert found["devices"] == 8

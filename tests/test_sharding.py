@@ -1,9 +1,6 @@
 """A checkpoint over a mesh: every device gets its slice only, the model computes the same, bad meshes are one sentence."""
 
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import jax
 import pytest
 from hf_oracle import config_json, save_checkpoint, tiny_model
 from safetensors.numpy import load_file
+from simulated import TOGETHER, start
 
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
@@ -28,11 +26,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(folder):
     """What `sharded_loading.py` found on eight simulated devices."""
-    flags = "--xla_force_host_platform_device_count=8"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(SCRIPT.parent.parent)}
-    ended = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True, env=env, timeout=900)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads(ended.stdout.splitlines()[-1])
+    process = start(8, SCRIPT, folder)
+    out, error = process.communicate(timeout=TOGETHER)
+    assert process.returncode == 0, error[-3000:]
+    found = json.loads(out.splitlines()[-1])
     assert found["devices"] == 8
     return found
 
