@@ -7,7 +7,6 @@ first step, resident memory step by step, and the part of encoded patches that w
 Writes benchmarks/results/endurance.json. Meant to take about 10 minutes on two free cores.
 """
 
-import io
 import json
 import sys
 import tempfile
@@ -80,19 +79,23 @@ def script_calls() -> Counter:
     return ended
 
 
+def run(folder: Path, steps: int, *flags: str) -> tuple[list[dict], Counter, Counter]:
+    """The job in `folder`: metrics of its steps, tasks by images, rollouts by calls."""
+    images, calls = write_tasks(folder, GROUPS * steps), script_calls()
+    job = [*SETTINGS, f"--run.steps={steps}", f"--run.dir={folder}", "--run.name=run", f"--data.path={folder}"]
+    if train.main([*job, "--run.compile_cache=", *flags]):
+        sys.exit("error: the run failed; its message stands above.")
+    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if "reward/total" in record], images, calls
+
+
 def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--steps", type=int, default=200)
     args = options.parse_args()
     steps = 3 if args.quick else args.steps
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        images, calls = write_tasks(folder, GROUPS * steps), script_calls()
-        job = [*SETTINGS, f"--run.steps={steps}", f"--run.dir={folder}", "--run.name=run", f"--data.path={folder}"]
-        if train.main([*job, "--run.compile_cache="]):
-            sys.exit("error: the run failed; its message stands above.")
-        records = [json.loads(line) for line in io.StringIO((folder / "run" / "metrics.jsonl").read_text())]
-    found = [record for record in records if "reward/total" in record]
+        found, images, calls = run(Path(scratch), steps)
     resident = [record["memory/resident_gb"] for record in found]
     later = resident[WARM:] or resident
     middle = float(np.median(later))

@@ -31,13 +31,11 @@ import numpy as np
 
 SHAPES = {
     "tiny": None,
-    "small_long": {"hidden_size": 768, "intermediate_size": 2048, "num_layers": 9, "num_heads": 24, "num_kv_heads": 8},
     "small": {"hidden_size": 768, "intermediate_size": 2048, "num_layers": 9, "num_heads": 24, "num_kv_heads": 8},
     "2b": {"hidden_size": 1536, "intermediate_size": 8960, "num_layers": 28, "num_heads": 48, "num_kv_heads": 8},
 }
+SHAPES["small_long"] = SHAPES["small"]
 BATCH = {"tiny": (16, 8), "small": (4, 8), "small_long": (4, 8), "2b": (4, 8)}
-LARGE = {"max_pixels": 100_352, "vision_block": 512}, {"prompt_tokens": 640}
-"""Settings of `small_long`."""
 CHECKED = 4
 """Rows whose log-probabilities are compared."""
 
@@ -162,7 +160,8 @@ def ours(folder: str, args, groups: int, group_size: int, path: Path) -> dict:
         rollout=replace(cfg.rollout, groups=groups, group_size=group_size),
     )
     if args.sizes == ["small_long"]:
-        cfg = replace(cfg, images=replace(cfg.images, **LARGE[0]), rollout=replace(cfg.rollout, **LARGE[1]))
+        images = replace(cfg.images, max_pixels=100_352, vision_block=512)
+        cfg = replace(cfg, images=images, rollout=replace(cfg.rollout, prompt_tokens=640))
     parts, tasks = Parts(cfg), [task_at(0, "train", i) for i in range(groups)]
     batches = []
 

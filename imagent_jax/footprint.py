@@ -27,7 +27,7 @@ from imagent_jax.rl import learner, sampler
 from imagent_jax.rl.batch import group_sharding, micro_shapes
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
-from imagent_jax.rl.rollout import quarters
+from imagent_jax.rl.schedule import quarters
 from imagent_jax.rl.trajectory import GroupBatch
 from imagent_jax.tiny_base import base_folder
 from imagent_jax.train import model_settings

@@ -4,13 +4,13 @@ import html
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 from imagent_jax.cases import Pictures, instructive
-from imagent_jax.run_log import RunLog, read_run
+from imagent_jax.run_log import RunLog, phases, read_run
 
 ASSETS = Path(__file__).parent / "assets" / "view"
-PHASES = ("prepare", "vision", "prefill", "decode", "host", "tools", "observe", "train")
 CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl; an empty dictionary takes what begins so
     "reward": {},
     "accuracy": {"training": "accuracy"},
@@ -151,9 +151,9 @@ def _table(evaluations: dict[str, dict[str, float]]) -> str:
 
 
 def _times(run: RunLog) -> str:
-    spent = {phase: sum(r.get(f"time/{phase}", 0.0) for r in run.steps) for phase in PHASES}
-    steps = sum(r.get("time/step", 0.0) for r in run.steps)
-    spent["rest of a step"] = max(steps - sum(spent.values()), 0.0)
+    spent = Counter()
+    for record in run.steps:
+        spent.update(phases(record))
     spent["evaluation"] = sum(m.get("time/evaluation", 0.0) for m in run.evaluations.values())
     whole = max(max((r.get("time/total", 0.0) for r in run.metrics), default=0.0), sum(spent.values()))
     spent["starting, saving and the rest"] = max(whole - sum(spent.values()), 0.0)

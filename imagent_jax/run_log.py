@@ -64,6 +64,12 @@ def read_run(path: Path) -> RunLog:
                   faults.read_text().splitlines() if faults.is_file() else [], torn)  # fmt: skip
 
 
+def phases(record: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step by what they were spent on; together they are its `time/step`."""
+    wholes = "time/step", "time/total", "time/evaluation"
+    return {k.removeprefix("time/"): v for k, v in record.items() if k.startswith("time/") and k not in wholes}
+
+
 def step_of(stem: str) -> tuple[str, int]:
     """("train", 12) of "train-000012"."""
     name, _, step = stem.rpartition("-")

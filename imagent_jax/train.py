@@ -248,12 +248,14 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     while step < cfg.run.steps and not asked():
-        start, compiled, traced = time.perf_counter(), compiles.count, step + 1 == cfg.run.profile
-        if traced:
+        if traced := step + 1 == cfg.run.profile:
             jax.profiler.start_trace(folder.path / "profile", create_perfetto_trace=True)
+        start, compiled = time.perf_counter(), compiles.count
         try:
             rollout, staleness = ahead.take(step, params)
         except Stopped:
+            if traced:
+                jax.profiler.stop_trace()
             break
         sampled = time.perf_counter()
         rewards, advantages, scored, metrics = judge(cfg, rollout)
@@ -265,12 +267,13 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         params, opt_state, learned = learner.update(params, opt_state, batch, rollout.store)
         step += 1
 
-        now, waited = time.perf_counter(), {"wait": sampled - start} if staleness else rollout.times
+        now, phases = time.perf_counter(), {} if staleness else rollout.times
         if traced:
             jax.profiler.stop_trace()
         metrics |= learned | dropped_shares(batch, cfg.mask) | memory()
-        metrics |= {f"time/{name}": seconds for name, seconds in waited.items()}
+        metrics |= {f"time/{name}": seconds for name, seconds in phases.items()}
         metrics |= {
+            "time/wait": sampled - start - sum(phases.values()),  # for another process, or for what was begun ahead
             "time/judge": trained_from - sampled,
             "time/train": now - trained_from,
             "time/step": now - start,

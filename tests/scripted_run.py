@@ -19,8 +19,9 @@ from imagent_jax.data.tiny_world import task_at
 from imagent_jax.evaluate import summarise
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.rewards import score_trajectory
-from imagent_jax.rl.rollout import RolloutEngine, Row, _trajectory
+from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.trajectory import Trajectory
+from imagent_jax.rl.turns import Row
 from imagent_jax.runs import RunFolder
 from imagent_jax.tiny_base import base_folder
 from imagent_jax.tools import VISUAL_TOOLS, ToolSet, format_call, tool
@@ -54,7 +55,7 @@ def play(engine: RolloutEngine, task: Task, rollout: int, texts: list[str]) -> T
         ids += shown.ids.tolist()
         row.book_observation(shown, shown.vision([0] * len(shown.images)))
     logprobs = -np.random.default_rng(len(ids) + rollout).exponential(0.4, len(ids))
-    return _trajectory(row, np.asarray(ids, np.int32), logprobs)
+    return row.trajectory(np.asarray(ids, np.int32), logprobs)
 
 
 def scripts(task: Task) -> list[list[str]]:

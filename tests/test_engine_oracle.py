@@ -11,7 +11,7 @@ from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.images import pack_images
 from imagent_jax.model.interleave import Encoded, pad_prompts
 from imagent_jax.model.qwen2_vl import encode_images, prefill
-from imagent_jax.rl.rollout import Row
+from imagent_jax.rl.turns import Row
 from imagent_jax.tools import pool
 
 TASKS, SEED = 50, 23

@@ -16,12 +16,12 @@ from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.text import REMAT_POLICIES
 from imagent_jax.rl import learner
-from imagent_jax.rl import rollout as rollouts
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
 from imagent_jax.rl.learner import Tables, batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rl.rollout import RolloutEngine
+from imagent_jax.rl.schedule import Schedule
 from imagent_jax.rl.trajectory import EndReason, TokenKind
 from imagent_jax.tools import ToolSet, pool, tool
 
@@ -76,7 +76,7 @@ def test_a_seed_gives_the_same_rollouts_whatever_stands_beside_a_task(parts, tas
 def test_a_slow_tool_does_not_hold_up_the_rows_that_could_go_on(parts, config, rollout, tasks, monkeypatch):
     """The first call does not return before rows that called after it have been answered and decode again."""
     calls, answered, go_on = [], [], threading.Event()
-    run_call, observe, decode = pool.run_call, rollouts._Run._observe, rollouts._Run._decode
+    run_call, observe, decode = pool.run_call, Schedule._observe, Schedule._decode
 
     def slow(*args):
         calls.append(args)
@@ -84,8 +84,8 @@ def test_a_slow_tool_does_not_hold_up_the_rows_that_could_go_on(parts, config, r
         return run_call(*args)
 
     monkeypatch.setattr(pool, "run_call", slow)
-    monkeypatch.setattr(rollouts._Run, "_observe", lambda run, rows: (answered.extend(rows), observe(run, rows)))
-    monkeypatch.setattr(rollouts._Run, "_decode", lambda run: (go_on.set() if answered else None, decode(run)))
+    monkeypatch.setattr(Schedule, "_observe", lambda run, rows: (answered.extend(rows), observe(run, rows)))
+    monkeypatch.setattr(Schedule, "_decode", lambda run: (go_on.set() if answered else None, decode(run)))
     patient = dataclasses.replace(config, tools=dataclasses.replace(config.tools, patience_s=0.2, timeout_s=50.0))
     again = RolloutEngine(parts.model, parts.processor, parts.tools, patient).rollout(
         parts.params, tasks, group_size=4, seed=11

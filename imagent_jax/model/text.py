@@ -118,15 +118,11 @@ class Decoder(nnx.Module):
             kept = cached(k, v) if source is None else attention_shares(q, k, prompt_len, source)
             return constrain(x, GROUPS), kept
 
-        x, w, kept = constrain(x, GROUPS), weights(self.layers, dtype), []
-        if isinstance(w["q"], tuple):
-            for i in range(self.cfg.num_layers):
-                x, one = layer(x, layer_of(w, i))
-                kept.append(one)
-            kept = zip(*kept, strict=True)
-        else:
-            x, kept = jax.lax.scan(layer, x, w)
-        kept = PromptCache(*map(tuple, kept)) if source is None else kept
+        x, layers, kept = constrain(x, GROUPS), weights(self.layers, dtype), []
+        for i in range(self.cfg.num_layers):
+            x, one = layer(x, layer_of(layers, i))
+            kept.append(one)
+        kept = PromptCache(*zip(*kept, strict=True)) if source is None else jnp.stack(kept)
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), kept
 
     def extend(
