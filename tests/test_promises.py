@@ -1,6 +1,7 @@
 """The promises that need the whole machine: tokens, gradients, shared prompts, shapes, images, faults."""
 
 import dataclasses
+import math
 import threading
 import time
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 from imagent_jax.compiling import CompileCounter
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.features import FeatureStore
+from imagent_jax.model.images import PreparedImage
 from imagent_jax.model.text import REMAT_POLICIES
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
@@ -192,6 +194,20 @@ def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
     images = rollout.prompts[0].images
     first = store.add(images)
     assert store.add(images[::-1]) == first[::-1] and store.encoded == len(images) and store.shown == 2 * len(images)
+
+
+def test_the_last_packs_are_no_larger_than_what_is_left(parts):
+    """Images of a block each, from 1 to 20 of them, in packs of 8, 2 and 1 blocks: one place for a block is left at most."""
+    rng, block = np.random.default_rng(0), parts.model.vision_block
+    side, width = math.isqrt(block), parts.model.cfg.vision.patch_dim
+    images = [PreparedImage(rng.normal(size=(side * side, width)).astype(np.float32), (side, side), (1, 1)) for _ in range(20)]
+    whole = FeatureStore(parts.model, parts.params, 8)
+    rows = np.asarray(whole.add(images))[:, None] + np.arange(side * side // 4)
+    for count in range(1, 21):
+        store = FeatureStore(parts.model, parts.params, 8, remainders=True)
+        first = np.asarray(store.add(images[:count]))[:, None] + np.arange(side * side // 4)
+        assert store.packed // block - count in (0, 1) and len(store.packs) <= count // 8 + 3
+        assert np.allclose(store.features[first], whole.features[rows[:count]], atol=1e-5)
 
 
 # ---- promise 4: static shapes ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class FeatureStore:
     the packs can be encoded anew, or differentiated, with the same row numbers.
 
     Args:
-        remainders: what does not fill a pack has a shape of its own, a quarter of it.
+        remainders: what does not fill a pack (seven eighths of it) goes into packs of a quarter of its blocks, and of one.
 
     Attributes:
         features: Float[Array, "F D"], F grows by doubling.
@@ -53,7 +53,7 @@ class FeatureStore:
 
     def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4, remainders: bool = False):
         self.model, self.params = model, params
-        self.sizes = sorted({-(-pack_blocks // 4), pack_blocks}) if remainders else [pack_blocks]
+        self.sizes = sorted({1, -(-pack_blocks // 4), pack_blocks}) if remainders else [pack_blocks]
         self.pack = pack_blocks * model.vision_block
         self.packs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.features = jnp.zeros((packs * self._rows(self.pack), model.cfg.text.hidden_size), model.dtype)
@@ -63,7 +63,7 @@ class FeatureStore:
     def _rows(self, patches: int) -> int:
         return patches // self.model.cfg.vision.merge_unit
 
-    def warm(self) -> None:
+    def compile(self) -> None:
         """Compiles every shape; nothing is in the store yet."""
         for size in self.sizes:
             blank = PreparedImage(np.zeros((0, self.model.cfg.vision.patch_dim), np.float32), (0, 0), (0, 0))
@@ -94,8 +94,7 @@ class FeatureStore:
             blocks[at].append((key, image))
             room[at] -= count
         while blocks:
-            few, most = self.sizes[0], self.sizes[-1]
-            size = most if len(blocks) > most - few else few
+            size = max((size for size in self.sizes if 8 * len(blocks) >= 7 * size), default=self.sizes[0])
             self._encode([pair for pairs in blocks[:size] for pair in pairs], size)
             blocks = blocks[size:]
         return [self._first[key] for key in keys]
