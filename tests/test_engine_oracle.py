@@ -52,15 +52,17 @@ class PlainRow:
         return whole_forward(self.model, self.params, *arrays, np.asarray([len(whole.ids)]), self.features)[0][0]
 
 
-def plain_rollout(engine, params, task, number: int) -> tuple[Row, list[int]]:
-    """Rollout `number` of a task, and the ids of its response."""
+def plain_rollout(engine, params, task, number: int) -> tuple[Row, list[int], dict[int, float]]:
+    """Rollout `number` of a task, the ids of its response, and the log-probabilities of those sampled."""
     prompt, registry = engine.open_task(task)
     row, sequence = Row(task, number, registry, position=prompt.next_position), PlainRow(engine.model, params, prompt)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), zlib.crc32(task.uid.encode()) >> 1), number)
-    response, turn = [], []
+    response, turn, logprobs = [], [], {}
     while True:
         noise = jax.random.gumbel(jax.random.fold_in(key, len(response)), (engine.model.cfg.text.vocab_size,))
-        token = int(jnp.argmax(sequence.logits() + noise))
+        logits = sequence.logits()
+        token = int(jnp.argmax(logits + noise))
+        logprobs[len(response)] = float(jax.nn.log_softmax(logits)[token])
         turn, response = [*turn, token], [*response, token]
         one = np.asarray([token], np.int32)
         position = np.full((3, 1), row.position + len(turn) - 1, np.int32)
@@ -70,10 +72,10 @@ def plain_rollout(engine, params, task, number: int) -> tuple[Row, list[int]]:
             continue
         call, turn = engine.end_turn(row, np.asarray(turn)), []
         if call is None:
-            return row, response
+            return row, response, logprobs
         observation = engine.respond(row, engine.tools.execute(call, row.registry, engine.settings))
         if observation is None:
-            return row, response
+            return row, response, logprobs
         sequence.add(observation)
         response += observation.ids.tolist()
         row.book_observation(observation, observation.vision([0] * len(observation.images)))
@@ -87,9 +89,10 @@ def test_trajectories_equal_those_sampled_one_row_at_a_time(parts, monkeypatch):
     calls = 0
     for i, (task, group) in enumerate(zip(tasks, batch.trajectories, strict=True)):
         engine_made = group[i % 2]
-        row, response = plain_rollout(parts.engine, parts.params, task, i % 2)
+        row, response, logprobs = plain_rollout(parts.engine, parts.params, task, i % 2)
         assert response == engine_made.ids.tolist(), task.uid
         assert row.end == engine_made.end
+        np.testing.assert_allclose(engine_made.logprobs[list(logprobs)], list(logprobs.values()), atol=1e-4)
         assert [turn.text for turn in row.turns] == [turn.text for turn in engine_made.turns]
         np.testing.assert_array_equal(np.concatenate(row.kinds), engine_made.kind)
         calls += sum(turn.call is not None for turn in row.turns)

@@ -31,13 +31,13 @@ def start(folder: Path, name: str, devices: int, *flags: str) -> subprocess.Pope
                            f"--run.compile_cache={CACHE}", f"--data.cache_dir={folder}/data", *flags)  # fmt: skip
 
 
-def start_two(folder: Path, name: str, *flags: str) -> list[subprocess.Popen]:
-    """The job in two processes of four devices on loopback."""
+def start_two(folder: Path, name: str, *flags: str, devices: int = 4) -> list[subprocess.Popen]:
+    """The job in two processes of so many devices on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = [f"--distributed.coordinator=127.0.0.1:{port}", "--distributed.num_processes=2", "--mesh.fsdp=-1", *flags]
-    return [start(folder, name, 4, *both, f"--distributed.process_id={i}") for i in range(2)]
+    return [start(folder, name, devices, *both, f"--distributed.process_id={i}") for i in range(2)]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
@@ -97,7 +97,7 @@ def test_two_processes_resume_what_one_began_and_one_what_two_did(folder):
 
 def underway(folder: Path) -> list[subprocess.Popen]:
     """Two processes that have made a step of very many."""
-    processes = start_two(folder, "cut", "--run.steps=500")
+    processes = start_two(folder, "cut", "--run.steps=500", devices=1)
     path, deadline = folder / "cut/metrics.jsonl", time.time() + TOGETHER
     while not (path.exists() and len(path.read_text().splitlines()) >= 2) and time.time() < deadline:
         time.sleep(0.2)

@@ -68,11 +68,11 @@ def test_nothing_compiles_after_the_first_steps(whole):
     assert steps[0]["compile/count"] > 0 and steps[2]["compile/count"] == 0 and steps[3]["compile/count"] == 0
 
 
-def test_thirty_steps_over_random_sizes_counts_and_turns_compile_nothing(tmp_path, monkeypatch):
-    """The short form of benchmarks/endurance.py: 150 tasks of 1 to 8 images, rollouts of 0 to 6 calls."""
+def test_fifteen_steps_over_random_sizes_counts_and_turns_compile_nothing(tmp_path, monkeypatch):
+    """The short form of benchmarks/endurance.py: 75 tasks of 1 to 8 images, rollouts of 0 to 6 calls."""
     monkeypatch.setattr(RolloutEngine, "end_turn", RolloutEngine.end_turn)  # which the script replaces
-    steps, images, calls = endurance.run(tmp_path, 30, "--rollout.group_size=2", f"--data.cache_dir={tmp_path}/data")
-    assert len(steps) == 30 and set(images) == set(range(1, 9)) and set(calls) == set(range(7))
+    steps, images, calls = endurance.run(tmp_path, 15, "--rollout.group_size=2", f"--data.cache_dir={tmp_path}/data")
+    assert len(steps) == 15 and set(images) == set(range(1, 9)) and set(calls) == set(range(7))
     assert len({r["tools/calls"] for r in steps}) > 3 and len({r["length"] for r in steps}) > 10
     assert sum(r["compile/count"] for r in steps[1:]) == 0, [r["compile/count"] for r in steps]
 
@@ -179,7 +179,8 @@ def test_ctrl_c_saves_and_ends_with_a_sentence(tmp_path):
     import time
 
     command = [sys.executable, "-m", "imagent_jax.train", *SMALL, f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path}/data",
-               "--run.name=cut", "--run.steps=500", "--eval.every=0"]  # fmt: skip
+               "--run.name=cut", "--run.steps=500", "--eval.every=0",
+               "--run.compile_cache=~/.cache/imagent_jax/tests"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     path = tmp_path / "cut" / "metrics.jsonl"
     for _ in range(600):
