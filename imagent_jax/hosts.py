@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_mesh
 
 from imagent_jax import watcher
 from imagent_jax.config import DistributedConfig
+from imagent_jax.model.sharding import GROUPS
 
 RESTART = 75
 """Exit code of a process that was stopped from outside and should be started again (EX_TEMPFAIL of sysexits.h)."""
@@ -239,3 +240,10 @@ def stack_rows(x: jax.Array, count: int) -> tuple[jax.Array, int]:
 
 def _same(x):
     return x
+
+
+def spread(x: np.ndarray) -> jax.Array:
+    """Rows of every process, as many of each, as one array [processes * B, ...] on the current mesh, each process's on its
+    own devices, over `data` and `fsdp`; their number must divide so."""
+    place = NamedSharding(get_mesh(), PartitionSpec(GROUPS))
+    return jax.make_array_from_process_local_data(place, x, (jax.process_count() * len(x), *x.shape[1:]))

@@ -96,12 +96,10 @@ def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> M
     Args:
         devices: default all of `jax.devices()`.
     Raises:
-        ValueError: its sizes do not divide the devices, or it is not for several processes, or overlaps on several devices.
+        ValueError: its sizes do not divide the devices, or do not suit the processes, or it overlaps on several devices.
     """
     mesh = make_mesh(**vars(cfg.mesh), devices=devices)
     hosts.check_mesh(mesh)
-    if jax.process_count() > 1 and not (cfg.model.freeze_vision and not cfg.lora.merger):
-        raise ValueError("Several processes cannot train the vision tower; set model.freeze_vision, unset lora.merger.")
     if cfg.rollout.overlap and mesh.size > 1:
         raise ValueError("rollout.overlap is for one device: two programs at a time wait for each other on several.")
     return mesh

@@ -204,7 +204,7 @@ def test_the_last_packs_are_no_larger_than_what_is_left(parts):
     whole = FeatureStore(parts.model, parts.params, 8)
     rows = np.asarray(whole.add(images))[:, None] + np.arange(side * side // 4)
     for count in range(1, 21):
-        store = FeatureStore(parts.model, parts.params, 8, remainders=True)
+        store = FeatureStore(parts.model, parts.params, 8, frozen=True)
         first = np.asarray(store.add(images[:count]))[:, None] + np.arange(side * side // 4)
         assert store.packed // block - count in (0, 1) and len(store.packs) <= count // 8 + 3
         assert np.allclose(store.features[first], whole.features[rows[:count]], atol=1e-5)

@@ -1,7 +1,7 @@
 """Encoded images of one rollout, kept by content: showing an image again costs no vision compute."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -11,12 +11,16 @@ from flax import nnx
 
 from imagent_jax.model.images import PreparedImage, pack_images
 from imagent_jax.model.qwen2_vl import Model, encode_images
+from imagent_jax.model.sharding import constrain
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _encode_into(model: Model, params: nnx.State, buffer, row, patches, coords, image):
+@partial(jax.jit, static_argnums=0, static_argnames=("lanes", "rows"), donate_argnums=2)
+def _encode_into(model: Model, params: nnx.State, buffer, row, patches, coords, image, lanes=1, rows=0):
+    """Writes a pack's features at `row` of `buffer`: `rows` (0: all) of each of its `lanes`, which lie one after another."""
     features = encode_images(model, params, patches, coords, image)
-    return jax.lax.dynamic_update_slice(buffer, features, (row, 0))
+    features = features.reshape(lanes, -1, features.shape[-1])[:, : rows or None]
+    by_lane = jax.lax.dynamic_update_slice(buffer.reshape(lanes, -1, buffer.shape[-1]), features, (0, row, 0))
+    return constrain(by_lane.reshape(buffer.shape))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -31,19 +35,69 @@ def _pull_back(model: Model, trained, params: nnx.State, patches, coords, image,
     return jax.vjp(encode, vision)[1](cotangent)[0]
 
 
+@partial(jax.jit, static_argnames=("lanes", "rows", "size"))
+def _rows_of(features, row, lanes, rows, size):
+    """What `_encode_into` wrote at `row`, as the features of a pack: `size` rows a lane, filled up with zeros."""
+    part = jax.lax.dynamic_slice_in_dim(features.reshape(lanes, -1, features.shape[-1]), row, rows, axis=1)
+    return jnp.pad(part, ((0, 0), (0, size - rows), (0, 0))).reshape(lanes * size, -1)
+
+
 COUNTS = ("encoded", "shown", "patches", "packed")
 """What a `FeatureStore` counts."""
 
 
-class FeatureStore:
+class EncodedPacks:
+    """Packs of images whose features can be had again under other parameters, and differentiated, with the same row numbers.
+
+    Args:
+        lanes: a pack has as many parts of `pack` patches (filled up to equal lengths), and so has `features`, one after another.
+    """
+
+    def __init__(self, model: Model, features: jax.Array, pack: int, lanes: int = 1):
+        self.model, self.features, self.pack, self.lanes = model, features, pack, lanes
+        self.packs: list[tuple] = []  # patches, coordinates, image numbers
+
+    def _rows(self, patches: int) -> int:
+        return patches // self.model.cfg.vision.merge_unit
+
+    def _again(self) -> Iterator[tuple[int, int, int, tuple]]:
+        """Of every pack in a lane: its first row, how many rows are used, how many there are; and its arrays."""
+        row = 0
+        for pack in self.packs:
+            size = self._rows(len(pack[0])) // self.lanes
+            rows = min(size, self._rows(self.pack))
+            yield row, rows, size, pack
+            row += rows
+
+    def encode_again(self, params: nnx.State) -> jax.Array:
+        """The features of every pack under other parameters, same rows."""
+        features = jnp.zeros_like(self.features)
+        for row, rows, size, pack in self._again():
+            features = _encode_into(self.model, params, features, row, *pack, lanes=self.lanes, rows=rows % size)
+        return features
+
+    def gradient(self, params: nnx.State, cotangent: jax.Array, trained=...) -> nnx.State:
+        """Gradient of the tower's parameters, given that of the features ([F D]); each image once.
+
+        Args:
+            trained: an nnx filter, which of the parameters.
+        """
+        total = jax.tree.map(jnp.zeros_like, nnx.split_state(params["vision"], trained, ...)[0])
+        for row, rows, size, pack in self._again():
+            part = _rows_of(cotangent, row, lanes=self.lanes, rows=rows, size=size)
+            total = jax.tree.map(jnp.add, total, _pull_back(self.model, trained, params, *pack, part))
+        return total
+
+
+class FeatureStore(EncodedPacks):
     """Feature rows of every distinct image shown during a rollout, on the device.
 
     Images are packed into blocks of `model.vision_block` patches, first fit with the largest first, and blocks into packs of
-    `pack_blocks`, one compiled shape. There is room for `packs` packs at first. The rows of the packs follow each other, so
-    the packs can be encoded anew, or differentiated, with the same row numbers.
+    `pack_blocks`, one compiled shape. There is room for `packs` packs at first. The rows of the packs follow each other.
 
     Args:
-        remainders: what does not fill a pack (seven eighths of it) goes into packs of a quarter of its blocks, and of one.
+        frozen: no gradient will be asked for. Then what does not fill a pack (seven eighths of it) goes into packs of a quarter
+            of its blocks, and of one.
 
     Attributes:
         features: Float[Array, "F D"], F grows by doubling.
@@ -51,24 +105,23 @@ class FeatureStore:
             places for patches, encoded so far (also metrics).
     """
 
-    def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4, remainders: bool = False):
-        self.model, self.params = model, params
-        self.sizes = sorted({1, -(-pack_blocks // 4), pack_blocks}) if remainders else [pack_blocks]
-        self.pack = pack_blocks * model.vision_block
-        self.packs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.features = jnp.zeros((packs * self._rows(self.pack), model.cfg.text.hidden_size), model.dtype)
+    def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4, frozen: bool = False):
+        size, width = pack_blocks * model.vision_block, model.cfg.text.hidden_size
+        super().__init__(model, jnp.zeros((packs * size // model.cfg.vision.merge_unit, width), model.dtype), size)
+        self.params, self.frozen = params, frozen
+        self.sizes = sorted({1, -(-pack_blocks // 4), pack_blocks}) if frozen else [pack_blocks]
         self.encoded = self.shown = self.patches = self.packed = 0
         self._first: dict[tuple, int] = {}
-
-    def _rows(self, patches: int) -> int:
-        return patches // self.model.cfg.vision.merge_unit
 
     def compile(self) -> None:
         """Compiles every shape; nothing is in the store yet."""
         for size in self.sizes:
-            blank = PreparedImage(np.zeros((0, self.model.cfg.vision.patch_dim), np.float32), (0, 0), (0, 0))
-            *pack, _ = pack_images([blank], self.model.vision_block, size)
-            self.features = _encode_into(self.model, self.params, self.features, 0, *pack)
+            self.features = _encode_into(self.model, self.params, self.features, 0, *self.blank(size))
+
+    def blank(self, blocks: int) -> list[np.ndarray]:
+        """A pack without images."""
+        none = PreparedImage(np.zeros((0, self.model.cfg.vision.patch_dim), np.float32), (0, 0), (0, 0))
+        return pack_images([none], self.model.vision_block, blocks)[:-1]
 
     def add(self, images: Sequence[PreparedImage]) -> list[int]:
         """Encodes what is new among `images`; returns the first feature row of each.
@@ -111,23 +164,3 @@ class FeatureStore:
         self.packs.append(pack)
         self.packed += len(pack[0])
         self.patches += sum(len(image.patches) for image in images)
-
-    def encode_again(self, params: nnx.State) -> jax.Array:
-        """The features of every pack under other parameters, same rows."""
-        features, row = jnp.zeros_like(self.features), 0
-        for pack in self.packs:
-            features = _encode_into(self.model, params, features, row, *pack)
-            row += self._rows(len(pack[0]))
-        return features
-
-    def gradient(self, params: nnx.State, cotangent: jax.Array, trained=...) -> nnx.State:
-        """Gradient of the tower's parameters, given that of the features ([F D]); each image once.
-
-        Args:
-            trained: an nnx filter, which of the parameters.
-        """
-        total, row = jax.tree.map(jnp.zeros_like, nnx.split_state(params["vision"], trained, ...)[0]), 0
-        for pack in self.packs:
-            part, row = cotangent[row : row + self._rows(len(pack[0]))], row + self._rows(len(pack[0]))
-            total = jax.tree.map(jnp.add, total, _pull_back(self.model, trained, params, *pack, part))
-        return total

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,12 +17,12 @@ from PIL import Image
 from imagent_jax import hosts
 from imagent_jax.config import Config
 from imagent_jax.data.task import Task
-from imagent_jax.model.features import COUNTS, FeatureStore
+from imagent_jax.model.features import COUNTS, EncodedPacks, FeatureStore
 from imagent_jax.model.images import PreparedImage, fit_budget, to_rgb
 from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model
-from imagent_jax.model.sharding import rollout_params
+from imagent_jax.model.sharding import GROUPS, rollout_params
 from imagent_jax.rl import sampler
 from imagent_jax.rl.schedule import Schedule, Stopped
 from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory, Turn
@@ -37,7 +38,7 @@ class RolloutBatch:
     prompts: list[Encoded]
     prompt_vision: list[np.ndarray]
     trajectories: list[list[Trajectory]]
-    store: FeatureStore | SimpleNamespace
+    store: EncodedPacks
     times: dict[str, float]
     sampled_tokens: int
     image_token_id: int
@@ -170,7 +171,7 @@ class RolloutEngine:
         """On the current mesh."""
         frozen = self.cfg.model.freeze_vision and not self.cfg.lora.merger
         store = FeatureStore(
-            self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs, remainders=frozen
+            self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs, frozen=frozen
         )
         run = Schedule(self, params, store, list(tasks), group_size, slots, sampling)
         run.to_the_end()
@@ -240,7 +241,7 @@ class RolloutEngine:
 
 def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
     """The batch of all `tasks`, of which this process has rolled out its share: the others' trajectories come without
-    images, and everybody's encoded images are stacked, on the current mesh."""
+    images, and everybody's encoded images are stacked, on the current mesh. Pixels stay where they are."""
     rows = max(hosts.gather(own.store.features.shape[0]))
     features, first = hosts.stack_rows(own.store.features, rows)
 
@@ -261,12 +262,29 @@ def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
     def chain(name):
         return [item for one in everyone for item in getattr(one, name)]
 
+    store = EncodedPacks(own.store.model, features, own.store.pack, lanes=jax.process_count())
+    if not own.store.frozen:
+        store.packs = spread_packs(own.store)
+    for name in COUNTS:
+        setattr(store, name, sum(getattr(one.store, name) for one in everyone))
     return RolloutBatch(
-        list(tasks), chain("prompts"), chain("prompt_vision"), chain("trajectories"),
-        SimpleNamespace(features=features, **{name: sum(getattr(one.store, name) for one in everyone) for name in COUNTS}),
+        list(tasks), chain("prompts"), chain("prompt_vision"), chain("trajectories"), store,
         {name: max(one.times.get(name, 0.0) for one in everyone) for name in everyone[0].times},
         sum(one.sampled_tokens for one in everyone), own.image_token_id,
     )  # fmt: skip
+
+
+def spread_packs(own: FeatureStore) -> list[tuple[jax.Array, ...]]:
+    """The n-th packs of all processes as one, each on its process's devices; a process that has fewer adds blank ones."""
+    most = max(hosts.gather(len(own.packs)))
+    packs = [*own.packs, *[own.blank(own.sizes[-1])] * (most - len(own.packs))]
+    shares = math.prod(jax.sharding.get_mesh().shape[axis] for axis in GROUPS) // jax.process_count()
+    size = -(-own.sizes[-1] // shares) * shares * own.model.vision_block  # so that every device has as many blocks
+
+    def filled(x, value):
+        return hosts.spread(np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value))
+
+    return [(filled(patches, 0), filled(coords, 0), filled(image, -1)) for patches, coords, image in packs]
 
 
 def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:
