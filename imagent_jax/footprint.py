@@ -223,7 +223,8 @@ class Program(NamedTuple):
 def programs(held: Held) -> Iterator[Program]:
     """What a step runs, in its order; decoding in tokens, at most as many as a response holds."""
     cfg, model, r = held.cfg, held.model, held.cfg.rollout
-    admitted, few = quarters(r.groups, r.group_size)
+    with held.on_mesh():
+        admitted, few = quarters(r.groups, r.group_size)
     rolling = held.params, held.opt_state, held.reference, held.sampled, held.state, held.features
     learning = held.params, held.opt_state, held.reference, held.features, held.total, held.batch
 

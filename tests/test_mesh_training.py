@@ -84,7 +84,8 @@ def test_a_run_of_eight_devices_resumes_on_eight_four_and_one(report):
 
 
 def test_the_main_job_on_four_devices_is_that_of_one(report, folder):
-    """The same trajectories, token by token: noise belongs to a row, and rounding never tips a choice here."""
+    """The same trajectories, token by token: noise belongs to a row, and rounding never tips a choice here. (What is packed
+    together is up to the schedule.)"""
     assert report["job"] == 0
     for name in ("base-000000", "train-000001", "train-000002", "trained-000002"):
         one, four = (
@@ -99,5 +100,5 @@ def test_the_main_job_on_four_devices_is_that_of_one(report, folder):
     for a, b in zip(metrics(folder, "one"), metrics(folder, "four"), strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            if not key.startswith(("time/", "compile/", "rollout/", "memory/")) and "time/" not in key:
+            if not key.startswith(("time/", "compile/", "rollout/", "memory/", "vision/waste")) and "time/" not in key:
                 assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), key

@@ -2,16 +2,18 @@
 cache. Every function takes the whole state and gives it back, updated in place. On a mesh, rows are split over the devices as
 groups are, so that every device decodes its own slots."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from imagent_jax.model.qwen2_vl import Model, empty_cache, extend, prefill
-from imagent_jax.model.sharding import GROUPS, constrain
+from imagent_jax.model.sharding import GROUPS, constrain, fitting, locally
 from imagent_jax.model.text import PromptCache, ResponseCache
 
 STOP_WIDTH = 8
@@ -99,20 +101,45 @@ def _put(kept: Array, index: Array, new) -> Array:
     return kept.at[index].set(new, mode="drop")
 
 
+def parts(slots: int) -> int:
+    """Into how many parts of the current mesh the slots divide; rows are taken and put back within their part.
+
+    What names F rows names F / parts of each part in turn, by their number in it (B / parts: none).
+    """
+    count = math.prod(get_abstract_mesh().shape.get(axis, 1) for axis in GROUPS)
+    return 1 if slots % count else count
+
+
+def _within(function, state: SamplerState, *more):
+    """`function(state, rows[, part of the state])`, by every part of the mesh for itself: no cache of a row travels."""
+    if parts(len(state.prompt_len)) == 1:
+        return _placed(function(state, *more))
+    specs = jax.tree.map(lambda x: fitting(x, *axes(x)), state)
+    return locally(function, (specs, PartitionSpec(GROUPS), specs)[: 1 + len(more)], specs)(state, *more)
+
+
 def take_rows(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:
-    """A smaller state of these rows (B: none, a dead row), each a group of its own with a copy of its prompt's cache."""
-    b, s = state.ids.shape[0], state.prompt_len.shape[0]
-    inside = jnp.minimum(rows, b - 1)
-    part = jax.tree.map(lambda x: x[inside], state._replace(prompt=(), prompt_len=()))
-    prompt, prompt_len = jax.tree.map(lambda x: x[inside // (b // s)], (state.prompt, state.prompt_len))
-    return _placed(part._replace(live=part.live & (rows < b), prompt=prompt, prompt_len=prompt_len))
+    """A smaller state of these rows (see `parts`; none: a dead one), each a group with a copy of its prompt's cache."""
+
+    def take(state, rows):
+        b, s = state.ids.shape[0], state.prompt_len.shape[0]
+        inside = jnp.minimum(rows, b - 1)
+        part = jax.tree.map(lambda x: x[inside], state._replace(prompt=(), prompt_len=()))
+        prompt, prompt_len = jax.tree.map(lambda x: x[inside // (b // s)], (state.prompt, state.prompt_len))
+        return part._replace(live=part.live & (rows < b), prompt=prompt, prompt_len=prompt_len)
+
+    return _within(take, state, rows)
 
 
 def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) -> SamplerState:
     """The inverse: the rows of `part` back in their places."""
-    kept, new = (x._replace(prompt=(), prompt_len=()) for x in (state, part))
-    whole = jax.tree.map(lambda x, y: _put(x, rows, y), kept, new)
-    return _placed(whole._replace(prompt=state.prompt, prompt_len=state.prompt_len))
+
+    def put(state, rows, part):
+        kept, new = (x._replace(prompt=(), prompt_len=()) for x in (state, part))
+        whole = jax.tree.map(lambda x, y: _put(x, rows, y), kept, new)
+        return whole._replace(prompt=state.prompt, prompt_len=state.prompt_len)
+
+    return _within(put, state, rows, part)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -120,8 +147,9 @@ def decode(
     model: Model, greedy: bool, width: int, params: nnx.State, state: SamplerState, rows, stops, temperature, max_steps,
     enough=0,
 ) -> SamplerState:  # fmt: skip
-    """Samples up to `max_steps` tokens for every live row, or for those among `rows` ([F]), from softmax(logits / T), while
-    more than `enough` of them are live. No response may come to hold more than `width` tokens meanwhile (R: any).
+    """Samples up to `max_steps` tokens for every live row, or for those among `rows` ([F], see `parts`), from
+    softmax(logits / T), while more than `enough` of them are live. No response may come to hold more than `width` tokens
+    meanwhile (R: any).
 
     A row stops, inside the loop, when its last tokens equal one of `stops` ([n STOP_WIDTH], left-padded with -1) or
     its buffer is full. The random number of a token belongs to (row key, index of the token), so it depends on
@@ -186,7 +214,7 @@ def _decode(model, greedy, params, state, stops, temperature, max_steps, enough)
 def observe(
     model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, resume, features
 ) -> SamplerState:
-    """Appends `count[f]` tokens to row `rows[f]` (B: none); a row with `resume` samples again afterwards.
+    """Appends `count[f]` tokens to row `rows[f]` (see `parts`); a row with `resume` samples again afterwards.
 
     Shapes: rows, count, resume [F]; ids, vision [F S]; positions [3 F S]; features [M D].
     """

@@ -3,8 +3,8 @@
 import itertools
 import time
 import zlib
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,10 @@ class Stopped(Exception):
 
 
 def quarters(slots: int, group_size: int) -> tuple[int, int]:
-    """Slots admitted at once (a divisor of `slots`) and rows observed at once: at most, and about, a quarter of either."""
-    return max(d for d in range(1, -(-slots // 4) + 1) if slots % d == 0), -(-slots * group_size // 4)
+    """Slots admitted at once (a divisor of `slots`) and rows observed at once (a multiple of `sampler.parts`): about a quarter
+    of either."""
+    parts = sampler.parts(slots)
+    return max(d for d in range(1, -(-slots // 4) + 1) if slots % d == 0), -(-slots * group_size // (4 * parts)) * parts
 
 
 @dataclass
@@ -58,9 +60,10 @@ class Schedule:
         self.cfg, self.model = engine.cfg, engine.model
         self.seed, self.temperature, self.greedy = sampling
         self.slots, self.rows = slots, slots * group_size
-        self.admitted, self.few = quarters(slots, group_size)
+        self.parts, (self.admitted, self.few) = sampler.parts(slots), quarters(slots, group_size)
         r = self.cfg.rollout.response_tokens
         least = max(-(-self.few // 4), min(2, self.few))  # one row, or half of a short cache, is not worth its compilation
+        least = -(-least // self.parts) * self.parts
         self.sizes, self.widths = sorted({least, self.few, self.rows}), sorted({-(-r // 2) if r >= 128 else r, r})
         self.state = sampler.empty(
             self.model, slots, group_size, self.cfg.rollout.prompt_tokens, self.cfg.rollout.response_tokens
@@ -100,8 +103,21 @@ class Schedule:
     def row(self, b: int) -> Row:
         return self.groups[b // self.g].rows[b % self.g]
 
-    def _padded(self, rows: Sequence[int], size: int, none: int) -> np.ndarray:
-        return np.asarray([*rows, *[none] * (size - len(rows))], np.int32)
+    def _padded(self, values: Sequence[int], size: int, none: int) -> np.ndarray:
+        return np.asarray([*values, *[none] * (size - len(values))], np.int32)
+
+    def _places(self, rows: Iterable[int], size: int) -> tuple[np.ndarray, dict[int, int]]:
+        """Rows among `size` as the sampler names them (`sampler.parts`), and where each stands; those that find no room, the
+        later ones, are left out."""
+        own, room = self.rows // self.parts, size // self.parts
+        index, at, taken = np.full(size, own, np.int32), {}, Counter()
+        for b in rows:
+            part = b // own
+            if taken[part] < room:
+                at[b] = part * room + taken[part]
+                index[at[b]] = b % own
+                taken[part] += 1
+        return index, at
 
     def _prepare(self) -> None:
         """Opens the next tasks, as many as one pack of images holds, and encodes their images together."""
@@ -150,8 +166,8 @@ class Schedule:
         """A chunk of tokens for all live rows; turns that ended are booked and their calls begun."""
         rows, steps = np.flatnonzero(self.live), self.cfg.rollout.decode_chunk
         longest = min(self.length[rows].max() + steps, self.widths[-1])
-        size, width = (next(n for n in sizes if n >= least) for sizes, least in ((self.sizes, len(rows)), (self.widths, longest)))
-        self._step(rows, size, width, steps)
+        size = next(size for size in self.sizes if len(self._places(rows, size)[1]) == len(rows))
+        self._step(rows, size, next(width for width in self.widths if width >= longest), steps)
         ids, length, live = jax.device_get((self.state.ids, self.state.length, self.state.live))
         self.clock.lap("decode")
         for b in rows[~live[rows]]:
@@ -165,8 +181,8 @@ class Schedule:
 
     def _step(self, rows: np.ndarray, size: int, width: int, steps: int) -> None:
         """Decodes these rows among `size` on `width` tokens of the cache, until fewer rows would do."""
-        some = self._padded(rows, size, self.rows) if size < self.rows else None
-        enough = max((s for s in self.sizes if s < size), default=0)
+        some = self._places(rows, size)[0] if size < self.rows else None
+        enough = max((s for s in self.sizes if s < min(size, len(rows))), default=0)
         self.state = sampler.decode(
             self.model, self.greedy, width, self.params, self.state, some, self.engine.stops, self.temperature, steps, enough
         )
@@ -179,7 +195,7 @@ class Schedule:
         waiting = [b for b in self.calling if b not in self.late or b in self.results]
         if len(waiting) < self.few and self.live.any():
             return []
-        waiting = (waiting or list(self.calling))[: self.few]
+        waiting = list(self._places(waiting or self.calling, self.few)[1])
         give_up = time.perf_counter() + self.cfg.tools.patience_s
         while any(b not in self.results for b in waiting):
             self.results.update(self.pool.poll(0.1))
@@ -205,11 +221,12 @@ class Schedule:
         for b, encoded in observations.items():
             self.row(b).book_observation(encoded, encoded.vision([next(first) for _ in encoded.images]))
             self.live[b], self.length[b] = True, self.row(b).seen
-        index = self._padded(list(observations), f, self.rows)
+        index, at = self._places(observations, f)
         for begin in range(0, max(len(encoded.ids) for encoded in observations.values()), s):
             ids, positions = np.zeros((f, s), np.int32), np.zeros((3, f, s), np.int32)
             vision, count, resume = np.full((f, s), -1, np.int32), np.zeros(f, np.int32), np.zeros(f, bool)
-            for i, (b, encoded) in enumerate(observations.items()):
+            for b, encoded in observations.items():
+                i = at[b]
                 c = count[i] = min(max(len(encoded.ids) - begin, 0), s)
                 ids[i, :c] = encoded.ids[begin : begin + c]
                 positions[:, i, :c] = encoded.positions[:, begin : begin + c]
