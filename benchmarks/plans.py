@@ -30,8 +30,8 @@ PLANS = {
     "7b_lora_v5e_4x4": f"--topology v5e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4 {LORA}",
     "7b_full_v6e_4x4": f"--topology v6e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4",
     "7b_lora_v6e_4x4": f"--topology v6e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4 {LORA}",
-    "7b_full_v5p_2x2x2": f"--topology v5p:2x2x2 {SEVEN} --grpo.micro_groups=8",
-    "7b_lora_v5p_2x2x2": f"--topology v5p:2x2x2 {SEVEN} --grpo.micro_groups=8 {LORA}",
+    "7b_full_v5p_2x2x2": f"--topology v5p:2x2x2 {SEVEN} --mesh.tensor=1 --grpo.micro_groups=8",
+    "7b_lora_v5p_2x2x2": f"--topology v5p:2x2x2 {SEVEN} --mesh.tensor=1 --grpo.micro_groups=8 {LORA}",
     "2b_full_v5e_2x2": "--topology v5e:2x2 --config configs/qwen2_vl_2b_gpu.yaml --mesh.fsdp=-1 --grpo.minibatches=1 "
     f"{SMALL} --grpo.micro_groups=4",
     "72b_full_v5p": "--topology v5p --config configs/qwen2_5_vl_7b_tpu.yaml --model.path=Qwen/Qwen2.5-VL-72B-Instruct "
@@ -39,7 +39,7 @@ PLANS = {
 }
 """Their commands, after `python -m imagent_jax.plan`."""
 SCALES = {
-    "scale_7b_v5p": f"--topology v5p --scale=8,16,32,64,128,256 {SEVEN} --grpo.micro_groups=8",
+    "scale_7b_v5p": f"--topology v5p --scale=8,16,32,64,128,256 {SEVEN} --mesh.tensor=1 --grpo.micro_groups=8",
 }
 COLUMNS = (
     "plan", "slice", "chips", "parameters", "optimizer", "rollout's copy", "cache", "gradients", "most temporaries",
