@@ -66,6 +66,12 @@ def test_the_tiny_run_fits_four_chips_that_are_only_described(tmp_path):
     assert costs["train"]["flops"] > 6 * tokens * v * d / 4
 
 
+@TPU
+def test_observed_rows_do_not_leave_their_chip(tmp_path):
+    flags = "--topology=v5e:2x2", "--mesh.fsdp=4", "--grpo.micro_groups=4", "--only=observe"
+    assert planned(tmp_path, *flags)[1]["costs"][0]["wire"] == 0
+
+
 def test_parameters_of_a_chip_have_a_closed_form(toy):
     """Width over fsdp, the rest over tensor; norms are whole."""
     held, _ = plan.hold(plan.parse(["--topology=x", *toy])[1], "cpu:1")
