@@ -86,9 +86,12 @@ def plain_prefill(self, x, positions, prompt_len=None, backend="xla"):
         x = self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend))
         return constrain(x, GROUPS), cached(k, v)
 
-    x, (k, v) = jax.lax.scan(layer, constrain(x, GROUPS), weights(self.layers, dtype))
+    x, layers, kept = constrain(x, GROUPS), weights(self.layers, dtype), []
+    for i in range(self.cfg.num_layers):
+        x, one = layer(x, text.layer_of(layers, i))
+        kept.append(one)
     hidden = text.rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps)
-    return hidden, text.PromptCache(tuple(k), tuple(v))
+    return hidden, text.PromptCache(*zip(*kept, strict=True))
 
 
 def test_the_compiled_program_without_the_hook_is_unchanged(pair):
