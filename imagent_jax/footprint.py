@@ -123,8 +123,7 @@ def chip_bytes(*trees: Any) -> int:
 
 class Held:
     """What a run of `cfg` holds on a mesh, in shapes and shardings: parameters (and as rollouts hold them), optimizer
-    state,
-    rollout state, image features, gradients and a micro-batch.
+    state, rollout state, image features, gradients and a micro-batch.
 
     Raises:
         ValueError: the model is not known, or does not divide over the mesh.

@@ -7,8 +7,7 @@ where it holds too much, the nearest change of settings that fits, found by comp
 not, 2: bad input.
 
     --topology v5e:4x4    CHIP:SHAPE; a TPU without a shape (v5p): the smallest slice that fits; cpu:8 or h100:8:
-    simulated
-                          by XLA's CPU backend, whose temporaries are not those of a GPU
+                          simulated by XLA's CPU backend, whose temporaries are not those of a GPU
     --memory GB           of a chip, in place of the published figure
     --scale 8,16,32       the same work a chip on slices of so many chips: bytes exchanged and FLOPs
     --json FILE           all figures, as JSON
@@ -183,8 +182,7 @@ def changed(cfg: Config, settings: dict[str, Any]) -> Config:
 
 
 def nearest(cfg: Config, plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, Plan | None, int]:
-    """The fewest `changes` with which a plan that does not fit does, and its plan; None: none of those tried.
-    Combinations
+    """The fewest `changes` with which a plan that does not fit does, and its plan; None: none of those tried. Combinations
     whose arrays alone are too much are not compiled; at most `TRIES` others are; their number comes last."""
     phases = {c.phase for c in plan.costs if c.refused or c.total > plan.memory}
     worst = [c.name for c in sorted(plan.costs, key=lambda c: -c.total) if c.refused or c.total > plan.memory]
