@@ -131,6 +131,7 @@ def make_plan(
         if give_up and not plan.fits:
             plan.stopped = True
             break
+    plan.costs.sort(key=lambda c: [p.name for p in every].index(c.name))
     return plan
 
 
@@ -258,7 +259,7 @@ def smallest_slice(
             say(f"{topology}: {need / 1e9:.1f} GB of arrays alone, too much")
             ruled_out[topology] = need
             continue
-        plan = make_plan(other, topology, memory, only=only, give_up=not last, say=say)
+        plan = make_plan(other, topology, memory, only=only, first=["train"], give_up=not last, say=say)
         say(f"{topology}: {plan.peak.total / 1e9:.1f} GB, {'fits' if plan.fits else 'too much'}")
         if plan.fits or last:
             return other, plan, ruled_out
