@@ -49,6 +49,7 @@ def run(seed: int, cache: str, folder: str, overrides: list[str]) -> dict:
             "base_evaluation": round(base["time/evaluation"], 1),
         },
         "tokens_per_second_median": round(float(np.median([r["rollout/tokens_per_second"] for r in steps])), 1),
+        "vision_waste_median": round(float(np.median([r["vision/waste"] for r in steps])), 3),
         "peak_memory_gib": round(peak, 2),
         "compiled_after_step_3": int(sum(r["compile/count"] for r in steps[3:] if "eval/accuracy" not in r)),
         "curves": {key: [round(r[key], 4) for r in steps] for key in CURVES},
