@@ -260,7 +260,7 @@ def main(folder: str) -> dict:
     report["everything"] = updates(settings(folder, everything=True), [(2, 2, 2)])
     report["adapters"] = updates(settings(folder, rank=4), [(1, 4, 2)])
     report["resumes"] = resumes(cfg)
-    report["job"] = job.main([*JOB, f"--run.dir={folder}", "--run.name=four", "--mesh.data=2", "--mesh.fsdp=2"])
+    report["job"] = job.main([*JOB, f"--run.dir={folder}", "--run.name=four", "--mesh.fsdp=2", "--mesh.tensor=2"])
     return report
 
 
