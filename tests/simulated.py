@@ -20,8 +20,8 @@ def start(devices: int, *command: str | Path) -> subprocess.Popen:
     env = os.environ | {
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "0",
         "JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        # A device that waits for the others holds a thread of XLA's pool. The pool has one for each device (or core), and
-        # whatever else takes one then stops them all: so one program at a time, and threads to spare.
+        # A device that waits for the others holds a thread of XLA's pool, which has one for each device (or core). Eight once
+        # waited for ever, seven of them in a collective: so one program at a time, and threads to spare.
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false", "NPROC": str(4 * devices),
     }  # fmt: skip
     return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)

@@ -114,14 +114,15 @@ def several_devices() -> bool:
     return get_abstract_mesh().size > 1
 
 
+def ways(axes: str | Sequence[str] | None) -> int:
+    """Over how many devices the current mesh splits what is over `axes`."""
+    sizes = get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
 def fitting(x: jax.Array, *axes: str | tuple[str, ...] | None) -> PartitionSpec:
     """`PartitionSpec(*axes)` for `x`, less what does not divide: such an axis of `x` stays whole."""
-    sizes = get_abstract_mesh().shape
-
-    def parts(axis):
-        return math.prod(sizes.get(a, 1) for a in ((axis,) if isinstance(axis, str) else axis or ()))
-
-    return PartitionSpec(*(axis if n % parts(axis) == 0 else None for n, axis in zip(x.shape, axes, strict=False)))
+    return PartitionSpec(*(axis if n % ways(axis) == 0 else None for n, axis in zip(x.shape, axes, strict=False)))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -167,7 +168,6 @@ def locally(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] =
         inputs, outputs: their `PartitionSpec`s (see `fitting`); what is whole on the way in has its gradient summed once.
         axes: mesh axes that this is about, the others being the compiler's; default all.
     """
-    sizes = get_abstract_mesh().shape
-    if math.prod(sizes.get(axis, 1) for axis in axes or sizes) == 1:
+    if ways(axes or tuple(get_abstract_mesh().shape)) == 1:
         return function
     return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(axes), check_vma=False)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, get_mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh
 
 from imagent_jax.config import Config
 from imagent_jax.model.interleave import pad_prompts
-from imagent_jax.model.sharding import GROUPS
+from imagent_jax.model.sharding import GROUPS, ways
 from imagent_jax.rl.rollout import RolloutBatch
 from imagent_jax.rl.trajectory import GroupBatch, TokenKind, Trajectory
 
@@ -74,7 +74,7 @@ def micro_shapes(cfg: Config) -> list[tuple[int, int]]:
     None holds more tokens than `grpo.micro_groups` groups (made a multiple of the mesh's data x fsdp) with responses of R
     tokens, P + G R each: where responses are short there are twice as many groups, or four times.
     """
-    r, shards = cfg.rollout, math.prod(get_abstract_mesh().shape.get(axis, 1) for axis in GROUPS)
+    r, shards = cfg.rollout, ways(GROUPS)
     widths = sorted({max(1, quarter * r.response_tokens // 4) for quarter in (1, 2, 3, 4)})
     groups = -(-min(cfg.grpo.micro_groups, r.groups) // shards) * shards
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from imagent_jax.model.images import PreparedImage, fit_budget, to_rgb
 from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model
-from imagent_jax.model.sharding import GROUPS, rollout_params
+from imagent_jax.model.sharding import GROUPS, rollout_params, ways
 from imagent_jax.rl import sampler
 from imagent_jax.rl.schedule import Schedule, Stopped
 from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory, Turn
@@ -278,7 +277,7 @@ def spread_packs(own: FeatureStore) -> list[tuple[jax.Array, ...]]:
     """The n-th packs of all processes as one, each on its process's devices; a process that has fewer adds blank ones."""
     most = max(hosts.gather(len(own.packs)))
     packs = [*own.packs, *[own.blank(own.sizes[-1])] * (most - len(own.packs))]
-    shares = math.prod(jax.sharding.get_mesh().shape[axis] for axis in GROUPS) // jax.process_count()
+    shares = ways(GROUPS) // jax.process_count()
     size = -(-own.sizes[-1] // shares) * shares * own.model.vision_block  # so that every device has as many blocks
 
     def filled(x, value):

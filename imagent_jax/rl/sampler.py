@@ -2,18 +2,17 @@
 cache. Every function takes the whole state and gives it back, updated in place. On a mesh, rows are split over the devices as
 groups are, so that every device decodes its own slots."""
 
-import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec, get_abstract_mesh
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from imagent_jax.model.qwen2_vl import Model, empty_cache, extend, prefill
-from imagent_jax.model.sharding import GROUPS, constrain, fitting, locally
+from imagent_jax.model.sharding import GROUPS, constrain, fitting, locally, ways
 from imagent_jax.model.text import PromptCache, ResponseCache
 
 STOP_WIDTH = 8
@@ -106,8 +105,7 @@ def parts(slots: int) -> int:
 
     What names F rows names F / parts of each part in turn, by their number in it (B / parts: none).
     """
-    count = math.prod(get_abstract_mesh().shape.get(axis, 1) for axis in GROUPS)
-    return 1 if slots % count else count
+    return 1 if slots % ways(GROUPS) else ways(GROUPS)
 
 
 def _within(function, state: SamplerState, *more):

@@ -50,9 +50,8 @@ class Schedule:
 
     Slots are filled, live rows decode a chunk of tokens, calls run on the pool meanwhile, observations are appended, and
     a finished group makes room. Observations are of a quarter of the batch, and stragglers are decoded on a quarter or a
-    sixteenth of it; while responses are short, on the first half of their cache. What is
-    done when depends on sampled tokens only, not on how long a tool took (up to `tools.patience_s`), so that a run
-    repeats to the bit.
+    sixteenth of it; while responses are short, on the first half of their cache. What is done when depends on sampled
+    tokens only, not on how long a tool took (up to `tools.patience_s`), so that a run repeats to the bit.
     """
 
     def __init__(self, engine: "RolloutEngine", params, store, tasks: list[Task], group_size: int, slots: int, sampling):
