@@ -5,11 +5,13 @@ are each process's own, on its own devices. With one process everything here is 
 """
 
 import contextlib
+import ctypes
 import glob
 import importlib.util
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +32,10 @@ from imagent_jax.model.sharding import GROUPS
 
 RESTART = 75
 """Exit code of a process that was stopped from outside and should be started again (EX_TEMPFAIL of sysexits.h)."""
+FAILED = 2
+"""Exit code after a sentence about what is wrong: to start again would not help."""
+GRACE = 5.0
+"""Seconds to learn that another process has died, before an error here is taken for this process's own."""
 T = TypeVar("T")
 
 
@@ -107,23 +113,32 @@ class Watch(threading.Thread):
         )  # fmt: skip
         for link in links:  # it has them now
             link.close()
+        self._aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: time.sleep(GRACE))
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._aborted)  # JAX aborts at once where it loses process 0
         self.start()
 
     def run(self) -> None:
-        if self.watcher.stdout.readline():
-            time.sleep(2)  # what ended the other may end this one too, with a better word
+        word = self.watcher.stdout.readline()
+        if word == b"died\n":
             os._exit(RESTART)
+        if word:
+            time.sleep(GRACE)  # this process may have the same to say
+            os._exit(FAILED)
 
     def close(self) -> None:
         """Parts from the others in peace."""
         with contextlib.suppress(OSError):
             self.watcher.communicate(b"bye")
 
-    def fail(self, code: int) -> None:
-        """Ends this process at once, so that the others notice: JAX's own end would wait for them."""
+    def fail(self) -> None:
+        """Ends this process, whose reason is said, and so the others: JAX's own end would wait for them. Where the reason is
+        that another has died, `run` ends it as that."""
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        time.sleep(GRACE)
+        with contextlib.suppress(OSError):
+            self.watcher.communicate(b"failed")
+        os._exit(FAILED)
 
 
 def _address() -> str:

@@ -26,7 +26,7 @@ from imagent_jax.compiling import CompileCounter, use_compile_cache
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.evaluate import comparison, evaluate, summarise
-from imagent_jax.hosts import RESTART
+from imagent_jax.hosts import FAILED, RESTART
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
@@ -329,7 +329,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit codes are those of the module docstring."""
-    cfg, watcher, code = parse_args(argv), None, 2
+    cfg, watcher, code = parse_args(argv), None, FAILED
     try:
         watcher = hosts.start(cfg.distributed)
         with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
@@ -344,9 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if watcher is None:
             raise
         traceback.print_exc()
-        time.sleep(10)  # where another process has ended, its watcher says so first
     if watcher is not None:
-        watcher.close() if code in (0, RESTART) else watcher.fail(code)
+        watcher.fail() if code == FAILED else watcher.close()
     return code
 
 

@@ -18,7 +18,7 @@ def start(devices: int, *command: str | Path) -> subprocess.Popen:
         f"--xla_cpu_collective_call_terminate_timeout_seconds={TOGETHER}",
     ]  # fmt: skip
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "0",
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "",
         "JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         # A device that waits for the others holds a thread of XLA's pool, which has one for each device (or core). Eight once
         # waited for ever, seven of them in a collective: so one program at a time, and threads to spare.
