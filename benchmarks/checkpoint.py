@@ -23,7 +23,7 @@ def measure(size: str, shape: Shape, repeats: int, folder: Path) -> dict:
     from imagent_jax.runs import RunFolder
 
     common.random_checkpoint(folder, size)
-    ours = Ours(folder, make_problem(shape, common.SIZES[size]["vocab_size"], 3 * 2 * 14 * 14), shape)
+    ours = Ours(folder, make_problem(shape, common.SIZES[size]["vocab_size"]), shape)
     run = RunFolder(Config.from_dict({"run": {"dir": str(folder), "name": "run"}}))
 
     def save(step: int) -> None:

@@ -129,7 +129,12 @@ class Row(NamedTuple):
 
 
 def script(engine, batch) -> list[Row]:
-    """The rows of a rollout, N*G of them."""
+    """The rows of a rollout, N*G of them, images normalised."""
+    from imagent_jax.model.vision import normalise
+
+    def ready(image):
+        return image._replace(patches=np.asarray(normalise(engine.model.cfg.vision, image.patches)))
+
     rows = []
     for prompt, group in zip(batch.prompts, batch.trajectories, strict=True):
         for t in group:
@@ -138,9 +143,9 @@ def script(engine, batch) -> list[Row]:
                 shown, images = t.ids[:0], []
                 if after is not None:
                     shown = t.ids[turn.stop : after.start]
-                    images = [engine.prepare(t.registry, part) for part in turn.call.parts if not isinstance(part, str)]
+                    images = [ready(engine.prepare(t.registry, part)) for part in turn.call.parts if not isinstance(part, str)]
                 turns.append(Turn(t.ids[turn.start : turn.stop], shown, images))
-            rows.append(Row(prompt.ids, prompt.images, turns, t.logprobs))
+            rows.append(Row(prompt.ids, [ready(image) for image in prompt.images], turns, t.logprobs))
     return rows
 
 

@@ -73,7 +73,7 @@ class Ids:
         return [common.VISION_START, *[common.IMAGE] * (grid[0] * grid[1] // 4), common.VISION_END]
 
 
-def make_problem(shape: Shape, vocab: int, patch_dim: int, seed: int = 0) -> Problem:
+def make_problem(shape: Shape, vocab: int, seed: int = 0) -> Problem:
     """Random text with two images a prompt and, in the middle of every response, an observation with one.
 
     The longest prompt has P tokens and the longest response R; others are up to a quarter shorter.
@@ -88,7 +88,7 @@ def make_problem(shape: Shape, vocab: int, patch_dim: int, seed: int = 0) -> Pro
         return " ".join(map(str, rng.integers(common.FIRST_TEXT, vocab, count)))
 
     def image(h: int, w: int) -> PreparedImage:
-        return PreparedImage(rng.standard_normal((h * w, patch_dim), np.float32), (h, w), (14 * h, 14 * w))
+        return PreparedImage(rng.integers(0, 256, (h * w, 588), np.uint8), (h, w), (14 * h, 14 * w))
 
     def lengths(longest: int, count: int) -> np.ndarray:
         made = rng.integers(longest - longest // 4, longest + 1, count)
@@ -204,8 +204,17 @@ class Theirs:
         from transformers import Qwen2VLForConditionalGeneration
 
         from imagent_jax.config import OptimConfig
+        from imagent_jax.model.config import Qwen2VLConfig
+        from imagent_jax.model.vision import normalise
 
-        self.problem, cfg = ungroup(problem), OptimConfig()
+        tower, cfg = Qwen2VLConfig.from_folder(folder).vision, OptimConfig()
+
+        def ready(part):
+            images = [image._replace(patches=np.asarray(normalise(tower, image.patches))) for image in part.images]
+            return part._replace(images=images)
+
+        responses = [list(map(ready, group)) for group in problem.responses]
+        self.problem = ungroup(problem._replace(prompts=list(map(ready, problem.prompts)), responses=responses))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(self.device).train()
         self.model.model.visual.requires_grad_(False)
@@ -298,9 +307,7 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
 def measure(way: str, folder: Path, size: str, shape: Shape, repeats: int, expected: dict | None) -> dict:
     """One way at one shape, in this process. `expected`: the first step's figures, checked before anything is timed."""
     memory = common.PeakMemory()
-    from imagent_jax.model.config import Qwen2VLConfig
-
-    problem = make_problem(shape, common.SIZES[size]["vocab_size"], Qwen2VLConfig.from_folder(folder).vision.patch_dim)
+    problem = make_problem(shape, common.SIZES[size]["vocab_size"])
     if way == "torch":
         side = Theirs(folder, problem, shape)
         import torch

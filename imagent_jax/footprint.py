@@ -234,7 +234,7 @@ def programs(held: Held) -> Iterator[Program]:
         "gather", sharding.rollout_params, (held.settings["dtype"],), (held.params,),
         (held.params, held.opt_state, held.reference), 1, "rollout",
     )  # fmt: skip
-    pack = np.zeros((held.pack, model.cfg.vision.patch_dim), np.float32), ints(held.pack, 2), ints(held.pack)
+    pack = np.zeros((held.pack, model.cfg.vision.patch_bytes), np.uint8), ints(held.pack, 2), ints(held.pack)
     encode = held.sampled, held.features, 0, *pack
     yield Program("vision", features._encode_into, (model,), encode, rolling, cfg.images.packs, "rollout")
     p, s = r.prompt_tokens, r.observation_tokens

@@ -151,7 +151,7 @@ def collate(groups, shape: Shape):
     prompts = [prompt for prompt, _ in groups]
     out["prompt_ids"], out["prompt_positions"], out["prompt_vision"] = pad_prompts(prompts, vision, shape.prompt)
     out["prompt_len"] = np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
-    return out, (patches.astype(np.float16), coords, image_id)
+    return out, (patches, coords, image_id)
 
 
 def produce(folder: str, seed: int, vision_steps: int, crowded: int, text_steps: int, out) -> None:
@@ -186,7 +186,7 @@ def produce(folder: str, seed: int, vision_steps: int, crowded: int, text_steps:
 def train_step(model, optimizer, params, text, opt_state, batch, pack):
     """One update of the decoder, `text`, by next-token prediction on the trained tokens; the tower stays as it learnt
     to see (Adam would walk it off on gradients that are mostly noise). Returns the mean loss (nats a token)."""
-    features = encode_images(model, params, pack[0].astype(jnp.float32), *pack[1:])
+    features = encode_images(model, params, *pack)
 
     def loss(text):
         arrays = {k: v for k, v in batch.items() if k != "trained"}
@@ -242,7 +242,7 @@ def start(out: Path, seed: int):
     vocab = len(processor.tokenizer)
     model, params = create(Qwen2VLConfig.from_hf(architecture(processor, vocab + -vocab % 64)), seed, vision_block=BLOCK)
     rng = np.random.default_rng(seed)
-    patch_embed = whitening([labelled_pack(rng, processor, BLOCK) for _ in range(6)], model.cfg.vision.embed_dim)
+    patch_embed = whitening(model.cfg.vision, [labelled_pack(rng, processor, BLOCK) for _ in range(6)])
     params["vision"]["patch_embed"] = params["vision"]["patch_embed"].replace(jnp.asarray(patch_embed))
     return processor, model, params
 

@@ -129,7 +129,7 @@ class Case:
             return SimpleNamespace(features=jnp.asarray(np.random.default_rng(1).normal(size=(4 * IMAGES, 64)), jnp.float32))
         rng = np.random.default_rng(1)
         store = FeatureStore(self.model, self.params, IMAGES, packs=1)
-        patches = rng.normal(size=(IMAGES, PATCHES, self.model.cfg.vision.patch_dim)).astype(np.float32)
+        patches = rng.integers(0, 256, (IMAGES, PATCHES, self.model.cfg.vision.patch_bytes), np.uint8)
         store.add([PreparedImage(p, (4, 4), (16, 16)) for p in patches])
         return store
 

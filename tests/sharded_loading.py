@@ -26,7 +26,7 @@ def logits(model, params):
     image[:52] = np.repeat([0, 1], [h * w for h, w in sizes])
     coords = np.zeros((100, 2), int)
     coords[:52] = np.concatenate([np.indices(size).reshape(2, -1).T for size in sizes])
-    patches = rng.normal(size=(100, model.cfg.vision.patch_dim)).astype(np.float32)
+    patches = rng.integers(0, 256, (100, model.cfg.vision.patch_bytes), np.uint8)
     ids, shown = rng.integers(0, 100, (3, 40)), np.full((3, 40), -1)
     shown[:, :13] = np.arange(13)
     positions = np.broadcast_to(np.arange(40), (3, 3, 40))

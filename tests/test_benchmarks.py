@@ -22,7 +22,7 @@ def torch_step(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     common.SIZES["toy"] = TOY
     common.random_checkpoint(folder, "toy")
-    problem = make_problem(SHAPE, TOY["vocab_size"], 3 * 2 * 14 * 14)
+    problem = make_problem(SHAPE, TOY["vocab_size"])
     return folder, problem, Theirs(folder, problem, SHAPE).step()
 
 

@@ -138,10 +138,10 @@ def test_a_tied_checkpoint_that_also_stores_its_head_is_accepted(tmp_path):
 def test_tokenizer_and_preprocessor_files_travel_with_the_weights(tmp_path):
     source = save_checkpoint(REFERENCES["tied"], tmp_path / "in")
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
-        (source / name).write_text(name)
+        (source / name).write_text(json.dumps({"name": name}))
     model, params = checkpoint.load(source)
     checkpoint.save(tmp_path / "out", model, params, source=source)
-    assert (tmp_path / "out/tokenizer.json").read_text() == "tokenizer.json"
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"name": "tokenizer.json"}
     assert {p.name for p in source.iterdir()} == {p.name for p in (tmp_path / "out").iterdir()}
 
 

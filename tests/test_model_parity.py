@@ -52,7 +52,7 @@ def pack(images):
     """Packed patches of `images` and the feature row each begins at."""
     patches, coords, image_id, first = pack_images([prepare(image) for image in images], BLOCK, BLOCKS)
     if not images:
-        patches = np.zeros((BLOCK * BLOCKS, 3 * 2 * PATCH**2), np.float32)
+        patches = np.zeros((BLOCK * BLOCKS, 3 * PATCH**2), np.uint8)
     return (patches, coords, image_id), [row // MERGE**2 for row in first]
 
 
@@ -143,7 +143,7 @@ def test_padding_of_the_pack_cannot_reach_an_image(pair):
     n = int((image_id == 0).sum()) // MERGE**2
     encode = jax.jit(encode_images, static_argnums=0)
     clean = np.asarray(encode(model, params, patches, coords, image_id))[first[0] : first[0] + n]
-    patches[image_id < 0], coords[image_id < 0] = 1e6, 77
+    patches[image_id < 0], coords[image_id < 0] = 255, 77
     dirty = np.asarray(encode(model, params, patches, coords, image_id))[first[0] : first[0] + n]
     np.testing.assert_array_equal(clean, dirty)
 

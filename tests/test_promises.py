@@ -17,7 +17,7 @@ from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.images import PreparedImage
 from imagent_jax.model.text import REMAT_POLICIES
-from imagent_jax.rl import learner
+from imagent_jax.rl import learner, sampler
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
 from imagent_jax.rl.learner import Tables, batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
@@ -167,6 +167,29 @@ def test_shared_prompts_equal_the_naive_forward(parts, rollout, batch):
     assert difference[sampled(batch)].max() <= 1e-5
 
 
+def test_the_prompt_is_computed_once_whatever_the_size_of_the_group(parts, batch, rollout):
+    """Operations of scoring 1 and 4 rollouts a group, 4 tokens each; and of admitting prompts for either."""
+
+    def operations(g):
+        part = dataclasses.replace(batch, **{
+            field.name: getattr(batch, field.name)[..., :g, :4] for field in dataclasses.fields(batch)
+            if field.name in ("kind", "logprobs") or field.name.startswith("response_") and field.name != "response_len"
+        }, response_len=batch.response_len[:, :g])  # fmt: skip
+        arguments = parts.model, parts.params, part, rollout.store.features, 1.0
+        return jax.jit(score, static_argnums=(0, 4)).lower(*arguments).cost_analysis()["flops"]
+
+    longest = batch.prompt_ids.shape[1]
+    assert operations(4) < operations(1) * (longest + 4 * 4) / longest * 1.1
+    n, a, p = len(batch.prompt_len), np.zeros(2, np.int32), np.zeros((2, longest), np.int32)
+
+    def admitting(g):
+        state = sampler.empty(parts.model, n, g, longest, 64)
+        arguments = a, p, np.stack([p] * 3), p, a + 1, a, a, np.uint32(0), rollout.store.features
+        return sampler.admit.lower(parts.model, parts.params, state, *arguments).cost_analysis()["flops"]
+
+    assert admitting(8) < admitting(1) * 1.01
+
+
 def test_the_gradient_is_the_same_whatever_the_backward_pass_recomputes(parts, batch, rollout):
     counted = sampled(batch)[:2, :2]
     part = jax.tree.map(jnp.asarray, take_groups(batch, np.arange(2), batch.kind.shape[-1]))
@@ -199,8 +222,8 @@ def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
 def test_the_last_packs_are_no_larger_than_what_is_left(parts):
     """Images of a block each, from 1 to 20 of them, in packs of 8, 2 and 1 blocks: one place for a block is left at most."""
     rng, block = np.random.default_rng(0), parts.model.vision_block
-    side, width = math.isqrt(block), parts.model.cfg.vision.patch_dim
-    images = [PreparedImage(rng.normal(size=(side * side, width)).astype(np.float32), (side, side), (1, 1)) for _ in range(20)]
+    side, width = math.isqrt(block), parts.model.cfg.vision.patch_bytes
+    images = [PreparedImage(rng.integers(0, 256, (side * side, width), np.uint8), (side, side), (1, 1)) for _ in range(20)]
     whole = FeatureStore(parts.model, parts.params, 8)
     rows = np.asarray(whole.add(images))[:, None] + np.arange(side * side // 4)
     for count in range(1, 21):

@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from imagent_jax.data.tiny_world import task_at
+from imagent_jax.model.vision import normalise
 from imagent_jax.tiny_base import base_folder
 
 torch.set_num_threads(1)
@@ -30,13 +31,13 @@ def test_hugging_face_loads_it_and_writes_the_same_greedy_text(parts):
         ids = [int(i) for i in prompt.ids]
         first = trajectory.turns[0]
         for expected in trajectory.ids[: first.stop]:
-            row = torch.tensor([ids])
+            row, pixels = torch.tensor([ids]), np.concatenate([image.patches for image in prompt.images])
             with torch.no_grad():
                 reference.model.rope_deltas = None
                 logits = reference(
                     input_ids=row,
                     attention_mask=torch.ones_like(row),
-                    pixel_values=torch.tensor(np.concatenate([image.patches for image in prompt.images])),
+                    pixel_values=torch.tensor(np.asarray(normalise(parts.model.cfg.vision, pixels))),
                     image_grid_thw=torch.tensor([[1, *image.grid] for image in prompt.images]),
                     mm_token_type_ids=(row == parts.processor.image_token_id).int(),
                     use_cache=False,

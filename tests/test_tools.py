@@ -446,6 +446,26 @@ def test_the_pool_hands_out_results_while_others_run():
     assert pool.pending == 0
 
 
+def test_what_a_call_shows_is_seen_on_its_thread_and_a_failure_of_that_is_the_callers():
+    threads = []
+
+    def see(registry, number):
+        threads.append(threading.current_thread())
+        if len(registry) == 1:
+            raise ValueError("cannot be seen")
+        return registry[number].image
+
+    look = format_call("visual_reflection", {"images": [1]})
+    pool, two, one = CallPool(VISUAL, SETTINGS, see=see), registry_of(2), registry_of(1)
+    pool.submit("two", look, two)
+    [(_, result)] = list(pool.drain())
+    assert result.images and result.seen == [two[number].image for number in result.images]
+    assert threading.main_thread() not in threads
+    pool.submit("one", look, one)
+    with pytest.raises(ValueError, match="cannot be seen"):
+        list(pool.drain())
+
+
 def test_a_stuck_tool_does_not_keep_the_interpreter_alive():
     script = """
 import time

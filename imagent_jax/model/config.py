@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from imagent_jax.model.images import CLIP_MEAN, CLIP_STD, image_settings
+
 ARCHITECTURES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
 """The families this implementation computes: `model_type` and architecture, as `config.json` names them."""
 
@@ -41,15 +43,22 @@ class VisionConfig:
     spatial_merge_size: int = 2
     temporal_patch_size: int = 2
     rope_theta: float = 10000.0
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
 
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
 
     @property
+    def patch_bytes(self) -> int:
+        """Bytes of one patch of a still image (channels x height x width)."""
+        return self.in_channels * self.patch_size**2
+
+    @property
     def patch_dim(self) -> int:
         """C: values in one flattened patch (channels x frames x height x width)."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+        return self.temporal_patch_size * self.patch_bytes
 
     @property
     def merge_unit(self) -> int:
@@ -165,20 +174,23 @@ class Qwen2VLConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Qwen2VLConfig":
-        """From a folder that holds `config.json`.
+        """From a folder that holds `config.json`; the normalisation of images is that of its image settings, where it has any.
 
         Raises:
-            ValueError: no such file, or see `from_hf`.
+            ValueError: no such file, one that cannot be read, or see `from_hf`.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} holds no config.json; name a folder in Hugging Face's checkpoint form.")
         try:
-            return replace(cls.from_hf(json.loads(path.read_text())), folder=str(folder))
+            cfg = replace(cls.from_hf(json.loads(path.read_text())), folder=str(folder))
         except KeyError as error:
             raise ValueError(f"{path} has no {error}; name a complete Qwen2-VL checkpoint.") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        settings = image_settings(path.parent, {})
+        own = {name: tuple(settings[name]) for name in ("image_mean", "image_std") if settings.get(name)}
+        return replace(cfg, vision=replace(cfg.vision, **own))
 
 
 def _vision(hf: dict[str, Any], gated: bool) -> VisionConfig:

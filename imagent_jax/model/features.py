@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from imagent_jax.model.images import PreparedImage, pack_images
 from imagent_jax.model.qwen2_vl import Model, encode_images
@@ -107,7 +108,10 @@ class FeatureStore(EncodedPacks):
 
     def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4, frozen: bool = False):
         size, width = pack_blocks * model.vision_block, model.cfg.text.hidden_size
-        super().__init__(model, jnp.zeros((packs * size // model.cfg.vision.merge_unit, width), model.dtype), size)
+        place = jax.tree.leaves(params)[0].sharding  # where `_encode_into` leaves them: one type, compiled for once
+        whole = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else None
+        features = jnp.zeros((packs * size // model.cfg.vision.merge_unit, width), model.dtype, device=whole)
+        super().__init__(model, features, size)
         self.params, self.frozen = params, frozen
         self.sizes = sorted({1, -(-pack_blocks // 4), pack_blocks}) if frozen else [pack_blocks]
         self.encoded = self.shown = self.patches = self.packed = 0
@@ -120,7 +124,7 @@ class FeatureStore(EncodedPacks):
 
     def blank(self, blocks: int) -> list[np.ndarray]:
         """A pack without images."""
-        none = PreparedImage(np.zeros((0, self.model.cfg.vision.patch_dim), np.float32), (0, 0), (0, 0))
+        none = PreparedImage(np.zeros((0, self.model.cfg.vision.patch_bytes), np.uint8), (0, 0), (0, 0))
         return pack_images([none], self.model.vision_block, blocks)[:-1]
 
     def add(self, images: Sequence[PreparedImage]) -> list[int]:

@@ -1,7 +1,9 @@
-"""Image preparation: Qwen2-VL's resize, normalisation and patches, in PIL and NumPy."""
+"""Image preparation: Qwen2-VL's resize and patches, in PIL and NumPy. Patches stay bytes: the vision tower normalises them."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +14,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class PreparedImage(NamedTuple):
-    """An image as the vision tower takes it: `patches` float32[n, C] in 2x2 merge order, `grid` (h, w) in patches,
-    `size` (height, width) in pixels."""
+    """An image as the vision tower takes it: `patches` uint8[n, channels * patch_size**2] in 2x2 merge order, `grid` (h, w) in
+    patches, `size` (height, width) in pixels."""
 
     patches: np.ndarray
     grid: tuple[int, int]
@@ -74,13 +76,8 @@ def prepare_image(
     max_pixels: int,
     patch_size: int = 14,
     merge_size: int = 2,
-    temporal_patch_size: int = 2,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
 ) -> PreparedImage:
-    """Bicubic resize on uint8, normalisation, flattened patches (a still image fills every frame of a patch).
-
-    Equals transformers' `Qwen2VLImageProcessorPil` to the last bit.
+    """Bicubic resize on uint8, flattened patches. With `vision.normalise`, equals transformers' `Qwen2VLImageProcessorPil`.
 
     Raises:
         ValueError: see `smart_resize`.
@@ -89,16 +86,10 @@ def prepare_image(
     height, width = smart_resize(image.height, image.width, patch_size * merge_size, min_pixels, max_pixels)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    values = np.asarray(image)
-    # 256 values a channel: rescale in float64, round to float32, normalise in float32, then look every pixel up
-    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-    tables = (levels - np.asarray(mean, np.float32)[:, None]) / np.asarray(std, np.float32)[:, None]
-    pixels = np.stack([table[values[..., channel]] for channel, table in enumerate(tables)])
     gh, gw = height // patch_size, width // patch_size
-    tiles = pixels.reshape(3, gh // merge_size, merge_size, patch_size, gw // merge_size, merge_size, patch_size)
-    tiles = tiles.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
-    tiles = np.broadcast_to(tiles, (*tiles.shape[:5], temporal_patch_size, *tiles.shape[6:]))
-    return PreparedImage(np.ascontiguousarray(tiles.reshape(gh * gw, -1)), (gh, gw), (height, width))
+    tiles = np.asarray(image).reshape(gh // merge_size, merge_size, patch_size, gw // merge_size, merge_size, patch_size, 3)
+    patches = tiles.transpose(0, 3, 1, 4, 6, 2, 5).reshape(gh * gw, -1)
+    return PreparedImage(patches, (gh, gw), (height, width))
 
 
 def patch_coords(grid: tuple[int, int], merge: int = 2) -> np.ndarray:
@@ -112,12 +103,12 @@ def pack_images(images: Sequence[PreparedImage], block: int, n_blocks: int, merg
     """Packs images into `n_blocks` blocks of `block` patches; no image straddles a block.
 
     Returns:
-        patches float32[M, C], coords int32[M, 2], image_id int32[M] (-1 padding), and the first patch row of each image.
+        patches uint8[M, ...], coords int32[M, 2], image_id int32[M] (-1 padding), and the first patch row of each image.
     Raises:
         ValueError: they do not fit; the sentence names the setting.
     """
-    m, c = block * n_blocks, images[0].patches.shape[1] if images else 1176
-    patches, coords, image_id = np.zeros((m, c), np.float32), np.zeros((m, 2), np.int32), np.full(m, -1, np.int32)
+    m, c = block * n_blocks, images[0].patches.shape[1] if images else 588
+    patches, coords, image_id = np.zeros((m, c), np.uint8), np.zeros((m, 2), np.int32), np.full(m, -1, np.int32)
     first, at = [], 0
     for number, image in enumerate(images):
         n = len(image.patches)
@@ -132,3 +123,23 @@ def pack_images(images: Sequence[PreparedImage], block: int, n_blocks: int, merg
         first.append(at)
         at += n
     return patches, coords, image_id, first
+
+
+def image_settings(folder: Path, default: dict | None = None) -> dict:
+    """The image settings of a folder, in either file Hugging Face writes them to.
+
+    Raises:
+        ValueError: one cannot be read, or it has neither and there is no `default`.
+    """
+    older, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    for path in (older, newer):
+        if path.is_file():
+            try:
+                settings = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from error
+            if path == older or "image_processor" in settings:
+                return settings if path == older else settings["image_processor"]
+    if default is not None:
+        return default
+    raise ValueError(f"{folder} holds no preprocessor_config.json; name a folder with a complete Qwen2-VL processor.")

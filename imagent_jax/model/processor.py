@@ -1,13 +1,12 @@
 """Tokenizer and image settings of a checkpoint, read from its Hugging Face files, without torch."""
 
-import json
 from pathlib import Path
 
 from PIL import Image
 from transformers import AutoTokenizer
 
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.images import CLIP_MEAN, CLIP_STD, PreparedImage, prepare_image
+from imagent_jax.model.images import PreparedImage, image_settings, prepare_image
 
 _FIXED = {
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
@@ -18,26 +17,23 @@ _FIXED = {
 class Processor:
     """Text to ids and images to patches, exactly as transformers' own processor of the checkpoint does."""
 
-    def __init__(self, tokenizer, image_settings: dict):
-        """Args: `image_settings` is the content of a `preprocessor_config.json`.
+    def __init__(self, tokenizer, settings: dict):
+        """Args: `settings` is the content of a `preprocessor_config.json`.
 
         Raises:
             ValueError: an image setting this implementation does not honour, or a tokenizer without Qwen's markers.
         """
         self.tokenizer = tokenizer
         for name, honoured in _FIXED.items():
-            if image_settings.get(name, honoured) != honoured:
+            if settings.get(name, honoured) != honoured:
                 raise ValueError(
-                    f"preprocessor_config.json sets {name} to {image_settings[name]!r}; Qwen2-VL images need {honoured!r}."
+                    f"preprocessor_config.json sets {name} to {settings[name]!r}; Qwen2-VL images need {honoured!r}."
                 )
-        size = image_settings.get("size") or {}
-        self.min_pixels = image_settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-        self.max_pixels = image_settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
-        self.patch_size = image_settings.get("patch_size", 14)
-        self.merge_size = image_settings.get("merge_size", 2)
-        self.temporal_patch_size = image_settings.get("temporal_patch_size", 2)
-        self.mean = tuple(image_settings.get("image_mean") or CLIP_MEAN)
-        self.std = tuple(image_settings.get("image_std") or CLIP_STD)
+        size = settings.get("size") or {}
+        self.min_pixels = settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+        self.max_pixels = settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+        self.patch_size = settings.get("patch_size", 14)
+        self.merge_size = settings.get("merge_size", 2)
         markers = {
             "image_token_id": "<|image_pad|>", "vision_start_id": "<|vision_start|>", "vision_end_id": "<|vision_end|>",
             "im_start_id": "<|im_start|>", "im_end_id": "<|im_end|>", "endoftext_id": "<|endoftext|>",
@@ -57,7 +53,7 @@ class Processor:
                 config.json (where there is one), or see `__init__`.
         """
         folder = Path(folder)
-        settings = _image_settings(folder)
+        settings = image_settings(folder)
         if not (folder / "tokenizer_config.json").is_file():
             raise ValueError(f"{folder} holds no tokenizer_config.json; name a folder with a complete Qwen2-VL processor.")
         if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
@@ -96,25 +92,10 @@ class Processor:
         """An image within a pixel budget (default: the checkpoint's own)."""
         return prepare_image(
             image, min_pixels=min_pixels or self.min_pixels, max_pixels=max_pixels or self.max_pixels,
-            patch_size=self.patch_size, merge_size=self.merge_size, temporal_patch_size=self.temporal_patch_size,
-            mean=self.mean, std=self.std,
+            patch_size=self.patch_size, merge_size=self.merge_size,
         )  # fmt: skip
 
     def image_ids(self, grid: tuple[int, int]) -> list[int]:
         """Vision start, one placeholder for each merged patch, vision end."""
         count = grid[0] * grid[1] // self.merge_size**2
         return [self.vision_start_id, *[self.image_token_id] * count, self.vision_end_id]
-
-
-def _image_settings(folder: Path) -> dict:
-    """The image settings of a folder, in either file Hugging Face writes them to."""
-    older, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
-    for path in (older, newer):
-        if path.is_file():
-            try:
-                settings = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from error
-            if path == older or "image_processor" in settings:
-                return settings if path == older else settings["image_processor"]
-    raise ValueError(f"{folder} holds no preprocessor_config.json; name a folder with a complete Qwen2-VL processor.")

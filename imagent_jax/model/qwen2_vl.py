@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.sharding import GROUPS, constrain, fitting, locally
@@ -76,7 +76,7 @@ class Model(NamedTuple):
 def encode_images(
     model: Model,
     params: nnx.State,
-    patches: Float[Array, "M C"],
+    patches: UInt8[Array, "M bytes"],
     coords: Int[Array, "M 2"],
     image: Int[Array, " M"],
 ) -> Float[Array, "F D"]:

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from imagent_jax.model.attention import Packed, attend, attention
 from imagent_jax.model.config import VisionConfig
@@ -19,6 +20,15 @@ def layer_norm(x, scale, bias, eps: float = 1e-6):
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
     return (y * scale + bias).astype(x.dtype)
+
+
+def normalise(cfg: VisionConfig, patches: UInt8[Array | np.ndarray, "*b bytes"]) -> Float[Array, "*b C"]:
+    """Patches as the tower reads them, float32: less the mean, over the deviation, of a channel; a still image fills every
+    frame. Equals transformers' processor within rounding."""
+    std = 255 * np.asarray(cfg.image_std)
+    scale, shift = (x.astype(np.float32)[:, None, None] for x in (1 / std, np.asarray(cfg.image_mean) / std * 255))
+    x = patches.reshape(*patches.shape[:-1], cfg.in_channels, 1, -1).astype(jnp.float32) * scale - shift
+    return jnp.repeat(x, cfg.temporal_patch_size, axis=-2).reshape(*patches.shape[:-1], -1)
 
 
 def _norm(cfg: VisionConfig, x, w, name: str):
@@ -124,7 +134,7 @@ class VisionTower(nnx.Module):
 
     def __call__(
         self,
-        patches: Float[Array, "M C"],
+        patches: UInt8[Array, "M bytes"],
         coords: Int[Array, "M 2"],
         image: Int[Array, " M"],
         *,
@@ -136,7 +146,7 @@ class VisionTower(nnx.Module):
         """Encodes a pack of images.
 
         Args:
-            patches: flattened patches, in 2x2 merge order, images one after another.
+            patches: as `images.prepare_image` gives them, images one after another.
             coords: (h, w) of every patch in its image.
             image: id of the image a patch belongs to, -1 for padding. Patches see their own image only.
             block: attention is computed within consecutive blocks of this many patches; no image straddles one.
@@ -150,7 +160,7 @@ class VisionTower(nnx.Module):
         if m % block or block % cfg.merge_unit:
             raise ValueError(f"{m} patches do not fill blocks of {block}; pad the pack to a multiple.")
         blocks, unit, side = (m // block, block), cfg.merge_unit, cfg.window_side
-        x = constrain((patches.astype(dtype) @ w["patch_embed"]).reshape(*blocks, -1), GROUPS)
+        x = constrain((normalise(cfg, patches).astype(dtype) @ w["patch_embed"]).reshape(*blocks, -1), GROUPS)
         coords, image = coords.reshape(*blocks, 2), image.reshape(blocks)
         if side:
             order, window = window_order(coords, image, side, unit)

@@ -221,12 +221,14 @@ class RolloutEngine:
                 row.end = EndReason.REPEATED
                 return None
         text, parts = f"{TURN_END}<|im_start|>user\n<tool_response>\n", []
+        seen = iter(result.seen or [self.prepare(row.registry, number, observed=True) for number in result.images])
         for part in result.parts:
             if isinstance(part, str):
                 text += f"{part}\n"
             else:
-                parts += [text, self.prepare(row.registry, part, observed=True)]
+                parts += [text, next(seen)]
                 text = "\n"
+        result.seen = []  # encoded once, and not kept
         parts.append(f"{text}</tool_response>{TURN_END}{ASSISTANT}")
         try:
             encoded = encode_parts(parts, self.processor, row.position)

@@ -6,6 +6,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -70,7 +71,8 @@ class Schedule:
         self.live, self.length = np.zeros(self.rows, bool), np.zeros(self.rows, int)
         self.queue, self.opened = deque(range(len(tasks))), deque()  # tasks to come; those with their images encoded
         self.groups, self.free = {}, list(range(slots))
-        self.pool = CallPool(engine.tools, engine.settings, self.cfg.tools.workers, self.cfg.tools.timeout_s)
+        see = partial(engine.prepare, observed=True)  # beside decoding
+        self.pool = CallPool(engine.tools, engine.settings, self.cfg.tools.workers, self.cfg.tools.timeout_s, see)
         self.calling: deque[int] = deque()  # rows whose calls run, oldest first
         self.late: set[int] = set()  # those whose calls were waited for in vain
         self.results: dict[int, CallResult] = {}

@@ -15,9 +15,11 @@ from flax import nnx
 from PIL import Image
 
 from imagent_jax.data.tiny_world import COLOURS, SIZES, make_crowded_scene, make_scene
+from imagent_jax.model.config import VisionConfig
 from imagent_jax.model.images import pack_images
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model, encode_images
+from imagent_jax.model.vision import normalise
 from imagent_jax.tiny_base.corpus import BOX, SETTINGS, STEP, THUMBNAIL, box_near, box_of
 
 HEADS = {"colour": len(COLOURS) + 1, "digit": 10, "x": 1000 // STEP + 1, "y": 1000 // STEP + 1, "row": 8, "column": 8}
@@ -68,15 +70,15 @@ def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, cr
             else:
                 corner = box_of(tag)
                 labels["x"][at], labels["y"][at] = corner[0] // STEP, corner[1] // STEP
-    return Labelled(patches.astype(np.float16), coords, image, labels)
+    return Labelled(patches, coords, image, labels)
 
 
-def whitening(packs: list[Labelled], width: int) -> np.ndarray:
-    """A patch embedding, float32[C, width], that gives uncorrelated outputs of deviation one on these patches: the
+def whitening(cfg: VisionConfig, packs: list[Labelled]) -> np.ndarray:
+    """A patch embedding, float32[C, D], that gives uncorrelated outputs of deviation one on these patches: the
     leading principal components, each divided by its deviation (the fine strokes of a digit count as much as light)."""
-    patches = np.concatenate([pack.patches[pack.image >= 0] for pack in packs]).astype(np.float64)
+    patches = np.concatenate([normalise(cfg, pack.patches[pack.image >= 0]) for pack in packs]).astype(np.float64)
     values, vectors = np.linalg.eigh(np.cov(patches, rowvar=False))
-    return (vectors[:, -width:] / np.sqrt(values[-width:] + 1e-2)).astype(np.float32)
+    return (vectors[:, -cfg.embed_dim :] / np.sqrt(values[-cfg.embed_dim :] + 1e-2)).astype(np.float32)
 
 
 def new_head(width: int, seed: int) -> dict[str, jax.Array]:
@@ -92,7 +94,7 @@ def vision_step(model: Model, optimizer, params, trained, opt_state, pack: Label
     def loss(trained):
         tower, head = trained
         whole = nnx.State({**params, "vision": tower})
-        features = encode_images(model, whole, pack.patches.astype(jnp.float32), pack.coords, pack.image)
+        features = encode_images(model, whole, pack.patches, pack.coords, pack.image)
         total, right = 0.0, {}
         for name, weights in head.items():
             labels, logits = pack.labels[name], features @ weights

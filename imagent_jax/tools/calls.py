@@ -35,6 +35,7 @@ class CallResult:
         parts: the observation in order: a text line, or the registry number of an image to show there. The line that
             names an image precedes it.
         error: for logs; the policy's message when INVALID, the traceback or the timeout when FAULT.
+        seen: what `CallPool.see` made of each of `images`.
     """
 
     status: CallStatus
@@ -42,6 +43,7 @@ class CallResult:
     arguments: dict[str, Any] | None = None
     parts: list[str | int] = field(default_factory=list)
     error: str | None = None
+    seen: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def images(self) -> list[int]:

@@ -4,9 +4,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, fault
 from imagent_jax.tools.context import ToolSettings, run_call
@@ -26,7 +26,8 @@ class _Job:
     deadline: float = 0.0
 
 
-_Results = queue.SimpleQueue[tuple[_Job, CallResult, ImageRegistry]]
+_See = Callable[[ImageRegistry, int], Any]
+_Results = queue.SimpleQueue[tuple[_Job, CallResult | Exception, ImageRegistry]]
 
 
 class CallPool:
@@ -39,12 +40,16 @@ class CallPool:
         tools, settings: as for ToolSet.execute.
         workers: calls that run at once.
         timeout_s: seconds a call may run, from the moment it starts.
+        see: called with (registry, number) for each image that a call shows, on the call's thread; see `CallResult.seen`.
+            What it raises, `poll` and `drain` raise.
     """
 
-    def __init__(self, tools: "ToolSet", settings: ToolSettings, workers: int = 4, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, tools: "ToolSet", settings: ToolSettings, workers: int = 4, timeout_s: float = 10.0, see: _See | None = None
+    ) -> None:
         if workers < 1 or timeout_s <= 0:
             raise ValueError(f"workers must be at least 1 and timeout_s above 0, got {workers} and {timeout_s}")
-        self._tools, self._settings = tools, settings
+        self._tools, self._settings, self._see = tools, settings, see
         self._workers, self._timeout_s = workers, timeout_s
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
@@ -95,7 +100,7 @@ class CallPool:
             job = self._waiting.popleft()
             job.deadline = time.monotonic() + self._timeout_s
             self._running.append(job)
-            args = (job, job.registry.fork(), self._settings, self._finished)
+            args = (job, job.registry.fork(), self._settings, self._see, self._finished)
             threading.Thread(target=_work, args=args, name=f"tool-{job.call.name}", daemon=True).start()
 
     def _collect(self) -> None:
@@ -110,15 +115,22 @@ class CallPool:
             error = f"{job.call.name} ran longer than {self._timeout_s:g} s"
             self._settle(job, fault(error, job.call), job.registry)
 
-    def _settle(self, job: _Job, result: CallResult, fork: ImageRegistry) -> None:
+    def _settle(self, job: _Job, result: CallResult | Exception, fork: ImageRegistry) -> None:
         if job not in self._running:
             return  # it was given up before it ended
         self._running.remove(job)
+        if isinstance(result, Exception):
+            raise result
         if result.status is CallStatus.EXECUTED:
             job.registry.adopt(fork)
         self._ready.append((job.key, result))
         self._start()
 
 
-def _work(job: _Job, fork: ImageRegistry, settings: ToolSettings, finished: _Results) -> None:
-    finished.put((job, *run_call(job.tool, job.call, fork, settings)))
+def _work(job: _Job, fork: ImageRegistry, settings: ToolSettings, see: _See | None, finished: _Results) -> None:
+    result, fork = run_call(job.tool, job.call, fork, settings)
+    try:
+        result.seen = [see(fork, number) for number in result.images] if see else []
+    except Exception as error:  # noqa: BLE001 - the caller's own, and raised there
+        result = error
+    finished.put((job, result, fork))
