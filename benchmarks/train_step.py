@@ -214,7 +214,7 @@ class Theirs:
             return part._replace(images=images)
 
         responses = [list(map(ready, group)) for group in problem.responses]
-        self.problem = ungroup(problem._replace(prompts=list(map(ready, problem.prompts)), responses=responses))
+        self.problem = ungroup(replace(problem, prompts=list(map(ready, problem.prompts)), responses=responses))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(self.device).train()
         self.model.model.visual.requires_grad_(False)
