@@ -165,7 +165,7 @@ def ours(folder: str, args, groups: int, group_size: int, path: Path) -> dict:
         rollout=replace(cfg.rollout, groups=groups, group_size=group_size),
     )
     if args.sizes == ["small_long"]:
-        images = replace(cfg.images, max_pixels=100_352, vision_block=512)
+        images = replace(cfg.images, max_pixels=100_352, vision_block=512, pack_blocks=8)
         cfg = replace(cfg, images=images, rollout=replace(cfg.rollout, prompt_tokens=640))
     parts, tasks = Parts(cfg), [task_at(0, "train", i) for i in range(groups)]
     batches = []

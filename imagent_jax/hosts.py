@@ -34,8 +34,8 @@ RESTART = 75
 """Exit code of a process that was stopped from outside and should be started again (EX_TEMPFAIL of sysexits.h)."""
 FAILED = 2
 """Exit code after a sentence about what is wrong: to start again would not help."""
-GRACE = 5.0
-"""Seconds to learn that another process has died, before an error here is taken for this process's own."""
+GRACE, LONG_GRACE = 3.0, 40.0
+"""Seconds to learn that another process has died, or its machine, before an error here is taken for this process's own."""
 T = TypeVar("T")
 
 
@@ -113,8 +113,8 @@ class Watch(threading.Thread):
         )  # fmt: skip
         for link in links:  # it has them now
             link.close()
-        self._aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: time.sleep(GRACE))
-        ctypes.CDLL(None).signal(signal.SIGABRT, self._aborted)  # JAX aborts at once where it loses process 0
+        libc = ctypes.CDLL(None)  # JAX aborts at once where it loses process 0; `run` shall be first
+        libc.signal(signal.SIGABRT, libc.sleep)  # for as many seconds as the signal's number, 6
         self.start()
 
     def run(self) -> None:
@@ -126,19 +126,24 @@ class Watch(threading.Thread):
             os._exit(FAILED)
 
     def close(self) -> None:
-        """Parts from the others in peace."""
-        with contextlib.suppress(OSError):
-            self.watcher.communicate(b"bye")
+        """Parts from the others in peace, once all have done their work."""
+        barrier("done")
+        self._say(b"bye")
 
-    def fail(self) -> None:
-        """Ends this process, whose reason is said, and so the others: JAX's own end would wait for them. Where the reason is
-        that another has died, `run` ends it as that."""
+    def fail(self, grace: float = GRACE) -> None:
+        """Ends this process, whose reason is said, and so the others: JAX's own end would wait for them. Where it turns out that
+        another has died, `run` ends it for that."""
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(GRACE)
-        with contextlib.suppress(OSError):
-            self.watcher.communicate(b"failed")
+        time.sleep(grace)
+        self._say(b"failed")
         os._exit(FAILED)
+
+    def _say(self, word: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self.watcher.stdin.write(word)
+            self.watcher.stdin.close()
+        self.join()
 
 
 def _address() -> str:

@@ -75,8 +75,8 @@ class ImagesConfig:
 
     min_pixels: int = field(default=3136, metadata={"help": "least pixels of a given image as shown"})
     max_pixels: int = field(default=4704, metadata={"help": "most pixels of a given image as shown"})
-    vision_block: int = field(default=48, metadata={"help": "patches in a packed block; no image may have more"})
-    pack_blocks: int = field(default=24, metadata={"help": "blocks encoded in one call"})
+    vision_block: int = field(default=96, metadata={"help": "patches in a packed block; no image may have more"})
+    pack_blocks: int = field(default=12, metadata={"help": "blocks encoded in one call"})
     packs: int = field(default=16, metadata={"help": "encoded packs there is room for (with more it grows)"})
 
 

@@ -2,10 +2,12 @@
 
 `python -m imagent_jax.train [--config FILE.yaml] [--section.key VALUE ...]`; with no arguments, the embedded tiny world.
 
-Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wrong; 75 (`RESTART`) stopped by SIGTERM,
-as machines that are taken away send it: the run is saved, start it again with `--run.resume true`.
+Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wrong, here or in another process of the job;
+75 (`RESTART`) stopped by SIGTERM, as machines that are taken away send it, or because another process died: start it again with
+`--run.resume true`.
 """
 
+import os
 import resource
 import signal
 import sys
@@ -340,10 +342,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = RESTART
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except (Exception, KeyboardInterrupt):
+    except Exception:
         if watcher is None:
             raise
         traceback.print_exc()
+        watcher.fail(hosts.LONG_GRACE)
+    except KeyboardInterrupt:  # the second Ctrl-C: at once
+        if watcher is None:
+            raise
+        os._exit(128 + signal.SIGINT)
     if watcher is not None:
         watcher.fail() if code == FAILED else watcher.close()
     return code

@@ -32,14 +32,13 @@ def start(folder: Path, name: str, devices: int, *flags: str) -> subprocess.Pope
                            f"--run.compile_cache={CACHE}", f"--data.cache_dir={folder}/data", *flags)  # fmt: skip
 
 
-def start_two(folder: Path, name: str, *flags: str, devices: int = 4, second: tuple = ()) -> list[subprocess.Popen]:
-    """The job in two processes of so many devices on loopback; `second` is for the second alone."""
+def start_two(folder: Path, name: str, *flags: str, devices: int = 4, own=((), ())) -> list[subprocess.Popen]:
+    """The job in two processes of so many devices on loopback; flags of `own` are for one of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = [f"--distributed.coordinator=127.0.0.1:{port}", "--distributed.num_processes=2", "--mesh.fsdp=-1", *flags]
-    own = [["--distributed.process_id=0"], ["--distributed.process_id=1", *second]]
-    return [start(folder, name, devices, *both, *flags) for flags in own]
+    return [start(folder, name, devices, *both, f"--distributed.process_id={i}", *own[i]) for i in range(2)]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
@@ -59,8 +58,7 @@ def records(run: Path) -> list[dict]:
 def folder(tmp_path_factory):
     """The job on one device, on one process of eight, and on two of four."""
     folder = tmp_path_factory.mktemp("hosts")
-    finish([start(folder, "one", 1, *TOWER)])
-    finish([start(folder, "eight", 8, "--mesh.fsdp=8", *TOWER)])
+    finish([start(folder, "one", 1, *TOWER), start(folder, "eight", 8, "--mesh.fsdp=8", *TOWER)])
     out = finish(start_two(folder, "two", *TOWER))
     assert "trained: " in out[0] and "trained: " not in out[1]
     return folder
@@ -90,18 +88,18 @@ def test_trajectories_are_the_same_wherever_they_run(folder):
 
 def test_two_processes_resume_what_one_began_and_one_what_two_did(folder):
     """Each continues the other's checkpoint for a step."""
-    finish(start_two(folder, "eight", "--run.resume=true", "--run.steps=3", *TOWER))
-    finish([start(folder, "two", 1, "--run.resume=true", "--run.steps=3", *TOWER)])
+    on = "--run.resume=true", "--run.steps=3", *TOWER
+    finish([*start_two(folder, "eight", *on), start(folder, "two", 1, *on)])
     a, b = records(folder / "two"), records(folder / "eight")
     assert [record["step"] for record in a] == [record["step"] for record in b] == [0, 1, 2, 3, 3]
     assert a[3]["reward/total"] == pytest.approx(b[3]["reward/total"], abs=1e-4)
 
 
-def underway(folder: Path) -> list[subprocess.Popen]:
-    """Two processes that have made a step of very many."""
+def underway(folder: Path, steps: int = 1) -> list[subprocess.Popen]:
+    """Two processes that have measured the base and made so many steps of very many."""
     processes = start_two(folder, "cut", "--run.steps=500", devices=1)
     path, deadline = folder / "cut/metrics.jsonl", time.time() + TOGETHER
-    while not (path.exists() and len(path.read_text().splitlines()) >= 2) and time.time() < deadline:
+    while not (path.exists() and len(path.read_text().splitlines()) > steps) and time.time() < deadline:
         time.sleep(0.2)
     assert path.exists(), processes[0].communicate()[1][-2000:]
     return processes
@@ -116,9 +114,9 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     assert (tmp_path / f"cut/checkpoints/{last}").is_dir() and "ended before its time" not in "".join(errors)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_the_death_of_a_process_ends_the_others_with_its_name(tmp_path, victim):
-    processes = underway(tmp_path)
+@pytest.mark.parametrize(("victim", "steps"), [(1, 0), (0, 1)])
+def test_the_death_of_a_process_ends_the_others_with_its_name(tmp_path, victim, steps):
+    processes = underway(tmp_path, steps)
     processes[victim].send_signal(signal.SIGKILL)
     _, error = processes[1 - victim].communicate(timeout=60)
     sentence = f"error: process {victim} ("
@@ -189,8 +187,12 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path):
     assert all("The mesh has 1 of the 8 devices of 2 processes; set mesh.data or mesh.fsdp to -1" in e for e in errors)
 
 
-def test_what_one_process_cannot_mend_by_starting_again_ends_all_so(tmp_path):
-    processes = start_two(tmp_path, "alone", devices=1, second=("--model.path=nowhere",))
-    first, second = (process.communicate(timeout=TOGETHER)[1] for process in processes)
-    assert [process.returncode for process in processes] == [2, 2], (first, second)
-    assert "nowhere" in second and "error: process 1 (" in first and "has failed; its own output says why" in first
+@pytest.mark.parametrize("fails", [0, 1])
+def test_what_one_process_cannot_mend_by_starting_again_ends_all_so(tmp_path, fails):
+    own = [(), ()]
+    own[fails] = ("--model.path=nowhere",)
+    processes = start_two(tmp_path, "alone", devices=1, own=own)
+    errors = [process.communicate(timeout=TOGETHER)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    assert "nowhere" in errors[fails]
+    assert f"error: process {fails} (" in errors[1 - fails] and "has failed; its own output says why" in errors[1 - fails]

@@ -1,7 +1,6 @@
 """The promises that need the whole machine: tokens, gradients, shared prompts, shapes, images, faults."""
 
 import dataclasses
-import math
 import threading
 import time
 from functools import partial
@@ -213,6 +212,7 @@ def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
     given = sum(len(task.images) for task in tasks)
     crops = sum(len(t.registry) - len(t.task.images) for group in rollout.trajectories for t in group)
     assert given < rollout.store.encoded <= given + crops
+    assert not any(turn.call.seen for group in rollout.trajectories for t in group for turn in t.turns if turn.call)
     store = FeatureStore(parts.model, parts.params, 4)
     images = rollout.prompts[0].images
     first = store.add(images)
@@ -222,13 +222,13 @@ def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
 def test_the_last_packs_are_no_larger_than_what_is_left(parts):
     """Images of a block each, from 1 to 20 of them, in packs of 8, 2 and 1 blocks: one place for a block is left at most."""
     rng, block = np.random.default_rng(0), parts.model.vision_block
-    side, width = math.isqrt(block), parts.model.cfg.vision.patch_bytes
-    images = [PreparedImage(rng.integers(0, 256, (side * side, width), np.uint8), (side, side), (1, 1)) for _ in range(20)]
+    pixels, grid = rng.integers(0, 256, (20, block, parts.model.cfg.vision.patch_bytes), np.uint8), (4, block // 4)
+    images = [PreparedImage(one, grid, (1, 1)) for one in pixels]
     whole = FeatureStore(parts.model, parts.params, 8)
-    rows = np.asarray(whole.add(images))[:, None] + np.arange(side * side // 4)
+    rows = np.asarray(whole.add(images))[:, None] + np.arange(block // 4)
     for count in range(1, 21):
         store = FeatureStore(parts.model, parts.params, 8, frozen=True)
-        first = np.asarray(store.add(images[:count]))[:, None] + np.arange(side * side // 4)
+        first = np.asarray(store.add(images[:count]))[:, None] + np.arange(block // 4)
         assert store.packed // block - count in (0, 1) and len(store.packs) <= count // 8 + 3
         assert np.allclose(store.features[first], whole.features[rows[:count]], atol=1e-5)
 

@@ -456,14 +456,16 @@ def test_what_a_call_shows_is_seen_on_its_thread_and_a_failure_of_that_is_the_ca
         return registry[number].image
 
     look = format_call("visual_reflection", {"images": [1]})
-    pool, two, one = CallPool(VISUAL, SETTINGS, see=see), registry_of(2), registry_of(1)
+    pool, two, one = CallPool(VISUAL, SETTINGS, workers=1, see=see), registry_of(2), registry_of(1)
     pool.submit("two", look, two)
     [(_, result)] = list(pool.drain())
     assert result.images and result.seen == [two[number].image for number in result.images]
     assert threading.main_thread() not in threads
     pool.submit("one", look, one)
+    pool.submit("two", look, two)  # waits for it
     with pytest.raises(ValueError, match="cannot be seen"):
         list(pool.drain())
+    assert [key for key, _ in pool.drain()] == ["two"]
 
 
 def test_a_stuck_tool_does_not_keep_the_interpreter_alive():

@@ -15,7 +15,8 @@ _FIXED = {
 
 
 class Processor:
-    """Text to ids and images to patches, exactly as transformers' own processor of the checkpoint does."""
+    """Text to ids and images to patches as transformers' own processor of the checkpoint does, but that patches stay bytes
+    (`vision.normalise`)."""
 
     def __init__(self, tokenizer, settings: dict):
         """Args: `settings` is the content of a `preprocessor_config.json`.

@@ -207,7 +207,8 @@ class RolloutEngine:
 
     def respond(self, row: Row, result) -> Encoded | None:
         """Books a finished call; its observation, or None where the trajectory ends with it."""
-        row.turns[-1].call = result
+        row.turns[-1].call, seen = result, result.seen
+        result.seen = []  # pixels are not kept
         if result.status == CallStatus.FAULT:
             row.end, row.error = EndReason.FAULT, result.error
             return None
@@ -221,14 +222,13 @@ class RolloutEngine:
                 row.end = EndReason.REPEATED
                 return None
         text, parts = f"{TURN_END}<|im_start|>user\n<tool_response>\n", []
-        seen = iter(result.seen or [self.prepare(row.registry, number, observed=True) for number in result.images])
+        seen = iter(seen or [self.prepare(row.registry, number, observed=True) for number in result.images])
         for part in result.parts:
             if isinstance(part, str):
                 text += f"{part}\n"
             else:
                 parts += [text, next(seen)]
                 text = "\n"
-        result.seen = []  # encoded once, and not kept
         parts.append(f"{text}</tool_response>{TURN_END}{ASSISTANT}")
         try:
             encoded = encode_parts(parts, self.processor, row.position)

@@ -88,7 +88,7 @@ class Trajectory:
 class GroupBatch:
     """The unit of training, arrays of NumPy or JAX. Responses are right-padded with kind PAD.
 
-    N groups, G rollouts a group, P prompt tokens, R response tokens, M image patches of C values, F merged features.
+    N groups, G rollouts a group, P prompt tokens, R response tokens, F merged features.
     """
 
     prompt_ids: Int32[AnyArray, "N P"]
@@ -104,7 +104,4 @@ class GroupBatch:
     end: UInt8[AnyArray, "N G"]
     rewards: Float32[AnyArray, "N G"]
     advantages: Float32[AnyArray, "N G"]
-    patches: Float[AnyArray, "M C"] | None = None
-    patch_coords: Int32[AnyArray, "M 2"] | None = None
-    patch_image: Int32[AnyArray, " M"] | None = None  # image of a patch, -1 for padding
     features: Float[AnyArray, "F D"] | None = None  # already encoded, for a frozen tower

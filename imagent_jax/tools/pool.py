@@ -1,5 +1,6 @@
 """Tool calls on daemon threads, each with a time limit."""
 
+import math
 import queue
 import threading
 import time
@@ -119,16 +120,17 @@ class CallPool:
         if job not in self._running:
             return  # it was given up before it ended
         self._running.remove(job)
+        self._start()
         if isinstance(result, Exception):
             raise result
         if result.status is CallStatus.EXECUTED:
             job.registry.adopt(fork)
         self._ready.append((job.key, result))
-        self._start()
 
 
 def _work(job: _Job, fork: ImageRegistry, settings: ToolSettings, see: _See | None, finished: _Results) -> None:
     result, fork = run_call(job.tool, job.call, fork, settings)
+    job.deadline = math.inf  # the rest is not the tool's
     try:
         result.seen = [see(fork, number) for number in result.images] if see else []
     except Exception as error:  # noqa: BLE001 - the caller's own, and raised there
