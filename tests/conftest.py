@@ -16,6 +16,15 @@ from imagent_jax.rl.batch import pack_batch
 use_compile_cache("~/.cache/imagent_jax/tests")
 
 
+SLOW = ["hosts", "mesh_training", "survival", "notebook", "benchmarks", "lora", "promises", "ablate", "plan"]
+
+
+def pytest_collection_modifyitems(items):
+    """Two processes share out the files: those of many minutes come first, so that none is left over for the end."""
+    place = {f"test_{name}": i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_executables():
     """Drops compiled programs after every file: each takes dozens of memory maps, and a process may hold 65,530."""
