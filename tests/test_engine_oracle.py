@@ -4,13 +4,15 @@ import time
 import zlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pytest
+from scipy.special import log_softmax
 
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.images import pack_images
 from imagent_jax.model.interleave import Encoded, pad_prompts
 from imagent_jax.model.qwen2_vl import encode_images, prefill
+from imagent_jax.rl.sampler import draw
 from imagent_jax.rl.turns import Row
 from imagent_jax.tools import pool
 
@@ -52,6 +54,41 @@ class PlainRow:
         return whole_forward(self.model, self.params, *arrays, np.asarray([len(whole.ids)]), self.features)[0][0]
 
 
+def inverse_transform(logits: np.ndarray, uniform) -> int:
+    """A token from softmax(logits): the first number chooses among blocks of 128, the second within."""
+    weights = np.exp(logits - logits.max())
+    blocks = np.pad(weights, (0, -len(weights) % 128)).reshape(-1, 128)
+    block = np.searchsorted(np.cumsum(blocks.sum(1)), float(uniform[0]) * weights.sum(), side="right")
+    inside = np.cumsum(blocks[block])
+    return int(128 * block + np.searchsorted(inside, float(uniform[1]) * inside[-1], side="right"))
+
+
+def test_draws_are_those_of_a_sum_in_double_precision():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 1088)).astype(np.float32) * rng.uniform(0.1, 6, (4000, 1)).astype(np.float32)
+    logits[::2, rng.permutation(1088)[:900]] = -np.inf
+    uniform = rng.random((4000, 2), np.float32)
+    token, logprob = map(np.asarray, jax.jit(draw)(logits, uniform))
+    exact = np.asarray([inverse_transform(row, u) for row, u in zip(logits.astype(np.float64), uniform, strict=True)])
+    assert np.mean(token != exact) < 1e-3 and len(set(token)) > 800  # within a rounding of a boundary
+    np.testing.assert_allclose(logprob, log_softmax(logits.astype(np.float64), axis=1)[np.arange(4000), token], atol=1e-5)
+    best, logprob = map(np.asarray, jax.jit(draw)(logits, None))
+    np.testing.assert_array_equal(best, logits.argmax(1))
+    np.testing.assert_allclose(logprob, log_softmax(logits.astype(np.float64), axis=1).max(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-23])
+def test_a_token_without_probability_is_never_drawn(uniform):
+    """Wherever the others stand, with the smallest and the largest number that there is."""
+    rng = np.random.default_rng(1)
+    logits = np.full((2000, 300), -np.inf, np.float32)
+    for row in logits:
+        some = rng.permutation(300)[: rng.integers(1, 40)]
+        row[some] = rng.normal(size=len(some)) * 5
+    token, _ = jax.jit(draw)(logits, np.full((2000, 2), uniform, np.float32))
+    assert np.isfinite(logits[np.arange(2000), token]).all()
+
+
 def plain_rollout(engine, params, task, number: int) -> tuple[Row, list[int], dict[int, float]]:
     """Rollout `number` of a task, the ids of its response, and the log-probabilities of those sampled."""
     prompt, registry = engine.open_task(task)
@@ -59,9 +96,8 @@ def plain_rollout(engine, params, task, number: int) -> tuple[Row, list[int], di
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), zlib.crc32(task.uid.encode()) >> 1), number)
     response, turn, logprobs = [], [], {}
     while True:
-        noise = jax.random.gumbel(jax.random.fold_in(key, len(response)), (engine.model.cfg.text.vocab_size,))
-        logits = sequence.logits()
-        token = int(jnp.argmax(logits + noise))
+        uniform, logits = jax.random.uniform(jax.random.fold_in(key, len(response)), (2,)), sequence.logits()
+        token = inverse_transform(np.asarray(logits, np.float64), uniform)
         logprobs[len(response)] = float(jax.nn.log_softmax(logits)[token])
         turn, response = [*turn, token], [*response, token]
         one = np.asarray([token], np.int32)

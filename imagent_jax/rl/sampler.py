@@ -11,11 +11,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from imagent_jax.model.attention import pad_to
 from imagent_jax.model.qwen2_vl import Model, empty_cache, extend, prefill
 from imagent_jax.model.sharding import GROUPS, constrain, fitting, locally, ways
 from imagent_jax.model.text import PromptCache, ResponseCache
 
 STOP_WIDTH = 8
+BLOCK = 128
+"""Tokens of the vocabulary that are drawn from together."""
 
 
 class SamplerState(NamedTuple):
@@ -173,14 +176,7 @@ def _decode(model, greedy, params, state, stops, temperature, max_steps, enough)
 
     def step(carry):
         count, s = carry
-        logits = s.logits / temperature
-        if greedy:
-            token = jnp.argmax(logits, axis=-1)
-        else:
-            noise = jax.vmap(lambda k, i: jax.random.gumbel(jax.random.fold_in(k, i), logits.shape[1:]))(keys, s.length)
-            token = jnp.argmax(logits + noise, axis=-1)
-        token = token.astype(jnp.int32)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1)[:, 0]
+        token, logprob = draw(s.logits / temperature, None if greedy else jax.vmap(_uniform)(keys, s.length))
         at = jnp.where(s.live, s.length, r)  # r: out of the buffer, dropped
         ids = s.ids.at[rows, at].set(token, mode="drop")
         positions = jnp.broadcast_to(s.position[:, None], (3, b, 1))
@@ -206,6 +202,33 @@ def _decode(model, greedy, params, state, stops, temperature, max_steps, enough)
     going = lambda carry: (carry[0] < max_steps) & (jnp.sum(carry[1].live) > enough)  # noqa: E731
     _, done = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), bare))
     return done._replace(key=state.key, prompt=prompt, prompt_len=prompt_len)
+
+
+def _uniform(key: Array, index: Array) -> Float[Array, "2"]:
+    """The two random numbers of a row's token `index`."""
+    return jax.random.uniform(jax.random.fold_in(key, index), (2,))
+
+
+def draw(logits: Float[Array, "B V"], uniform: Float[Array, "B 2"] | None) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token of each row from softmax(logits), or the likeliest where `uniform` is None, and its log-probability.
+
+    By inverse transform sampling (Devroye 1986, III.2): the first number chooses among blocks of tokens, the second a token
+    of the block. That is two random numbers a token, where the Gumbel-max trick takes one for every word of the vocabulary.
+    """
+    peak = logits.max(-1, keepdims=True)
+    blocks = pad_to(logits, 1, BLOCK, -jnp.inf).reshape(len(logits), -1, BLOCK)
+    sums = jnp.exp(blocks - peak[..., None]).sum(-1)
+    block = jnp.argmax(blocks.max(-1), axis=-1) if uniform is None else _invert(sums, uniform[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place = jnp.argmax(inside, axis=-1) if uniform is None else _invert(jnp.exp(inside - peak), uniform[:, 1])
+    logprob = jnp.take_along_axis(inside, place[:, None], axis=1) - peak - jnp.log(sums.sum(-1, keepdims=True))
+    return (block * BLOCK + place).astype(jnp.int32), logprob[:, 0]
+
+
+def _invert(weights: Float[Array, "B T"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first place where the running sum exceeds `uniform` of the whole; never one of no weight, however sums are rounded."""
+    running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
+    return jnp.argmax(running > uniform[:, None] * running.max(-1, keepdims=True), axis=-1)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
