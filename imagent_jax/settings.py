@@ -192,6 +192,9 @@ class GRPOConfig:
     micro_groups: int = field(
         default=2, metadata={"help": "groups in one forward and backward pass; of short responses more, for the same tokens"}
     )
+    widths: int = field(
+        default=4, metadata={"help": "lengths to which responses are padded there, from R / widths up to R; each is compiled"}
+    )
 
 
 @dataclass(frozen=True)

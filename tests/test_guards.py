@@ -196,7 +196,7 @@ def test_what_call_metrics_count(parts, cfg, roll):
 
 
 def test_a_run_prints_a_new_warning_once_and_keeps_it(tmp_path, capsys, monkeypatch):
-    flags = ["--run.compile_cache=", "--rollout.groups=4", "--rollout.group_size=4", "--grpo.micro_groups=2",
+    flags = ["--run.compile_cache=", "--rollout.groups=4", "--rollout.group_size=4", "--grpo.micro_groups=2", "--grpo.widths=1",
              "--grpo.minibatches=1", "--eval.tasks=4", "--eval.groups=4", "--eval.every=0", "--data.train_size=64",
              "--data.test_size=32", f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path}/data"]  # fmt: skip
     paid = lambda history: "Too much was paid." if len(history) > 1 else None  # noqa: E731

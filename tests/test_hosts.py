@@ -20,8 +20,9 @@ from imagent_jax.hosts import RESTART
 
 JOB = [
     "--run.steps=2", "--rollout.groups=8", "--rollout.group_size=2", "--rollout.response_tokens=64", "--grpo.micro_groups=8",
-    "--grpo.minibatches=1", "--images.pack_blocks=4", "--images.packs=8", "--eval.tasks=5", "--eval.groups=4", "--eval.every=0",
-    "--data.train_size=64", "--data.test_size=32", "--tools.timeout_s=600", "--tools.patience_s=600", "--run.checkpoint_every=1",
+    "--grpo.minibatches=1", "--grpo.widths=2", "--images.pack_blocks=4", "--images.packs=8",
+    "--eval.tasks=5", "--eval.groups=4", "--eval.every=0", "--data.train_size=64", "--data.test_size=32",
+    "--tools.timeout_s=600", "--tools.patience_s=600", "--run.checkpoint_every=1",
 ]  # fmt: skip
 TOWER = ["--model.freeze_vision=false", "--images.pack_blocks=3"]  # everything learns; packs that do not divide over devices
 

@@ -22,7 +22,7 @@ def with_lengths(batch, lengths):
 
 
 def test_every_group_is_in_one_micro_batch_and_none_exceeds_the_budget(batch):
-    cfg = small_config(rollout={"groups": 24, "group_size": 4, "response_tokens": 96}, grpo={"micro_groups": 3, "minibatches": 1})
+    cfg = small_config(rollout={"groups": 24, "group_size": 4, "response_tokens": 96}, grpo={"micro_groups": 3, "widths": 4})
     shapes, r = micro_shapes(cfg), cfg.rollout
     assert [width for width, _ in shapes] == [24, 48, 72, 96] and [size for _, size in shapes] == [6, 3, 3, 3]
     lengths = np.random.default_rng(0).integers(1, 97, 24)

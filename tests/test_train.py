@@ -25,7 +25,7 @@ import endurance
 
 SMALL = [
     "--run.compile_cache=", "--rollout.groups=4", "--rollout.group_size=4", "--grpo.micro_groups=2", "--grpo.minibatches=1",
-    "--eval.tasks=8", "--eval.during=8", "--eval.groups=8", "--data.train_size=64", "--data.test_size=32",
+    "--grpo.widths=2", "--eval.tasks=8", "--eval.during=8", "--eval.groups=8", "--data.train_size=64", "--data.test_size=32",
 ]  # fmt: skip
 
 

@@ -69,13 +69,14 @@ def check_images(trajectories: Sequence[Trajectory], image_token_id: int) -> Non
 
 
 def micro_shapes(cfg: Config) -> list[tuple[int, int]]:
-    """The compiled shapes of a micro-batch, narrowest first: width of its responses (quarters of R), and its groups.
+    """The compiled shapes of a micro-batch, narrowest first: width of its responses (multiples of R / `grpo.widths`), and its
+    groups.
 
     None holds more tokens than `grpo.micro_groups` groups (made a multiple of the mesh's data x fsdp) with responses of R
-    tokens, P + G R each: where responses are short there are twice as many groups, or four times.
+    tokens, P + G R each: where responses are short there are two, four or more times as many groups.
     """
     r, shards = cfg.rollout, ways(GROUPS)
-    widths = sorted({max(1, quarter * r.response_tokens // 4) for quarter in (1, 2, 3, 4)})
+    widths = sorted({-(-i * r.response_tokens // cfg.grpo.widths) for i in range(1, cfg.grpo.widths + 1)})
     groups = -(-min(cfg.grpo.micro_groups, r.groups) // shards) * shards
 
     def tokens(width):
