@@ -113,7 +113,7 @@ def brighten(context: ToolContext, image: int, gain: float = 2.0) -> list[str | 
 def misbehave(context: ToolContext, how: str):
     """Do something a tool must not do."""
     if how == "sleep":
-        time.sleep(60)
+        time.sleep(86_400)  # a test that waited for it would not end
     if how == "nap":
         time.sleep(0.05)
         return "rested"
