@@ -88,7 +88,8 @@ What runs need of slices that nobody has here, compiled ahead of time from shape
 results, code), to which arrays that are alive beside a program are added by their shapes. Operations and bytes
 exchanged are counted in the programs; bounds on time follow from published figures of the chips.
 `python benchmarks/plans.py` writes the files in `benchmarks/results/` that `python benchmarks/plans.py --table` makes
-this page of.
+this page of. All but the tiny run were compiled before patches were bytes, since when the vision program's patches take
+an eighth, and before tokens were drawn by inverse transform, which makes fewer random numbers in the decode program.
 
 ## Memory
 GB (10^9 bytes) of one chip. "In all" is the fullest program with what is alive beside it; a bound is of an update of
