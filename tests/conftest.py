@@ -2,19 +2,17 @@
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # here, and in the processes that tests start
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.expanduser("~/.cache/imagent_jax/tests")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import numpy as np
 import pytest
 
-from imagent_jax.compiling import use_compile_cache
 from imagent_jax.config import Config
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.rl.batch import pack_batch
-
-use_compile_cache("~/.cache/imagent_jax/tests")
-
 
 SLOW = ["hosts", "mesh_training", "survival", "notebook", "benchmarks", "lora", "promises", "ablate", "plan"]
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CACHE = os.path.expanduser("~/.cache/imagent_jax/tests")
 TOGETHER = 900  # seconds that devices may wait for each other, on few cores
 
 
@@ -19,7 +18,6 @@ def start(devices: int, *command: str | Path) -> subprocess.Popen:
     ]  # fmt: skip
     env = os.environ | {
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "",
-        "JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         # A device that waits for the others holds a thread of XLA's pool, which has one for each device (or core). Eight once
         # waited for ever, seven of them in a collective: so one program at a time, and threads to spare.
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false", "NPROC": str(4 * devices),

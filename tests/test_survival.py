@@ -23,7 +23,7 @@ import survival
 
 
 def test_a_run_killed_twice_and_stopped_once_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    flags = ["--run.steps=12", "--run.compile_cache=~/.cache/imagent_jax/tests", f"--data.cache_dir={tmp_path}/data"]
+    flags = ["--run.steps=12", "--run.compile_cache=", f"--data.cache_dir={tmp_path}/data"]
     log = tmp_path / "whole.log"
     whole = threading.Thread(target=lambda: survival.finish(survival.start(tmp_path, "whole", log, *flags), log))
     whole.start()

@@ -179,8 +179,7 @@ def test_ctrl_c_saves_and_ends_with_a_sentence(tmp_path):
     import time
 
     command = [sys.executable, "-m", "imagent_jax.train", *SMALL, f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path}/data",
-               "--run.name=cut", "--run.steps=500", "--eval.every=0",
-               "--run.compile_cache=~/.cache/imagent_jax/tests"]  # fmt: skip
+               "--run.name=cut", "--run.steps=500", "--eval.every=0"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     path = tmp_path / "cut" / "metrics.jsonl"
     for _ in range(600):
