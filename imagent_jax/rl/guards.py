@@ -58,8 +58,8 @@ def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -
 def watch(history: History) -> dict[str, str]:
     """The warnings that hold after the last step of `history` (metrics of all steps so far), by guard."""
     said = {name: guard(history) for name, guard in GUARDS.items()} if history else {}
-    if said.get("calls_invalid"):  # names the cause: refused calls, their repeats and their extra turns are what is masked
-        said["mostly_masked"] = None
+    if said.get("calls_invalid"):  # names the cause: refused calls and their extra turns are masked, and count as no use of tools
+        said["mostly_masked"] = said["tools_abandoned"] = None
     return {name: sentence for name, sentence in said.items() if sentence}
 
 
