@@ -58,18 +58,22 @@ def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -
 def watch(history: History) -> dict[str, str]:
     """The warnings that hold after the last step of `history` (metrics of all steps so far), by guard."""
     said = {name: guard(history) for name, guard in GUARDS.items()} if history else {}
-    if said.get("calls_invalid"):  # names the cause: refused calls and their extra turns are masked, and count as no use of tools
-        said["mostly_masked"] = said["tools_abandoned"] = None
+    if said.get("calls_invalid"):  # names the cause: refused calls, their repeats and their extra turns are what is masked
+        said["mostly_masked"] = None
     return {name: sentence for name, sentence in said.items() if sentence}
 
 
 def tools_abandoned(history: History, fall: float = 0.5, gain: float = 0.05) -> str | None:
-    """Far fewer rollouts call a tool than once did, though those that do are more often right than their groups."""
+    """Far fewer rollouts call a tool than once did, though those that do are more often right than their groups.
+
+    Who calls in vain, refused or struck by a fault, has not given tools up.
+    """
     rates = [r["tools/used_rate"] for r in history]
     height = max((np.mean(rates[i : i + WINDOW]) for i in range(len(rates) - 2 * WINDOW + 1)), default=0.0)
     gains = [r["tools/gain"] for r in history if "tools/gain" in r][-WINDOW:]  # none where nobody calls any more
     now = np.mean(rates[-WINDOW:])
-    if gains and height > 0.1 and now < fall * height and np.mean(gains) > gain:
+    vain = [v for r in history[-WINDOW:] for k, v in r.items() if k.startswith("tools/calls/") and not k.endswith("/executed")]
+    if gains and height > 0.1 and now + sum(vain) / WINDOW < fall * height and np.mean(gains) > gain:
         return (
             f"Tools are being given up: {_percent(now)} of the rollouts call one, {_percent(height)} once did, though "
             f"those with a call were {100 * np.mean(gains):.0f} points more often right than others of their group."
