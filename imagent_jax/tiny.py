@@ -200,8 +200,9 @@ def train_step(model, optimizer, params, text, opt_state, batch, pack):
 
 
 def schedule(rate: float, steps: int) -> optax.Schedule:
-    """100 steps of warm-up, then a cosine to 2 % of `rate`."""
-    return optax.warmup_cosine_decay_schedule(0.0, rate, min(100, steps), max(steps, 1), 0.02 * rate)
+    """100 steps of warm-up, or all but one where there are fewer, then a cosine to 2 % of `rate`."""
+    steps = max(steps, 1)
+    return optax.warmup_cosine_decay_schedule(0.0, rate, min(100, steps - 1), steps, 0.02 * rate)
 
 
 def muon(rate: float, steps: int) -> optax.GradientTransformation:

@@ -1,6 +1,7 @@
 """Shared fixtures: the shipped tiny base with its tools and engine, and one batch of real rollouts."""
 
 import os
+from collections import Counter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # here, and in the processes that tests start
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.expanduser("~/.cache/imagent_jax/tests")
@@ -14,13 +15,13 @@ from imagent_jax.config import Config
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.rl.batch import pack_batch
 
-SLOW = ["hosts", "mesh_training", "survival", "notebook", "benchmarks", "lora", "promises", "ablate", "plan"]
-
-
 def pytest_collection_modifyitems(items):
-    """Two processes share out the files: those of many minutes come first, so that none is left over for the end."""
-    place = {f"test_{name}": i for i, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+    """Run the files with the most seconds of `slow` tests first, so that two processes end at about the same time."""
+    seconds = Counter()
+    for item in items:
+        marker = item.get_closest_marker("slow")
+        seconds[item.path] += marker.args[0] if marker else 0
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 @pytest.fixture(scope="module", autouse=True)

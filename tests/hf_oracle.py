@@ -1,5 +1,7 @@
-"""The reference: tiny random Qwen2-VL and Qwen2.5-VL models of transformers in float32, saved as checkpoints and run."""
+"""The reference: tiny random Qwen2-VL and Qwen2.5-VL models of transformers, saved as checkpoints in float32 and run in
+float64 (`exact`)."""
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +53,7 @@ def tiny_model(
     cfg = config(
         text_config={
             "vocab_size": VOCAB, "hidden_size": width, "intermediate_size": 80, "num_hidden_layers": 3,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 0.01,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
             "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": None,
         },
@@ -70,6 +72,20 @@ def tiny_model(
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
         model.lm_head.weight[IMAGE : VISION_END + 1] = 0.0  # a logit of 0 is never the largest: no marker is generated
     return model
+
+
+def exact(model: Reference) -> Reference:
+    """A copy that computes in float64 (transformers rounds to float32 in norms, softmax and rotary embeddings)."""
+    return copy.deepcopy(model).double()
+
+
+def terms(model: Reference, tokens: int = 100) -> int:
+    """Products that are summed on the way to a logit, layer after layer, where a token sees `tokens` others."""
+    text, vision = model.config.text_config, model.config.vision_config
+    width, tower = text.hidden_size, getattr(vision, "embed_dim", vision.hidden_size)
+    hidden = getattr(vision, "intermediate_size", 2 * tower)
+    decoder = text.num_hidden_layers * (3 * width + 16 + tokens + text.intermediate_size) + width
+    return decoder + vision.depth * (3 * tower + 16 + tokens + hidden) + 2 * MERGE**2 * tower + 6 * PATCH**2
 
 
 def tensors(model: Reference, older: bool = False) -> dict[str, torch.Tensor]:
@@ -190,11 +206,15 @@ def vision_features(model: Reference, images: Sequence[Image.Image]) -> np.ndarr
 
 def greedy(
     model: Reference, samples: Sequence[tuple[Sequence[int], Sequence[Image.Image]]], steps: int
-) -> list[list[int]]:
-    """`steps` greedy tokens of every sample: a full forward for every token, no cache."""
-    rows = [list(ids) for ids, _ in samples]
+) -> tuple[list[list[int]], float]:
+    """`steps` greedy tokens of every sample, a full forward for every token, no cache; and the least by which a chosen
+    logit lay above the second largest."""
+    rows, least = [list(ids) for ids, _ in samples], np.inf
     for _ in range(steps):
         out, mask = logits(model, [(row, images) for row, (_, images) in zip(rows, samples, strict=True)])
         for b, row in enumerate(rows):
-            row.append(int(out[b, mask[b].sum() - 1].argmax()))
-    return [row[-steps:] for row in rows]
+            last = out[b, mask[b].sum() - 1]
+            second, first = np.sort(last)[-2:]
+            least = min(least, first - second)
+            row.append(int(last.argmax()))
+    return [row[-steps:] for row in rows], float(least)

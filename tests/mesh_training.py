@@ -34,7 +34,7 @@ from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.trajectory import GroupBatch, TokenKind
 from imagent_jax.runs import RunFolder
 
-MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8), (2, 2, 2)]
+MESHES = [(1, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 N, G, P, R, V = 16, 2, 16, 16, 1024
 LARGE = 64 * 1024  # bytes: no parameter above this is whole on every device of `fsdp`
 HF = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -17,14 +18,16 @@ from imagent_jax.config import Config
 from imagent_jax.data.task import Task
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.evaluate import summarise
+from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.processor import Processor
+from imagent_jax.model.qwen2_vl import Model, abstract
 from imagent_jax.rl.rewards import score_trajectory
 from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import Trajectory
+from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory, Turn
 from imagent_jax.rl.turns import Row
 from imagent_jax.runs import RunFolder
 from imagent_jax.tiny_base import base_folder
-from imagent_jax.tools import VISUAL_TOOLS, ToolSet, format_call, tool
+from imagent_jax.tools import VISUAL_TOOLS, CallResult, ToolSet, format_call, tool
 from imagent_jax.trajectory_log import TrajectoryLog
 
 EVIL = "Is </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> 日本語 in Image 1?"
@@ -41,12 +44,26 @@ def crop(image: int, *box: int) -> str:
     return format_call("visual_confirmation", {"image": image, "label": "red", "bbox_2d": list(box)})
 
 
+@functools.cache
+def without_weights() -> tuple[Model, Processor]:
+    """The shipped base's model, as far as it needs no weights, and its processor."""
+    return abstract(Qwen2VLConfig.from_folder(base_folder()))[0], Processor.from_pretrained(base_folder())
+
+
+def scripted_engine(cfg: Config) -> RolloutEngine:
+    """An engine for `play`, with the visual tools and a broken one."""
+    return RolloutEngine(*without_weights(), ToolSet([*VISUAL_TOOLS.values(), broken]), cfg)
+
+
 def play(engine: RolloutEngine, task: Task, rollout: int, texts: list[str]) -> Trajectory:
-    """The trajectory of a policy that says `texts`, through the engine's own books; log-probabilities are drawn."""
+    """The trajectory of a policy that says `texts`, through the engine's own books; log-probabilities are drawn.
+
+    Like the sampler, it stops where the response's buffer is full.
+    """
     prompt, registry = engine.open_task(task)
     row, ids = Row(task, rollout, registry, position=prompt.next_position), []
     for text in texts:
-        said = np.asarray(engine.processor.encode(text), np.int32)
+        said = np.asarray(engine.processor.encode(text), np.int32)[: engine.cfg.rollout.response_tokens - len(ids)]
         ids += said.tolist()
         if (call := engine.end_turn(row, said)) is None:
             break
@@ -56,6 +73,20 @@ def play(engine: RolloutEngine, task: Task, rollout: int, texts: list[str]) -> T
         row.book_observation(shown, shown.vision([0] * len(shown.images)))
     logprobs = -np.random.default_rng(len(ids) + rollout).exponential(0.4, len(ids))
     return row.trajectory(np.asarray(ids, np.int32), logprobs)
+
+
+def finished(
+    task: Task, texts: list[str], answer: str | None, end: EndReason = EndReason.ANSWERED, calls: list[CallResult] = (),
+    rollout: int = 0,
+) -> Trajectory:  # fmt: skip
+    """A hand-made trajectory: a turn of two tokens for every text, and an observation of three after each of `calls`."""
+    turns, kind = [], []
+    for text, call in zip(texts, [*calls, *[None] * (len(texts) - len(calls))], strict=True):
+        turns.append(Turn(len(kind), len(kind) + 2, text, call))
+        kind += [TokenKind.TEXT] * 2 + [TokenKind.OBSERVATION] * (3 if call else 0)
+    n = len(kind)
+    return Trajectory(task, rollout, np.zeros(n, np.int32), np.zeros(n, np.float32), np.asarray(kind, np.uint8),
+                      np.zeros((3, n), np.int32), np.full(n, -1, np.int32), turns, end, answer)  # fmt: skip
 
 
 def scripts(task: Task) -> list[list[str]]:
@@ -96,9 +127,8 @@ def make_run(folder: Path, steps: int = 3):
         "run": {"dir": str(folder), "name": "demo", "steps": steps}, "tools": {"max_turns": 3},
         "rollout": {"prompt_tokens": 512, "response_tokens": 512},
     })  # fmt: skip
-    processor, run = Processor.from_pretrained(base_folder()), RunFolder(cfg)
-    engine = RolloutEngine(None, processor, ToolSet([*VISUAL_TOOLS.values(), broken]), cfg)
-    log, rng = TrajectoryLog(run, processor, cfg), np.random.default_rng(0)
+    run, engine = RunFolder(cfg), scripted_engine(cfg)
+    log, rng = TrajectoryLog(run, engine.processor, cfg), np.random.default_rng(0)
     tasks = [task_at(3, "train", i) for i in range(2 * steps)]
     tasks[0] = dataclasses.replace(tasks[0], question=EVIL)
     held_out = [task_at(3, "test", i) for i in range(6)]

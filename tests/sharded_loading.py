@@ -1,14 +1,14 @@
 """Run by test_sharding.py on simulated devices: `python sharded_loading.py CHECKPOINT`, one JSON object on standard output.
 
-Loads the checkpoint whole and over several meshes; reports the largest share of a parameter that any device holds, and the
-largest difference of the logits after a prompt with two images.
+Loads the checkpoint whole and over several meshes; saves the logits after the prompts of CHECKPOINT/prompts.npz beside it, and
+reports the largest share of a parameter that any device holds, and how often a slice of one is read.
 """
 
 import json
 import sys
+from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from imagent_jax.model import checkpoint
@@ -18,45 +18,49 @@ from imagent_jax.model.sharding import LOGICAL_TO_MESH, make_mesh
 MESHES = [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": -1}]
 
 
-def logits(model, params):
-    """Logits of 3 prompts of 40 ids that begin with two images of 16 and 36 patches."""
-    rng = np.random.default_rng(0)
-    sizes = [(4, 4), (6, 6)]
-    image = np.full(100, -1)
-    image[:52] = np.repeat([0, 1], [h * w for h, w in sizes])
-    coords = np.zeros((100, 2), int)
-    coords[:52] = np.concatenate([np.indices(size).reshape(2, -1).T for size in sizes])
-    patches = rng.integers(0, 256, (100, model.cfg.vision.patch_bytes), np.uint8)
-    ids, shown = rng.integers(0, 100, (3, 40)), np.full((3, 40), -1)
-    shown[:, :13] = np.arange(13)
-    positions = np.broadcast_to(np.arange(40), (3, 3, 40))
+def logits(model, params, prompts):
+    """Logits after the last token of every prompt."""
 
     @jax.jit
     def forward(params):
-        features = encode_images(model, params, patches, coords, image)
-        return prefill(model, params, ids, positions, shown, jnp.array([40, 30, 20]), features)[0]
+        features = encode_images(model, params, prompts["patches"], prompts["coords"], prompts["image_id"])
+        return prefill(model, params, *(prompts[name] for name in ("ids", "positions", "vision", "length")), features)[0]
 
     return np.asarray(forward(params))
 
 
 def main(folder: str) -> None:
-    whole = logits(*checkpoint.load(folder, vision_block=100))
-    report = []
+    prompts = dict(np.load(f"{folder}/prompts.npz"))
+    block = int(prompts.pop("block"))
+    found = [logits(*checkpoint.load(folder, vision_block=block), prompts)]
+    report, reads, read = [], Counter(), checkpoint._read
+    checkpoint._ROWS = 16  # so that a slice takes several copies
+
+    def counted(key, *args):
+        reads[key] += 1
+        return read(key, *args)
+
+    checkpoint._read = counted
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
+        reads.clear()
         policy = Qwen2VL.from_pretrained(folder, mesh=mesh, dtype="float32", progress=False)
-        model, params = policy.split(vision_block=100)
+        model, params = policy.split(vision_block=block)
         shares = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "get_metadata")):
             value, axes = leaf.get_value(), [LOGICAL_TO_MESH[axis] for axis in leaf.get_metadata()["logical_axes"]]
             assert {shard.device for shard in value.addressable_shards} == set(mesh.devices.flat)
             held = max(shard.data.size for shard in value.addressable_shards) / value.size
             split = np.prod([mesh.shape[axis] for axis in axes if axis])
-            shares[jax.tree_util.keystr(path)] = [value.ndim - ("layers" in leaf.get_metadata()["logical_axes"]), held, split]
-        difference = float(np.abs(logits(model, params) - whole).max())
+            shares[".".join(str(part.key) for part in path)] = [
+                value.ndim - ("layers" in leaf.get_metadata()["logical_axes"]), held, split,
+            ]  # fmt: skip
+        found.append(logits(model, params, prompts))
         policy.save_pretrained(f"{folder}-{len(report)}")
-        report.append({"mesh": dict(mesh.shape), "difference": difference, "shares": shares})
-    print(json.dumps({"devices": jax.device_count(), "spread": float(whole.std()), "meshes": report}, default=float))
+        report.append({"mesh": dict(mesh.shape), "shares": shares, "reads": dict(reads)})
+    np.save(f"{folder}/logits.npy", found)
+    meshes = [dict(make_mesh(**sizes).shape) for sizes in ({"data": -1, "tensor": 2}, {"data": 2, "tensor": -1}, {"tensor": 2})]
+    print(json.dumps({"devices": jax.device_count(), "meshes": report, "shapes": meshes}, default=float))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ TOGETHER = 900  # seconds that devices may wait for each other, on few cores
 def start(devices: int, *command: str | Path) -> subprocess.Popen:
     """`python *command` with `devices` simulated devices; output is piped."""
     flags = [
+        os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",  # compiling is most of the time
         f"--xla_cpu_collective_call_terminate_timeout_seconds={TOGETHER}",

@@ -25,6 +25,9 @@ def test_uncounted_rollouts_are_compared_but_do_not_shift_the_group():
     counted = np.array([[True, True, False, True]])
     low, _ = group_advantages(np.array([[1.0, 0.0, -5.0, 2.0]]), counted, normalise_std=False)
     assert low.tolist() == [[0.0, -1.0, -6.0, 1.0]]
+    scaled, stats = group_advantages(np.array([[1.0, 0.0, -5.0, 2.0]]), counted, normalise_std=True)
+    np.testing.assert_allclose(scaled, low / np.sqrt(2 / 3), rtol=1e-6)
+    assert stats["groups/std"] == pytest.approx(np.sqrt(2 / 3))
 
 
 @pytest.mark.parametrize("broken", [0.0, 9.0, np.nan, np.inf])
@@ -45,3 +48,11 @@ def test_groups_without_spread_give_zeros_and_are_counted():
     advantages, stats = group_advantages(rewards, counted, normalise_std=True)
     assert advantages.tolist() == [[0.0] * 4, [1.0, -1.0, 1.0, -1.0], [0.0] * 4, [0.0] * 4]
     assert stats["groups/flat"] == 0.75
+
+
+def test_a_spread_of_no_more_than_eps_is_none():
+    rewards = np.array([[0.0, 0.5], [0.0, 0.5 + 2**-20]])  # deviations of a quarter, and a little more
+    advantages, stats = group_advantages(rewards, np.ones((2, 2), bool), normalise_std=True, eps=0.25)
+    assert advantages.tolist() == [[0.0, 0.0], [-1.0, 1.0]] and stats["groups/flat"] == 0.5
+    small = np.array([[0.0, 1e-5], [0.0, 1e-7]])
+    assert group_advantages(small, np.ones((2, 2), bool), normalise_std=True)[0].tolist() == [[-1.0, 1.0], [0.0, 0.0]]

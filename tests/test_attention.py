@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import assert_rounded
 
 from imagent_jax.model import attention as seam
 from imagent_jax.model import splash
 from imagent_jax.model.attention import Causal, Packed, Shared, attend, attention, choose_attention
 
 N, G, R, P, Q, K, H = 2, 3, 40, 24, 4, 2, 16
+TERMS = H + P + R  # products of a score, and of an output over all keys
+SCALE = 4.0  # about the largest of the normal values
 
 
 def normal(key, shape):
@@ -56,11 +59,11 @@ def run(name: str, backend: str, **sizes):
 
 
 def dense(name: str):
-    """The definition: every row alone, without padding, over the concatenation of what it may see."""
+    """The definition in float64: every row alone, without padding, over the concatenation of what it may see."""
     q, k, v, mask, shared, real = case(name)
     sees = np.broadcast_to(mask.seen(R), (*real.shape, R))
-    q, k, v, shared, real = jax.tree.map(np.asarray, (q, k, v, shared, real))
-    out = np.zeros(q.shape, np.float32)
+    q, k, v, shared = jax.tree.map(lambda x: np.asarray(x, np.float64), (q, k, v, shared))
+    real, out = np.asarray(real), np.zeros(q.shape)
     for at in np.ndindex(q.shape[:-3]):
         for i in np.flatnonzero(real[at]):
             own = sees[at][i] & real[at]
@@ -79,7 +82,7 @@ def dense(name: str):
 @pytest.mark.parametrize("name", ["responses", "prompts", "vision"])
 def test_the_oracle_is_the_definition_and_padding_reaches_nothing(name):
     (out, gradients), real = run(name, "xla")
-    np.testing.assert_allclose(out, dense(name), atol=1e-5)
+    assert_rounded(out, dense(name), TERMS, scale=SCALE)
     for leaf in jax.tree.leaves(gradients):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0.1
     assert not out[~real].any() and not gradients[0][~real].any() and not gradients[1][~real].any()
@@ -92,9 +95,9 @@ def test_a_backend_equals_the_oracle_forward_and_backward(name, backend, monkeyp
         monkeypatch.setitem(seam._BACKENDS, "cudnn", partial(seam._cudnn, implementation="xla"))
     (expected, wanted), _ = run(name, "xla")
     (out, gradients), _ = run(name, backend)
-    np.testing.assert_allclose(out, expected, atol=2e-5)
+    assert_rounded(out, expected, TERMS, scale=SCALE)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        assert_rounded(a, b, 2 * TERMS + G * R)
 
 
 def test_splash_over_several_blocks_of_keys_and_queries(monkeypatch):
@@ -103,9 +106,10 @@ def test_splash_over_several_blocks_of_keys_and_queries(monkeypatch):
     sizes = {"n": 1, "g": 1, "r": 140, "p": 128, "q": 1, "k": 1}
     (expected, wanted), _ = run("responses", "xla", **sizes)
     (out, gradients), _ = run("responses", "splash_interpret", **sizes)
-    np.testing.assert_allclose(out, expected, atol=2e-5)
+    terms = H + sizes["p"] + sizes["r"]
+    assert_rounded(out, expected, terms, scale=SCALE)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-5)
+        assert_rounded(a, b, 2 * terms + sizes["r"])
 
 
 def test_the_gradient_through_the_merge_is_that_of_one_softmax():
@@ -124,14 +128,19 @@ def test_the_gradient_through_the_merge_is_that_of_one_softmax():
         return jnp.sum(weight * attend(q, k, v, seen))
 
     for a, b in zip(*(jax.jit(jax.grad(f, range(5)))(q, k, v, pk, pv) for f in (merged, whole)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert_rounded(a, b, 2 * TERMS + G * R)
 
 
 def test_the_choice_of_backend(monkeypatch):
     assert choose_attention("auto", "bfloat16") == "xla" == choose_attention("xla", "float32")
-    for setting in ("cudnn", "splash"):
-        with pytest.raises(ValueError, match="choose 'auto'"):
+    for setting, needs in (("cudnn", "gpu"), ("splash", "tpu")):
+        with pytest.raises(ValueError, match=f"is {setting!r}, which runs on a {needs}, not on this cpu; choose 'auto'"):
             choose_attention(setting, "bfloat16")
+        assert choose_attention(setting, "bfloat16", needs) == setting
+        other = {"gpu": "tpu", "tpu": "gpu"}[needs]
+        with pytest.raises(ValueError, match=f"runs on a {needs}, not on this {other}"):
+            choose_attention(setting, "bfloat16", other)
+    assert choose_attention("auto", "bfloat16", "gpu") == "cudnn" and choose_attention("xla", "bfloat16", "tpu") == "xla"
     for platform, dtype, backend in [
         ("gpu", "bfloat16", "cudnn"), ("gpu", "float32", "xla"), ("tpu", "bfloat16", "splash"), ("tpu", "float32", "splash"),
     ]:  # fmt: skip

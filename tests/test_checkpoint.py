@@ -1,6 +1,7 @@
 """Checkpoints in Hugging Face's form: both name styles, one file or shards, in and out; faults in one sentence."""
 
 import json
+from fnmatch import fnmatch
 
 import hf_oracle
 import jax
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.qwen2_vl import Qwen2VL
+from imagent_jax.model.qwen2_vl import Model, Qwen2VL
 
 REFERENCES = {
     "tied": tiny_model(tied=True),
@@ -128,6 +129,38 @@ def test_bfloat16_files_load_exactly_and_can_be_written(tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_a_model_keeps_the_dtype_of_its_files_and_computes_in_it(tmp_path, kind):
+    folder = save_checkpoint(tiny_model(seed=3), tmp_path / "in", dtype=getattr(torch, kind), older=True)
+    policy = Qwen2VL.from_pretrained(folder, progress=False)
+    model, params = policy.split(remat="full", logprob_chunk=7)
+    assert {array.dtype.name for array in arrays(params).values()} == {kind}
+    assert model == Model(model.graphdef, policy.cfg, kind, "full", 144, 7, "xla")
+    assert policy.split(dtype="float32")[0].dtype == "float32"
+    whole = Qwen2VL.from_pretrained(folder, dtype="float32", progress=False).split()
+    assert whole[0].dtype == "float32"
+    assert_same(whole[1], jax.tree.map(lambda x: x.astype("float32"), params))
+    policy.save_pretrained(tmp_path / "out")
+    assert {t.dtype.name for t in load_file(tmp_path / "out/model.safetensors").values()} == {kind}
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved["dtype"] == saved["torch_dtype"] == kind
+
+
+def test_matrices_are_copied_alike_in_blocks_of_any_number_of_rows(tmp_path, monkeypatch):
+    folder = save_checkpoint(REFERENCES["untied"], tmp_path)
+    _, params = checkpoint.load(folder)
+    monkeypatch.setattr(checkpoint, "_ROWS", 7)
+    assert_same(params, checkpoint.load(folder)[1])
+
+
+def test_a_config_without_architectures_is_saved_with_its_own(tmp_path):
+    folder = save_checkpoint(REFERENCES["2.5-tied"], tmp_path / "in")
+    edit_config(folder, architectures=None)
+    checkpoint.save(tmp_path / "out", *checkpoint.load(folder))
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+
+
 def test_a_tied_checkpoint_that_also_stores_its_head_is_accepted(tmp_path):
     folder = save_checkpoint(REFERENCES["tied"], tmp_path)
     _, params = checkpoint.load(folder)
@@ -137,7 +170,11 @@ def test_a_tied_checkpoint_that_also_stores_its_head_is_accepted(tmp_path):
 
 def test_tokenizer_and_preprocessor_files_travel_with_the_weights(tmp_path):
     source = save_checkpoint(REFERENCES["tied"], tmp_path / "in")
-    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+    for name in (
+        "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+        "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+        "video_preprocessor_config.json", "generation_config.json",
+    ):  # fmt: skip
         (source / name).write_text(json.dumps({"name": name}))
     model, params = checkpoint.load(source)
     checkpoint.save(tmp_path / "out", model, params, source=source)
@@ -178,8 +215,24 @@ def test_missing_extra_and_misshaped_tensors_are_named_together(folder):
 
 
 def test_many_faults_are_counted_not_all_listed(folder):
+    missing = sum("visual" in name for name in load_file(folder / "model.safetensors"))
     edit(folder, lambda tensors: {k: v for k, v in tensors.items() if "visual" not in k})
-    with pytest.raises(ValueError, match=r"and \d+ more"):
+    with pytest.raises(ValueError, match=f"; and {missing - 8} more") as error:
+        checkpoint.load(folder)
+    assert str(error.value).count("missing") == 8
+
+
+def test_eight_faults_are_all_listed(folder):
+    edit(folder, lambda tensors: {k: v for i, (k, v) in enumerate(tensors.items()) if i >= 8})
+    with pytest.raises(ValueError, match="weights do not fit") as error:
+        checkpoint.load(folder)
+    assert str(error.value).count("missing") == 8 and "more" not in str(error.value)
+
+
+def test_weights_of_whole_numbers_are_refused(folder):
+    norm = "model.language_model.norm.weight"
+    edit(folder, lambda tensors: tensors | {norm: tensors[norm].astype(np.int32)})
+    with pytest.raises(ValueError, match=f"{norm} is stored as I32, expected one of F32, F16, BF16"):
         checkpoint.load(folder)
 
 
@@ -248,6 +301,46 @@ def test_both_config_forms_mean_the_same(reference):
     assert newer == older
 
 
+@pytest.mark.parametrize("family", hf_oracle.FAMILIES)
+def test_what_a_config_leaves_out_has_the_default_of_transformers(family):
+    config, _ = hf_oracle.FAMILIES[family]
+    text, vision = config().text_config, config().vision_config
+    sizes = {"vocab_size": 50, "hidden_size": 3584, "intermediate_size": 9, "num_hidden_layers": 1, "num_attention_heads": 28}
+    markers = {"image_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3}
+    cfg = Qwen2VLConfig.from_hf({"model_type": family, **sizes, **markers, "vision_config": {}})
+    assert (cfg.text.rms_norm_eps, cfg.text.rope_theta) == (text.rms_norm_eps, 1e6) and cfg.text.mrope_section == (16, 24, 24)
+    assert cfg.text.num_kv_heads == 28 and not cfg.text.tie_word_embeddings
+    assert cfg.architecture == hf_oracle.FAMILIES[family][1].__name__
+    ours = cfg.vision
+    assert (ours.depth, ours.num_heads, ours.in_channels) == (vision.depth, vision.num_heads, vision.in_channels)
+    assert (ours.patch_size, ours.temporal_patch_size) == (vision.patch_size, vision.temporal_patch_size)
+    assert ours.spatial_merge_size == vision.spatial_merge_size and ours.rope_theta == 1e4
+    if family == "qwen2_5_vl":
+        assert (ours.embed_dim, ours.hidden_size, ours.intermediate_size) == (3584, 3584, vision.intermediate_size)
+        assert (ours.window_size, ours.full_attention_blocks) == (vision.window_size, tuple(vision.fullatt_block_indexes))
+    else:
+        assert (ours.embed_dim, ours.hidden_size, ours.intermediate_size) == (vision.embed_dim, 3584, 4 * vision.embed_dim)
+
+
+def test_settings_of_a_config_are_read_wherever_they_may_stand():
+    hf = hf_oracle.config_json(REFERENCES["untied"], older=True)
+
+    def read(**changes):
+        return Qwen2VLConfig.from_hf(hf | changes).text
+
+    rope = {"type": "default", "mrope_section": [2, 3, 3]}
+    assert read(rope_theta=5.0).rope_theta == 5 and read(rope_scaling=rope | {"rope_theta": 7}).rope_theta == 7
+    assert read(rms_norm_eps=0.5).rms_norm_eps == 0.5 and read(num_key_value_heads=None).num_kv_heads == 4
+    assert not read().tie_word_embeddings and read(tie_word_embeddings=True).tie_word_embeddings
+    newer = hf_oracle.config_json(REFERENCES["untied"])
+    newer = {name: value for name, value in newer.items() if name != "tie_word_embeddings"}
+    newer["text_config"]["tie_word_embeddings"] = True
+    assert Qwen2VLConfig.from_hf(newer).text.tie_word_embeddings
+    hf["vision_config"]["hidden_act"] = "gelu"
+    with pytest.raises(ValueError, match="silu for text, quick_gelu for vision"):
+        Qwen2VLConfig.from_hf(hf)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -279,3 +372,19 @@ def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is neither a folder nor a hub id"):
         checkpoint.resolve(str(tmp_path / "nothing here"))
     assert checkpoint.resolve(str(tmp_path)) == tmp_path
+
+
+def test_of_a_hub_id_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append((name, [file for file in files if any(fnmatch(file, pattern) for pattern in allow_patterns)]))
+        assert ignore_patterns == ["*/*"]
+        return str(tmp_path)
+
+    kept = ["config.json", "tokenizer.json", "vocab.json", "preprocessor_config.json", "generation_config.json"]
+    weights = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    files = [*kept, *weights, "pytorch_model.bin", "README.md", "consolidated.safetensors"]
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    assert checkpoint.resolve("Qwen/Qwen2-VL-2B") == checkpoint.resolve("Qwen/Qwen2-VL-2B", weights=False) == tmp_path
+    assert asked == [("Qwen/Qwen2-VL-2B", kept + weights), ("Qwen/Qwen2-VL-2B", kept)]

@@ -132,35 +132,161 @@ def test_text_that_is_not_yaml_is_refused_in_one_sentence():
     assert said(Config.from_yaml, "run: [").startswith("The text is not YAML: ")
 
 
-@pytest.mark.parametrize(
-    ("dotted", "value", "ending"),
-    [
-        ("rollout.groups", 0, "it must be at least 1."),
-        ("rollout.temperature", 0.0, "it must be above 0."),
-        ("optim.learning_rate", float("inf"), "it must be a finite number."),
-        ("optim.b2", 1.0, "it must be at least 0 and below 1."),
-        ("grpo.kl", -0.1, "it must not be negative."),
-        ("grpo.importance_cap", 0.0, "it must be above 0."),
-        ("tools.min_box", 1.5, "it is a fraction of the image's side, at most 1."),
-        ("images.max_pixels", 3000, "raise images.max_pixels or lower images.min_pixels."),
-        ("images.max_pixels", 100_000, "raise images.vision_block or lower images.max_pixels."),
-        ("tools.confirm_max_pixels", 50_000, "raise images.vision_block or lower tools.confirm_max_pixels."),
-        ("images.vision_block", 90, "it must be a multiple of 4 (2x2 patches)."),
-        ("grpo.minibatches", 17, "an update needs a group at least."),
-        ("data.name", "jsonl", "name the folder with train.jsonl and test.jsonl."),
-        ("run.name", " ", "give the run a name, which becomes its folder in run.dir."),
-        ("mesh.tensor", 0, "it must be at least 1, or -1 for the devices that are left."),
-        ("tools.names", ["visual_reflexion"], 'there is no tool "visual_reflexion"; did you mean "visual_reflection"?'),
-    ],
-)
-def test_a_value_out_of_range_is_refused_with_the_remedy(dotted, value, ending):
-    section, key = dotted.split(".")
-    sentence = said(Config.from_dict, {section: {key: value}})
-    assert dotted in sentence and sentence.endswith(ending)
+# ---- ranges: what is just good, and what is just bad ------------------------------------------------------------------
+
+AT_LEAST_ONE = (
+    "run.keep_checkpoints", "images.min_pixels", "images.pack_blocks", "data.train_size", "data.test_size", "tools.max_turns",
+    "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels", "tools.confirm_min_pixels", "rollout.groups",
+    "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
+    "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
+    "grpo.minibatches", "grpo.micro_groups", "grpo.widths", "eval.tasks", "eval.during",
+    "eval.groups", "model.logprob_chunk", "distributed.timeout_s",
+)  # fmt: skip
+ABOVE_ZERO = (
+    "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
+    "grpo.importance_cap", "lora.alpha",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every", "grpo.kl",
+    "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank", "distributed.num_processes",
+)  # fmt: skip
+BELOW_ONE = ["optim.b1", "optim.b2", "grpo.clip_low"]
+MESH = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
+PAIRS = [("images.min_pixels", "images.max_pixels"), ("tools.low_pixels", "tools.high_pixels"),
+         ("tools.confirm_min_pixels", "tools.confirm_max_pixels")]  # fmt: skip
+FREE = ["run.seed", "images.packs", "data.seed", "reward.answer", "reward.format", "reward.tool_gain", "eval.seed",
+        "distributed.process_id"]  # fmt: skip
 
 
-def test_only_one_mesh_axis_takes_the_devices_that_are_left():
-    assert said(Config.from_dict, {"mesh": {"data": -1, "fsdp": -1}}).startswith("Only one mesh axis can be -1")
+def nested(settings: dict) -> dict:
+    values = {}
+    for dotted, value in settings.items():
+        section, key = dotted.split(".")
+        values.setdefault(section, {})[key] = value
+    return values
+
+
+def refused(ending: str, **settings) -> str:
+    sentence = said(Config.from_dict, nested({name.replace("__", "."): value for name, value in settings.items()}))
+    assert sentence.endswith(ending), sentence
+    return sentence
+
+
+def test_every_number_has_a_range_or_needs_none():
+    numbers = [name for name, kind in SETTINGS.items() if kind in (int, float)]
+    ranged = [
+        *AT_LEAST_ONE,
+        *ABOVE_ZERO,
+        *NOT_NEGATIVE,
+        *BELOW_ONE,
+        *MESH,
+        *FREE,
+        *(high for _, high in PAIRS),
+        "images.vision_block",
+    ]
+    assert sorted(numbers) == sorted(ranged)
+    for dotted in FREE:
+        assert Config.from_dict(nested({dotted: -3})).get(dotted) == -3
+
+
+def test_ranges_hold_at_their_limits():
+    beside = {"rollout.groups": {"grpo.minibatches": 1}}
+    cases = [(name, [1], [0, -1], "it must be at least 1.") for name in AT_LEAST_ONE]
+    cases += [(name, [1e-9], [0.0, -1e-9], "it must be above 0.") for name in ABOVE_ZERO]
+    cases += [(name, [0], [-1] if SETTINGS[name] is int else [-1e-9], "it must not be negative.") for name in NOT_NEGATIVE]
+    cases += [(name, [0.0, 0.999], [-1e-9, 1.0], "it must be at least 0 and below 1.") for name in BELOW_ONE]
+    cases += [(name, [1, 7, -1], [0, -2], "it must be at least 1, or -1 for the devices that are left.") for name in MESH]
+    cases += [("tools.min_box", [1.0], [1.01], "it is a fraction of the image's side, at most 1."),
+              ("images.vision_block", [96, 100], [97, 98, 99], "it must be a multiple of 4 (2x2 patches)."),
+              ("images.vision_block", [], [0], "it must be at least 1.")]  # fmt: skip
+    cases += [
+        (name, [], [float("inf"), float("nan")], "it must be a finite number.")
+        for name, kind in SETTINGS.items()
+        if kind is float
+    ]
+    for dotted, good, bad, ending in cases:
+        for value in good:
+            assert Config.from_dict(nested({dotted: value} | beside.get(dotted, {}))).get(dotted) == value
+        for value in bad:
+            assert refused(ending, **{dotted: value}).startswith(
+                f"{dotted} is {float(value) if SETTINGS[dotted] is float else value}"
+            )
+
+
+@pytest.mark.parametrize(("low", "high"), PAIRS)
+def test_pixels_are_in_order_and_fit_a_block(low, high):
+    whole = 96 * 14 * 14  # of a block, with what is too little for a patch besides
+    assert Config.from_dict(nested({low: 3000, high: 3000})).get(high) == 3000
+    assert refused(f"raise {high} or lower {low}.", **{low: 3000, high: 2999}).startswith(f"{high} 2999 is below {low} 3000;")
+    assert Config.from_dict(nested({high: whole + 195})).get(high) == whole + 195
+    sentence = refused(f"raise images.vision_block or lower {high}.", **{high: whole + 196})
+    assert sentence.startswith(f"{high} {whole + 196} allows 97 patches but images.vision_block holds 96;")
+    assert Config.from_dict(nested({high: whole + 196, "images.vision_block": 100}))
+
+
+def test_settings_that_do_not_go_together_are_refused():
+    assert Config.from_dict(nested({"grpo.minibatches": 16}))
+    assert refused("an update needs a group at least.", grpo__minibatches=17).startswith(
+        "grpo.minibatches is 17, more than rollout.groups 16;")  # fmt: skip
+    tower = "rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.merger."
+    assert Config.from_dict(nested({"rollout.overlap": True})) and Config.from_dict(nested({"model.freeze_vision": False}))
+    refused(tower, rollout__overlap=True, model__freeze_vision=False)
+    refused(tower, rollout__overlap=True, lora__merger=True)
+    refused("set grpo.recompute true.", mask__observations="keep")
+    assert Config.from_dict(nested({"mask.observations": "keep", "grpo.recompute": True}))
+    assert refused("name the folder with train.jsonl and test.jsonl.", data__name="jsonl").startswith("data.name is 'jsonl'")
+    assert Config.from_dict(nested({"data.name": "jsonl", "data.path": "here"}))
+    for name in ("", " "):
+        assert refused("give the run a name, which becomes its folder in run.dir.", run__name=name).startswith(
+            "run.name is empty"
+        )
+    for one, other in (("mesh.data", "mesh.fsdp"), ("mesh.data", "mesh.tensor"), ("mesh.fsdp", "mesh.tensor")):
+        refused("(what is left); give the others a size.", **{one: -1, other: -1})
+    for adapted in ({"lora.rank": 1}, {"lora.path": "somewhere"}):
+        assert Config.from_dict(nested(adapted)).lora.on
+        assert "with LoRA" in refused("set lora.merger to adapt the vision merger.", **adapted, model__freeze_vision=False)
+    assert not Config().lora.on
+    assert refused("up_proj, down_proj.", lora__targets=["q_prog"]).startswith("lora.targets: there is no target 'q_prog'")
+    assert refused("or adapt the merger.", lora__targets=[]) and Config.from_dict(
+        nested({"lora.targets": [], "lora.merger": True})
+    )
+    assert refused('did you mean "visual_reflection"?', tools__names=["visual_reflexion"]).startswith(
+        "tools.names: there is no tool"
+    )
+    refused("visual_reflection, visual_confirmation.", tools__names=["qqqq"])
+    assert Config.from_dict(nested({"tools.names": ["my.own:tool"]})).tools.names == ("my.own:tool",)
+
+
+def changed(name: str):
+    """Another value than the default of a setting."""
+    default, kind = Config().get(name), SETTINGS[name]
+    if typing.get_origin(kind) is typing.Literal:
+        return [option for option in typing.get_args(kind) if option != default][-1]
+    known = {"tools.names": ("visual_confirmation",), "lora.targets": ("q_proj", "up_proj")}
+    values = {
+        bool: lambda: not default,
+        int: lambda: default + 4,
+        float: lambda: default * 0.5 + 0.03,
+        str: lambda: f"{name}: 'x' # y",
+    }
+    return values[kind]() if kind in values else known.get(name, (f"own:{name.partition('.')[2]}", "b:c"))
+
+
+def test_every_setting_survives_yaml_and_the_command_line(tmp_path):
+    apart = ["model.freeze_vision", "rollout.overlap"]  # each goes with less than all others
+    for names in ([name for name in SETTINGS if name not in apart], apart[:1], apart[1:]):
+        wanted = {name: changed(name) for name in names}
+        assert all(value != Config().get(name) for name, value in wanted.items())
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in wanted.items()}
+        config = Config.from_dict(nested(plain))
+        assert {name: config.get(name) for name in SETTINGS} == {name: Config().get(name) for name in SETTINGS} | wanted
+        assert Config.from_yaml(config.to_yaml()) == config == Config.from_dict(config.to_dict())
+        spelt = {name: yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+                 if not isinstance(value, str) else value for name, value in plain.items()}  # fmt: skip
+        assert read_args([f"--{name}={value}" for name, value in spelt.items()]) == config
+        assert read_args([word for name, value in spelt.items() for word in (f"--{name}", value)]) == config
+        (tmp_path / "a.yaml").write_text(config.to_yaml())
+        assert read_args(["--config", str(tmp_path / "a.yaml")]) == load_config(str(tmp_path / "a.yaml")) == config
 
 
 def test_help_names_every_setting_with_type_default_and_meaning(capsys):

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from conftest import small_config
 from PIL import Image
-from scripted_run import tools_with
+from scripted_run import crop, play, tools_with
 
 from imagent_jax import evaluate as job
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
+from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.trajectory import TokenKind
 
 TASKS = 64
+BICUBIC = Image.Resampling.BICUBIC
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_shuffle_replaces_what_tools_show_by_what_they_showed_in_another_task(pa
     seen = [image for t in true for observed, image, _ in shown(parts.engine, t) if observed]
     assert len(seen) > TASKS / 2
     sizes = {image.size for image in seen}
-    pool = {image.resize(size, Image.Resampling.BICUBIC).tobytes() for image in seen for size in sizes}
+    pool = {image.resize(size, BICUBIC).tobytes() for image in seen for size in sizes}
     for t in true:
         own = [image.tobytes() for _, image, _ in shown(engine, t)]
         for observed, image, instead in shown(engine, t):
@@ -63,6 +65,45 @@ def test_shuffle_replaces_what_tools_show_by_what_they_showed_in_another_task(pa
     again = controlled(parts.engine, "shuffle", true, seed=0), controlled(parts.engine, "shuffle", true, seed=1)
     pixels = [[i.tobytes() for t in true for _, _, i in shown(e, t)] for e in (engine, *again)]
     assert pixels[0] == pixels[1] != pixels[2]
+
+
+def test_shuffle_never_shows_what_the_same_task_showed_and_draws_by_seed_and_pixels(parts):
+    """Scripted crops of three tasks: what is shown instead of a crop is a crop of one of the two others."""
+    boxes = [(0, 0, 400, 400), (100, 200, 700, 700), (500, 500, 999, 999), (300, 0, 600, 500)]
+    said = [*[crop(1, *box) for box in boxes], "<answer>1</answer>"]
+    engine = RolloutEngine(parts.model, parts.processor, parts.tools, small_config(rollout={"response_tokens": 1024}))
+    done = [play(engine, task_at(1, "test", i), 0, said) for i in range(3)]
+    made = [[entry.image for entry in t.registry][len(t.task.images) :] for t in done]
+    assert [len(crops) for crops in made] == [4, 4, 4]
+    drawn = []
+    for seed in range(6):
+        shuffled = controlled(engine, "shuffle", done, seed)
+        for own, t in enumerate(done):
+            others = [image for i, crops in enumerate(made) for image in crops if i != own]
+            for entry in list(t.registry)[len(t.task.images) :]:
+                instead = shuffled.look(t.registry, entry, True)
+                sources = [k for k, o in enumerate(others) if instead.tobytes() == o.resize(entry.image.size, BICUBIC).tobytes()]
+                assert len(sources) == 1 and instead.size == entry.image.size
+                assert shuffled.look(t.registry, entry, False) is entry.image
+                drawn.append(sources[0])
+    by_seed = np.reshape(drawn, (6, 3, 4))
+    assert set(drawn) == set(range(8))
+    assert (by_seed != by_seed[:1]).any() and (by_seed != by_seed[..., :1]).any()
+    alone = controlled(engine, "shuffle", done[:1], seed=0)  # nobody else saw anything
+    entry = done[0].registry[len(done[0].task.images) + 1]
+    assert alone.look(done[0].registry, entry, True) is entry.image and engine.look is None
+
+
+def test_blank_is_grey_for_given_images_and_observations_and_leaves_the_engine_as_it_is(parts):
+    t = play(parts.engine, task_at(1, "test", 0), 0, [crop(1, 0, 0, 400, 400), "<answer>1</answer>"])
+    engine = controlled(parts.engine, "blank", [], seed=0)
+    for entry in t.registry:
+        for observed in (False, True):
+            blank = engine.look(t.registry, entry, observed)
+            assert blank.size == entry.image.size and blank.getcolors() == [(blank.width * blank.height, (128, 128, 128))]
+    assert parts.engine.look is None and engine.tools is parts.engine.tools
+    with pytest.raises(ValueError, match="There is no control 'noise'; choose shuffle or blank"):
+        controlled(parts.engine, "noise", [], seed=0)
 
 
 def test_blank_leaves_nothing_to_see_and_every_size_as_it_was(parts, true):

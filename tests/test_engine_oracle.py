@@ -1,57 +1,61 @@
-"""The engine against a sampler that fits on a page: one row at a time, a full forward for every token, nothing kept."""
+"""The engine against a sampler that fits on a page: one row at a time, a full forward for every token, nothing kept, and its
+own rules for ends, observations and token kinds."""
 
+import re
 import time
 import zlib
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
+from conftest import small_config
 from scipy.special import log_softmax
 
 from imagent_jax.data.tiny_world import task_at
-from imagent_jax.model.images import pack_images
-from imagent_jax.model.interleave import Encoded, pad_prompts
+from imagent_jax.model.images import PreparedImage, pack_images
+from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.qwen2_vl import encode_images, prefill
+from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.sampler import draw
-from imagent_jax.rl.turns import Row
-from imagent_jax.tools import pool
+from imagent_jax.rl.trajectory import EndReason, TokenKind
+from imagent_jax.tools import CallStatus, pool
 
-TASKS, SEED = 50, 23
-LENGTH, ROWS = 112 + 192, 512
+TASKS, SEED, TEMPERATURE = 24, 23, 1.3
+SETTINGS = {
+    "rollout": {"response_tokens": 160, "observation_tokens": 24, "decode_chunk": 7},
+    "tools": {"max_turns": 2, "max_repeats": 1,},
+}  # fmt: skip
+LENGTH, ROWS = 112 + 160, 512
 """Tokens of a whole sequence (prompt and response) and feature rows, padded."""
 
 encode = jax.jit(encode_images, static_argnums=0)
 whole_forward = jax.jit(prefill, static_argnums=0)
 
 
-class PlainRow:
-    """A sequence of encoded parts, run from its beginning whenever the next token is wanted."""
+class PlainSequence:
+    """Ids with images between them, run from its beginning whenever the next token is wanted."""
 
-    def __init__(self, model, params, prompt: Encoded):
-        self.model, self.params, self.parts = model, params, []
-        self.features, self.vision = np.zeros((ROWS, model.cfg.text.hidden_size), np.float32), []
-        self.used = 0
-        self.add(prompt)
+    def __init__(self, engine, params):
+        self.model, self.processor, self.params = engine.model, engine.processor, params
+        self.ids, self.grids, self.used = [], [], 0
+        self.features = np.zeros((ROWS, self.model.cfg.text.hidden_size), np.float32)
 
-    def add(self, part: Encoded) -> None:
-        first = []
-        for image in part.images:  # each image in a pack of its own
-            patches, coords, image_id, _ = pack_images([image], self.model.vision_block, 1)
-            count = len(image.patches) // 4
-            first.append(self.used)
-            self.features[self.used : self.used + count] = encode(self.model, self.params, patches, coords, image_id)[:count]
-            self.used += count
-        self.parts.append(part)
-        self.vision.append(part.vision(first))
+    def show(self, image: PreparedImage) -> None:
+        """Encodes an image, in a pack of its own, whose placeholders come next."""
+        patches, coords, image_id, _ = pack_images([image], self.model.vision_block, 1)
+        count = len(image.patches) // 4
+        self.features[self.used : self.used + count] = encode(self.model, self.params, patches, coords, image_id)[:count]
+        self.used, self.grids = self.used + count, [*self.grids, image.grid]
 
-    def logits(self) -> jax.Array:
-        whole = Encoded(
-            np.concatenate([part.ids for part in self.parts]),
-            np.concatenate([part.positions for part in self.parts], axis=1),
-            0, None, None, [],
-        )  # fmt: skip
-        arrays = pad_prompts([whole], [np.concatenate(self.vision)], LENGTH)
-        return whole_forward(self.model, self.params, *arrays, np.asarray([len(whole.ids)]), self.features)[0][0]
+    def logits(self) -> np.ndarray:
+        ids, placeholder = np.asarray(self.ids), self.processor.image_token_id
+        rows = np.where(ids == placeholder, np.cumsum(ids == placeholder) - 1, -1)
+        positions = mrope_positions(ids, placeholder, self.grids)[0]
+        room = (0, LENGTH - len(ids))
+        arrays = np.pad(ids, room)[None], np.pad(positions, [(0, 0), room])[:, None], np.pad(rows, room, constant_values=-1)[None]
+        arrays = [x.astype(np.int32) for x in arrays]
+        return np.asarray(whole_forward(self.model, self.params, *arrays, np.asarray([len(ids)]), self.features)[0][0])
 
 
 def inverse_transform(logits: np.ndarray, uniform) -> int:
@@ -89,47 +93,87 @@ def test_a_token_without_probability_is_never_drawn(uniform):
     assert np.isfinite(logits[np.arange(2000), token]).all()
 
 
-def plain_rollout(engine, params, task, number: int) -> tuple[Row, list[int], dict[int, float]]:
-    """Rollout `number` of a task, the ids of its response, and the log-probabilities of those sampled."""
+def kinds_of(turn: list[int], decode) -> list[TokenKind]:
+    """The kinds of a turn's tokens, by where each stands in the text."""
+    text, ends = decode(turn), [len(decode(turn[: i + 1])) for i in range(len(turn))]
+    answer = re.search(r"<answer>.*?</answer>", text, re.DOTALL)
+    if "<tool_call>" in text:
+        begin, end, kind = text.index("<tool_call>"), len(text), TokenKind.TOOL_CALL
+    else:
+        begin, end, kind = *(answer.span() if answer else (0, 0)), TokenKind.ANSWER
+    return [kind if first < end and last > begin else TokenKind.TEXT for first, last in zip([0, *ends], ends, strict=False)]
+
+
+def plain_rollout(engine, params, task, number: int):
+    """Rollout `number` of a task: its sequence, the kinds of its response, how it ended, and log-probabilities by token."""
+    processor, room, sequence = engine.processor, engine.cfg.rollout.response_tokens, PlainSequence(engine, params)
     prompt, registry = engine.open_task(task)
-    row, sequence = Row(task, number, registry, position=prompt.next_position), PlainRow(engine.model, params, prompt)
+    for image in prompt.images:
+        sequence.show(image)
+    sequence.ids = prompt.ids.tolist()
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), zlib.crc32(task.uid.encode()) >> 1), number)
-    response, turn, logprobs = [], [], {}
+    kinds, turn, logprobs, calls, spoken = [], [], {}, [], 0  # spoken: where the turn begins
     while True:
-        uniform, logits = jax.random.uniform(jax.random.fold_in(key, len(response)), (2,)), sequence.logits()
-        token = inverse_transform(np.asarray(logits, np.float64), uniform)
-        logprobs[len(response)] = float(jax.nn.log_softmax(logits)[token])
-        turn, response = [*turn, token], [*response, token]
-        one = np.asarray([token], np.int32)
-        position = np.full((3, 1), row.position + len(turn) - 1, np.int32)
-        sequence.add(Encoded(one, position, 0, np.asarray([-1]), np.zeros(1, np.int32), []))
-        ended = engine.processor.decode(turn).endswith(("<|im_end|>", "<|endoftext|>", "</tool_call>"))
-        if not ended and len(response) < engine.cfg.rollout.response_tokens:
+        at = len(sequence.ids) - len(prompt.ids)
+        logits = log_softmax(sequence.logits().astype(np.float64) / TEMPERATURE)
+        token = inverse_transform(logits, jax.random.uniform(jax.random.fold_in(key, at), (2,)))
+        logprobs[at], text = logits[token], processor.decode([*turn, token])
+        sequence.ids, turn, full = [*sequence.ids, token], [*turn, token], at + 1 == room
+        if not text.endswith(("<|im_end|>", "<|endoftext|>", "</tool_call>")) and not full:
             continue
-        call, turn = engine.end_turn(row, np.asarray(turn)), []
-        if call is None:
-            return row, response, logprobs
-        observation = engine.respond(row, engine.tools.execute(call, row.registry, engine.settings))
-        if observation is None:
-            return row, response, logprobs
-        sequence.add(observation)
-        response += observation.ids.tolist()
-        row.book_observation(observation, observation.vision([0] * len(observation.images)))
+        kinds, turn = kinds + kinds_of(turn, processor.decode), []
+        if "<tool_call>" not in text:
+            answered = re.search(r"<answer>.*</answer>", text, re.DOTALL)
+            end = EndReason.ANSWERED if answered else EndReason.TRUNCATED if full else EndReason.VOID
+            return sequence, kinds, end, logprobs
+        if full and not text.endswith("</tool_call>"):
+            return sequence, kinds, EndReason.TRUNCATED, logprobs
+        if len(calls) == 2:
+            return sequence, kinds, EndReason.OVER_TURNS, logprobs
+        result = engine.tools.execute(text, registry, engine.settings)
+        call = result.status == CallStatus.EXECUTED and (result.name, result.arguments)
+        if call and call in calls:
+            return sequence, kinds, EndReason.REPEATED, logprobs
+        if not call:
+            kinds[spoken:] = [TokenKind.INVALID_CALL if k == TokenKind.TOOL_CALL else k for k in kinds[spoken:]]
+        calls.append(call)
+        chat = "<|im_end|>\n<|im_start|>user\n<tool_response>\n"
+        images = [engine.processor.prepare(e.image, e.min_pixels, e.max_pixels) for e in map(registry.__getitem__, result.images)]
+        sizes = iter(images)
+        for part in result.parts:
+            pads = None if isinstance(part, str) else "<|image_pad|>" * (len(next(sizes).patches) // 4)
+            chat += f"{part}\n" if pads is None else f"<|vision_start|>{pads}<|vision_end|>\n"
+        shown = processor.encode(chat + "</tool_response><|im_end|>\n<|im_start|>assistant\n")
+        if at + 1 + len(shown) >= room:
+            return sequence, kinds, EndReason.TRUNCATED, logprobs
+        for image in images:
+            sequence.show(image)
+        sequence.ids, kinds = sequence.ids + shown, kinds + [TokenKind.OBSERVATION] * len(shown)
+        spoken = len(kinds)
 
 
+@pytest.mark.slow(60)
 def test_trajectories_equal_those_sampled_one_row_at_a_time(parts, monkeypatch):
+    """At another temperature, with other chunks, limits and room for images than the defaults; with tools of random delay."""
     delays, run_call = np.random.default_rng(0), pool.run_call
     monkeypatch.setattr(pool, "run_call", lambda *args: (time.sleep(delays.uniform(0, 0.05)), run_call(*args))[1])
     tasks = [task_at(31, "train", i) for i in range(TASKS)]
-    batch = parts.engine.rollout(parts.params, tasks, group_size=2, seed=SEED, slots=16)
-    calls = 0
-    for i, (task, group) in enumerate(zip(tasks, batch.trajectories, strict=True)):
-        engine_made = group[i % 2]
-        row, response, logprobs = plain_rollout(parts.engine, parts.params, task, i % 2)
-        assert response == engine_made.ids.tolist(), task.uid
-        assert row.end == engine_made.end
-        np.testing.assert_allclose(engine_made.logprobs[list(logprobs)], list(logprobs.values()), atol=1e-4)
-        assert [turn.text for turn in row.turns] == [turn.text for turn in engine_made.turns]
-        np.testing.assert_array_equal(np.concatenate(row.kinds), engine_made.kind)
-        calls += sum(turn.call is not None for turn in row.turns)
-    assert calls > TASKS / 2
+    engine = RolloutEngine(parts.model, parts.processor, parts.tools, small_config(**SETTINGS))
+    batch = engine.rollout(
+        parts.params, tasks, group_size=2, seed=SEED + 2**32, temperature=TEMPERATURE, slots=8, packs=8
+    )  # fmt: skip
+    ends, kinds_seen = Counter(), Counter()
+    for i, (task, group, prompt) in enumerate(zip(tasks, batch.trajectories, batch.prompts, strict=True)):
+        t = group[i % 2]
+        sequence, kinds, end, logprobs = plain_rollout(engine, parts.params, task, i % 2)
+        assert sequence.ids == [*prompt.ids, *t.ids], task.uid
+        assert (kinds, end) == (t.kind.tolist(), t.end) and (t.task, t.rollout) == (task, i % 2)
+        np.testing.assert_allclose(t.logprobs[list(logprobs)], list(logprobs.values()), atol=1e-4)
+        assert np.count_nonzero(t.logprobs) <= len(logprobs) == sum(turn.stop - turn.start for turn in t.turns)
+        whole = mrope_positions(np.asarray(sequence.ids), parts.processor.image_token_id, sequence.grids)[0]
+        np.testing.assert_array_equal(np.concatenate([prompt.positions, t.positions], axis=1), whole)
+        ends[end], kinds_seen = ends[end] + 1, kinds_seen + Counter(kinds)
+    assert min(ends[e] for e in (EndReason.ANSWERED, EndReason.OVER_TURNS, EndReason.REPEATED)) >= 1
+    assert min(kinds_seen[kind] for kind in TokenKind if kind != TokenKind.PAD) > 0
+    assert batch.store.features.shape[0] == 8 * parts.cfg.images.pack_blocks * parts.cfg.images.vision_block // 4
+    assert batch.sampled_tokens == sum((t.kind != TokenKind.OBSERVATION).sum() for group in batch.trajectories for t in group)

@@ -22,12 +22,13 @@ def same(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of the tiny base with checkpoints 2 and 5, whose parameters are the base's plus the step."""
+    """A run of the tiny base on several devices, its checkpoints 2 and 5 on another disk, of the base plus the step."""
     folder = tmp_path_factory.mktemp("runs")
     _, params = checkpoint.load(base_folder())
     frozen = {"vision": params["vision"]}  # a run's checkpoints hold what it trains
     states = {step: jax.tree.map(lambda x, step=step: x + step, params["text"]) for step in (2, 5)}
-    runs = RunFolder(Config.from_dict({"run": {"dir": str(folder), "name": "one"}}))
+    elsewhere = {"dir": str(folder), "name": "one", "checkpoint_dir": str(folder / "disk")}
+    runs = RunFolder(Config.from_dict({"run": elsewhere, "mesh": {"data": 4}}))  # more devices than there are here
     for step, state in states.items():
         runs.save(step, nnx.State({"text": state}), {"count": jnp.zeros(3)}, {"step": step})
     runs.close()
@@ -40,7 +41,12 @@ def test_the_exported_model_is_the_checkpoint(run, tmp_path, capsys, step):
     assert job.main([str(path), str(tmp_path / "out"), *([] if step is None else ["--step", str(step)])]) == 0
     assert same(checkpoint.load(tmp_path / "out")[1], states[step or 5])
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.startswith("Exports") and "Writes to" in shown and f"Wrote step {step or 5}" in shown
+    named = "the newest checkpoint" if step is None else f"checkpoint {step}"
+    assert shown.startswith(f"Exports {named} of {path} (tiny).") and f"Wrote step {step or 5}: " in shown
+    files = sorted((tmp_path / "out").iterdir())
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    gigabytes = sum(file.stat().st_size for file in weights) / 1e9
+    assert f"{gigabytes:.3f} GB in 1 weight file(s), {len(files) - 1} others, float32, " in shown and len(weights) == 1
 
 
 def test_transformers_loads_what_is_exported(run, tmp_path):
@@ -65,6 +71,7 @@ def test_transformers_loads_what_is_exported(run, tmp_path):
         (["{run}", "{out}", "--step", "3"], "holds no finished checkpoint 3; there are 2, 5"),
         (["{out}", "{out}2"], "is not a run, it holds no config.yaml"),
         (["{run}", "{run}"], "is not an empty folder; name a new one"),
+        (["{run}", "{run}/config.yaml"], "is there already and is not an empty folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys, flags, sentence):

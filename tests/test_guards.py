@@ -5,6 +5,7 @@ Planted bugs go through the real code: rollouts of the shipped base, `train.judg
 
 import copy
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
-from scripted_run import tools_with
+from scripted_run import play, scripts, tools_with
 
 from imagent_jax import train as job
 from imagent_jax.config import RewardConfig
@@ -26,7 +27,7 @@ from imagent_jax.rl.learner import score_jit
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import dropped_shares, mask_tables, two_level_mask
 from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import EndReason, Turn
+from imagent_jax.rl.trajectory import EndReason, TokenKind, Turn
 from imagent_jax.run_log import RunLog
 from imagent_jax.tools import CallResult, CallStatus
 
@@ -180,34 +181,157 @@ def test_a_tool_that_crashes_now_and_then(parts, cfg, roll, healthy):
     assert 0 < planted["end/fault"] < 0.5 and warned(healthy, planted) == {"calls_faulted"}
 
 
-def test_what_call_metrics_count(parts, cfg, roll):
-    rollout = roll()
-    flat = [t for group in rollout.trajectories for t in group]
-    found = guards.call_metrics(rollout.trajectories, cfg.tools.names)
-    calls = sum(v for k, v in found.items() if k.startswith("tools/calls/"))
-    assert calls * len(flat) == pytest.approx(sum(turn.call is not None for t in flat for turn in t.turns))
-    assert found["tools/calls/visual_confirmation/executed"] > 0.5
-    right = [[rewards.answer(t) for t in group] for group in rollout.trajectories]
-    used = [[t.executed_calls > 0 for t in group] for group in rollout.trajectories]
-    gains = [np.average(r, weights=u) - np.average(r, weights=np.logical_not(u))
-             for r, u in zip(right, used, strict=True) if 0 < sum(u) < len(u)]  # fmt: skip
-    assert found["tools/gain"] == pytest.approx(np.mean(gains)) and gains
-    assert found["length/sampled"] == pytest.approx(np.mean([np.sum(t.logprobs != 0) for t in flat]), abs=1)
+def test_what_call_metrics_count(parts):
+    """Groups where some call, where all do and where none does: of scripted rollouts."""
+    cfg = small_config(tools={"max_turns": 3}, rollout={"prompt_tokens": 512, "response_tokens": 512})
+    engine, task = RolloutEngine(parts.model, parts.processor, parts.tools, cfg), task_at(3, "train", 0)
+    done = [play(engine, task, line, texts) for line, texts in enumerate(scripts(task))]
+    lines = [[0, 1, 4, 5, 7], [0, 1, 2], [7, 5, 6]]  # right: 0, 2, 4, 7; with executed calls: 0, 1, 2, 4
+    found = guards.call_metrics([[done[line] for line in group] for group in lines], parts.tools.names)
+    calls = {
+        "visual_confirmation/executed": 2 + 1 + 1 + 2 + 1 + 1, "visual_confirmation/invalid": 1, "visual_confirmation/faulted": 0,
+        "visual_reflection/executed": 1, "visual_reflection/invalid": 0, "visual_reflection/faulted": 0, "unknown/invalid": 2,
+    }  # fmt: skip
+    chosen = [sum(turn.stop - turn.start for turn in done[line].turns) for group in lines for line in group]
+    assert found == pytest.approx(
+        {f"tools/calls/{name}": count / 11 for name, count in calls.items()}
+        | {"tools/earned": 4 / 11, "length/sampled": np.mean(chosen), "tools/gain": 2 / 3 - 1 / 2}
+    )
+    assert chosen[0] == np.sum(done[0].kind != TokenKind.OBSERVATION) < len(done[0].ids)
+    assert "tools/gain" not in guards.call_metrics([[done[0], done[1]], [done[5]]], parts.tools.names)
 
 
-def test_a_run_prints_a_new_warning_once_and_keeps_it(tmp_path, capsys, monkeypatch):
-    flags = ["--run.compile_cache=", "--rollout.groups=4", "--rollout.group_size=4", "--grpo.micro_groups=2", "--grpo.widths=1",
-             "--grpo.minibatches=1", "--eval.tasks=4", "--eval.groups=4", "--eval.every=0", "--data.train_size=64",
-             "--data.test_size=32", f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path}/data"]  # fmt: skip
-    paid = lambda history: "Too much was paid." if len(history) > 1 else None  # noqa: E731
-    monkeypatch.setitem(guards.GUARDS, "bonus_unearned", paid)
-    assert job.main([*flags, "--run.name=warned", "--run.steps=3"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("warning (bonus_unearned): Too much was paid.") == 1
-    records = [json.loads(line) for line in (tmp_path / "warned" / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if "reward/total" in r]
-    assert ["bonus_unearned" in r.get("warnings", {}) for r in steps] == [False, True, True]
-    assert "2 step(s) from 2 to 3: Too much was paid." in (tmp_path / "warned" / "report.html").read_text()
+# ---- where each warns, and where not yet ------------------------------------------------------------------------------
+
+
+def made(**changed):
+    """The metrics of a step; `__` stands for `/`."""
+    plain = {
+        "tools/used_rate": 0.5, "tools/gain": 0.2, "accuracy": 0.5, "entropy": 1.0, "clip/low": 0.0, "clip/high": 0.0,
+        "groups/flat": 0.2, "mask/dropped_tokens": 0.1, "tools/calls/crop/executed": 1.0, "tools/calls/crop/invalid": 0.0,
+        "tools/calls/crop/faulted": 0.0, "reward/tool_gain": 0.2, "tools/earned": 0.2, "length/sampled": 50.0,
+    }  # fmt: skip
+    return plain | {name.replace("__", "/"): value for name, value in changed.items()}
+
+
+def history(*parts):
+    """Steps: (count, changes), in order."""
+    return [made(**changed) for count, changed in parts for _ in range(count)]
+
+
+def warns(*parts) -> set[str]:
+    return set(guards.watch(history(*parts)))
+
+
+USED, GAIN, EARNED, RIGHT = "tools__used_rate", "tools__gain", "tools__earned", "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("quiet", "loud"),
+    [  # falls below half of the most
+        ([(10, {USED: 0.8}), (10, {USED: 0.41})], [(10, {USED: 0.8}), (10, {USED: 0.39})]),
+        ([(10, {USED: 0.8}), (9, {USED: 0.0})], [(10, {USED: 0.8}), (10, {USED: 0.0})]),  # twenty steps are needed
+        ([(10, {USED: 0.098}), (10, {USED: 0.0})], [(10, {USED: 0.102}), (10, {USED: 0.0})]),  # and more than a few callers
+        ([(10, {USED: 0.4}), (10, {USED: 0.3})], [(10, {USED: 0.4}), (10, {USED: 0.8}), (10, {USED: 0.3})]),  # of any ten steps
+        ([(15, {USED: 0.4}), (5, {USED: 0.8}), (6, {USED: 0.22})], [(10, {USED: 0.4}), (5, {USED: 0.8}), (10, {USED: 0.22})]),
+        # callers are more often right, in the last ten steps that can say so
+        ([(10, {USED: 0.8}), (10, {USED: 0.1, GAIN: 0.049})], [(10, {USED: 0.8}), (10, {USED: 0.1, GAIN: 0.051})]),
+        ([(10, {USED: 0.8, GAIN: 0.9}), (10, {USED: 0.1, GAIN: 0.0})],
+         [(10, {USED: 0.8, GAIN: -0.9}), (10, {USED: 0.1, GAIN: 0.1})]),
+        # calls in vain are calls
+        ([(10, {USED: 0.8}), (10, {USED: 0.1, "tools__calls__crop__invalid": 0.31})],
+         [(10, {USED: 0.8}), (10, {USED: 0.1, "tools__calls__crop__invalid": 0.29})]),
+        ([(10, {USED: 0.8}), (10, {USED: 0.1, "tools__calls__unknown__invalid": 0.31})],
+         [(10, {USED: 0.8, "tools__calls__crop__invalid": 0.5}), (10, {USED: 0.1, "tools__calls__crop__executed": 0.5})]),
+    ],
+)  # fmt: skip
+def test_tools_are_given_up(quiet, loud):
+    assert guards.tools_abandoned(history(*quiet)) is None and warns(*loud) == {"tools_abandoned"}
+
+
+def test_tools_given_up_are_told_in_figures():
+    said = guards.tools_abandoned(history((10, {USED: 0.8}), (10, {USED: 0.3, GAIN: 0.25})))
+    assert said == ("Tools are being given up: 30 % of the rollouts call one, 80 % once did, though those with a call were 25 "
+                    "points more often right than others of their group.")  # fmt: skip
+    nobody = [{k: v for k, v in record.items() if k != "tools/gain"} for record in history((10, {USED: 0.0}))]
+    early = history((10, {USED: 0.8}))
+    assert guards.tools_abandoned(early + nobody) and guards.tools_abandoned(nobody * 2) is None
+    assert guards.tools_abandoned([{**r, "tools/gain": 0.0} for r in early] + nobody) is None
+
+
+@pytest.mark.parametrize(
+    ("guard", "quiet", "loud", "words"),
+    [
+        ("bonus_unearned", [(1, {"reward__tool_gain": 0.2, EARNED: 0.2})], [(1, {"reward__tool_gain": 0.21, EARNED: 0.2})],
+         "21 % of the rollouts got it, 20 % were right"),
+        ("bonus_unearned", [(9, {"reward__tool_gain": 0.9}), (1, {})], [(9, {}), (1, {"reward__tool_gain": 0.9})], "90 %"),
+        ("bonus_without_gain", [(10, {EARNED: 0.2}), (10, {EARNED: 0.299})], [(10, {EARNED: 0.2}), (10, {EARNED: 0.302})],
+         "it went from 20 % to 30 % of the rollouts, right answers from 50 % to 50 %"),
+        ("bonus_without_gain", [(10, {EARNED: 0.2}), (10, {EARNED: 0.4, RIGHT: 0.551})],
+         [(10, {EARNED: 0.2}), (10, {EARNED: 0.4, RIGHT: 0.549})], "to 40 % of the rollouts, right answers from 50 % to 55 %"),
+        ("bonus_without_gain", [(10, {EARNED: 0.2}), (9, {EARNED: 0.9})],
+         [(10, {EARNED: 0.2}), (5, {}), (10, {EARNED: 0.4})], ""),
+        ("entropy_away", [(10, {}), (10, {"entropy": 0.101})], [(10, {}), (10, {"entropy": 0.099})],
+         "collapsed from 1 to 0.099 nats"),
+        ("entropy_away", [(10, {}), (10, {"entropy": 0.05, RIGHT: 0.81})], [(10, {}), (10, {"entropy": 0.05, RIGHT: 0.79})], ""),
+        ("entropy_away", [(10, {}), (10, {"entropy": 2.04})], [(10, {}), (10, {"entropy": 2.06})], "2.06 nats a token after 1 "),
+        ("entropy_away", [(10, {}), (9, {"entropy": 9.0})],
+         [(10, {}), (7, {"entropy": 0.1}), (10, {"entropy": 9.0})], "runs away"),
+        ("clip_away", [(1, {"clip__low": 0.1, "clip__high": 0.09})],
+         [(1, {"clip__low": 0.1, "clip__high": 0.11})], "21 % of the"),
+        ("clip_away", [(5, {"clip__low": 1.0}), (10, {})], [(10, {}), (10, {"clip__low": 0.3})], "30 %"),
+        ("length_growth", [(10, {}), (10, {"length__sampled": 74.0})], [(10, {}), (10, {"length__sampled": 76.0})],
+         "from 50 to 76 sampled tokens, right answers from 50 % to 50 %"),
+        ("length_growth", [(10, {}), (10, {"length__sampled": 99.0, RIGHT: 0.551})],
+         [(10, {}), (10, {"length__sampled": 99.0, RIGHT: 0.549})], "from 50 to 99 sampled tokens, right answers .* to 55 %"),
+        ("length_growth", [(10, {}), (9, {"length__sampled": 999.0})], [(10, {}), (5, {}), (10, {"length__sampled": 90.0})], ""),
+        ("clip_away", [(9, {}), (1, {"clip__low": 1.9})], [(1, {"clip__low": 2.1}), (9, {})], "21 %"),  # all of the ten count
+        ("length_growth", [(1, {"length__sampled": 10.0}), (9, {"length__sampled": 60.0}), (10, {"length__sampled": 82.0})],
+         [(1, {"length__sampled": 100.0}), (9, {}), (10, {"length__sampled": 83.0})], "from 55 to 83"),
+        ("groups_flat", [(10, {"groups__flat": 0.89})], [(10, {"groups__flat": 0.91})], "91 % of the groups"),
+        ("groups_flat", [(9, {"groups__flat": 1.0})], [(5, {}), (10, {"groups__flat": 1.0})], "100 %"),
+        ("mostly_masked", [(1, {"mask__dropped_tokens": 0.49})], [(1, {"mask__dropped_tokens": 0.51})], "51 % .*for: unknown"),
+        ("mostly_masked", [(3, {"mask__dropped_tokens": 1.0}), (10, {})],
+         [(10, {"mask__dropped_tokens": 0.6, "mask__dropped_tokens__void": 0.2, "mask__dropped_tokens__over_turns": 0.4,
+                "mask__dropped_trajectories__truncated": 0.9})], "60 % .*for: over turns"),
+        ("calls_invalid", [(1, {"tools__calls__crop__invalid": 0.99})], [(1, {"tools__calls__crop__invalid": 1.01})],
+         "50 % of the calls of crop are refused as invalid"),
+        ("calls_invalid", [(1, {"tools__calls__crop__invalid": 0.009, "tools__calls__crop__executed": 0.0})],
+         [(1, {"tools__calls__crop__invalid": 0.011, "tools__calls__crop__executed": 0.0})], "100 % of"),
+        ("calls_invalid", [(1, {"tools__calls__unknown__invalid": 5.0})],
+         [(1, {"tools__calls__crop__invalid": 3.0, "tools__calls__view__invalid": 4.0, "tools__calls__view__executed": 1.0})],
+         "75 % of the calls of crop and 80 % of the calls of view are refused"),
+        ("calls_invalid", [(5, {"tools__calls__crop__invalid": 9.0}), (10, {})],
+         [(10, {}), (10, {"tools__calls__crop__invalid": 3.0, "tools__calls__crop__faulted": 0.001})], "75 %"),
+        ("calls_faulted", [(1, {"tools__calls__crop__faulted": 0.0203, "tools__calls__crop__invalid": 0.01})],
+         [(1, {"tools__calls__crop__faulted": 0.0205})], "2 % of the calls of crop end with a fault"),
+    ],
+)  # fmt: skip
+def test_a_guard_warns_beyond_its_limit_and_not_before(guard, quiet, loud, words):
+    assert guard not in warns(*quiet) and warns(*loud) == {guard}
+    assert re.search(words, guards.watch(history(*loud))[guard])
+
+
+def test_refused_calls_are_the_cause_where_most_is_masked():
+    invalid = {"tools__calls__crop__invalid": 3.0, "mask__dropped_tokens": 0.9}
+    assert warns((10, invalid)) == {"calls_invalid"} and warns((10, {"mask__dropped_tokens": 0.9})) == {"mostly_masked"}
+    assert warns((10, invalid | {"clip__low": 0.9})) == {"calls_invalid", "clip_away"}
+    assert (
+        guards.watch([]) == {}
+        and list(guards.GUARDS) == [g.__name__ for g in guards.GUARDS.values()]
+        and len(guards.GUARDS) == 10
+    )
+
+
+def test_a_control_that_changes_nothing_is_told_of():
+    def said(won, lost, both=10):
+        true = np.asarray([True] * (won + both) + [False] * lost)
+        control = np.asarray([False] * won + [True] * (both + lost))
+        return guards.looks_unused(true, control, "black images")
+
+    assert said(5, 0) is None and said(4, 0) and said(13, 4) is None and said(12, 4) and said(0, 30) and said(0, 0)
+    assert said(4, 2, 4) == ("The agent makes no use of what it sees: with black images, 60 % of the answers are right, truly "
+                             "80 % (4 tasks lost by it, 2 won).")  # fmt: skip
 
 
 def test_the_report_says_that_no_guard_has_warned():

@@ -20,9 +20,13 @@ from imagent_jax.hosts import RESTART
 
 JOB = [
     "--run.steps=2", "--rollout.groups=8", "--rollout.group_size=2", "--rollout.response_tokens=64", "--grpo.micro_groups=8",
-    "--grpo.minibatches=1", "--grpo.widths=2", "--images.pack_blocks=4", "--images.packs=8",
+    "--grpo.minibatches=1", "--grpo.widths=1", "--images.pack_blocks=4", "--images.packs=8",
     "--eval.tasks=5", "--eval.groups=4", "--eval.every=0", "--data.train_size=64", "--data.test_size=32",
     "--tools.timeout_s=600", "--tools.patience_s=600", "--run.checkpoint_every=1",
+]  # fmt: skip
+LEAST = [  # a job of the fewest and smallest programs: the second process finds none of its own in the compile cache
+    "--rollout.groups=2", "--rollout.response_tokens=32", "--grpo.micro_groups=2", "--images.pack_blocks=1", "--eval.tasks=2",
+    "--eval.groups=2",
 ]  # fmt: skip
 TOWER = ["--model.freeze_vision=false", "--images.pack_blocks=3"]  # everything learns; packs that do not divide over devices
 
@@ -53,6 +57,9 @@ def records(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = "time/|compile/|memory/|per_second|vision/"  # images are encoded once a process
     return [{k: v for k, v in line.items() if not re.search(clock, k)} for line in lines]
+
+
+pytestmark = pytest.mark.slow(120)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +105,7 @@ def test_two_processes_resume_what_one_began_and_one_what_two_did(folder):
 
 def underway(folder: Path, steps: int = 1) -> list[subprocess.Popen]:
     """Two processes that have measured the base and made so many steps of very many."""
-    processes = start_two(folder, "cut", "--run.steps=500", devices=1)
+    processes = start_two(folder, "cut", "--run.steps=500", *LEAST, devices=1)
     path, deadline = folder / "cut/metrics.jsonl", time.time() + TOGETHER
     while not (path.exists() and len(path.read_text().splitlines()) > steps) and time.time() < deadline:
         time.sleep(0.2)
@@ -192,7 +199,7 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path):
 def test_what_one_process_cannot_mend_by_starting_again_ends_all_so(tmp_path, fails):
     own = [(), ()]
     own[fails] = ("--model.path=nowhere",)
-    processes = start_two(tmp_path, "alone", devices=1, own=own)
+    processes = start_two(tmp_path, "alone", *LEAST, devices=1, own=own)
     errors = [process.communicate(timeout=TOGETHER)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
     assert "nowhere" in errors[fails]

@@ -1,14 +1,26 @@
 """Images are prepared exactly as transformers' own Qwen2-VL processor prepares them."""
 
 import io
+import json
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
+from rounding import assert_rounded
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
 from imagent_jax.model.config import VisionConfig
-from imagent_jax.model.images import PreparedImage, fit_budget, pack_images, patch_coords, prepare_image, smart_resize, to_rgb
+from imagent_jax.model.images import (
+    PreparedImage,
+    fit_budget,
+    image_settings,
+    pack_images,
+    patch_coords,
+    prepare_image,
+    smart_resize,
+    to_rgb,
+)  # fmt: skip
 from imagent_jax.model.vision import normalise
 
 BUDGET = {"min_pixels": 3136, "max_pixels": 12544}
@@ -32,7 +44,7 @@ def assert_normalised(ours, theirs, **settings):
     """The bytes are the reference's to the last; normalised they differ from it by rounding only."""
     cfg = VisionConfig(depth=1, embed_dim=8, hidden_size=8, intermediate_size=8, num_heads=1, **settings)
     assert ours.patches.dtype == np.uint8 and ours.patches.shape[1] * cfg.temporal_patch_size == theirs["pixel_values"].shape[1]
-    np.testing.assert_allclose(normalise(cfg, ours.patches), theirs["pixel_values"], rtol=5e-7, atol=5e-7)
+    assert_rounded(normalise(cfg, ours.patches), theirs["pixel_values"], 4)
 
 
 SIZES = [(28, 28), (56, 56), (84, 112), (1, 1), (3, 200), (500, 7), (77, 133), (133, 77), (301, 299), (1023, 769)]
@@ -112,6 +124,11 @@ def test_smart_resize_equals_the_reference_on_random_sizes_and_budgets():
 
 
 def test_a_budget_is_lowered_only_where_the_reference_goes_beyond_what_a_block_holds():
+    def eighths(low, high):
+        while True:
+            yield min(low, high), high
+            high = high * 7 // 8
+
     rng, lowered = np.random.default_rng(1), 0
     for _ in range(3000):
         size = tuple(int(side) for side in np.exp(rng.uniform(0, 8, 2)))
@@ -120,12 +137,17 @@ def test_a_budget_is_lowered_only_where_the_reference_goes_beyond_what_a_block_h
         most = high + int(rng.integers(0, 2000))
         if max(size) / min(size) <= 200:
             shown, *budget = fit_budget(size, 28, low, high, most)
-            plain = reference.smart_resize(*size, 28, low, high)
-            assert shown == reference.smart_resize(*size, 28, *budget) and shown[0] * shown[1] <= max(most, 28 * 28)
-            fits = plain[0] * plain[1] <= max(most, 28 * 28)
-            assert (shown, budget) == (plain, [low, high]) if fits else budget[1] < high
-            lowered += not fits
-    assert lowered > 100
+            sizes = ((reference.smart_resize(*size, 28, *asked), *asked) for asked in eighths(low, high))
+            assert (shown, *budget) == next(found for found in sizes if math.prod(found[0]) <= max(most, 28 * 28))
+            lowered += budget != [low, high]
+    assert lowered == 642
+
+
+def test_a_block_of_just_an_images_size_holds_it():
+    """At 28 x 28 pixels, the least an image is shown at, and at exactly the most."""
+    assert fit_budget((28, 28), 28, 1, 784, 100) == ((28, 28), 1, 784)
+    assert fit_budget((56, 84), 28, 1, 4704, 4704) == ((56, 84), 1, 4704)
+    assert fit_budget((56, 84), 28, 1, 4704, 4703) == ((28, 56), 1, 4116)
 
 
 @pytest.mark.parametrize("size", [(201, 1), (1, 201), (0, 5)])
@@ -140,7 +162,7 @@ def test_patch_coords_name_where_each_patch_was_cut():
     pixels[..., 0], pixels[..., 1] = rows // 14, columns // 14
     image = prepare_image(Image.fromarray(pixels), min_pixels=1, max_pixels=10**6)
     patches = image.patches.reshape(len(image.patches), 3, -1)
-    np.testing.assert_allclose(patch_coords(image.grid), patches[:, :2].mean(-1), atol=1e-4)
+    np.testing.assert_array_equal(patch_coords(image.grid), patches[:, :2, 0])
     assert patch_coords((2, 4)).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
 
 
@@ -163,8 +185,27 @@ def test_packed_images_never_straddle_a_block_and_pads_are_marked():
 
 
 def test_no_images_give_a_pack_of_padding():
-    _, _, image_id, first = pack_images([], block=16, n_blocks=2)
-    assert first == [] and (image_id == -1).all() and len(image_id) == 32
+    patches, _, image_id, first = pack_images([], block=16, n_blocks=2)
+    assert first == [] and (image_id == -1).all() and len(image_id) == 32 and patches.shape == (32, 3 * 14 * 14)
+
+
+def test_images_that_just_fill_their_blocks_fit():
+    _, coords, image_id, first = pack_images([blank((4, 4)), blank((2, 4)), blank((4, 2))], block=16, n_blocks=2)
+    assert first == [0, 16, 24] and image_id.tolist() == [0] * 16 + [1] * 8 + [2] * 8
+    _, coords, _, _ = pack_images([blank((2, 3))], block=6, n_blocks=1, merge=1)
+    assert coords.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+
+
+def test_image_settings_are_those_of_the_older_file_then_of_the_newer(tmp_path):
+    assert image_settings(tmp_path, {"patch_size": 1}) == {"patch_size": 1}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor"}))
+    assert image_settings(tmp_path, {}) == {}
+    with pytest.raises(ValueError, match="holds no preprocessor_config.json"):
+        image_settings(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"patch_size": 2}}))
+    assert image_settings(tmp_path) == {"patch_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 3}))
+    assert image_settings(tmp_path, {}) == {"patch_size": 3}
 
 
 @pytest.mark.parametrize("grids", [[(4, 6)], [(4, 4), (4, 4), (2, 2)]])

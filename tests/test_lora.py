@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from test_model_parity import BLOCK, all_logits, pack, prepare, samples_of
 from test_model_parity import batch as padded
-from test_train import run
 
 from imagent_jax import train as job
 from imagent_jax.config import Config
@@ -89,6 +88,29 @@ def test_fresh_adapters_change_no_logit(base, settings):
     assert not flat(params)["text.layers.v_lora_b"].any()
 
 
+def test_a_seed_gives_its_own_adapters_and_every_matrix_others(base):
+    def fresh(seed):
+        return flat(lora.attach(*base, **MERGER_TOO, seed=seed)[1])
+
+    one, again, other = fresh(3), fresh(3), fresh(4)
+    names = [name for name in one if name.endswith("_lora_a")]
+    assert all(np.array_equal(one[name], again[name]) and not np.array_equal(one[name], other[name]) for name in names)
+    assert not np.array_equal(one["text.layers.gate_lora_a"], one["text.layers.up_lora_a"])
+    assert not np.array_equal(*one["text.layers.q_lora_a"][:2])
+
+
+def test_the_merger_can_be_adapted_alone(base, tmp_path):
+    model, params = lora.attach(*base, rank=2, alpha=3.0, targets=(), merger=True)
+    params = shaken(params)
+    added = flat(params).keys() - flat(base[1]).keys()
+    assert added == {f"vision.merge_fc{i}_lora_{half}" for i in (1, 2) for half in "ab"}
+    lora.save(tmp_path, model, params)
+    again = flat(lora.load(tmp_path, *base)[1])
+    assert all(np.array_equal(again[name], flat(params)[name]) for name in added)
+    with pytest.raises(ValueError, match="there is nothing to adapt"):
+        lora.attach(*base, rank=2, alpha=3.0, targets=())
+
+
 def test_merged_weights_give_the_logits_of_the_adapters(base):
     model, params = lora.attach(*base, **MERGER_TOO)
     params = shaken(params)
@@ -136,6 +158,33 @@ def test_peft_loads_what_we_save_and_gives_our_logits(base, tmp_path, settings):
     again_model, again = lora.load(tmp_path, *base)
     assert again_model == model
     np.testing.assert_array_equal(ours, logits(again_model, again))
+
+
+@pytest.mark.parametrize(
+    ("change", "alpha"),
+    [({}, 3.0), ({"lora_alpha": 10}, 10.0), ({"use_rslora": True}, 3 * 2**0.5)],
+    ids=["ours", "other", "rslora"],
+)
+def test_the_saved_alpha_is_that_of_the_adapters(base, tmp_path, change, alpha):
+    """As attached, and as loaded; alpha / rank is the scale, that of rank-stabilised ones alpha / sqrt(rank)."""
+    lora.save(tmp_path, *lora.attach(*base, **ATTENTION), base="somewhere/qwen2-vl")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    lora.save(tmp_path / "again", *lora.load(tmp_path, *base), base="elsewhere")
+    config = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (2, "elsewhere")
+    assert config["lora_alpha"] == pytest.approx(alpha) and not config.get("use_rslora")
+
+
+def test_of_many_faults_of_an_adapter_eight_are_named(base, tmp_path):
+    lora.save(tmp_path, *lora.attach(*base, **ATTENTION))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name.replace("lora_B", "lora_C"): tensor for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"lora_B.weight is missing; .*; and 4 more\.$") as refused:
+        lora.load(tmp_path, *base)  # three layers of two matrices: six B are missing, and six C are nothing
+    assert str(refused.value).count(";") == 8
 
 
 @pytest.mark.parametrize(
@@ -291,23 +340,39 @@ def test_the_trainer_recomputes_the_logprobs_of_an_adapted_sampler(parts, tasks,
     assert np.abs(plain - b.logprobs)[chosen].max() > 1e-3
 
 
-def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merged_model(tmp_path, monkeypatch):
-    flags = ("--lora.rank", "4", "--lora.merger=true", "--run.steps=2", "--run.checkpoint_every=1", "--eval.every=0")
-    assert run(tmp_path, *flags, "--run.name=whole") == 0
-    with monkeypatch.context() as patch:
-        interrupt, save = SimpleNamespace(asked=False), job.RunFolder.save
+def number(trajectory) -> float:
+    """A reward that spreads in every group."""
+    return float(trajectory.rollout)
 
-        def stop(self, *rest):
-            save(self, *rest)
-            interrupt.asked = True
+
+@pytest.mark.slow(30)
+def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merged_model(tmp_path, monkeypatch):
+    """Stopped after the first of two steps, each of which moves the adapters."""
+    flags = (
+        "--lora.rank=4", "--lora.alpha=6", "--lora.merger=true", "--run.steps=2", "--run.checkpoint_every=1",
+        "--run.log_trajectories=0", "--optim.warmup_steps=0", "--rollout.groups=2", "--rollout.group_size=2",
+        "--rollout.response_tokens=32", "--images.pack_blocks=2", "--grpo.widths=1", "--mask.drop_truncated=false",
+        "--eval.every=0", "--eval.tasks=1", "--eval.groups=1", "--data.train_size=8", "--data.test_size=1",
+        "--grpo.minibatches=1", "--run.compile_cache=", f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path}/data",
+        f"--reward.custom=['{__name__}:number']",
+    )  # fmt: skip
+    assert job.main([*flags, "--run.name=whole"]) == 0
+    with monkeypatch.context() as patch:
+        interrupt, save = SimpleNamespace(asked=0), job.RunFolder.save
+
+        def stop(self, step, *rest):
+            save(self, step, *rest)
+            interrupt.asked = int(step == 1)
 
         patch.setattr(job, "Interrupt", lambda: contextlib.nullcontext(interrupt))
         patch.setattr(job.RunFolder, "save", stop)
-        assert run(tmp_path, *flags, "--run.name=cut") == 0
+        assert job.main([*flags, "--run.name=cut"]) == 0
     assert not (tmp_path / "cut/adapter").exists()
-    assert run(tmp_path, *flags, "--run.name=cut", "--run.resume=true") == 0
+    assert job.main([*flags, "--run.name=cut", "--run.resume=true"]) == 0
     a, b = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "cut"))
     assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+    described = json.loads((tmp_path / "cut/adapter/adapter_config.json").read_text())
+    assert (described["r"], described["lora_alpha"], described["base_model_name_or_path"]) == (4, 6.0, "tiny")
 
     path = tmp_path / "cut"
     kept = sum(file.stat().st_size for file in (path / "checkpoints/2").rglob("*") if file.is_file())

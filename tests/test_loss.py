@@ -55,6 +55,13 @@ def by_hand(logprobs, old, advantages, mask, ref, cfg, importance=None):
     return sum(map(sum, trajectories)) / (N * G * cfg.constant)
 
 
+def means_by_hand(values, mask, cfg):
+    """Means of values [N G R] over the kept tokens: each trajectory's alike at level sequence, else each token's alike."""
+    rows = [[values[n, g, r] for r in range(R) if mask[n, g, r]] for n in range(N) for g in range(G)]
+    rows = [row for row in rows if row]
+    return np.mean([np.mean(row) for row in rows]) if cfg.level == "sequence" else np.mean(sum(rows, []))
+
+
 def preset(name, **changes):
     return dataclasses.replace(GRPOConfig(constant=R), **PRESETS[name] | changes)
 
@@ -169,9 +176,30 @@ def test_micro_batches_add_up_to_the_batch(name):
         sums = jax.tree.map(lambda a, b: a + b, *(p[0][1] for p in pieces))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), sums, metrics)
         finished = finish_metrics(sums)
-    if cfg.level != "constant":
-        assert abs(float(sums["loss/weight"]) - 1) < 1e-12
-    assert 0.5 < float(finished["ratio/mean"]) < 2
+    expected = mask.sum() / (N * G * R) if cfg.level == "constant" else 1
+    assert abs(float(finished["loss/weight"]) - expected) < 1e-12
+    difference = np.where(mask, logprobs - old, 0)
+    if cfg.ratio == "sequence":
+        difference = np.broadcast_to(difference.sum(-1, keepdims=True) / np.maximum(mask.sum(-1, keepdims=True), 1), mask.shape)
+    assert float(finished["ratio/mean"]) == pytest.approx(means_by_hand(np.exp(difference), mask, cfg), rel=1e-9)
+    divergence = np.exp(ref - logprobs) - (ref - logprobs) - 1
+    assert float(finished["kl/reference"]) == pytest.approx(means_by_hand(divergence, mask, cfg), rel=1e-9)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "constant"])
+def test_metrics_are_means_over_the_kept_tokens(level):
+    cfg, (logprobs, old, advantages, mask, _) = preset("grpo", level=level), sample(4)
+    entropy = np.random.default_rng(6).uniform(0, 3, mask.shape)
+    with jax.enable_x64(True):
+        metrics = finish_metrics(loss_of(cfg, logprobs, old, advantages, mask, entropy=jnp.asarray(entropy))[1])
+    ratio, a = np.exp(logprobs - old), advantages[..., None]
+    expected = {
+        "entropy": entropy, "ratio/mean": ratio, "kl/sampler": np.exp(old - logprobs) - (old - logprobs) - 1,
+        "clip/low": (ratio < 0.8) & (a < 0), "clip/high": (ratio > 1.2) & (a > 0),
+    }  # fmt: skip
+    assert metrics.keys() == expected.keys() | {"loss/weight"}
+    for name, values in expected.items():
+        assert float(metrics[name]) == pytest.approx(means_by_hand(values, mask, cfg), rel=1e-9), name
 
 
 def test_clip_fractions_count_what_is_clipped():
@@ -189,6 +217,17 @@ def test_nothing_kept_is_a_zero_loss_and_a_huge_ratio_a_finite_gradient():
     assert float(value) == 0.0 and not np.asarray(gradient).any()
     gradient = jax.grad(lambda x: loss_of(cfg, x, old - 1e3, advantages, mask)[0])(jnp.asarray(logprobs))
     assert np.isfinite(gradient).all()
+    for away in (30, -30):  # differences of log-probabilities are cut at 20
+        metrics = loss_of(cfg, old + away, old, advantages, mask)[1]
+        assert float(metrics["ratio/mean"]) == pytest.approx(np.exp(np.sign(away) * 20), rel=1e-5)
+
+
+def test_the_loss_is_float32_whatever_the_log_probabilities_are():
+    cfg, (logprobs, old, advantages, mask, _) = preset("dapo"), sample()
+    half = jnp.asarray(logprobs, jnp.bfloat16)
+    loss, metrics = loss_of(cfg, half, old, advantages, mask)
+    assert loss.dtype == jnp.float32 and {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
+    assert float(loss) == pytest.approx(float(loss_of(cfg, half.astype(jnp.float32), old, advantages, mask)[0]), rel=1e-6)
 
 
 def test_shapes_and_types_are_as_annotated():
@@ -222,13 +261,63 @@ def test_weight_decay_is_of_matrices_only_in_stacked_layers_too():
         np.testing.assert_allclose(updates[name][...], expected, rtol=1e-6)
 
 
+def rates_of(cfg, total, steps):
+    """The learning rate of each step: Adam without memory moves by the rate itself."""
+    optimizer, params, rates = make_optimizer(cfg, total), {"w": jnp.zeros((2, 2))}, []
+    state = optimizer.init(params)
+    for _ in range(steps):
+        updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
+        rates.append(-float(updates["w"][0, 0]))
+    return rates
+
+
 @pytest.mark.parametrize("schedule, last", [("constant", 0.5), ("cosine", 0.5 * (1 + np.cos(np.pi * 5 / 6)) / 2)])
 def test_rate_warms_up_then_follows_its_schedule(schedule, last):
-    cfg = OptimConfig(learning_rate=0.5, schedule=schedule, warmup_steps=4, b1=0.0, b2=0.0, clip_norm=1.0)
-    optimizer, params, rates = make_optimizer(cfg, 10), {"w": jnp.zeros((2, 2))}, []
-    state = optimizer.init(params)
-    for _ in range(10):
-        updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
-        rates.append(-float(updates["w"][0, 0]))  # Adam without memory moves by the rate itself
+    cfg = OptimConfig(learning_rate=0.5, schedule=schedule, warmup_steps=4, b1=0.0, b2=0.0)
+    rates = rates_of(cfg, 10, 10)
     np.testing.assert_allclose(rates[:5], [0.0, 0.125, 0.25, 0.375, 0.5], atol=1e-6)
     assert rates[9] == pytest.approx(last, rel=1e-5)
+
+
+def test_a_warm_up_longer_than_the_run_ends_with_it():
+    cfg = OptimConfig(learning_rate=0.5, warmup_steps=10, b1=0.0, b2=0.0)
+    np.testing.assert_allclose(rates_of(cfg, 3, 3), [0.0, 0.25, 0.5], atol=1e-6)
+    np.testing.assert_allclose(rates_of(cfg, 1, 1), [0.5], atol=1e-6)
+
+
+def adamw_by_hand(cfg, total, params, gradients):
+    """Parameters after each step, in double precision: clipping by global norm, Adam, decoupled decay of matrices."""
+    params, first, second = dict(params), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
+    for t, gradient in enumerate(gradients):
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        done = (t - cfg.warmup_steps) / (total - cfg.warmup_steps)
+        falling = (1 + np.cos(np.pi * done)) / 2 if cfg.schedule == "cosine" else 1
+        rate = cfg.learning_rate * (t / cfg.warmup_steps if t < cfg.warmup_steps else falling)
+        for name, g in gradient.items():
+            g = g * min(1, cfg.clip_norm / norm)
+            first[name] = cfg.b1 * first[name] + (1 - cfg.b1) * g
+            second[name] = cfg.b2 * second[name] + (1 - cfg.b2) * g**2
+            step = first[name] / (1 - cfg.b1 ** (t + 1)) / (np.sqrt(second[name] / (1 - cfg.b2 ** (t + 1))) + 1e-8)
+            params[name] = params[name] - rate * (step + cfg.weight_decay * params[name] * (g.ndim > 1))
+        yield dict(params)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "constant", "warmup_steps": 2, "b1": 0.8, "b2": 0.95, "weight_decay": 0.3, "clip_norm": 0.5},
+        {"schedule": "cosine", "warmup_steps": 3, "b1": 0.6, "b2": 0.9, "weight_decay": 0.0, "clip_norm": 3.0},
+    ],
+    ids=["constant", "cosine"],
+)
+def test_eight_steps_are_adamw_by_hand(settings):
+    """Norms of the gradient are from far below the clip to far above it, and each moves the steps that follow."""
+    cfg, rng = OptimConfig(learning_rate=0.1, moment_dtype="float32", **settings), np.random.default_rng(0)
+    params = {"matrix": rng.normal(size=(3, 4)), "vector": rng.normal(size=4)}
+    gradients = [{name: size * rng.normal(size=x.shape) for name, x in params.items()} for size in (1, 0.03, 20, 0.3) * 2]
+    optimizer, ours = make_optimizer(cfg, 10), jax.tree.map(jnp.float32, params)
+    state = optimizer.init(ours)
+    for expected, gradient in zip(adamw_by_hand(cfg, 10, params, gradients), gradients, strict=True):
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, ours)
+        ours = jax.tree.map(jnp.add, ours, updates)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, expected)

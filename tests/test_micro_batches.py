@@ -1,4 +1,5 @@
-"""Micro-batches by tokens: every group once, in few shapes, within the budget, and the same gradient however they are cut."""
+"""Batches of trajectories; micro-batches by tokens: every group once, in few shapes, within the budget, and the same gradient
+however they are cut."""
 
 import dataclasses
 
@@ -8,11 +9,124 @@ import optax
 import pytest
 from conftest import small_config
 
+from imagent_jax.data.task import Task
+from imagent_jax.model.features import EncodedPacks
+from imagent_jax.model.interleave import Encoded
 from imagent_jax.rl import learner
-from imagent_jax.rl.batch import micro_batches, micro_shapes, take_groups
+from imagent_jax.rl.batch import check_images, learning_groups, micro_batches, micro_shapes, pack_batch, take_groups
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import mask_tables
-from imagent_jax.rl.trajectory import TokenKind
+from imagent_jax.rl.rollout import RolloutBatch
+from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory
+
+IMAGE = 9
+
+
+def trajectory(task: Task, number: int, rng, length: int) -> Trajectory:
+    """A response of random tokens; from the third on, two image placeholders that an observation shows."""
+    vision, kind = np.full(length, -1, np.int32), rng.integers(0, 4, length).astype(np.uint8)
+    ids = rng.integers(10, 50, length).astype(np.int32)
+    if length > 4:
+        vision[2:4], kind[2:4], ids[2:4] = rng.integers(0, 20, 2), TokenKind.OBSERVATION, IMAGE
+    return Trajectory(
+        task, number, ids, rng.normal(size=length).astype(np.float32), kind, rng.integers(0, 99, (3, length)).astype(np.int32),
+        vision, [], EndReason(int(rng.integers(0, 6))), None,
+    )  # fmt: skip
+
+
+def made_rollout() -> RolloutBatch:
+    """Three tasks, two rollouts of each, all of different lengths."""
+    rng, tasks = np.random.default_rng(0), [Task(f"task-{i}", "?", (), "1") for i in range(3)]
+    prompts, vision, groups = [], [], []
+    for length, task in zip((4, 2, 5), tasks, strict=True):
+        ids, positions = rng.integers(10, 50, length).astype(np.int32), rng.integers(0, 99, (3, length)).astype(np.int32)
+        prompts.append(Encoded(ids, positions, 0, np.full(length, -1), np.zeros(length, np.int32), []))
+        vision.append(rng.integers(-1, 20, length).astype(np.int32))
+        groups.append([trajectory(task, number, rng, int(rng.integers(1, 8))) for number in range(2)])
+    no_images = EncodedPacks.__new__(EncodedPacks)  # a batch takes nothing from there
+    return RolloutBatch(tasks, prompts, vision, groups, no_images, {}, 0, IMAGE)
+
+
+def test_a_batch_holds_every_trajectory_in_its_place_and_padding_elsewhere():
+    made, rng, width = made_rollout(), np.random.default_rng(1), 8
+    rewards, advantages = rng.normal(size=(2, 3, 2))
+    packed = pack_batch(made, rewards, advantages, 6, width)
+    np.testing.assert_array_equal(packed.rewards, rewards.astype(np.float32))
+    np.testing.assert_array_equal(packed.advantages, advantages.astype(np.float32))
+
+    def padded(x, length, value):
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])], constant_values=value)
+
+    for n, (prompt, vision) in enumerate(zip(made.prompts, made.prompt_vision, strict=True)):
+        assert packed.prompt_len[n] == len(prompt.ids)
+        np.testing.assert_array_equal(packed.prompt_ids[n], padded(prompt.ids, 6, 0))
+        np.testing.assert_array_equal(packed.prompt_positions[:, n], padded(prompt.positions, 6, 0))
+        np.testing.assert_array_equal(packed.prompt_vision[n], padded(vision, 6, -1))
+        for g, t in enumerate(made.trajectories[n]):
+            assert packed.response_len[n, g] == len(t.ids) and packed.end[n, g] == t.end
+            np.testing.assert_array_equal(packed.response_ids[n, g], padded(t.ids, width, 0))
+            np.testing.assert_array_equal(packed.response_positions[:, n, g], padded(t.positions, width, 0))
+            np.testing.assert_array_equal(packed.response_vision[n, g], padded(t.vision, width, -1))
+            np.testing.assert_array_equal(packed.kind[n, g], padded(t.kind, width, TokenKind.PAD))
+            np.testing.assert_array_equal(packed.logprobs[n, g], padded(t.logprobs, width, 0))
+
+
+def test_a_batch_of_a_trajectory_without_a_feature_row_is_refused():
+    made = made_rollout()
+    t = made.trajectories[1][1]
+    t.ids[0], t.kind[0] = IMAGE, TokenKind.TEXT  # the policy may say the placeholder: it is no image
+    check_images([t], IMAGE)
+    t.vision[3] = -1
+    words = f"Task {t.task.uid}, rollout {t.rollout}: 2 image placeholders but 1 image features."
+    with pytest.raises(ValueError, match=words):
+        pack_batch(made, np.zeros((3, 2)), np.zeros((3, 2)), 6, 8)
+
+
+def test_groups_are_taken_whole_cut_to_a_width_and_filled_up_with_some_that_train_nothing():
+    packed = pack_batch(made_rollout(), np.arange(6.0).reshape(3, 2), np.arange(6.0, 12).reshape(3, 2), 6, 8)
+    part = take_groups(packed, np.array([2, 0]), 5, 4)
+    assert (part.kind[2:] == TokenKind.PAD).all()
+    for field in dataclasses.fields(packed):
+        value, taken = getattr(packed, field.name), getattr(part, field.name)
+        if value is None:
+            assert taken is None
+            continue
+        axis = 1 if field.name in ("prompt_positions", "response_positions") else 0
+        value, taken = np.moveaxis(value, axis, 0), np.moveaxis(taken, axis, 0)
+        wide = value.shape[-1] == 8
+        np.testing.assert_array_equal(taken[:2], value[[2, 0]][..., :5] if wide else value[[2, 0]])
+        assert len(taken) == 4 and (field.name == "kind" or np.array_equal(taken[2], taken[0]))
+    assert len(take_groups(packed, np.array([1]), 8).kind) == 1
+
+
+def test_groups_without_an_advantage_are_run_only_to_fill_the_updates_up():
+    advantages = np.zeros((5, 2), np.float32)
+    advantages[1, 1], advantages[4, 0] = 1.0, -1.0
+    packed = pack_batch(made_rollout(), np.zeros((3, 2)), np.zeros((3, 2)), 6, 8)
+    packed = dataclasses.replace(take_groups(packed, np.array([0, 1, 2, 0, 1]), 8), advantages=advantages)
+    assert learning_groups(packed, 1).tolist() == learning_groups(packed, 2).tolist() == [1, 4]
+    assert learning_groups(packed, 3).tolist() == [1, 4, 0] and learning_groups(packed, 4).tolist() == [1, 4, 0, 2]
+
+
+def test_shapes_of_micro_batches_divide_the_longest_response_and_keep_to_its_tokens():
+    """P + G R = 12 + 2 * 20 tokens a group, of which two are 104; four of 12 + 2 * 7 are as many."""
+    cfg = small_config(rollout={"groups": 9, "group_size": 2, "prompt_tokens": 12, "response_tokens": 20},
+                       grpo={"micro_groups": 2, "widths": 3})  # fmt: skip
+    assert micro_shapes(cfg) == [(7, 4), (14, 2), (20, 2)]
+    few = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, groups=1))
+    assert micro_shapes(few) == [(7, 2), (14, 1), (20, 1)]
+    long = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, prompt_tokens=30))
+    assert micro_shapes(long) == [(7, 2), (14, 2), (20, 2)]
+
+
+def test_the_longest_groups_come_first_each_in_the_narrowest_shape_that_holds_it():
+    packed = pack_batch(made_rollout(), np.zeros((3, 2)), np.zeros((3, 2)), 6, 8)
+    lengths = [4, 8, 1, 5, 2]
+    packed = dataclasses.replace(
+        take_groups(packed, np.array([0, 1, 2, 0, 1]), 8), response_len=np.array([[1, n] for n in lengths], np.int32)
+    )
+    (dealt,) = micro_batches(packed, np.arange(5), [(4, 3), (8, 2)], 1)
+    assert sorted((taken.tolist(), part.kind.shape) for taken, part in dealt) == [([0, 4, 2], (3, 2, 4)), ([1, 3], (2, 2, 8))]
 
 
 def with_lengths(batch, lengths):
@@ -21,8 +135,10 @@ def with_lengths(batch, lengths):
     return dataclasses.replace(big, response_len=np.repeat(np.asarray(lengths)[:, None], batch.kind.shape[1], 1))
 
 
-def test_every_group_is_in_one_micro_batch_and_none_exceeds_the_budget(batch):
-    cfg = small_config(rollout={"groups": 24, "group_size": 4, "response_tokens": 96}, grpo={"micro_groups": 3, "widths": 4})
+def test_every_group_is_in_one_micro_batch_and_none_exceeds_the_budget():
+    cfg = small_config(rollout={"groups": 24, "group_size": 2, "prompt_tokens": 56, "response_tokens": 96},
+                       grpo={"micro_groups": 3, "widths": 4})  # fmt: skip
+    batch = pack_batch(made_rollout(), np.zeros((3, 2)), np.zeros((3, 2)), 56, 96)
     shapes, r = micro_shapes(cfg), cfg.rollout
     assert [width for width, _ in shapes] == [24, 48, 72, 96] and [size for _, size in shapes] == [6, 3, 3, 3]
     lengths = np.random.default_rng(0).integers(1, 97, 24)

@@ -3,26 +3,29 @@
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 from test_tools import OWN, SETTINGS, VISUAL, confirm, registry_of
 
-from imagent_jax.tools import CallPool, CallStatus, format_call
+from imagent_jax.tools import CallPool, CallStatus, ToolSet, ToolSettings, format_call, tool
 
 
 def test_many_calls_come_back_in_order_and_as_if_run_alone():
     rng = np.random.default_rng(0)
     requests = []
     for _ in range(40):
-        x, y = rng.integers(0, 500, 2).tolist()
-        requests.append((confirm(image=int(rng.integers(1, 5)), bbox_2d=[x, y, x + 300, y + 300]), registry_of()))
-    alone = [VISUAL.execute(text, registry.fork(), SETTINGS) for text, registry in requests]
-    together = VISUAL.execute_many(requests, SETTINGS, workers=4, timeout_s=10.0)
+        x, y = rng.integers(0, 30, 2).tolist()
+        requests.append((confirm(image=int(rng.integers(1, 5)), bbox_2d=[x, y, x + 30, y + 30]), registry_of()))
+    settings = ToolSettings(coordinates="absolute", min_box=0.9)  # boxes beyond 56 pixels are refused
+    alone = [VISUAL.execute(text, registry.fork(), settings) for text, registry in requests]
+    together = VISUAL.execute_many(requests, settings, workers=4, timeout_s=10.0)
     assert together == alone
     assert {result.status for result in alone} == {CallStatus.EXECUTED, CallStatus.INVALID}
     for result, (_, registry) in zip(together, requests, strict=True):
         assert len(registry) == 3 + (result.status is CallStatus.EXECUTED)
+        assert all(entry.image.size == (252, 252) for entry in list(registry)[3:])  # nine tenths of a side
     assert VISUAL.execute_many([], SETTINGS) == []
 
 
@@ -42,6 +45,73 @@ def test_a_call_waits_for_a_worker_without_losing_its_time():
     assert [result.parts for result in results] == [["rested"]] * 8
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_calls_run_at_once_as_there_are_workers(workers):
+    lock, meet, running, most = threading.Lock(), threading.Barrier(workers), [], []
+
+    @tool
+    def together(context):
+        """Wait until all workers are here."""
+        with lock:
+            running.append(1)
+            most.append(len(running))
+        meet.wait(timeout=30)
+        time.sleep(0.02)  # one more would come in now
+        with lock:
+            running.pop()
+        return "met"
+
+    requests = [(format_call("together", {}), registry_of(1)) for _ in range(2 * workers)]
+    results = ToolSet([together]).execute_many(requests, SETTINGS, workers=workers, timeout_s=60.0)
+    assert [result.parts for result in results] == [["met"]] * len(requests)
+    assert max(most) == workers
+
+
+def test_a_call_that_ends_too_late_changes_nothing():
+    """Its image never joins the registry, its result is never handed out, and its registry is free for other calls."""
+    go_on, over = threading.Event(), threading.Event()
+
+    @tool
+    def dawdle(context):
+        """Show an image late."""
+        go_on.wait(30)
+        number = context.show(context.registry[1].image)
+        over.set()
+        return [number]
+
+    pool, registry = CallPool(ToolSet([dawdle, *VISUAL]), SETTINGS, workers=1, timeout_s=0.05), registry_of(1)
+    pool.submit("late", format_call("dawdle", {}), registry)
+    [(key, result)] = list(pool.drain())
+    assert (key, result.status, result.arguments) == ("late", CallStatus.FAULT, {})
+    assert result.error == "dawdle ran longer than 0.05 s"
+    go_on.set()
+    assert over.wait(30)
+    pool.submit("next", confirm(image=1, bbox_2d=[0, 0, 500, 500]), registry)
+    [(key, result)] = list(pool.drain())
+    assert (key, result.images, len(registry)) == ("next", [2], 2)
+    assert registry[2].describe() == "Image 2: crop of Image 1" and list(pool.drain()) == []
+
+
+def test_a_call_that_is_overdue_is_handed_out_while_another_runs_on_and_seeing_takes_no_time_of_the_tools():
+    seen = threading.Event()
+
+    def see(registry, number):
+        assert seen.wait(60)
+        return registry[number].shown
+
+    pool = CallPool(ToolSet([*OWN, *VISUAL]), SETTINGS, workers=2, timeout_s=1.0, see=see)
+    pool.submit("seen", format_call("visual_reflection", {"images": [1]}), registry_of(1))
+    pool.submit("stuck", format_call("misbehave", {"how": "sleep"}), registry_of(1))
+    later = threading.Timer(20, seen.set)
+    later.start()  # where the pool waits for both
+    assert [(key, result.status) for key, result in pool.poll(60.0)] == [("stuck", CallStatus.FAULT)]
+    assert pool.pending == 1 and not seen.is_set()
+    later.cancel()
+    seen.set()
+    [(key, result)] = list(pool.drain())
+    assert (key, result.status, result.seen) == ("seen", CallStatus.EXECUTED, [(56, 56)])
+
+
 def test_the_pool_hands_out_results_while_others_run():
     pool = CallPool(OWN, SETTINGS, workers=2, timeout_s=5.0)
     slow, quick = registry_of(1), registry_of(1)
@@ -49,10 +119,24 @@ def test_the_pool_hands_out_results_while_others_run():
     with pytest.raises(ValueError, match="one call at a time on a registry"):
         pool.submit("again", format_call("misbehave", {"how": "nap"}), slow)
     pool.submit("quick", "no call", quick)
+    assert pool.pending == 2
     assert [key for key, _ in pool.poll()] == ["quick"] and pool.pending == 1
     assert pool.poll() == []
     assert [(key, result.parts) for key, result in pool.drain()] == [("slow", ["rested"])]
     assert pool.pending == 0
+    one = CallPool(OWN, SETTINGS, workers=1)
+    for key, registry in enumerate((slow, quick)):
+        one.submit(key, format_call("misbehave", {"how": "nap"}), registry)
+    assert one.pending == 2
+    with pytest.raises(ValueError, match="one call at a time on a registry"):
+        one.submit(2, "no call", quick)  # its call waits for a worker
+    assert [key for key, _ in one.drain()] == [0, 1]
+
+
+@pytest.mark.parametrize(("workers", "timeout_s"), [(0, 1.0), (1, 0.0)])
+def test_a_pool_needs_a_worker_and_time(workers, timeout_s):
+    with pytest.raises(ValueError, match=f"at least 1 and timeout_s above 0, got {workers} and {timeout_s}"):
+        CallPool(OWN, SETTINGS, workers, timeout_s)
 
 
 def test_what_a_call_shows_is_seen_on_its_thread_and_a_failure_of_that_is_the_callers():

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from rounding import assert_rounded
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -100,7 +101,7 @@ def test_image_settings_come_from_the_file(folder, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(hub_config("Qwen2-VL-2B")))
         patches = normalise(Qwen2VLConfig.from_folder(tmp_path).vision, ours.patches)
         (tmp_path / "config.json").unlink()
-        np.testing.assert_allclose(patches, theirs["pixel_values"], rtol=1e-6, atol=1e-6)
+        assert_rounded(patches, theirs["pixel_values"], 4)
 
 
 def test_a_budget_of_the_caller_goes_before_the_files(processor):
@@ -108,6 +109,18 @@ def test_a_budget_of_the_caller_goes_before_the_files(processor):
     assert processor.prepare(image).size == (84, 84)
     assert processor.prepare(image, max_pixels=4704).size == (56, 56)
     assert processor.prepare(image, min_pixels=12000, max_pixels=13000).size == (112, 112)
+    small = Image.new("RGB", (28, 28))
+    assert processor.prepare(small).size == (56, 56) and processor.prepare(small, min_pixels=9000).size == (112, 112)
+
+
+def test_what_the_image_settings_leave_out_is_qwens(processor):
+    plain = Processor(processor.tokenizer, {})
+    assert (plain.min_pixels, plain.max_pixels, plain.patch_size, plain.merge_size) == (3136, 1003520, 14, 2)
+    own = Processor(processor.tokenizer, {"patch_size": 16, "merge_size": 1, "min_pixels": 5, "size": {"shortest_edge": 6,
+                                          "longest_edge": 7000}})  # fmt: skip
+    assert (own.min_pixels, own.max_pixels, own.patch_size, own.merge_size) == (5, 7000, 16, 1)
+    image = own.prepare(Image.new("RGB", (64, 48)))
+    assert image.grid == (3, 4) and own.image_ids(image.grid).count(own.image_token_id) == 12
 
 
 def test_the_newer_single_processor_file_is_read_too(folder, processor, tmp_path):
@@ -142,6 +155,20 @@ def test_an_image_setting_that_would_not_be_honoured_is_refused(folder, tmp_path
     write_images(copy_without(folder, tmp_path), **changed)
     with pytest.raises(ValueError, match=f"sets {next(iter(changed))} to"):
         Processor.from_pretrained(tmp_path)
+
+
+def test_an_embedding_of_just_the_tokenizers_size_is_enough(folder, processor, tmp_path):
+    copy_without(folder, tmp_path)
+    config = json.loads((base_folder() / "config.json").read_text()) | {"image_token_id": processor.image_token_id}
+    last = max(processor.tokenizer.get_vocab().values())
+    for rows in (last + 1, last):
+        config["text_config"]["vocab_size"] = rows
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if rows > last:
+            assert Processor.from_pretrained(tmp_path).image_token_id == processor.image_token_id
+        else:
+            with pytest.raises(ValueError, match=f"has ids up to {last}, but the embedding has {last} rows"):
+                Processor.from_pretrained(tmp_path)
 
 
 def test_it_works_where_torch_is_not_installed(folder):

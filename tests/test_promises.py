@@ -1,5 +1,6 @@
 """The promises that need the whole machine: tokens, gradients, shared prompts, shapes, images, faults."""
 
+import copy
 import dataclasses
 import threading
 import time
@@ -10,25 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scripted_run import tools_with
 
 from imagent_jax.compiling import CompileCounter
 from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.images import PreparedImage
 from imagent_jax.model.text import REMAT_POLICIES
-from imagent_jax.rl import learner, sampler
+from imagent_jax.rl import learner, sampler, schedule
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
 from imagent_jax.rl.learner import Tables, batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.schedule import Schedule
+from imagent_jax.rl.schedule import Schedule, Stopped
 from imagent_jax.rl.trajectory import EndReason, TokenKind
 from imagent_jax.tools import ToolSet, pool, tool
 
 
 def trainer_logprobs(parts, batch, features):
     return np.asarray(jax.jit(score, static_argnums=(0, 4))(parts.model, parts.params, batch, features, 1.0)[0])
+
+
+def changed(config, **sections):
+    """The configuration with some settings changed."""
+    return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in sections.items()})
 
 
 def sampled(batch):
@@ -94,6 +101,106 @@ def test_a_slow_tool_does_not_hold_up_the_rows_that_could_go_on(parts, config, r
     assert go_on.is_set() and not any(t.end == EndReason.FAULT for group in again.trajectories for t in group)
     for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
+
+
+@pytest.mark.slow(10)
+def test_neither_the_pace_of_decoding_nor_that_of_observing_changes_a_trajectory(parts, config, rollout, tasks, monkeypatch):
+    """Three tokens decoded at a time, observations appended in pieces of eight, and a tower that trains."""
+    steps, pieces, decode, observe = set(), set(), sampler.decode, sampler.observe
+    monkeypatch.setattr(sampler, "decode", lambda *args: (steps.add(args[8]), decode(*args))[1])
+    monkeypatch.setattr(sampler, "observe", lambda *args: (pieces.add(args[4].shape[1]), observe(*args))[1])
+    pace = {"observation_tokens": 8, "decode_chunk": 3}
+    other = changed(config, rollout=pace, model={"freeze_vision": False}, images={"packs": 24})
+    again = RolloutEngine(parts.model, parts.processor, parts.tools, other).rollout(parts.params, tasks, group_size=4, seed=11)
+    assert steps == {0, 3} and pieces == {8}  # 0: where programs are compiled
+    assert rollout.store.frozen and not again.store.frozen and again.store.features.shape[0] % (6 * again.store.pack) == 0
+    for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
+        for name in ("ids", "kind", "positions"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        assert a.end == b.end and a.answer == b.answer
+
+
+def test_calls_run_on_as_many_workers_and_for_as_long_as_the_settings_say(parts, config, tasks):
+    running, most, looks = [], [], set()
+
+    def slow(crop, context, image, **rest):
+        running.append(context)
+        most.append(len(running))
+        time.sleep(0.02 if limit == 10.0 else 1.0)
+        running.remove(context)
+        return crop(context, image=image, **rest)
+
+    for workers, limit in ((1, 10.0), (8, 0.1)):
+        engine = RolloutEngine(
+            parts.model, parts.processor, tools_with(slow), changed(config, tools={"workers": workers, "timeout_s": limit})
+        )
+        engine.look = lambda registry, entry, observed: (looks.add((entry.parent is None, observed)), entry.image)[1]
+        most.clear()
+        done = sum(engine.rollout(parts.params, tasks, group_size=4, seed=11).trajectories, [])
+        faults = [t.error for t in done if t.end == EndReason.FAULT]
+        if workers == 1:
+            assert max(most) == 1 and not faults
+        else:
+            assert max(most) > 2 and set(faults) == {"visual_confirmation ran longer than 0.1 s"}
+        time.sleep(limit == 0.1)  # the last ones end
+    assert looks >= {(True, False), (False, True)} and (False, False) not in looks  # a crop is an observation
+
+
+def test_prompts_prepared_ahead_are_taken_and_their_errors_come_with_the_rollout(parts, config, rollout, tasks, monkeypatch):
+    engine = RolloutEngine(parts.model, parts.processor, parts.tools, config)
+    engine.open_ahead(tasks)
+    opened = list(engine.opened.values())
+    assert [future.result()[0].ids.tolist() for future in opened] == [prompt.ids.tolist() for prompt in rollout.prompts]
+    monkeypatch.setattr(engine, "open_task", lambda task: pytest.fail("opened twice"))
+    again = engine.rollout(parts.params, tasks, group_size=4, seed=11)
+    assert not engine.opened and [t.ids.tolist() for t in sum(again.trajectories, [])] == [
+        t.ids.tolist() for t in sum(rollout.trajectories, [])
+    ]  # fmt: skip
+    monkeypatch.undo()
+    engine.open_ahead([*tasks[:3], spoilt := dataclasses.replace(tasks[3], images=(b"none",))])
+    with pytest.raises(ValueError, match=f"Task {spoilt.uid}: Image 1 cannot be used"):
+        engine.rollout(parts.params, [*tasks[:3], spoilt], group_size=4, seed=11)
+
+
+def test_rollouts_that_are_told_to_stop_are_given_up(parts, tasks):
+    engine, asked = copy.copy(parts.engine), []
+    engine.stop = lambda: asked.append(1) or len(asked) == 3
+    with pytest.raises(Stopped):
+        engine.rollout(parts.params, tasks, group_size=4, seed=11)
+    assert len(asked) == 3
+
+
+def test_a_batch_of_rollouts_says_what_it_took(parts, rollout, tasks):
+    flat = sum(rollout.trajectories, [])
+    assert [task is t for task, t in zip(rollout.tasks, tasks, strict=True)] == [True] * 4
+    assert [(t.task.uid, t.rollout) for t in flat] == [(task.uid, g) for task in tasks for g in range(4)]
+    assert rollout.sampled_tokens == sum((t.kind != TokenKind.OBSERVATION).sum() for t in flat)
+    shown = sum(len(turn.call.images) for t in flat for turn in t.turns[:-1])  # the last turn's call shows nothing
+    assert rollout.store.shown == sum(len(task.images) for task in tasks) + shown
+    assert rollout.store.params is None and rollout.image_token_id == parts.processor.image_token_id
+    phases = {"compile", "prepare", "vision", "prefill", "decode", "host", "tools", "observe"}
+    assert rollout.times.keys() == phases and min(rollout.times.values()) >= 0
+    for prompt, vision in zip(rollout.prompts, rollout.prompt_vision, strict=True):
+        assert ((vision >= 0) == (prompt.ids == parts.processor.image_token_id)).all()
+
+
+def test_seconds_are_added_up_by_phase(monkeypatch):
+    now = iter([10.0, 11.0, 13.0, 17.0, 25.0])
+    monkeypatch.setattr(schedule.time, "perf_counter", lambda: next(now))
+    clock = schedule._Clock()
+    for name in ("decode", "host", "decode", "host"):
+        clock.lap(name)
+    assert clock.times == {"decode": 1.0 + 4.0, "host": 2.0 + 8.0}
+
+
+QUARTERS = [(1, 1, (1, 1)), (1, 8, (1, 2)), (4, 4, (1, 4)), (8, 4, (2, 8)), (12, 8, (3, 24)), (10, 2, (2, 5)), (9, 1, (3, 3))]
+
+
+@pytest.mark.parametrize("slots, group_size, expected", QUARTERS)
+def test_a_quarter_of_slots_and_rows(slots, group_size, expected):
+    """Slots admitted at once divide the slots; rows observed at once are a quarter, rounded up."""
+    assert schedule.quarters(slots, group_size) == expected
 
 
 # ---- promise 2: only chosen tokens learn ----------------------------------------------------------------------------
@@ -219,6 +326,42 @@ def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
     assert store.add(images[::-1]) == first[::-1] and store.encoded == len(images) and store.shown == 2 * len(images)
 
 
+def test_the_store_keeps_every_image_once_and_counts_and_grows(parts):
+    """Blocks of 96 patches, 24 rows: the largest image first, each in the first block with room."""
+    rng, model, params = np.random.default_rng(0), parts.model, parts.params
+
+    def picture(h, w):
+        return PreparedImage(rng.integers(0, 256, (h * w, model.cfg.vision.patch_bytes), np.uint8), (h, w), (14 * h, 14 * w))
+
+    def counts(store):
+        return store.encoded, store.shown, store.patches, store.packed, store.features.shape[0]
+
+    a, b, c, d, whole = picture(6, 6), picture(6, 10), picture(4, 10), picture(6, 8), picture(8, 12)
+    store = FeatureStore(model, params, 1, packs=1)
+    assert store.pack == 96 and counts(store) == (0, 0, 0, 0, 24) and store.sizes == [1]
+    assert store.add([a, b, a]) == [15, 0, 15] and counts(store) == (2, 3, 96, 96, 24)
+    assert store.add([c, d, b]) == [24 + 12, 24, 0] and counts(store) == (4, 6, 184, 192, 48)
+    turned = b._replace(grid=(10, 6))  # the same bytes in another shape are another image
+    assert store.add([whole, turned]) == [48, 72] and counts(store) == (6, 8, 340, 384, 96)
+    assert store.add([]) == [] and store.add([a, turned]) == [15, 72] and counts(store) == (6, 10, 340, 384, 96)
+    assert len(store.packs) == 4
+    for image, row in ((a, 15), (b, 0), (c, 36), (d, 24), (whole, 48), (turned, 72)):
+        alone, rows = FeatureStore(model, params, 1, packs=1), len(image.patches) // 4
+        assert alone.add([image]) == [0]
+        np.testing.assert_allclose(store.features[row : row + rows], alone.features[:rows], atol=1e-5)
+    with pytest.raises(ValueError, match="An image of 100 patches does not fit images.vision_block=96; raise it"):
+        store.add([picture(10, 10)])
+
+
+def test_the_room_and_the_sizes_of_packs_are_those_asked_for(parts):
+    store = FeatureStore(parts.model, parts.params, 6, packs=5, frozen=True)
+    assert store.features.shape == (5 * 6 * 96 // 4, parts.model.cfg.text.hidden_size) and store.pack == 6 * 96
+    assert store.sizes == [1, 2, 6] and store.features.dtype == parts.model.dtype
+    assert FeatureStore(parts.model, parts.params, 6, packs=5).sizes == [6]
+    for patches, coords, image in (store.blank(2),):
+        assert patches.shape[0] == coords.shape[0] == 2 * 96 and (image == -1).all()
+
+
 def test_the_last_packs_are_no_larger_than_what_is_left(parts):
     """Images of a block each, from 1 to 20 of them, in packs of 8, 2 and 1 blocks: one place for a block is left at most."""
     rng, block = np.random.default_rng(0), parts.model.vision_block
@@ -249,9 +392,12 @@ def test_nothing_compiles_after_the_first_rollouts(parts):
 @pytest.mark.parametrize("slots", [1, 3])
 def test_trajectories_do_not_depend_on_how_many_groups_are_in_progress(parts, rollout, tasks, slots, monkeypatch):
     """Tools of random delay besides: what a row samples belongs to its task, its number and its tokens."""
+    busy, decode = [], Schedule._decode
+    monkeypatch.setattr(Schedule, "_decode", lambda run: (busy.append(len(run.groups)), decode(run)))
     delays, execute = np.random.default_rng(slots), pool.run_call
     monkeypatch.setattr(pool, "run_call", lambda *args: (time.sleep(delays.uniform(0, 0.05)), execute(*args))[1])
     again = parts.engine.rollout(parts.params, tasks, group_size=4, seed=11, slots=slots)
+    assert max(busy) == slots
     for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
         assert a.task.uid == b.task.uid and a.rollout == b.rollout and a.end == b.end
         np.testing.assert_array_equal(a.ids, b.ids)
@@ -322,25 +468,37 @@ def test_a_failing_tool_faults_its_trajectory_and_gives_no_gradient(parts, confi
     assert not mask[ends == EndReason.FAULT].any() and mask[ends != EndReason.FAULT].any(-1).all()
 
 
+def test_every_pack_is_encoded_again_under_other_parameters(parts, rollout):
+    images = [image for prompt in rollout.prompts for image in prompt.images]
+    store, other = FeatureStore(parts.model, parts.params, 1, packs=2), jax.tree.map(lambda x: x * 1.01, parts.params)
+    fresh = FeatureStore(parts.model, other, 1, packs=2)
+    assert store.add(images) == fresh.add(images) and len(store.packs) > 2
+    again = store.encode_again(other)
+    np.testing.assert_allclose(again, fresh.features, atol=1e-5)
+    assert np.abs(again - store.features).max() > 1e-2
+
+
 def test_feature_rows_survive_encoding_under_other_parameters(parts, rollout):
     again = rollout.store.encode_again(parts.params)
     rows = rollout.store.packed // 4
     assert np.allclose(again[:rows], rollout.store.features[:rows], atol=1e-6)
 
 
+@pytest.mark.slow(10)
 def test_the_tower_gradient_through_the_store_equals_autodiff(parts, rollout):
-    store = FeatureStore(parts.model, parts.params, 4)
-    store.add(rollout.prompts[0].images)
+    store = FeatureStore(parts.model, parts.params, 1, packs=4)
+    store.add([image for prompt in rollout.prompts[:2] for image in prompt.images])
     cotangent = jax.random.normal(jax.random.key(0), store.features.shape)
     ours = store.gradient(parts.params, cotangent)
 
+    @jax.jit
     def whole(params):
         from imagent_jax.model.qwen2_vl import encode_images
 
-        features = encode_images(parts.model, params, *map(jnp.asarray, store.packs[0]))
+        features = jnp.concatenate([encode_images(parts.model, params, *map(jnp.asarray, pack)) for pack in store.packs])
         return jnp.sum(features * cotangent[: store.packed // 4])
 
+    assert len(store.packs) == 2
     expected = jax.grad(whole)(parts.params)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected["vision"]), strict=True):
         assert np.allclose(a, b, atol=1e-4)
-

@@ -45,6 +45,8 @@ def test_numbers_start_at_one_and_unknown_numbers_name_the_valid_ones():
     for bad in (0, 5, -1, True, "1", 1.0, 10**400):
         with pytest.raises(ToolError, match="image numbers are 1 to 4"):
             registry[bad]
+    with pytest.raises(ToolError, match="there is no Image 100000000000; image"):
+        registry[10**400]
     with pytest.raises(ToolError, match="there are no images"):
         ImageRegistry()[1]
 
@@ -118,6 +120,10 @@ def test_absolute_boxes_are_pixels_of_the_image_as_shown():
     assert registry[made].shown == smart_resize(168, 252, 28, 7056, 9408)
     error = crop(registry, 1, [21, 14, 85, 56], settings)
     assert error.parts == ["Error: bbox_2d must lie inside 84 x 56 pixels"]
+    for x1, y1, x2, y2 in [(21, 14, 84, 57), (-1, 14, 84, 56), (21, -1, 84, 56)]:
+        assert crop(registry, 1, [x1, y1, x2, y2], settings).parts == error.parts
+    with pytest.raises(ToolError, match="area must lie inside 84 x 56 pixels"):
+        to_pixels([0, 0, 85, 1], registry[1], "absolute", "area")
 
 
 def test_small_boxes_grow_about_their_centre_and_stay_inside():
@@ -160,9 +166,14 @@ def test_lineage_says_where_an_image_comes_from():
         "Image 4: crop of Image 3",
         "Image 5: larger view of Image 1",
     ]
+    assert [entry.parent for entry in registry] == [None, None, 2, 3, 1]
+    assert [entry.box for entry in registry] == [None, None, (0, 0, 168, 112), (0, 0, 84, 56), None]
     assert high.parts == ["Image 5: larger view of Image 1", 5, "Image 2", 2]  # 2 is as large as 84 x 84 allows
     number = registry.add(Image.new("L", (28, 28)), shown=(28, 28), origin="plot")
     assert registry[number].describe() == "Image 6: plot" and registry[number].image.mode == "RGB"
+    low = TOOLS.execute(format_call("visual_reflection", {"images": [3, 5]}), registry, ToolSettings())
+    assert low.parts == ["Image 7: smaller view of Image 3", 7, "Image 1", 1]  # 5 is at "low" what 1 is
+    assert [entry.number for entry in registry] == list(range(1, 8))
 
 
 def test_an_image_shown_again_at_its_size_keeps_its_number_and_a_view_is_made_once():
@@ -176,6 +187,11 @@ def test_an_image_shown_again_at_its_size_keeps_its_number_and_a_view_is_made_on
     assert registry[3].shown == (84, 84) and registry[3].image is registry[2].image
     both = format_call("visual_reflection", {"images": [2, 3], "resolution": "high"})
     assert TOOLS.execute(both, registry, settings).images == [3]
+    twice = ImageRegistry()
+    for _ in range(2):  # a task may show one picture twice
+        twice.add(registry[1].image, shown=(56, 56), **BUDGET)
+    again = format_call("visual_reflection", {"images": [2, 1]})
+    assert TOOLS.execute(again, twice, settings).images == [2, 1]
     crop(registry, 3, [250, 250, 750, 750])
     assert np.array_equal(np.asarray(registry[4].image), np.asarray(registry[2].image)[70:210, 70:210])
 
@@ -187,13 +203,28 @@ def test_bad_registrations_are_refused_with_a_reason():
         registry.add(np.zeros((5, 5, 3)), shown=(28, 28))
     with pytest.raises(ValueError, match=r"positive \(height, width\), got \(0, 28\)"):
         registry.add(image, shown=(0, 28))
+    with pytest.raises(ValueError, match=r"positive \(height, width\), got \(28, 0\)"):
+        registry.add(image, shown=(28, 0))
     with pytest.raises(ValueError, match="needs the parent"):
         registry.add(image, shown=(28, 28), box=(0, 0, 5, 5))
     with pytest.raises(ValueError, match=r"\(0, 0, 31, 5\) is not inside Image 1, 30 x 20 pixels"):
         registry.add(image, shown=(28, 28), parent=1, box=(0, 0, 31, 5))
+    for box in [(-1, 0, 5, 5), (0, -1, 5, 5), (0, 0, 5, 21), (5, 0, 5, 5), (0, 5, 5, 5), (6, 0, 5, 5)]:
+        with pytest.raises(ValueError, match="is not inside Image 1, 30 x 20 pixels"):
+            registry.add(image, shown=(28, 28), parent=1, box=box)
     with pytest.raises(ToolError, match="there is no Image 7; the only image is 1"):
         registry.add(image, shown=(28, 28), parent=7)
     assert len(registry) == 1
+    registry.add(image, shown=(28, 28), parent=1, box=(0, 0, 30, 20))  # all of it
+    assert registry[2].box == (0, 0, 30, 20) and len(registry) == 2
+
+
+def test_pixels_are_read_when_an_image_is_registered(tmp_path):
+    random_image(np.random.default_rng(12), (20, 30)).save(tmp_path / "a.png")
+    registry, pixels = ImageRegistry(), np.asarray(Image.open(tmp_path / "a.png"))
+    with Image.open(tmp_path / "a.png") as image:
+        registry.add(image, shown=(28, 56))
+    assert np.array_equal(np.asarray(registry[1].image), pixels) and registry[1].shown == (28, 56)
 
 
 def test_forks_share_pixels_and_grow_apart():
@@ -207,3 +238,14 @@ def test_forks_share_pixels_and_grow_apart():
     assert registry[2].box == (0, 0, 140, 140)
     with pytest.raises(ValueError, match="changed since it was forked"):
         registry.adopt(forks[1])
+    with pytest.raises(ValueError, match="changed since it was forked"):
+        registry.adopt(given(np.random.default_rng(11), [(280, 280)]))  # fewer images, and others
+    early = registry.fork()
+    crop(registry, 1, [0, 0, 300, 300])
+    with pytest.raises(ValueError, match="changed since it was forked"):
+        registry.adopt(early)  # what was added since would be lost
+    later = registry.fork()
+    crop(later, 2, [0, 0, 900, 900])
+    registry.adopt(later)
+    crop(later, 1, [0, 0, 900, 900])
+    assert (len(registry), len(later)) == (4, 5)  # the two grow apart again

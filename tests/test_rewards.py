@@ -3,13 +3,13 @@
 import sys
 from types import ModuleType
 
-import numpy as np
 import pytest
+from scripted_run import finished
 
 from imagent_jax.config import RewardConfig
 from imagent_jax.data.task import Task
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
-from imagent_jax.rl.trajectory import EndReason, Trajectory, Turn
+from imagent_jax.rl.trajectory import EndReason
 from imagent_jax.tools import CallResult, CallStatus
 
 STOP, CALL = "<|im_end|>", "<tool_call>{}</tool_call>"
@@ -18,11 +18,7 @@ CFG = RewardConfig(answer=1.0, format=0.1, tool_gain=0.2)
 
 def trajectory(answer, *, text=None, calls=(), end=EndReason.ANSWERED, answer_type="number", reference="7"):
     texts = [CALL] * len(calls) + [f"It is <answer>{answer}</answer>{STOP}" if text is None else text]
-    results = [CallResult(status) for status in calls] + [None]
-    turns = [Turn(i, i + 1, t, call) for i, (t, call) in enumerate(zip(texts, results, strict=True))]
-    n, task = len(turns), Task("t/1", "?", (), reference, answer_type)
-    return Trajectory(task, 0, np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.uint8),
-                      np.zeros((3, n), np.int32), np.full(n, -1, np.int32), turns, end, answer)  # fmt: skip
+    return finished(Task("t/1", "?", (), reference, answer_type), texts, answer, end, [CallResult(c) for c in calls])
 
 
 RAN, INVALID, FAULT = CallStatus.EXECUTED, CallStatus.INVALID, CallStatus.FAULT
@@ -37,6 +33,9 @@ TABLE = [  # trajectory, answer, format, tool_gain
     (trajectory(None, text="no idea" + STOP, end=EndReason.VOID, calls=[RAN]), 0, 0, 0),
     (trajectory(None, text="<answer>7", end=EndReason.TRUNCATED), 0, 0, 0),
     (trajectory("7", text="<answer>7</answer>"), 1, 1, 0),
+    (trajectory("7", text="So <answer>\n7</answer> <|endoftext|>\n"), 1, 1, 0),
+    (trajectory("7", text=f"<answer>7</answer>{STOP}{STOP}"), 1, 0, 0),
+    (trajectory("7", end=EndReason.REPEATED), 1, 0, 0),
     (trajectory("7", text=f"<answer>8</answer><answer>7</answer>{STOP}"), 1, 0, 0),
     (trajectory("7", text=f"<answer>7</answer> or 8{STOP}"), 1, 0, 0),
     (trajectory("7", text=f"</answer><answer>7{STOP}"), 1, 0, 0),
@@ -61,6 +60,7 @@ def mine(monkeypatch):
     module.short = lambda t: 0.5 if len(t.turns) == 1 else 0.0
     module.broken = lambda t: 1 / 0
     module.not_a_number = lambda t: float("nan")
+    module.infinite = lambda t: float("inf")
     module.nothing = lambda t: None
     module.constant = 3
     monkeypatch.setitem(sys.modules, "my_rewards", module)
@@ -71,7 +71,10 @@ def test_a_reward_of_ones_own_is_named_by_its_path(mine):
     assert scored["my_rewards:short"] == 0.5 and scored["total"] == pytest.approx(1.6)
 
 
-FAILURES = {"broken": "ZeroDivisionError", "not_a_number": "is nan", "nothing": "TypeError"}
+FAILURES = {
+    "broken": "ZeroDivisionError", "not_a_number": "'my_rewards:not_a_number' is nan", "infinite": "is inf",
+    "nothing": "TypeError",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, error", FAILURES.items())

@@ -4,27 +4,51 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import hf_oracle
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from hf_oracle import config_json, save_checkpoint, tiny_model
+from hf_oracle import ODD_SIZES, config_json, interleave, random_image, save_checkpoint, tiny_model
+from jax.sharding import AbstractMesh, PartitionSpec
+from rounding import assert_rounded
 from safetensors.numpy import load_file
 from simulated import TOGETHER, start
+from test_model_parity import BLOCK, batch, pack
 
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.qwen2_vl import Qwen2VL, abstract, create
-from imagent_jax.model.sharding import check_heads, make_mesh, shardings
+from imagent_jax.model.sharding import check_heads, fitting, make_mesh, rollout_params, shardings, ways
 
 SCRIPT = Path(__file__).parent / "sharded_loading.py"
+WITH_DEVICES = pytest.mark.slow(6)  # a fifth of what `report` takes
+
+
+REFERENCE = tiny_model(heads=4, kv_heads=2, tied=False)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_checkpoint(tiny_model(heads=4, kv_heads=2, tied=False), tmp_path_factory.mktemp("hf") / "model", older=True)
+    return save_checkpoint(REFERENCE, tmp_path_factory.mktemp("hf") / "model", older=True)
 
 
 @pytest.fixture(scope="module")
-def report(folder):
+def prompts(folder):
+    """Three prompts with two images each, saved for `sharded_loading.py`."""
+    rng = np.random.default_rng(0)
+    images = [random_image(rng, size) for size in ODD_SIZES[:2]]
+    texts = [rng.integers(1, 100, n).tolist() for n in (5, 30, 11)]
+    samples = [(interleave([text[:2], images[0], text[2:4], images[1], text[4:]]), images) for text in texts]
+    (patches, coords, image_id), first = pack(images)
+    b = batch(samples, first * 3)
+    np.savez(folder / "prompts.npz", patches=patches, coords=coords, image_id=image_id, block=BLOCK, ids=b.ids,
+             positions=b.positions, vision=b.vision, length=b.length)  # fmt: skip
+    return samples
+
+
+@pytest.fixture(scope="module")
+def report(folder, prompts):
     """What `sharded_loading.py` found on eight simulated devices."""
     process = start(8, SCRIPT, folder)
     out, error = process.communicate(timeout=TOGETHER)
@@ -34,6 +58,7 @@ def report(folder):
     return found
 
 
+@WITH_DEVICES
 def test_no_device_ever_holds_a_whole_matrix(report):
     for found in report["meshes"]:
         for name, (axes, held, split) in found["shares"].items():
@@ -41,12 +66,23 @@ def test_no_device_ever_holds_a_whole_matrix(report):
             assert axes < 2 or held < 1, (found["mesh"], name)
 
 
-def test_a_sharded_model_computes_the_same_logits(report):
-    assert report["spread"] > 0.3
+@WITH_DEVICES
+def test_a_sharded_model_computes_the_same_logits(report, folder, prompts):
+    exact, mask = hf_oracle.logits(hf_oracle.exact(REFERENCE), prompts)
+    exact = exact[np.arange(3), mask.sum(1) - 1]
+    found = np.load(folder / "logits.npy")
+    assert exact.std() > 0.3 and len(found) == 1 + len(report["meshes"])
+    for ours, mesh in zip(found, [None, *(found["mesh"] for found in report["meshes"])], strict=True):
+        assert_rounded(ours, exact, hf_oracle.terms(REFERENCE), note=mesh)
+
+
+@WITH_DEVICES
+def test_every_slice_of_a_parameter_is_read_once_however_many_devices_keep_it(report):
     for found in report["meshes"]:
-        assert found["difference"] < 1e-5, found["mesh"]
+        assert found["reads"] == {name: split for name, (_, _, split) in found["shares"].items()}, found["mesh"]
 
 
+@WITH_DEVICES
 def test_a_sharded_model_is_saved_to_the_same_bits(report, folder):
     for i in range(len(report["meshes"])):
         saved = load_file(Path(f"{folder}-{i}") / "model.safetensors")
@@ -56,10 +92,12 @@ def test_a_sharded_model_is_saved_to_the_same_bits(report, folder):
             assert (tensor == given[checkpoint.older_name(name)]).all(), name
 
 
+@pytest.mark.slow(8)
 def test_the_host_holds_one_parameter_at_a_time_and_a_tenth_more(tmp_path, monkeypatch):
     hf = config_json(tiny_model(tied=True))
     text = hf["text_config"] | {"vocab_size": 20_000, "num_hidden_layers": 16, "intermediate_size": 1024}
-    checkpoint.save(tmp_path, *create(Qwen2VLConfig.from_hf(hf | {"text_config": text})))
+    model, params = create(Qwen2VLConfig.from_hf(hf | {"text_config": text}))
+    checkpoint.save(tmp_path, model, params)
     read, held = checkpoint._read, {}
 
     def measured(key, *args):
@@ -70,9 +108,59 @@ def test_the_host_holds_one_parameter_at_a_time_and_a_tenth_more(tmp_path, monke
         return out
 
     monkeypatch.setattr(checkpoint, "_read", measured)
-    checkpoint.load(tmp_path)
+    _, loaded = checkpoint.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert max(size for _, size in held.values()) > 4_000_000
     assert {key: sizes for key, sizes in held.items() if sizes[0] > 1.1 * sizes[1] + 100_000} == {}
+
+
+# ---- the table of axes -------------------------------------------------------------------------------------------------
+
+SPLIT = {  # the mesh axis of each axis of a parameter, after that of the layers
+    "text": {
+        "embed": ("tensor", "fsdp"), "lm_head": ("fsdp", "tensor"), "norm": (None,), "input_norm": (None,), "post_norm": (None,),
+        **dict.fromkeys(("q", "k", "v", "gate", "up"), ("fsdp", "tensor")), **dict.fromkeys(("o", "down"), ("tensor", "fsdp")),
+        **dict.fromkeys(("q_bias", "k_bias", "v_bias"), ("tensor",)),
+    },
+    "vision": {
+        "patch_embed": (None, "fsdp"), **dict.fromkeys(("norm1", "norm2", "norm1_bias", "norm2_bias"), (None,)),
+        **dict.fromkeys(("qkv", "fc1", "gate", "up", "merge_fc1"), ("fsdp", "tensor")),
+        **dict.fromkeys(("proj", "fc2", "down", "merge_fc2"), ("tensor", "fsdp")),
+        **dict.fromkeys(("qkv_bias", "fc1_bias", "gate_bias", "up_bias", "merge_fc1_bias"), ("tensor",)),
+        **dict.fromkeys(("proj_bias", "fc2_bias", "down_bias", "merge_fc2_bias", "merge_norm", "merge_norm_bias"), (None,)),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", hf_oracle.FAMILIES)
+def test_every_parameter_is_split_as_the_table_says(family):
+    cfg, mesh = Qwen2VLConfig.from_hf(config_json(tiny_model(family=family))), described(2, 2, 2)
+    _, shapes = abstract(cfg)
+    copied = jax.eval_shape(lambda params: rollout_params("bfloat16", params), shapes)
+    for tree, whole in ((shapes, ()), (shapes, ("fsdp",)), (copied, ("fsdp",))):
+        for path, place in shardings(tree, mesh, whole).flat_state():
+            expected = tuple(None if axis in whole else axis for axis in SPLIT[path[0]][path[-1]])
+            value, stacked = place.get_value(), (None,) * (path[1] in ("layers", "blocks"))
+            if tree is copied and path[1] == "layers":
+                assert [one.spec for one in value] == [PartitionSpec(*expected)] * cfg.text.num_layers
+            else:
+                assert value.spec == PartitionSpec(*stacked, *expected), path
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(copied))
+
+
+def test_what_does_not_divide_stays_whole():
+    with jax.sharding.use_abstract_mesh(described(2, 3, 4)):
+        assert [ways(axes) for axes in (None, "fsdp", ("data", "fsdp"), ("data", "tensor"), "other")] == [1, 3, 6, 8, 1]
+        x = jnp.zeros((12, 9, 8))
+        assert fitting(x, ("data", "fsdp"), "tensor", "tensor") == PartitionSpec(("data", "fsdp"), None, "tensor")
+        assert fitting(x, "fsdp") == PartitionSpec("fsdp") and fitting(x, "other") == PartitionSpec("other")
+
+
+@WITH_DEVICES
+def test_a_mesh_takes_what_is_left_or_just_the_first_devices(report):
+    assert report["shapes"] == [
+        {"data": 4, "fsdp": 1, "tensor": 2}, {"data": 2, "fsdp": 1, "tensor": 4}, {"data": 1, "fsdp": 1, "tensor": 2},
+    ]  # fmt: skip
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -93,25 +181,26 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused(sizes, sentence):
     assert len(str(error.value).splitlines()) == 1
 
 
-class Mesh2:
+def described(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     """The shape of a mesh, without its devices."""
-
-    def __init__(self, **sizes):
-        self.shape = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
 
 
 def test_a_mesh_axis_that_does_not_divide_the_heads_is_refused():
     cfg = Qwen2VLConfig.from_hf(config_json(tiny_model(heads=4, kv_heads=2)))
-    check_heads(cfg, Mesh2(tensor=2))
+    check_heads(cfg, described(tensor=2))
     for size, what in ((4, "2 key heads of the decoder"), (3, "4 query heads of the decoder")):
         with pytest.raises(ValueError, match=f"mesh.tensor={size} does not divide the {what}; choose mesh.tensor from 1, 2"):
-            check_heads(cfg, Mesh2(tensor=size))
+            check_heads(cfg, described(tensor=size))
+    cfg = Qwen2VLConfig.from_hf(config_json(tiny_model(heads=4, kv_heads=4)))
+    with pytest.raises(ValueError, match="mesh.tensor=4 does not divide the 2 heads of the vision tower; choose .* from 1, 2"):
+        check_heads(cfg, described(tensor=4))
 
 
 def test_a_mesh_axis_that_does_not_divide_a_matrix_is_refused():
     _, shapes = abstract(Qwen2VLConfig.from_hf(config_json(tiny_model())))
     with pytest.raises(ValueError, match="axis 'embed' of size 64 does not divide by mesh.fsdp=7; choose a mesh.fsdp"):
-        shardings(shapes, Mesh2(fsdp=7))
+        shardings(shapes, described(fsdp=7))
 
 
 def test_a_mesh_of_one_device_is_a_mesh(folder):

@@ -1,19 +1,27 @@
 """The tiny base's pre-training data and tokenizer: skills, and never the call that a question needs."""
 
+import hashlib
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
 
-from imagent_jax.data.tiny_world import COLOURS, KINDS, make_scene, make_task
-from imagent_jax.model.images import smart_resize
+from imagent_jax.data.tiny_world import COLOURS, KINDS, SPLITS, make_scene, make_task, photographs
+from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.images import CLIP_MEAN, CLIP_STD, smart_resize
 from imagent_jax.model.processor import Processor
+from imagent_jax.model.vision import normalise
+from imagent_jax.tiny_base import base_folder
 from imagent_jax.tiny_base.corpus import (
+    FORMS,
     SETTINGS,
     SYSTEM,
     THUMBNAIL,
+    THUMBNAIL_MIX,
     TOOLS,
     Segment,
     box_of,
@@ -25,7 +33,7 @@ from imagent_jax.tiny_base.corpus import (
     solves,
 )
 from imagent_jax.tiny_base.tokenizer import COORDINATES, MARKERS, SPECIAL, build_tokenizer
-from imagent_jax.tiny_base.vision import HEADS, SCENES, labelled_pack
+from imagent_jax.tiny_base.vision import HEADS, SCENES, labelled_pack, new_head, whitening
 from imagent_jax.tools import CallStatus, ImageRegistry, format_call, parse_call, to_pixels
 
 CALL = ("visual_confirmation", {"image": 2, "label": "red", "bbox_2d": [400, 175, 600, 375]})
@@ -237,6 +245,73 @@ def test_readings_and_answers_agree_with_the_tags():
     assert answers > 100
 
 
+@pytest.mark.parametrize("form", ["thumbnail", "thumbnails"])
+def test_what_is_said_of_thumbnails_is_what_they_show(form):
+    rng, said = np.random.default_rng(12), Counter()
+    for _ in range(120):
+        group = make_group(rng, 5, form)
+        count = len(group.scenes)
+        having = {c: [n for n, scene in enumerate(group.scenes, 1) if scene.tag(c)] for c in COLOURS}
+        for asked, answered in group.responses:
+            assert (asked.trained, answered.trained) == (False, True)
+            question, end, rest = asked.text.partition("<|im_end|>\n<|im_start|>assistant\n")
+            text = answered.text.removesuffix("<|im_end|>")
+            assert end and not rest and text != answered.text
+            kind = " ".join(question.split()[:2])
+            if match := re.fullmatch(r"Where is the (\w+) tag in Image (\d)\?", question):
+                tag = group.scenes[int(match[2]) - 1].tag(match[1])
+                left, top, right, bottom = json.loads(text)
+                assert abs((left + right) / 2 - 1000 * tag.x) <= 12.5 and abs((top + bottom) / 2 - 1000 * tag.y) <= 12.5
+                assert [left, top, right, bottom] == box_of(tag) and (right - left, bottom - top) == (200, 200)
+            elif match := re.fullmatch(r"Name the tags in Image (\d)\.", question):
+                scene = group.scenes[int(match[1]) - 1]
+                assert text.split() == [tag.colour for tag in sorted(scene.tags, key=lambda tag: tag.x)]
+            elif match := re.fullmatch(r"(Which image has|How many images have) an? (\w+) tag\?", question):
+                numbers, colour = having[match[2]], match[2]
+                assert (" an " in question) == (colour == "orange")
+                which = match[1] == "Which image has"
+                last, answer = (numbers[0], f"Image {numbers[0]}") if which else (count, str(len(numbers)))
+                seen = "".join(f"Image {n} {colour if n in numbers else 'no tag'}.\n" for n in range(1, last + 1))
+                assert text == f"{seen}<answer>{answer}</answer>" and (len(numbers) == 1 or not which)
+            else:
+                assert re.fullmatch(r"<answer>(Image )?\d+</answer>", text)
+                kind = "guess"
+            said[kind] += 1
+    if form == "thumbnail":
+        assert said["Where is"] / 600 == pytest.approx(0.8, abs=0.06) and set(said) == {"Where is", "Name the"}
+    else:
+        asked = {"locate": ("Where is", "Name the"), "look": ("Which image", "How many"), "guess": ("guess",)}
+        shares = {kind: sum(said[words] for words in kinds) for kind, kinds in asked.items()}
+        assert {kind: n / 600 for kind, n in shares.items()} == pytest.approx(THUMBNAIL_MIX, abs=0.06)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_group_is_of_one_form_and_of_one_split(form):
+    """Photographs and digits of the split alone; prompt, images and budgets as a rollout has them."""
+    rng = np.random.default_rng(13)
+    for split in SPLITS:
+        names = {name for name, _ in photographs(split)}
+        sizes = set()
+        for _ in range(20):
+            group = make_group(rng, 3, form, split)
+            sizes.add(len(group.images))
+            assert len(group.responses) == 3 and len(group.scenes) == len(group.images)
+            assert {scene.photo for scene in group.scenes} <= names
+            assert group.prompt == prompt_text(len(group.images)) and group.prompt.count("<image>") == len(group.images)
+            close = form in ("crop", "crops")
+            assert {(i.min_pixels, i.max_pixels) for i in group.images} == {(7056, 9408) if close else (3136, 4704)}
+            for image, scene in zip(group.images, group.scenes, strict=True):
+                height, width = scene.pixels.shape[:2]
+                assert image.pixels.size == ((round(0.2 * width), round(0.2 * height)) if close else (width, height))
+        assert sizes == ({1} if form in ("crop", "thumbnail") else {2, 3, 4})
+
+
+def test_the_corpus_of_a_seed_is_what_it_was():
+    """Its texts by their digest: another corpus calls for another base, `python -m imagent_jax.tiny`."""
+    digest = hashlib.sha256("\0".join(corpus_texts(400, seed=0)).encode())
+    assert digest.hexdigest()[:16] == "f5628962c5e69d0a"
+
+
 def test_crops_hold_their_tag_or_none():
     rng = np.random.default_rng(8)
     for _ in range(100):
@@ -264,6 +339,57 @@ def test_labels_of_a_pack_lie_where_the_tags_are(processor):
     assert len(thumbnails) == SCENES and placed.sum() >= 2 * SCENES  # every tag of a thumbnail has a feature of its own
 
 
+def test_every_feature_of_a_pack_has_the_labels_of_the_tag_whose_centre_lies_in_it(processor):
+    """Against the scenes, drawn again from the same seed."""
+    crowded = 4
+    pack = labelled_pack(np.random.default_rng(2), processor, 144, crowded)
+    rng = np.random.default_rng(2)
+    scenes = [make_scene(rng, "train", varied=True) for _ in range(SCENES)]
+    close = [tag for scene in scenes for tag in scene.tags[:2]]  # a crop for each, then a thumbnail for each scene
+    image, labels = pack.image[::4], pack.labels
+    assert image.max() == len(close) + SCENES - 1
+    for number in range(image.max() + 1):
+        own = np.flatnonzero(image == number)
+        at = pack.coords[::4][own] // 2
+        rows, columns = at.max(0) + 1
+        assert np.array_equal(labels["row"][own], at[:, 0]) and np.array_equal(labels["column"][own], at[:, 1])
+        assert len(own) == rows * columns
+        colour, digit, x, y = (labels[name][own].reshape(rows, columns) for name in ("colour", "digit", "x", "y"))
+        if number >= len(close):
+            expected = np.full((rows, columns), len(COLOURS))
+            for tag in scenes[number - len(close)].tags:
+                place = int(tag.y * rows), int(tag.x * columns)
+                expected[place] = COLOURS.index(tag.colour)
+                assert [25 * x[place], 25 * y[place]] == box_of(tag)[:2]
+            assert np.array_equal(colour, expected) and (digit == -1).all()
+            assert ((x >= 0) == (colour < len(COLOURS))).all()
+        elif number >= 2 * crowded:
+            tag = close[number]
+            assert (tag.digit, COLOURS.index(tag.colour)) in set(zip(digit.ravel(), colour.ravel(), strict=True))
+            assert ((digit >= 0) == (colour < len(COLOURS))).all() and (x == -1).all() and (y == -1).all()
+        else:
+            assert (digit >= 0).sum() >= 2 and (x == -1).all()
+
+
+def test_the_first_embedding_of_patches_gives_uncorrelated_outputs_of_deviation_one(processor):
+    cfg = Qwen2VLConfig.from_folder(base_folder()).vision
+    pack = labelled_pack(np.random.default_rng(3), processor, 144)
+    weights = whitening(cfg, [pack])
+    patches = np.asarray(normalise(cfg, pack.patches[pack.image >= 0]), np.float64)
+    assert weights.shape == (patches.shape[1], cfg.embed_dim)
+    covariance = np.cov((patches @ weights)[:, -32:], rowvar=False)  # the largest; of small ones 1e-2 takes away some
+    assert np.allclose(covariance, np.eye(32), atol=0.02)
+    values = np.linalg.eigvalsh(np.cov(patches, rowvar=False))[-cfg.embed_dim :]
+    assert np.allclose(np.var(patches @ weights, axis=0, ddof=1), values / (values + 1e-2), atol=1e-3)
+
+
+def test_a_new_head_has_a_layer_for_every_label():
+    head, other = new_head(400, seed=0), new_head(400, seed=1)
+    assert {name: weights.shape for name, weights in head.items()} == {name: (400, classes) for name, classes in HEADS.items()}
+    assert all(float(weights.std()) == pytest.approx(400**-0.5, rel=0.06) for weights in head.values())
+    assert not np.allclose(head["x"], head["y"]) and not np.allclose(head["x"], other["x"])
+
+
 def test_groups_and_texts_follow_from_the_seed():
     def content(seed):
         rng = np.random.default_rng(seed)
@@ -285,6 +411,25 @@ def test_groups_and_texts_follow_from_the_seed():
 ])  # fmt: skip
 def test_the_tokenizer_gives_back_the_text(processor, text):
     assert processor.decode(processor.encode(text)) == text
+
+
+def test_the_files_of_a_tokenizer_say_what_a_run_needs(tmp_path):
+    build_tokenizer(tmp_path, corpus_texts(200, seed=0), vocab_size=700)
+    config, images, roles = (
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("tokenizer_config", "preprocessor_config", "special_tokens_map")
+    )
+    assert roles == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} and roles.items() <= config.items()
+    assert "chat_template" in config and config["clean_up_tokenization_spaces"] is False
+    assert (images["min_pixels"], images["max_pixels"]) == THUMBNAIL and images["patch_size"] * images["merge_size"] == 28
+    assert (images["image_mean"], images["image_std"]) == (list(CLIP_MEAN), list(CLIP_STD))
+    assert images["temporal_patch_size"] == 2
+    small = Processor.from_pretrained(tmp_path)
+    assert 700 <= len(small.tokenizer) < 800  # with coordinates and markers
+    assert small.tokenizer.convert_tokens_to_ids(list(SPECIAL)) == sorted(small.tokenizer.convert_tokens_to_ids(list(SPECIAL)))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert pieces.get_piece_size() == 700
+    assert all(set(MARKERS).isdisjoint([piece]) for piece in small.tokenizer.all_special_tokens)
 
 
 def test_all_of_the_corpus_comes_back(processor):

@@ -1,17 +1,20 @@
 """The tiny world: deterministic, held-out split apart, answers right, digits readable only in crops."""
 
 import collections
+import hashlib
 import importlib.resources
 import io
+import json
 import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 from skimage.feature import hog
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from imagent_jax.data import make_assets
 from imagent_jax.data import tiny_world as world
 
 THUMBNAIL = {(280, 280): (56, 56), (224, 336): (84, 56), (336, 224): (56, 84)}  # (H, W) -> shown (width, height)
@@ -28,6 +31,109 @@ def test_a_task_is_a_function_of_seed_split_and_index():
     assert first == again
     others = [world.task_at(4, "train", 0), world.task_at(3, "train", 1), world.task_at(3, "test", 0)]
     assert all(other.images != first[0].images for other in others)
+    assert [task.uid for task in others] == ["tiny_world/train/4/0", "tiny_world/train/3/1", "tiny_world/test/3/0"]
+    cycles = [(3, "train", 0), (4, "train", 0), (3, "test", 0), (3, "train", 20)]
+    orders = {tuple(world.task_at(seed, split, begin + i).kind for i in range(20)) for seed, split, begin in cycles}
+    assert len(orders) == 4  # of the same kinds: seed, split and block each enter
+    assert all(collections.Counter(order) == world.KIND_MIX for order in orders)
+
+
+def test_the_world_is_the_one_that_results_were_measured_on():
+    """Questions, answers and tags of eighty tasks, by their digest, and how images look, as first published."""
+    digest = hashlib.sha256()
+    for split in world.SPLITS:
+        for index in range(40):
+            task = world.task_at(3, split, index)
+            facts = [task.uid, task.question, task.answer, task.answer_type, task.kind, task.meta]
+            digest.update(json.dumps(facts, sort_keys=True).encode())
+    assert digest.hexdigest()[:16] == "f3769a7735ad0e29"
+    plain, varied = (world.make_scene(np.random.default_rng(5), "train", varied=varied) for varied in (False, True))
+    crowded = world.make_crowded_scene(np.random.default_rng(5), "train", 56, 84)
+    assert (plain.photo, plain.digit_rows, varied.digit_rows) == ("clock", (248, 1170, 40), (896, 728, 1225))
+    for scene, mean, deviation in [(plain, 147.566, 27.714), (varied, 119.952, 24.160), (crowded, 112.166, 70.443)]:
+        assert scene.pixels.mean() == pytest.approx(mean, abs=0.2) and scene.pixels.std() == pytest.approx(deviation, abs=0.2)
+
+
+@pytest.mark.parametrize("split", world.SPLITS)
+def test_a_scene_is_a_piece_of_its_photograph_with_tags_of_its_digits(split):
+    rng, photos, (digits, by_label) = np.random.default_rng(4), dict(world.photographs(split)), world.handwritten_digits(split)
+    assert digits.shape[1:] == (14, 14) and digits.max() == 255
+    assert (digits[:, :3] == 0).all() and (digits[:, :, -3:] == 0).all()  # a frame of nothing
+    assert sorted(np.concatenate(by_label)) == list(range(len(digits)))
+    for scales in photos.values():
+        assert [min(scale.shape[:2]) for scale in scales] == [336, 336, 440, 440]
+        assert all((scale == scale[..., :1]).all() for scale in scales), "black and white"
+        assert all(np.array_equal(scales[i], scales[i + 1][:, ::-1]) for i in (0, 2)), "one of them mirrored"
+    for _ in range(5):
+        scene = world.make_scene(rng, split)
+        height, width = scene.pixels.shape[:2]
+        found, side = scene.pixels.astype(int), world.TAG_SIDE + 2
+        for tag, row in zip(scene.tags, scene.digit_rows, strict=True):
+            assert row in by_label[tag.digit] and scene.tag(tag.colour) is tag
+            top, left = round(tag.y * height - side / 2), round(tag.x * width - side / 2)
+            tile = found[top : top + side, left : left + side]
+            for rim in (tile[0], tile[-1], tile[:, 0], tile[:, -1]):
+                assert (rim == 255).all()
+            brightest = tile[1:-1, 1:-1].max((0, 1))
+            assert np.abs(brightest / brightest.max() - np.divide(world.RGB[tag.colour], max(world.RGB[tag.colour]))).max() < 0.02
+            found[top : top + side, left : left + side] = -1
+        assert scene.tag("white") is None
+        seen, pieces = found[..., 0] >= 0, []
+        for scale in photos[scene.photo]:
+            rows, columns = scale.shape[0] - height + 1, scale.shape[1] - width + 1
+            alike = [scale[:rows, at : at + columns, 0] == found[0, at, 0] for at in range(20)]  # the first of the top row
+            pieces += [scale[top : top + height, left : left + width] for top, left in np.argwhere(np.all(alike, 0))]
+        assert any(np.array_equal(piece[seen], found[seen]) for piece in pieces)
+
+
+def test_colours_and_digits_may_be_chosen():
+    rng = np.random.default_rng(6)
+    scene = world.make_scene(rng, "train", colours=["red", "blue", "green", "orange"], digits=[3, 0, 9, 3])
+    assert [(tag.colour, tag.digit) for tag in scene.tags] == [("red", 3), ("blue", 0), ("green", 9), ("orange", 3)]
+    assert [tag.digit for tag in world.make_scene(rng, "train", digits=[1, 2, 3, 4]).tags] == [1, 2, 3, 4]
+    assert [tag.colour for tag in world.make_scene(rng, "train", colours=["purple"]).tags] == ["purple"]
+    assert {len(world.make_scene(rng, "train").tags) for _ in range(30)} == {2, 3}
+
+
+def test_a_varied_background_is_turned_and_blended_and_its_digits_are_of_new_shapes(monkeypatch):
+    monkeypatch.setattr(world, "_places", lambda *_: [])  # no tags: backgrounds alone
+    counts = collections.Counter()
+    for seed in range(60):
+        still, moved = (
+            world.make_scene(np.random.default_rng(seed), "train", colours=[], varied=varied).pixels for varied in (False, True)
+        )
+        square = still.shape[0] == still.shape[1]
+        turns = [turn for turn in range(4) if still.shape == np.rot90(still, turn).shape]
+        same = next((turn for turn in turns if np.array_equal(np.rot90(still, turn), moved)), None)
+        counts["square" if square else "oblong", same] += 1
+    blended = counts["square", None] + counts["oblong", None]
+    assert 18 <= blended <= 42  # half of them
+    assert {turn for shape, turn in counts if shape == "oblong"} == {None, 0, 2}
+    assert {turn for shape, turn in counts if shape == "square"} >= {None, 1, 3}
+
+
+def test_images_are_encoded_at_full_colour_and_high_quality():
+    pixels = np.random.default_rng(7).integers(0, 256, (280, 280, 3), dtype=np.uint8)
+    encoded = Image.open(io.BytesIO(world.encode_image(pixels)))
+    assert encoded.format == "JPEG" and JpegImagePlugin.get_sampling(encoded) == 0
+    scaled = [(base * 16 + 50) // 100 for base in (16, 11, 10, 16, 24, 40, 51, 61)]  # the standard table at quality 92
+    assert list(encoded.quantization[0])[:8] == scaled
+
+
+def test_the_assets_are_made_from_what_scikit_learn_ships(tmp_path, monkeypatch):
+    make_assets.write_digits(tmp_path / "digits.npz")
+    with np.load(make_assets.ASSETS / "digits.npz") as shipped, np.load(tmp_path / "digits.npz") as made:
+        assert sorted(shipped) == sorted(made)
+        assert all(np.array_equal(shipped[name], made[name]) and shipped[name].dtype == made[name].dtype for name in shipped)
+    assert make_assets.load_photo("flower").size == (640, 427)
+    sizes = iter([(1120, 560), (300, 700), *[(40, 30)] * 12])
+    monkeypatch.setattr(make_assets, "load_photo", lambda name: Image.new("RGB", next(sizes)))
+    written = make_assets.write_photos(tmp_path / "new" / "photos")
+    files = sorted((tmp_path / "new" / "photos").iterdir())
+    assert {f.name for f in files} == {f.name for f in (make_assets.ASSETS / "photos").iterdir()}
+    assert written == sum(f.stat().st_size for f in files)
+    named = {f.name: Image.open(f).size for f in files}
+    assert [named[f"train_{name}.jpg"] for name in ("astronaut", "brick", "cell")] == [(560, 280), (240, 560), (40, 30)]
 
 
 def test_images_have_the_promised_sizes_and_tags_are_in_place_and_apart(tasks):
@@ -120,7 +226,12 @@ def test_meta_describes_the_images_in_their_order():
     for encoded, scene, tags in zip(task.images, scenes, task.meta["tags"], strict=True):
         decoded = np.asarray(Image.open(io.BytesIO(encoded)), np.float32)
         assert np.abs(decoded - scene.pixels).mean() < 4
-        assert [tag["digit"] for tag in tags] == [tag.digit for tag in scene.tags]
+        assert tags == [{"colour": tag.colour, "digit": tag.digit, "x": tag.x, "y": tag.y} for tag in scene.tags]
+    (a, red), (b, blue) = task.meta["targets"]
+    assert a != b and f"{red} tag in Image {a}" in task.question and f"{blue} tag in Image {b}" in task.question
+    assert task.meta["split"] == "train" and world.make_task(np.random.default_rng(5), "test")[0].meta["split"] == "test"
+    assert re.fullmatch("tiny_world/[0-9a-f]{16}", task.uid)
+    assert task.uid != world.make_task(np.random.default_rng(6), "train", "sum")[0].uid
 
 
 def test_the_mix_of_kinds_is_the_promised_one(tasks):
@@ -132,6 +243,7 @@ def test_the_mix_of_kinds_is_the_promised_one(tasks):
     assert {kind: kinds[kind] / 600 for kind in world.KINDS} == pytest.approx(promised, abs=0.05)
 
 
+@pytest.mark.slow(6)
 def test_no_image_number_is_favoured_as_answer():
     rng = np.random.default_rng(3)
     for kind in ("find", "colour", "compare"):
@@ -168,6 +280,7 @@ def _views(split: str, count: int, seed: int):
     return np.array(thumbnails), np.array(crops), np.array(digits), np.array(colours)
 
 
+@pytest.mark.slow(20)
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 def test_thumbnails_show_colours_but_not_digits_and_crops_show_digits():
     train, test = _views("train", 3000, 0), _views("test", 600, 1)
@@ -187,7 +300,14 @@ def test_thumbnails_show_colours_but_not_digits_and_crops_show_digits():
         (lambda: world.task_at(0, "validation", 0), "no split 'validation'; use one of train, test"),
         (lambda: world.make_task(np.random.default_rng(0), "train", "guess"), "no question kind 'guess'; use one of"),
         (lambda: world.make_scene(np.random.default_rng(0), "train", colours=["red", "red"]), "different colours"),
-        (lambda: world.make_scene(np.random.default_rng(0), "train", colours=["red"], digits=[12]), "from 0 to 9"),
+        (lambda: world.make_scene(np.random.default_rng(0), "train", colours=["pink"]), "different colours of red, green"),
+        (lambda: world.make_scene(np.random.default_rng(0), "train", colours=world.COLOURS[:5]), "up to 4 different colours"),
+        (lambda: world.make_scene(np.random.default_rng(0), "train", colours=["red"], digits=[10]), "from 0 to 9"),
+        (lambda: world.make_scene(np.random.default_rng(0), "train", colours=["red"], digits=[-1]), "from 0 to 9"),
+        (lambda: world.make_scene(np.random.default_rng(0), "train", colours=["red"], digits=[1, 2]), "one digit from 0 to 9"),
+        (lambda: world.make_scene(np.random.default_rng(0), "validation"), "no split 'validation'"),
+        (lambda: world.photographs("validation"), "no split 'validation'"),
+        (lambda: world.handwritten_digits("validation"), "no split 'validation'"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_sentence(call, message):

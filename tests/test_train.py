@@ -1,197 +1,521 @@
-"""The main job: what it writes, that it learns, that it resumes bit for bit, and that bad input is one sentence."""
+"""The main job: what it asks of its parts under settings of every kind, what it writes, and that it resumes bit for bit."""
 
 import contextlib
 import gzip
+import io
 import json
-import subprocess
+import os
+import re
+import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-import yaml
+from conftest import small_config
+from flax import nnx
+from scripted_run import play, scripts
 
+from imagent_jax import export
 from imagent_jax import train as job
+from imagent_jax.ahead import Ahead
 from imagent_jax.config import Config, read_args
+from imagent_jax.data.pipeline import open_tasks, task_iterator
+from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model import checkpoint
-from imagent_jax.rl.rollout import RolloutEngine
+from imagent_jax.rl import guards
+from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
+from imagent_jax.rl.trajectory import EndReason, TokenKind
 from imagent_jax.run_log import phases
-from imagent_jax.trackers import Trackers
+from imagent_jax.tiny_base import base_folder
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import endurance
 
 SMALL = [
-    "--run.compile_cache=", "--rollout.groups=4", "--rollout.group_size=4", "--grpo.micro_groups=2", "--grpo.minibatches=1",
-    "--grpo.widths=2", "--eval.tasks=8", "--eval.during=8", "--eval.groups=8", "--data.train_size=64", "--data.test_size=32",
+    "--run.compile_cache=", "--run.steps=4", "--run.checkpoint_every=1", "--run.keep_checkpoints=1", "--run.seed=5",
+    "--run.log_trajectories=12", "--rollout.groups=3", "--rollout.group_size=4", "--rollout.response_tokens=96",
+    "--rollout.temperature=0.9", "--images.pack_blocks=1", "--images.packs=32", "--grpo.micro_groups=1", "--grpo.minibatches=3",
+    "--grpo.epochs=2", "--grpo.widths=1", "--grpo.kl=0.01", "--grpo.normalise_std=false", "--reward.answer=2",
+    "--reward.format=0.3", "--reward.tool_gain=0.5", "--mask.drop_void=true", "--mask.count_truncated=false", "--eval.every=2",
+    "--eval.tasks=6", "--eval.during=3", "--eval.groups=2", "--eval.greedy=true", "--eval.seed=77", "--data.seed=3",
+    "--data.train_size=64", "--data.test_size=32",
 ]  # fmt: skip
-
-
-def run(folder, *flags):
-    return job.main([*SMALL, f"--run.dir={folder}", f"--data.cache_dir={folder}/data", *flags])
-
-
-def metrics(folder, name):
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+PAID = "Too much was paid."
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run of four steps, checkpoints every two."""
-    folder = tmp_path_factory.mktemp("runs")
-    assert run(folder, "--run.name=whole", "--run.steps=4", "--run.checkpoint_every=2", "--eval.every=2") == 0
-    return folder
+def data(tmp_path_factory):
+    """Where this file's runs keep the tiny world."""
+    return tmp_path_factory.mktemp("data")
+
+
+class Watched:
+    """A run of the job, and what it asked of its parts, which are the real ones.
+
+    Attributes:
+        code, out: exit code, and what was printed.
+        rollouts, updates, saves, optimizers, judged, traced: calls in order, see `_note`.
+    """
+
+    def __init__(self, folder: Path, data: Path, name: str, *flags: str, when=lambda record: False, strike: int = 0):
+        """`strike`: a signal sent to the job as it logs the first record of which `when` holds (None: as it starts)."""
+        self.path, self.argv = (
+            folder / name,
+            [*SMALL, f"--run.dir={folder}", f"--run.name={name}", f"--data.cache_dir={data}", *flags],
+        )
+        self.rollouts, self.updates, self.saves, self.optimizers, self.judged, self.traced = [], [], [], [], [], []
+        out = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+            patch.setenv("COLUMNS", "300")
+            patch.setitem(guards.GUARDS, "bonus_unearned", lambda history: PAID if len(history) > 1 else None)
+            self._spy(patch, RolloutEngine, "rollout", self.rollouts, lambda engine, params, tasks, **how: how | {
+                "tasks": [task.uid for task in tasks]})  # fmt: skip
+            self._spy(patch, job.Learner, "update", self.updates, lambda learner, params, state, batch, store: {
+                "batch": batch, "encoded": store.encoded, "shown": store.shown,
+                "filled": store.patches / store.packed})  # fmt: skip
+            self._spy(patch, job.RunFolder, "save", self.saves, lambda folder, step, params, state, progress, accuracy=None: {
+                "step": step, "progress": json.loads(json.dumps(progress)), "accuracy": accuracy})  # fmt: skip
+            self._spy(patch, job, "make_optimizer", self.optimizers, lambda cfg, updates: {"cfg": cfg, "updates": updates})
+            self._spy(patch, job, "judge", self.judged, lambda cfg, rollout: {})
+            self._spy(patch, jax.profiler, "start_trace", self.traced, lambda *_, **__: {"updates": len(self.updates)})
+            if strike:
+                log = job.RunFolder.log
+
+                def struck(run, record):
+                    log(run, record)
+                    if when(record):
+                        os.kill(os.getpid(), strike)
+
+                patch.setattr(job.RunFolder, "log", struck)
+            self.code = job.main(self.argv)
+        self.out = out.getvalue()
+
+    @staticmethod
+    def _spy(patch, owner, name, notes, note):
+        real = getattr(owner, name)
+
+        def called(*args, **how):
+            began = time.perf_counter()
+            result = real(*args, **how)
+            notes.append(note(*args, **how) | {"seconds": time.perf_counter() - began, "result": result})
+            return result
+
+        patch.setattr(owner, name, called)
+
+    @property
+    def cfg(self) -> Config:
+        return read_args(self.argv)
+
+    @property
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[dict]:
+        return [record for record in self.records if "reward/total" in record]
+
+    @property
+    def evaluations(self) -> list[dict]:
+        """Rollouts of held-out tasks."""
+        return [roll for roll in self.rollouts if roll["group_size"] == 1]
+
+    @property
+    def training(self) -> list[dict]:
+        return [roll for roll in self.rollouts if roll["group_size"] != 1]
+
+    @property
+    def checkpoints(self) -> set[str]:
+        return {path.name for path in (self.path / "checkpoints").iterdir()}
+
+    def logged(self, stem: str) -> list[dict]:
+        return [json.loads(line) for line in (self.path / "trajectories" / f"{stem}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(runs, data):
+    """An uninterrupted run of four steps."""
+    run = Watched(runs, data, "whole", "--run.profile=3")
+    assert run.code == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def untrained(runs, data):
+    """A run of no step, with sampled evaluations and another seed."""
+    run = Watched(runs, data, "untrained", "--run.steps=0", "--run.seed=6", "--eval.greedy=false")
+    assert run.code == 0
+    return run
+
+
+# ---- what it asks of its parts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow(60)
+def test_held_out_tasks_are_the_first_of_the_test_split(whole):
+    """Before and after training `eval.tasks`, during it `eval.during`, every `eval.every` steps but not at the last."""
+    held_out = [open_tasks(whole.cfg.data, "test")[i].uid for i in range(32)]
+    asked = [("base-000000", 6), ("step 2-000002", 3), ("trained-000004", 6)]
+    assert [sum((roll["tasks"] for roll in whole.evaluations), [])] == [sum((held_out[:n] for _, n in asked), [])]
+    for stem, count in asked:
+        assert [record["task"] for record in whole.logged(stem)] == held_out[:count]
+    assert all(roll["slots"] == 2 and roll["packs"] == 128 and roll["temperature"] == 0.9 for roll in whole.evaluations)
+    assert ["eval/accuracy" in record for record in whole.steps] == [False, True, False, False]
+    for record, prefix, stem in ((whole.records[0], "base", asked[0][0]), (whole.steps[1], "eval", asked[1][0]),
+                                 (whole.records[-1], "final", asked[2][0])):  # fmt: skip
+        assert record[f"{prefix}/accuracy"] == pytest.approx(np.mean([r["right"] for r in whole.logged(stem)]))
+        assert record[f"{prefix}/length"] == pytest.approx(np.mean([r["length"] for r in whole.logged(stem)]))
+        spent = [roll["seconds"] for roll in whole.evaluations][asked.index((stem, len(whole.logged(stem))))]
+        assert record["time/evaluation" if prefix == "base" else f"{prefix}/time/evaluation"] >= spent
+
+
+def test_training_tasks_are_of_the_training_split_in_the_order_of_the_seeds(whole):
+    tasks = open_tasks(whole.cfg.data, "train")
+
+    def order(seed):
+        series = task_iterator(tasks, 3, seed)
+        return [[task.uid for task in next(series)] for _ in range(4)]
+
+    assert [roll["tasks"] for roll in whole.training] == order(3 + 5) != order(3)
+    for step, roll in enumerate(whole.training, 1):
+        assert [record["task"] for record in whole.logged(f"train-{step:06d}")[::4]] == roll["tasks"]
+
+
+def test_every_step_samples_by_a_seed_of_its_own_and_evaluations_by_theirs(whole, untrained):
+    assert [roll["seed"] for roll in whole.training] == [5 * 1_000_003 + step for step in range(4)]
+    assert {roll["seed"] for roll in [*whole.evaluations, *untrained.evaluations]} == {77}
+    assert {(roll["group_size"], roll["temperature"], roll.get("greedy", False)) for roll in whole.training} == {(4, 0.9, False)}
+    assert {roll["greedy"] for roll in whole.evaluations} == {True}
+
+
+def tokens(records):
+    return [record["tokens"]["ids"] for record in records]
+
+
+def test_greedy_evaluations_agree_and_differ_from_sampled_ones(parts, whole, untrained):
+    """The base, evaluated greedily by two seeds, and sampled by one seed in runs of two."""
+    assert tokens(untrained.logged("base-000000")) == tokens(untrained.logged("trained-000000"))
+    assert tokens(untrained.logged("base-000000")) != tokens(whole.logged("base-000000"))
+    assert untrained.records[0]["base/accuracy"] == untrained.records[-1]["final/accuracy"] and len(untrained.records) == 2
+    assert untrained.checkpoints == {"0"} and untrained.steps == []
+
+
+def test_the_schedule_is_as_long_as_the_run_has_updates(whole):
+    (made,) = whole.optimizers
+    assert made["updates"] == 4 * 2 * 3 and made["cfg"] == whole.cfg.optim
+    counts = [x for x in jax.tree.leaves(last_state(whole.path)) if x.shape == ()]
+    assert counts and {int(count) for count in counts} == {4 * 2 * 3}
+
+
+def last_state(path: Path):
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    with ocp.training.Checkpointer(path / "checkpoints") as manager:
+        return manager.load(manager.latest.step)["opt_state"]
+
+
+def test_checkpoints_are_made_when_they_are_due_and_the_best_of_held_out_accuracy_is_kept(whole):
+    """The second has a held-out accuracy; training accuracy, which all have, would have chosen another."""
+    assert [save["step"] for save in whole.saves] == [0, 1, 2, 3, 4, 4]
+    accuracies = [save["accuracy"] for save in whole.saves]
+    assert accuracies == [None, None, whole.steps[1]["eval/accuracy"], None, None, None]
+    assert whole.steps[1]["eval/accuracy"] != whole.steps[1]["accuracy"] and whole.checkpoints == {"2", "4"}
+    assert all(save["progress"]["unlogged"] is None and save["progress"]["step"] == save["step"] for save in whole.saves)
+    places = [json.dumps(save["progress"]["iterator"]) for save in whole.saves]
+    assert len(set(places)) == 5 and {*whole.saves[2]["progress"]["evaluations"]} == {"base"}
+
+
+# ---- what it writes ---------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_the_promised_folder(whole):
-    path = whole / "whole"
-    assert Config.from_yaml((path / "config.yaml").read_text()).run.steps == 4
-    records = metrics(whole, "whole")
-    steps = [r for r in records if "reward/total" in r]
-    assert [r["step"] for r in steps] == [1, 2, 3, 4] and "eval/accuracy" in steps[1]
-    keys = {"reward/answer", "reward/tool_gain", "tools/executed_rate", "mask/dropped_tokens", "time/train", "time/decode",
-            "compile/count", "entropy", "clip/high", "groups/flat", "grad_norm"}  # fmt: skip
-    assert keys <= steps[0].keys() and "base/accuracy" in records[0] and "final/accuracy" in records[-1]
-    trajectory = json.loads((path / "trajectories" / "train-000001.jsonl").read_text().splitlines()[0])
-    assert trajectory["turns"][0]["text"] and trajectory["end"] in ("ANSWERED", "TRUNCATED", "OVER_TURNS", "VOID", "REPEATED")
-    tokens, image = trajectory["tokens"], path / "trajectories" / "images" / trajectory["images"][0]["file"]
-    assert len(tokens["ids"]) == len(tokens["kept"]) == len(tokens["logprob"]) and image.is_file()
-    assert "of held-out tasks right, with" in (path / "report.html").read_text()
-    model, _ = checkpoint.load(path / "model")
-    assert model.cfg.text.num_layers == 4
+    path = whole.path
+    assert Config.from_yaml((path / "config.yaml").read_text()) == whole.cfg
+    assert read_args(["--config", str(path / "config.yaml")]) == whole.cfg
+    assert [record["step"] for record in whole.records] == [0, 1, 2, 3, 4, 4]
+    stems = {"base-000000", "step 2-000002", "trained-000004", *(f"train-{step:06d}" for step in range(1, 5))}
+    assert {file.stem for file in (path / "trajectories").glob("*.jsonl")} == stems
+    trajectory = whole.logged("train-000001")[0]
+    assert trajectory["turns"][0]["text"] and (path / "trajectories" / "images" / trajectory["images"][0]["file"]).is_file()
+    page = (path / "report.html").read_text()
+    assert "of held-out tasks right, with" in page and f"3 step(s) from 2 to 4: {PAID}" in page
+    assert not (path / "adapter").exists() and not (path / "data_faults.txt").exists()
+
+
+def test_the_model_is_the_last_checkpoint_and_was_trained(whole, tmp_path):
+    assert export.main([str(whole.path), str(tmp_path / "out")]) == 0
+    written, exported, base = (checkpoint.load(path)[1] for path in (whole.path / "model", tmp_path / "out", base_folder()))
+    assert same(written, exported) and same(written["vision"], base["vision"])
+    assert not any(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (written["text"], base["text"])), strict=True))
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def figures(records: list[dict]) -> dict[str, float]:
+    """Metrics of a step from the trajectories that it logged."""
+    n, right = len(records), np.asarray([r["right"] for r in records])
+    calls = [(r, turn["call"]) for r in records for turn in r["turns"] if turn["call"]]
+    made = {status: sum(call["status"] == status for _, call in calls) for status in ("EXECUTED", "INVALID")}
+    used = np.asarray([any(t["call"] and t["call"]["status"] == "EXECUTED" for t in r["turns"]) for r in records])
+    kinds = [np.repeat([int(k) for k in r["tokens"]["kind"]], [r["tokens"]["repeat"].get(str(i), 1) for i in
+             range(len(r["tokens"]["kind"]))]) for r in records]  # fmt: skip
+    sampled = [int((kind != TokenKind.OBSERVATION).sum()) for kind in kinds]
+    kept = [r["tokens"]["kept"].count("1") for r in records]
+    total = sum(sampled)
+    found = {f"reward/{name}": np.mean([r["rewards"][name] for r in records]) for name in records[0]["rewards"]}
+    found |= {f"end/{end.name.lower()}": np.mean([r["end"] == end.name for r in records]) for end in EndReason}
+    found |= {
+        f"accuracy/{kind}": np.mean([r["right"] for r in records if r["kind"] == kind]) for kind in {r["kind"] for r in records}
+    }
+    found |= {
+        "accuracy": right.mean(), "length": np.mean([r["length"] for r in records]), "length/sampled": total / n,
+        "tools/calls": (made["EXECUTED"] + made["INVALID"]) / n, "tools/invalid": made["INVALID"] / n,
+        "tools/executed_rate": made["EXECUTED"] / max(1, made["EXECUTED"] + made["INVALID"]), "tools/used_rate": used.mean(),
+        "tools/accuracy_with": right[used].mean() if used.any() else 0.0,
+        "tools/accuracy_without": right[~used].mean() if not used.all() else 0.0, "tools/earned": (right & used).mean(),
+        "mask/dropped_tokens": 1 - sum(kept) / total, "mask/dropped_trajectories": np.mean([r["dropped"] for r in records]),
+        "mask/observation_tokens": 1 - total / sum(map(len, kinds)),
+    }  # fmt: skip
+    for end in ("TRUNCATED", "VOID", "REPEATED", "OVER_TURNS"):
+        lost = sum(tokens for r, tokens in zip(records, sampled, strict=True) if r["end"] == end)
+        found[f"mask/dropped_tokens/{end.lower()}"] = lost / total
+        found[f"mask/dropped_trajectories/{end.lower()}"] = np.mean([r["end"] == end for r in records])
+    for name in ("visual_reflection", "visual_confirmation"):
+        for status, word in (("EXECUTED", "executed"), ("INVALID", "invalid"), ("FAULT", "faulted")):
+            found[f"tools/calls/{name}/{word}"] = sum(c["name"] == name and c["status"] == status for _, c in calls) / n
+    return found
+
+
+def test_the_metrics_of_a_step_are_those_of_its_trajectories(whole):
+    for step, record in enumerate(whole.steps, 1):
+        found = figures(whole.logged(f"train-{step:06d}"))
+        assert {key: record[key] for key in found} == pytest.approx(found, abs=1e-6)
+        assert record["rollout/tokens_per_second"] * sum(phases(record)[k] for k in whole.training[step - 1]["result"].times) == (
+            pytest.approx(12 * found["length/sampled"]))  # fmt: skip
+        update = whole.updates[step - 1]
+        assert (record["vision/encoded"], record["vision/shown"]) == (update["encoded"], update["shown"])
+        assert record["vision/waste"] == pytest.approx(1 - update["filled"]) and 0 < update["filled"] < 1
+        learned = update["result"][2]
+        assert {key: record[key] for key in learned} == learned and {
+            "loss",
+            "grad_norm",
+            "entropy",
+            "kl/reference",
+        } <= learned.keys()
+        assert record["memory/resident_gb"] > 0.1 and record["rollout/staleness"] == 0
+    assert len({record["reward/total"] for record in whole.steps}) > 1 and max(r["grad_norm"] for r in whole.steps) > 0
+    assert max(r["kl/reference"] for r in whole.steps) > 0
+
+
+def test_rewards_are_weighted_and_advantages_are_of_the_group(whole):
+    spread = 0
+    for step in range(1, 5):
+        records, batch = whole.logged(f"train-{step:06d}"), whole.updates[step - 1]["batch"]
+        assert [r["rollout"] for r in records] == [0, 1, 2, 3] * 3
+        for i, group in enumerate(records[begin : begin + 4] for begin in (0, 4, 8)):
+            paid = [r["rewards"] for r in group]
+            total = [2 * p["answer"] + 0.3 * p["format"] + 0.5 * p["tool_gain"] for p in paid]
+            counts = np.asarray([r["end"] not in ("TRUNCATED", "FAULT") for r in group])
+            assert [p["total"] for p in paid] == pytest.approx(total) and [p["answer"] for p in paid] == [
+                r["right"] for r in group
+            ]
+            mean = np.mean(np.asarray(total)[counts]) if counts.any() else 0.0
+            flat = not counts.any() or np.ptp(np.asarray(total)[counts]) == 0
+            wanted = np.zeros(4) if flat else np.asarray(total) - mean
+            assert [r["advantage"] for r in group] == pytest.approx(wanted, abs=1e-6)
+            assert batch.advantages[i] == pytest.approx(wanted, abs=1e-6) and batch.rewards[i] == pytest.approx(total)
+            spread += not flat
+    assert spread >= 2
+
+
+def test_the_times_of_a_step_are_those_of_its_parts(whole):
+    """Each is at least what the part itself took, and no two share a second."""
+    before = 0.0
+    for i, record in enumerate(whole.steps):
+        took = {name: calls[i]["seconds"] for name, calls in (("rollout", whole.training), ("judge", whole.judged),
+                                                              ("train", whole.updates))}  # fmt: skip
+        step = record["time/step"]
+        assert step - took["rollout"] - took["train"] >= record["time/judge"] >= took["judge"]
+        assert step - took["rollout"] - took["judge"] >= record["time/train"] >= took["train"]
+        spent = phases(record)
+        assert {k: spent[k] for k in whole.training[i]["result"].times} == whole.training[i]["result"].times
+        assert {"decode", "prepare", "vision"} <= spent.keys() and min(spent.values()) >= 0
+        assert sum(spent.values()) == pytest.approx(step, rel=1e-9)
+        assert record["time/total"] >= before + step
+        before = record["time/total"]
+    assert whole.records[-1]["time/total"] >= before + whole.records[-1]["final/time/evaluation"]
 
 
 def test_nothing_compiles_after_the_first_steps(whole):
-    steps = [r for r in metrics(whole, "whole") if "reward/total" in r]
-    assert steps[0]["compile/count"] > 0 and steps[2]["compile/count"] == 0 and steps[3]["compile/count"] == 0
+    assert whole.steps[0]["compile/count"] > 0 and [record["compile/count"] for record in whole.steps[2:]] == [0, 0]
 
 
-def test_fifteen_steps_over_random_sizes_counts_and_turns_compile_nothing(tmp_path, monkeypatch):
-    """The short form of benchmarks/endurance.py: 75 tasks of 1 to 8 images, rollouts of 0 to 6 calls."""
-    monkeypatch.setattr(RolloutEngine, "end_turn", RolloutEngine.end_turn)  # which the script replaces
-    steps, images, calls = endurance.run(tmp_path, 15, "--rollout.group_size=2", f"--data.cache_dir={tmp_path}/data")
-    assert len(steps) == 15 and set(images) == set(range(1, 9)) and set(calls) == set(range(7))
-    assert len({r["tools/calls"] for r in steps}) > 3 and len({r["length"] for r in steps}) > 10
-    assert sum(r["compile/count"] for r in steps[1:]) == 0, [r["compile/count"] for r in steps]
-
-
-def test_the_times_of_a_step_add_up(whole):
-    for record in metrics(whole, "whole")[1:-1]:
-        spent = phases(record)
-        assert {"decode", "train", "judge"} < spent.keys() and min(spent.values()) >= 0
-        assert sum(spent.values()) == pytest.approx(record["time/step"], rel=1e-9)
+def test_what_is_printed_is_what_was_measured(whole):
+    assert "4 steps of 3 tasks x 4 rollouts of tiny on tiny_world, 1 cpu device(s)" in whole.out
+    for record in whole.steps:
+        line = re.search(rf"^step    {record['step']}/4 .*$", whole.out, re.MULTILINE)[0]
+        found = [float(x) for x in re.findall(r"-?\d+\.\d+", line)]
+        keys = ("reward/total", "accuracy", "tools/calls", "mask/dropped_tokens", "time/step", None, "time/train")
+        wanted = [
+            None if key is None else record[key] * (100 if key in ("accuracy", "mask/dropped_tokens") else 1) for key in keys
+        ]
+        wanted[5] = record["time/step"] - record["time/train"] - record["time/judge"]
+        assert found == pytest.approx(wanted, abs=0.06)
+    for name, prefix, count in (("base", "base", 6), ("step 2", "eval", 3), ("trained", "final", 6)):
+        record = next(r for r in whole.records if f"{prefix}/accuracy" in r)
+        words = f"{name}: {100 * record[f'{prefix}/accuracy']:.1f} % of {count} held-out tasks right, "
+        assert f"{words}{record[f'{prefix}/tools/calls']:.2f} calls a task" in whole.out
+    assert whole.out.count(f"warning (bonus_unearned): {PAID}") == 1
+    assert ["bonus_unearned" in record.get("warnings", {}) for record in whole.steps] == [False, True, True, True]
+    table = next(line for line in whole.out.splitlines() if line.strip("│┃ ").startswith("accuracy "))
+    figures = [whole.records[0]["base/accuracy"], whole.records[-1]["final/accuracy"]]
+    assert re.findall(r"[\d.]+ %", table) == [f"{100 * x:.1f} %" for x in figures]
 
 
 def test_tensorboard_reads_what_was_logged(whole):
     """With TensorBoard's own reader; the numbers of every record, each at its step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(whole / "whole" / "tensorboard"))
+    events = EventAccumulator(str(whole.path / "tensorboard"))
     events.Reload()
-    for name in ("reward/total", "eval/accuracy", "base/accuracy", "time/step"):
-        expected = [(r["step"], np.float32(r[name])) for r in metrics(whole, "whole") if name in r]
+    names = {key for record in whole.records for key in record} - {"step", "warnings"}
+    assert set(events.Tags()["scalars"]) == names
+    for name in ("reward/total", "eval/accuracy", "base/accuracy", "time/step", "final/accuracy"):
+        expected = [(r["step"], np.float32(r[name])) for r in whole.records if name in r]
         assert expected and [(e.step, np.float32(e.value)) for e in events.Scalars(name)] == expected
 
 
-def test_what_a_resumed_run_logs_anew_takes_the_place_of_what_it_had_logged(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first, value in ((1, 0.0), (3, 1.0)):
-        trackers = Trackers(Config(), tmp_path)
-        for step in range(first, first + 4):
-            trackers.log({"step": step, "loss": value})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
-
-
-def test_weights_and_biases_gets_every_record_and_the_same_run_again(tmp_path, monkeypatch):
-    calls = []
-    stub = SimpleNamespace(
-        init=lambda **about: calls.append(about) or SimpleNamespace(
-            log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"))
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "wandb", stub)
-    cfg = Config.from_dict({"run": {"wandb": "agents", "name": "one"}})
-    for _ in range(2):
-        trackers = Trackers(cfg, tmp_path)
-        trackers.log({"step": 3, "accuracy": 0.5, "warnings": {"collapse": "…"}})
-        trackers.close()
-    first, (step, values), end, second = calls[:4]
-    assert first["project"] == "agents" and first["id"] == second["id"] and first["config"]["run"]["name"] == "one"
-    assert (step, values, end) == (3, {"accuracy": 0.5}, "end")
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        Trackers(cfg, tmp_path)
-
-
-def test_a_traced_step_leaves_a_trace(tmp_path):
-    assert run(tmp_path, "--run.name=traced", "--run.steps=2", "--run.profile=2", "--eval.every=0") == 0
-    trace = next((tmp_path / "traced" / "profile").rglob("perfetto_trace.json.gz"))
+def test_the_step_that_was_asked_for_is_traced(whole):
+    assert [trace["updates"] for trace in whole.traced] == [2]  # as the third began
+    trace = next((whole.path / "profile").rglob("perfetto_trace.json.gz"))
     names = {event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert any("decode" in name for name in names) and any("accumulate" in name for name in names)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_stopped_run_resumes_to_the_same_bits(request, tmp_path, monkeypatch, overlap):
-    """With overlap, every other step is sampled by older weights, but never by others than those of the run that was not
-    stopped."""
-    class StopAfterTwo:
-        asked = False
+# ---- stopped and resumed ----------------------------------------------------------------------------------------------
 
-    interrupt = StopAfterTwo()
-    save = job.RunFolder.save
 
-    def stop(self, step, *rest):
-        save(self, step, *rest)
-        interrupt.asked = step == 2
+def assert_equal(whole, cut):
+    """The same weights, figures and trajectories, each step once."""
+    assert same(*(checkpoint.load(run.path / "model")[1] for run in (whole, cut)))
+    for x, y in zip(whole.records, cut.records, strict=True):
+        a, b = ({k: v for k, v in record.items() if not re.search("time/|memory/|compile/|second", k)} for record in (x, y))
+        assert a == b
+    for file in (whole.path / "trajectories").glob("*.jsonl"):
+        assert file.read_text() == (cut.path / "trajectories" / file.name).read_text(), file.name
 
-    monkeypatch.setattr(job, "Interrupt", lambda: contextlib.nullcontext(interrupt))
-    monkeypatch.setattr(job.RunFolder, "save", stop)
-    flags = ("--run.name=cut", "--run.steps=4", "--run.checkpoint_every=2", "--eval.every=2")
-    flags += (f"--rollout.overlap={str(overlap).lower()}",)
-    assert run(tmp_path, *flags) == 0
-    assert [r["step"] for r in metrics(tmp_path, "cut")] == [0, 1, 2]
+
+@pytest.mark.slow(15)
+def test_ctrl_c_stops_after_the_step_and_the_run_resumes_to_the_same_bits(whole, tmp_path, data):
+    begun = Watched(tmp_path, data, "cut", when=lambda record: record["step"] == 2, strike=signal.SIGINT)
+    assert begun.code == 0 and "Stopped after step 2; continue with --run.resume true." in begun.out
+    assert [record["step"] for record in begun.records] == [0, 1, 2] and begun.checkpoints == {"2"}
+    assert "the run has not ended" in (begun.path / "report.html").read_text() and not (begun.path / "model").exists()
+    resumed = Watched(tmp_path, data, "cut", "--run.resume=true")
+    assert resumed.code == 0 and "Resumed after step 2." in resumed.out and PAID not in resumed.out
+    assert [roll["seed"] for roll in resumed.training] == [5 * 1_000_003 + step for step in (2, 3)]
+    assert [roll["tasks"] for roll in resumed.training] == [roll["tasks"] for roll in whole.training[2:]]
+    assert sum(len(roll["tasks"]) for roll in resumed.evaluations) == 6  # the base is not evaluated again
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.slow(25)
+def test_with_overlap_a_run_stopped_in_an_evaluation_resumes_to_the_same_bits(tmp_path, data, monkeypatch):
+    """Every other step is sampled by weights one update old, but never by others than those of the run that was not stopped.
+    The step whose evaluation is given up is not logged before it is evaluated."""
+    flags = "--rollout.overlap=true", "--run.checkpoint_every=2", "--run.keep_best=0"
+    whole = Watched(tmp_path, data, "whole", *flags)
+    assert whole.code == 0 and [record["rollout/staleness"] for record in whole.steps] == [0, 1, 0, 1]
+    assert [save["step"] for save in whole.saves] == [0, 2, 4, 4] and whole.checkpoints == {"4"}
+    assert ["time/decode" in record for record in whole.steps] == [True, False, True, False]
+    assert all(record["rollout/tokens_per_second"] > 0 and record["time/wait"] >= 0 for record in whole.steps)
+    evaluate = job.evaluate
+
+    def struck(engine, params, tasks, **how):
+        if len(tasks) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(engine, params, tasks, **how)
+
+    monkeypatch.setattr(job, "evaluate", struck)
+    begun = Watched(tmp_path, data, "cut", *flags)
     monkeypatch.undo()
-    assert run(tmp_path, *flags, "--run.resume=true") == 0
-    if overlap:
-        whole = tmp_path
-        assert run(whole, *flags, "--run.name=whole") == 0
-        assert [r["rollout/staleness"] for r in metrics(whole, "whole") if "reward/total" in r] == [0, 1, 0, 1]
-    else:
-        whole = request.getfixturevalue("whole")
-    a, b = (checkpoint.load(folder / "model")[1] for folder in (whole / "whole", tmp_path / "cut"))
-    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    same = ("reward/total", "accuracy", "loss", "grad_norm", "entropy", "final/accuracy")
-    for x, y in zip(metrics(whole, "whole"), metrics(tmp_path, "cut"), strict=True):
-        assert {k: x[k] for k in same if k in x} == {k: y[k] for k in same if k in y}
+    assert begun.code == job.RESTART and [record["step"] for record in begun.records] == [0, 1] and begun.checkpoints == {"2"}
+    resumed = Watched(tmp_path, data, "cut", *flags, "--run.resume=true")
+    assert resumed.code == 0
+    assert_equal(whole, resumed)
 
 
-def test_the_saved_config_reproduces_the_settings(whole):
-    path = whole / "whole" / "config.yaml"
-    assert read_args(["--config", str(path)]).to_dict() == yaml.safe_load(path.read_text())
+@pytest.mark.slow(5)
+def test_sigterm_in_the_first_evaluation_asks_for_a_restart(tmp_path, data, monkeypatch, capsys):
+    evaluate = job.evaluate
+    monkeypatch.setattr(job, "evaluate", lambda *args, **how: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*args, **how))[1])
+    run = Watched(tmp_path, data, "early")
+    assert run.code == job.RESTART == 75 and not (run.path / "metrics.jsonl").exists()
+    assert capsys.readouterr().err == "Stopped by SIGTERM; start again with --run.resume true.\n"
 
 
-def test_ctrl_c_saves_and_ends_with_a_sentence(tmp_path):
-    import signal
-    import time
+def test_a_signal_is_noted_a_second_one_stops_at_once_and_then_all_is_as_before():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, other in ((signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
+        with job.Interrupt() as interrupt:
+            assert interrupt.asked == 0
+            signal.raise_signal(number)
+            assert interrupt.asked == number
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(other)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
-    command = [sys.executable, "-m", "imagent_jax.train", *SMALL, f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path}/data",
-               "--run.name=cut", "--run.steps=500", "--eval.every=0"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    path = tmp_path / "cut" / "metrics.jsonl"
-    for _ in range(600):
-        if path.exists() and len(path.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "continue with --run.resume true" in " ".join(out.split())
-    last = metrics(tmp_path, "cut")[-1]["step"]
-    assert str(last) in [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()]
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
+def test_what_is_no_fault_of_the_input_is_not_taken_for_one(monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(job, "train", fails)
+    with pytest.raises(type(error)):
+        job.main([])
+
+
+# ---- whatever comes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow(60)
+def test_random_sizes_counts_and_turns_compile_nothing_and_bad_rows_are_left_out(tmp_path, monkeypatch):
+    """The short form of benchmarks/endurance.py: 30 tasks of 1 to 8 images, rollouts of 0 to 6 calls, from JSON Lines."""
+    monkeypatch.setattr(RolloutEngine, "end_turn", RolloutEngine.end_turn)  # which the script replaces
+    write = endurance.write_tasks
+
+    def with_bad_rows(folder, count):
+        images = write(folder, count)
+        for split in ("train", "test"):
+            with open(folder / f"{split}.jsonl", "a") as file:
+                file.write(f'\n{{"uid": "bad-{split}", "question": "?", "images": ["nowhere.png"], "answer": "1"}}')
+        return images
+
+    monkeypatch.setattr(endurance, "write_tasks", with_bad_rows)
+    steps, images, calls = endurance.run(
+        tmp_path, 6, "--rollout.group_size=2", "--images.max_pixels=6272", "--tools.confirm_max_pixels=9408", "--grpo.widths=1",
+        "--images.vision_block=96", "--images.pack_blocks=1", "--images.packs=128", "--tools.high_pixels=9408",
+        "--rollout.prompt_tokens=256", "--rollout.response_tokens=384", "--data.skip_bad=true", "--run.checkpoint_every=0",
+    )  # fmt: skip
+    assert len(steps) == 6 and set(images) == set(range(1, 9)) and set(calls) == set(range(7))
+    assert len({r["tools/calls"] for r in steps}) > 3 and len({r["length"] for r in steps}) > 4
+    assert sum(r["compile/count"] for r in steps[1:]) == 0, [r["compile/count"] for r in steps]
+    faults = (tmp_path / "run" / "data_faults.txt").read_text().splitlines()
+    assert len(faults) == 2 and "train.jsonl" in faults[0] and "test.jsonl" in faults[1]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
+    assert not list((tmp_path / "run" / "trajectories").glob("*.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -201,13 +525,188 @@ def test_ctrl_c_saves_and_ends_with_a_sentence(tmp_path):
         (["--rollout.prompt_tokens=40"], "rollout.prompt_tokens=40"),
         (["--images.vision_block=16", "--images.max_pixels=4704"], "vision_block"),
         (["--reward.custom=[nowhere:reward]"], "nowhere:reward"),
+        (["--tools.names=[nowhere:tool]"], "nowhere:tool"),
         (["--run.resume=true", "--run.name=none"], "holds no checkpoints"),
         (["--mesh.fsdp=1009"], "mesh.fsdp=1009"),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path, capsys, flags, words):
+def test_bad_input_is_one_sentence(tmp_path, data, capsys, flags, words):
     with pytest.raises(SystemExit) if "vision_block" in words else contextlib.nullcontext():
-        code = run(tmp_path, "--run.steps=1", *flags)
-        assert code == 2
+        assert job.main([*SMALL, f"--run.dir={tmp_path}", f"--data.cache_dir={data}", "--run.steps=1", *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+# ---- its parts alone --------------------------------------------------------------------------------------------------
+
+
+def fails_or_pays(t):
+    """A reward that fails where nothing is known."""
+    return {"I do not know.<|im_end|>": float("nan")}.get(t.turns[-1].text, 0.25 * t.rollout)
+
+
+@pytest.mark.parametrize("normalise_std", [True, False])
+def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
+    cfg = small_config(
+        tools={"max_turns": 3}, rollout={"prompt_tokens": 512, "response_tokens": 512}, mask={"count_repeated": False},
+        reward={"answer": 3.0, "custom": [f"{__name__}:fails_or_pays"]}, grpo={"normalise_std": normalise_std},
+    )  # fmt: skip
+    engine = RolloutEngine(parts.model, parts.processor, parts.tools, cfg)
+    tasks = [task_at(3, "train", i) for i in range(2)]
+    groups = [[play(engine, task, g, texts) for g, texts in enumerate(scripts(task)[:7])] for task in tasks]
+    assert groups[0][6].end == EndReason.VOID
+    rewards, advantages, scored, metrics = job.judge(cfg, Batch(trajectories=groups))
+    right = [True, False, True, True, True, False, False]
+    for group, paid, gained, scores in zip(groups, rewards, advantages, scored, strict=True):
+        assert (
+            group[6].end == EndReason.FAULT and "must be a finite number" in group[6].error and group[3].end == EndReason.REPEATED
+        )
+        assert [s["answer"] for s in scores] == [
+            float(ok and t.end == EndReason.ANSWERED) for ok, t in zip(right, group, strict=True)
+        ]
+        assert paid.dtype == np.float32 and paid.tolist() == pytest.approx([s["total"] for s in scores]) and paid[6] == 0
+        assert paid[0] == pytest.approx(3 + 0.1 + 0.2) and paid[1] == pytest.approx(0.1 + 0.25)
+        counted = paid[[0, 1, 2, 4, 5]]
+        wanted = (paid - counted.mean()) / (counted.std() if normalise_std else 1)
+        assert gained[:6] == pytest.approx(wanted[:6], rel=1e-5) and gained[6] == 0
+    flat = [s for scores in scored for s in scores]
+    for name in ("answer", "format", "tool_gain", "total", f"{__name__}:fails_or_pays"):
+        assert metrics[f"reward/{name}"] == pytest.approx(np.mean([s[name] for s in flat]))
+    assert metrics["end/fault"] == pytest.approx(1 / 7) and "fault" not in flat[6] and metrics["groups/flat"] == 0
+    assert metrics["tools/calls/visual_reflection/executed"] == pytest.approx(1 / 7)
+
+
+class Batch(RolloutBatch):
+    """As much of a batch of rollouts as is looked at."""
+
+    def __init__(self, **known):
+        self.__dict__.update(known)
+
+
+class Recorder(RolloutEngine):
+    """An engine that says what it was asked."""
+
+    def __init__(self):
+        self.opened, self.stopped = None, False
+
+    def weights(self, params):
+        return "copy", params
+
+    def open_ahead(self, tasks):
+        self.opened = tasks
+
+    def rollout(self, weights, tasks, **how):
+        if self.stopped:
+            raise job.Stopped
+        return Batch(weights=weights, tasks=tasks, how=how, mesh=jax.sharding.get_mesh())
+
+
+@pytest.fixture
+def ahead():
+    cfg = small_config(run={"seed": 2}, rollout={"group_size": 7, "temperature": 0.5})
+    tasks = [task_at(0, "train", i) for i in range(10)]
+    return Ahead(Recorder(), task_iterator(tasks, 3, seed=1), cfg), task_iterator(tasks, 3, seed=1)
+
+
+def uids(tasks):
+    return [task.uid for task in tasks]
+
+
+def test_what_is_begun_ahead_is_what_is_taken(ahead):
+    """Its place, where a checkpoint goes on, stays before the first step that was not taken."""
+    ahead, series = ahead
+    w0, w1, w2 = (nnx.State({}) for _ in range(3))
+    batches, places = [], [series.get_state()]
+    for _ in range(4):
+        batches.append(uids(next(series)))
+        places.append(series.get_state())
+    first, stale = ahead.take(0, w0)
+    assert (uids(first.tasks), stale) == (batches[0], 0) and first.weights[1] is w0 and ahead.place == places[1]
+    assert first.how == {"group_size": 7, "seed": 2 * 1_000_003, "temperature": 0.5}
+    ahead.begin(1)
+    assert uids(ahead.engine.opened) == batches[1] and ahead.place == places[1]
+    second, stale = ahead.take(1, w1)
+    assert second.tasks is ahead.engine.opened and second.weights[1] is w1 and stale == 0 and ahead.place == places[2]
+    assert second.how["seed"] == 2 * 1_000_003 + 1
+    mesh = job.training_mesh(ahead.cfg)
+    with jax.set_mesh(mesh):
+        ahead.begin(2, w1)
+        third, stale = ahead.take(2, w2)
+    assert (uids(third.tasks), stale) == (batches[2], 1) and third.weights[1] is w1 and third.mesh == mesh
+    assert third.how == {"group_size": 7, "seed": 2 * 1_000_003 + 2, "temperature": 0.5}
+    ahead.begin(3, w2)
+    assert not ahead.engine.stopped and ahead.place == places[3]
+    ahead.close()
+    assert ahead.engine.stop() and ahead.next[2].done()
+
+
+def test_a_step_that_was_stopped_is_not_taken(ahead):
+    ahead, series = ahead
+    before, first = series.get_state(), uids(next(series))
+    ahead.engine.stopped = True
+    with pytest.raises(job.Stopped):
+        ahead.take(0, nnx.State({}))
+    assert ahead.place == before
+    ahead.engine.stopped = False
+    assert uids(ahead.take(0, nnx.State({}))[0].tasks) == first
+    ahead.close()
+
+
+def test_parts_are_made_as_the_settings_say(tmp_path, data):
+    cfg = small_config(
+        run={"seed": 5}, lora={"rank": 3, "alpha": 6.0, "targets": ["q_proj"], "merger": True},
+        tools={"names": ["visual_confirmation"]},
+        model={"param_dtype": "bfloat16", "remat": "dots", "logprob_chunk": 123}, images={"vision_block": 100},
+        data={"train_size": 64, "test_size": 32, "cache_dir": str(data), "seed": 3}, eval={"seed": 1},
+    )  # fmt: skip
+    made = job.Parts(cfg)
+    assert (made.model.remat, made.model.logprob_chunk, made.model.vision_block) == ("dots", 123, 100)
+    assert made.tools.names == ("visual_confirmation",) or list(made.tools.names) == ["visual_confirmation"]
+    assert made.params["text"]["embed"][...].dtype == "bfloat16" and made.folder == base_folder()
+    adapters = adapters_of(made)
+    assert {path.removesuffix("_lora_a").removesuffix("_lora_b") for path in adapters} == {
+        "text/layers/q", "vision/merge_fc1", "vision/merge_fc2"}  # fmt: skip
+    assert all(3 in x.shape and x.dtype == "float32" for x in adapters.values())
+    job.lora.save(tmp_path / "adapter", made.model, made.params)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (3, 6.0)
+    other = adapters_of(job.Parts(replace(cfg, run=replace(cfg.run, seed=6))))
+    assert not np.array_equal(other["text/layers/q_lora_a"], adapters["text/layers/q_lora_a"])
+    again = job.Parts(replace(cfg, lora=replace(cfg.lora, path=str(tmp_path / "adapter"), rank=9)))  # what is there counts
+    assert all(np.array_equal(x, adapters[path]) for path, x in adapters_of(again).items())
+    assert uids(made.test_tasks(40)) == [open_tasks(cfg.data, "test")[i].uid for i in range(32)] and made.test_faults == ()
+
+
+def adapters_of(parts) -> dict[str, np.ndarray]:
+    found = nnx.split_state(parts.params, nnx.LoRAParam, ...)[0]
+    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(found)}
+
+
+def test_the_model_takes_its_settings_and_the_platform_those_that_are_automatic():
+    cfg = small_config(model={"remat": "full", "logprob_chunk": 77}, images={"vision_block": 128})
+    expected = {"remat": "full", "logprob_chunk": 77, "vision_block": 128}
+    for platform, dtype, attention in (("cpu", "float32", "xla"), ("gpu", "bfloat16", "cudnn"), ("tpu", "bfloat16", "splash")):
+        assert job.model_settings(cfg, platform) == expected | {"dtype": dtype, "attention": attention}
+    told = small_config(model={"dtype": "float32", "attention": "xla"})
+    assert job.model_settings(told, "tpu").items() >= {"dtype": "float32", "attention": "xla"}.items()
+
+
+def test_overlap_is_for_one_device_and_the_mesh_is_what_was_asked_for(monkeypatch):
+    two, checked = [jax.devices()[0]] * 2, []
+    monkeypatch.setattr(job.hosts, "check_mesh", checked.append)
+    mesh = job.training_mesh(small_config(mesh={"data": -1}), two)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1} and checked == [mesh]
+    assert dict(job.training_mesh(small_config(mesh={"fsdp": 2}), two).shape)["fsdp"] == 2
+    job.training_mesh(small_config(rollout={"overlap": True}))
+    with pytest.raises(ValueError, match="rollout.overlap is for one device"):
+        job.training_mesh(small_config(mesh={"data": 2}, rollout={"overlap": True}), two)
+
+
+def test_memory_is_what_the_process_and_its_first_device_say(monkeypatch):
+    resident = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    assert job.memory() == {"memory/resident_gb": pytest.approx(resident, rel=0.1)}
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 3e9, "peak_bytes_in_use": 5e9})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    found = job.memory()
+    assert (found.pop("memory/device_gb"), found.pop("memory/device_peak_gb")) == (3, 5) and len(found) == 1

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import webbrowser
 
@@ -11,7 +12,8 @@ from PIL import Image
 from scripted_run import EVIL, look, many_trajectories, records
 
 from imagent_jax.rl.trajectory import TokenKind
-from imagent_jax.view import KINDS, main, write_view
+from imagent_jax.run_log import read_run
+from imagent_jax.view import FIELDS, KINDS, index, main, write_view
 
 
 def listed(page) -> int:
@@ -208,6 +210,57 @@ def test_a_thousand_trajectories_are_listed_at_once_and_told_of_on_demand(made, 
     assert [name for name in loaded if name.startswith("train")] == []
     look(page, many, "train-000040/3")
     assert {name for name in loaded if name.startswith("train")} == {"train-000040.js"}
+
+
+# ---- what the page is made of -----------------------------------------------------------------------------------------
+
+
+def test_the_list_has_a_row_for_every_trajectory(made):
+    _, path, _ = made
+    run = read_run(path)
+    listed = index(run)
+    assert (listed["name"], listed["about"]) == ("demo", "tiny on tiny_world, 3 of 3 steps")
+    assert [(c["name"], c["label"], c["split"]) for c in listed["chunks"]] == [
+        (stem, {"base-000000": "base", "trained-000003": "trained"}.get(stem, f"step {int(stem[-6:])}"),
+         "train" if stem.startswith("train-") else "held-out") for stem in run.trajectories]  # fmt: skip
+    rows = iter(listed["rows"])
+    assert len({task[0] for task in listed["tasks"]}) == len(listed["tasks"]) and listed["fields"] == FIELDS
+    for c, (stem, trajectories) in enumerate(run.trajectories.items()):
+        for line, record in enumerate(trajectories):
+            row = dict(zip(FIELDS, next(rows), strict=True))
+            calls = [turn["call"] for turn in record["turns"] if turn["call"]]
+            done = {
+                status: [call["name"] for call in calls if call["status"] == status]
+                for status in ("EXECUTED", "INVALID", "FAULT")
+            }
+            assert (row["chunk"], row["line"], row["rollout"], row["right"]) == (c, line, record["rollout"], int(record["right"]))
+            assert listed["tasks"][row["task"]] == [record["task"], record["kind"], record["question"], record["truth"]]
+            assert (row["end"], row["answer"]) == (record["end"], record["answer"])
+            assert [row["executed"], row["invalid"], row["faulted"]] == [len(names) for names in done.values()], stem
+            assert {listed["tools"][i] for i in row["tools"]} == set(done["EXECUTED"])
+            paid = record["rewards"].get("total"), record["advantage"]
+            assert (row["reward"], row["advantage"]) == tuple(x if x is None else pytest.approx(x, abs=6e-5) for x in paid)
+    assert next(rows, None) is None and len(set(listed["tools"])) == len(listed["tools"]) == 2
+
+
+def test_the_folder_of_the_page_is_whole_and_an_earlier_one_goes(made, tmp_path, monkeypatch):
+    _, path, _ = made
+    shutil.copytree(path, tmp_path / "run", ignore=shutil.ignore_patterns("view", "checkpoints"))
+    (tmp_path / "run" / "view").mkdir()
+    (tmp_path / "run" / "view" / "old").touch()
+    monkeypatch.setattr(os, "link", lambda source, target: os.stat(tmp_path / "nowhere"))  # fails as on another file system
+    page, run = write_view(tmp_path / "run")
+    view = tmp_path / "run" / "view"
+    assert page == view / "index.html" and not (view / "old").exists()
+    images = {file.name: file.read_bytes() for file in (view / "images").iterdir()}
+    assert images == {file.name: file.read_bytes() for file in (tmp_path / "run" / "trajectories" / "images").iterdir()}
+    assert (view / "report.html").read_text() == (tmp_path / "run" / "report.html").read_text()
+    chunks = {file.stem: file.read_text() for file in (view / "data").iterdir()}
+    assert json.loads(chunks.pop("index").removeprefix("const RUN=").removesuffix(";\n")) == json.loads(json.dumps(index(run)))
+    for stem, text in chunks.items():
+        name, trajectories = json.loads(f"[{text.removeprefix('CHUNK(').removesuffix(');' + chr(10))}]")
+        assert name == stem and trajectories == run.trajectories[stem]
+    assert chunks.keys() == run.trajectories.keys()
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

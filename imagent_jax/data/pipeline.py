@@ -103,6 +103,7 @@ def task_iterator(tasks: Sequence[Task], batch: int, seed: int, *, prefetch: int
         raise ValueError(f"A batch needs at least one task; got {batch}.")
     if not len(tasks):
         raise ValueError("There are no tasks to iterate over; add rows to the data set.")
-    dataset = grain.MapDataset.source(tasks).shuffle(seed=seed % 2**32).repeat().batch(batch, batch_fn=list)
+    series = grain.MapDataset.source(tasks).shuffle(seed=seed % 2**32).repeat()
+    dataset = series.batch(batch, drop_remainder=True, batch_fn=list)  # of an endless series; grain's ceil overflows at 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return TaskIterator(iter(dataset.to_iter_dataset(options)))

@@ -122,7 +122,7 @@ class FeatureStore(EncodedPacks):
         for size in self.sizes:
             self.features = _encode_into(self.model, self.params, self.features, 0, *self.blank(size))
 
-    def blank(self, blocks: int) -> list[np.ndarray]:
+    def blank(self, blocks: int) -> tuple[np.ndarray, ...]:
         """A pack without images."""
         none = PreparedImage(np.zeros((0, self.model.cfg.vision.patch_bytes), np.uint8), (0, 0), (0, 0))
         return pack_images([none], self.model.vision_block, blocks)[:-1]

@@ -58,7 +58,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     return Mesh(placed, tuple(sizes), (AxisType.Auto,) * 3)
 
 
-def check_heads(cfg: Qwen2VLConfig, mesh: Mesh) -> None:
+def check_heads(cfg: Qwen2VLConfig, mesh: Mesh | AbstractMesh) -> None:
     """Attention is split by whole heads.
 
     Raises:
@@ -120,7 +120,7 @@ def ways(axes: str | Sequence[str] | None) -> int:
     return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
-def fitting(x: jax.Array, *axes: str | tuple[str, ...] | None) -> PartitionSpec:
+def fitting(x: jax.Array | jax.ShapeDtypeStruct, *axes: str | tuple[str, ...] | None) -> PartitionSpec:
     """`PartitionSpec(*axes)` for `x`, less what does not divide: such an axis of `x` stays whole."""
     return PartitionSpec(*(axis if n % ways(axis) == 0 else None for n, axis in zip(x.shape, axes, strict=False)))
 

@@ -9,6 +9,7 @@ the clipped share runs away.
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -17,7 +18,8 @@ from imagent_jax.evals.scoring import score
 from imagent_jax.rl.trajectory import Trajectory
 from imagent_jax.tools import CallStatus
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]
+"""Numbers by name; `warnings` is a dictionary of sentences."""
 History = Sequence[Metrics]
 
 WINDOW = 10

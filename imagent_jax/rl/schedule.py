@@ -112,7 +112,7 @@ class Schedule:
         later ones, are left out."""
         own, room = self.rows // self.parts, size // self.parts
         index, at, taken = np.full(size, own, np.int32), {}, Counter()
-        for b in rows:
+        for b in map(int, rows):
             part = b // own
             if taken[part] < room:
                 at[b] = part * room + taken[part]
@@ -171,12 +171,12 @@ class Schedule:
         self._step(rows, size, next(width for width in self.widths if width >= longest), steps)
         ids, length, live = jax.device_get((self.state.ids, self.state.length, self.state.live))
         self.clock.lap("decode")
-        for b in rows[~live[rows]]:
+        for b in rows[~live[rows]].tolist():
             row = self.row(b)
             text = self.engine.end_turn(row, ids[b, row.seen : length[b]])
             if text is not None:
-                self.pool.submit(int(b), text, row.registry)
-                self.calling.append(int(b))
+                self.pool.submit(b, text, row.registry)
+                self.calling.append(b)
         self.live, self.length = live.copy(), length.copy()
         self.clock.lap("host")
 

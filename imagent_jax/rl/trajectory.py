@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import no_type_check
 
 import jax
 import numpy as np
@@ -83,6 +84,7 @@ class Trajectory:
         return self._calls(CallStatus.FAULT)
 
 
+@no_type_check  # as a tree it may hold anything in place of its arrays: shapes, shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupBatch:

@@ -1,0 +1,173 @@
+"""Evaluation: every figure of hand-made trajectories, and that settings reach the engine."""
+
+import dataclasses
+import io
+from types import SimpleNamespace
+
+import jax
+import pytest
+from conftest import small_config
+from rich.console import Console
+from scripted_run import finished
+
+from imagent_jax import evaluate as job
+from imagent_jax.data.task import Task
+from imagent_jax.data.tiny_world import task_at
+from imagent_jax.evals.controls import CONTROLS
+from imagent_jax.rl.rollout import RolloutEngine
+from imagent_jax.rl.trajectory import EndReason
+from imagent_jax.tools import VISUAL_TOOLS, CallResult, CallStatus, ToolSet
+
+COUNT, COLOUR = Task("a", "?", (), "7", "number", "count"), Task("b", "?", (), "red bus", "f1", "colour")
+CALL, STOP = "<tool_call>{}</tool_call>", "<|im_end|>"
+RAN = CallResult(CallStatus.EXECUTED, "visual_confirmation", {})
+AGAIN = CallResult(CallStatus.EXECUTED, "visual_reflection", {})
+REFUSED = CallResult(CallStatus.INVALID, "visual_reflection", {})
+UNREAD = CallResult(CallStatus.INVALID)
+FAULT = CallResult(CallStatus.FAULT, "visual_confirmation", {})
+
+
+@pytest.fixture
+def done():
+    """Eight trajectories: of 1 to 4 turns of two tokens, with an observation of three after every call."""
+    return [
+        finished(COUNT, [CALL, CALL, "7"], "7", calls=[RAN, AGAIN]),
+        finished(COUNT, ["7"], "7"),
+        finished(COUNT, [CALL, "8"], "8", calls=[REFUSED]),
+        finished(COUNT, [CALL, CALL, CALL, "9"], "9", calls=[REFUSED, RAN, UNREAD]),
+        finished(COUNT, [CALL], None, EndReason.FAULT, calls=[FAULT]),
+        finished(COLOUR, [CALL, "red bus"], "red bus", calls=[RAN]),
+        finished(COLOUR, ["red car"], "red car"),  # half an F1 is not right
+        finished(COLOUR, ["red"], None, EndReason.TRUNCATED),
+    ]
+
+
+def test_every_figure_of_a_summary(done):
+    assert job.answered_right(done) == [True, True, False, False, False, True, False, False]
+    ends = {"answered": 6 / 8, "truncated": 1 / 8, "over_turns": 0.0, "void": 0.0, "repeated": 0.0, "fault": 1 / 8}
+    assert job.summarise(done) == pytest.approx({
+        "accuracy": 3 / 8, "accuracy/count": 2 / 5, "accuracy/colour": 1 / 3,
+        "tools/used_rate": 3 / 8, "tools/calls": 7 / 8, "tools/executed_rate": 4 / 7, "tools/invalid": 3 / 8,
+        "tools/accuracy_with": 2 / 3, "tools/accuracy_without": 1 / 5,
+        "length": (12 + 2 + 7 + 17 + 5 + 7 + 2 + 2) / 8,
+        **{f"end/{name}": share for name, share in ends.items()},
+    })  # fmt: skip
+
+
+def test_a_summary_of_one_that_calls_and_of_one_that_does_not(done):
+    with_calls, without = job.summarise(done[:1]), job.summarise(done[1:2])
+    assert (with_calls["tools/accuracy_with"], with_calls["tools/accuracy_without"]) == (1.0, 0.0)
+    assert (without["tools/accuracy_with"], without["tools/accuracy_without"], without["tools/executed_rate"]) == (0.0, 1.0, 0.0)
+
+
+class Recorder(RolloutEngine):
+    """An engine whose rollouts are made by hand; it keeps what it was asked for."""
+
+    def __init__(self, cfg, done):
+        self.cfg, self.tools, self.asked, self.left = cfg, ToolSet([VISUAL_TOOLS["visual_reflection"]]), [], list(done)
+
+    def rollout(self, params, tasks, **settings):
+        self.asked.append((params, list(tasks), settings))
+        return SimpleNamespace(trajectories=[[self.left.pop(0), None] for _ in tasks])
+
+
+def test_what_is_evaluated_reaches_the_engine_in_pieces_of_four_rounds(done):
+    engine, told = Recorder(small_config(images={"packs": 3}), done), []
+    tasks = [task_at(1, "test", i) for i in range(8)]
+    metrics, out = job.evaluate(
+        engine, "weights", tasks, groups=1, seed=77, greedy=True, temperature=0.3, progress=lambda *at: told.append(at)
+    )
+    wanted = {"group_size": 1, "seed": 77, "temperature": 0.3, "greedy": True, "slots": 1, "packs": 12}
+    assert engine.asked == [("weights", tasks[:4], wanted), ("weights", tasks[4:], wanted)]
+    assert told == [(4, 8), (8, 8)] and all(a is b for a, b in zip(out, done, strict=True))
+    use = {"tools/calls/visual_reflection/executed": 1 / 8, "tools/calls/visual_reflection/invalid": 2 / 8,
+           "tools/calls/visual_reflection/faulted": 0.0, "tools/calls/unknown/invalid": 1 / 8, "tools/earned": 2 / 8,
+           "length/sampled": 2 * (3 + 1 + 2 + 4 + 1 + 2 + 1 + 1) / 8}  # fmt: skip
+    assert metrics == pytest.approx(job.summarise(done) | use)  # groups of one: no gain within them
+    engine = Recorder(small_config(), done)
+    job.evaluate(engine, None, tasks[:3], groups=2, seed=0, greedy=False, temperature=1.0)
+    assert [(settings["slots"], settings["greedy"], len(tasks)) for _, tasks, settings in engine.asked] == [(2, False, 3)]
+
+
+def test_the_command_evaluates_with_the_settings_of_its_configuration(tmp_path, capsys, monkeypatch):
+    cfg = small_config(data={"cache_dir": str(tmp_path)}, rollout={"temperature": 0.4},
+                       eval={"tasks": 5, "groups": 3, "seed": 9, "greedy": True})  # fmt: skip
+    (tmp_path / "c.yaml").write_text(cfg.to_yaml())
+    asked = []
+
+    def evaluate(engine, params, tasks, *, progress, **settings):
+        asked.append((engine, len(tasks), settings, jax.sharding.get_mesh().empty))
+        progress(2, 5)
+        answers = [t.answer if not asked[1:] else "none" for t in tasks]
+        return job.summarise(done := [finished(t, ["x"], a) for t, a in zip(tasks, answers, strict=True)]), done
+
+    monkeypatch.setattr(job, "evaluate", evaluate)
+    seen, controlled = [], job.controlled
+    monkeypatch.setattr(job, "controlled", lambda *args: (seen.append(args), controlled(*args))[1])
+    assert job.main(["--config", str(tmp_path / "c.yaml"), "--control", "blank", "--control", "shuffle"]) == 0
+    wanted = {"groups": 3, "seed": 9, "greedy": True, "temperature": 0.4}
+    assert [(count, settings, empty) for _, count, settings, empty in asked] == [(5, wanted, False)] * 3
+    (true, *_), *others = asked
+    assert true.look is None and all(engine.look is not None for engine, *_ in others)
+    assert [(engine, control, len(done), seed) for engine, control, done, seed in seen] == [
+        (true, "blank", 5, 9), (true, "shuffle", 5, 9)
+    ]  # fmt: skip
+    assert [t.answer == t.task.answer for t in seen[1][2]] == [True] * 5  # those of the true evaluation
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2/5" in out and f"Control blank: {CONTROLS['blank']}." in out and "on 5 held-out tasks of tiny_world" in out
+    assert "100.0 % │ 0.0 % │ 0.0 %" in out and "warning" not in out
+
+
+def test_an_agent_that_is_as_good_without_what_it_saw_is_warned_of(tmp_path, capsys, monkeypatch):
+    cfg = small_config(data={"cache_dir": str(tmp_path)}, eval={"tasks": 4})
+    (tmp_path / "c.yaml").write_text(cfg.to_yaml())
+
+    def evaluate(engine, params, tasks, **_):
+        return job.summarise(done := [finished(t, ["x"], t.answer) for t in tasks]), done
+
+    monkeypatch.setattr(job, "evaluate", evaluate)
+    assert job.main(["--config", str(tmp_path / "c.yaml"), "--control", "blank"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "warning (blank): The agent makes no use of what it sees: with all images grey, 100 %" in out
+    monkeypatch.setattr(job, "evaluate", lambda *args, **_: (_ for _ in ()).throw(ValueError("Task t: it does not fit.")))
+    assert job.main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err == "error: Task t: it does not fit.\n"
+
+
+def test_controls_and_settings_are_told_apart():
+    chosen, cfg = job.parse(["--control", "shuffle", "--eval.tasks=3", "--control", "blank"])
+    assert chosen.control == ["shuffle", "blank"] and cfg.eval.tasks == 3
+    assert job.parse([])[0].control == []
+
+
+def test_a_table_has_a_column_for_each_evaluation():
+    base = {"accuracy": 0.25, "tools/calls": 1.5, "tools/calls/t/invalid": 0.0, "end/void": 0.0, "end/fault": 0.0, "old": 1.0}
+    new = {"accuracy": 0.5, "length": 70.123, "length/sampled": 50.0, "tools/calls": 2.0, "tools/invalid": 0.25,
+           "tools/calls/t/invalid": 0.0, "end/void": 0.125, "end/fault": 0.0, "time/evaluation": 3.0}  # fmt: skip
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(job.comparison({"base": base, "trained": new}, "a title"))
+    lines = [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")]
+             for line in console.export_text().splitlines() if "│" in line or "┃" in line or "title" in line]  # fmt: skip
+    assert lines == [
+        ["a title"], ["held-out", "base", "trained"],
+        ["accuracy", "25.0 %", "50.0 %"], ["length", "–", "70.12"], ["length/sampled", "–", "50.00"],
+        ["tools/calls", "1.50", "2.00"], ["tools/invalid", "–", "0.25"], ["end/void", "0.0 %", "12.5 %"],
+    ]  # fmt: skip
+
+
+@pytest.mark.slow(15)
+def test_greedy_takes_the_likeliest_token_whatever_the_seed_and_the_temperature(parts):
+    """And sampling depends on both."""
+    cfg = dataclasses.replace(parts.cfg, rollout=dataclasses.replace(parts.cfg.rollout, response_tokens=40))
+    engine, tasks = RolloutEngine(parts.model, parts.processor, parts.tools, cfg), [task_at(1, "test", i) for i in range(6)]
+
+    def said(**settings):
+        done = job.evaluate(engine, parts.params, tasks, groups=2, **settings)[1]
+        assert [t.task.uid for t in done] == [task.uid for task in tasks]
+        return [t.ids.tolist() for t in done]
+
+    ids = said(seed=0, greedy=True, temperature=1.0)
+    assert said(seed=5, greedy=True, temperature=0.2) == ids
+    assert said(seed=5, greedy=False, temperature=1e-4) == ids
+    hot = [said(seed=seed, greedy=False, temperature=3.0) for seed in (5, 6, 5)]
+    assert hot[0] == hot[2] != hot[1] and ids not in hot

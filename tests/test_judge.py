@@ -1,0 +1,124 @@
+"""`judge`: rewards, advantages, ends and metrics of hand-made groups under settings other than the defaults."""
+
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+from conftest import small_config
+from scripted_run import finished
+
+from imagent_jax.data.task import Task
+from imagent_jax.evaluate import summarise
+from imagent_jax.model.features import EncodedPacks
+from imagent_jax.rl.guards import call_metrics
+from imagent_jax.rl.rollout import RolloutBatch
+from imagent_jax.rl.trajectory import EndReason
+from imagent_jax.tools import CallResult, CallStatus
+from imagent_jax.train import judge
+
+A, B = Task("a", "?", (), "7", "number", "count"), Task("b", "?", (), "red", "exact", "colour")
+CROP = CallResult(CallStatus.EXECUTED, "visual_confirmation", {})
+REFLECT = CallResult(CallStatus.EXECUTED, "visual_reflection", {})
+REFUSED = CallResult(CallStatus.INVALID, "visual_confirmation", {})
+CALL, VOID = "<tool_call>{}</tool_call>", "I do not know.<|im_end|>"
+REWARD = {"answer": 2.0, "format": 0.5, "tool_gain": 0.25, "custom": ["my_rewards:picky"]}
+TOTALS = [[2.5, 0.625, 0.0, 0.375], [2.75, 0.125, 2.25, 0.875]]
+"""By hand: 2 answer + 0.5 format + 0.25 tool gain + an eighth of the rollout's number; rollout 2 of A faults."""
+
+
+def said(answer):
+    return f"<answer>{answer}</answer><|im_end|>"
+
+
+@pytest.fixture
+def rolled(monkeypatch):
+    """A batch of two groups of four, and a reward of one's own that raises for rollout 2 of task A."""
+    module = ModuleType("my_rewards")
+
+    def picky(t):
+        if (t.task.uid, t.rollout) == ("a", 2):
+            raise OSError("the judge is away")
+        return t.rollout / 8
+
+    module.picky = picky
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    groups = [
+        [
+            finished(A, [said(7)], "7"),
+            finished(A, [said(8)], "8", rollout=1),
+            finished(A, [said(7)], "7", rollout=2),
+            finished(A, [VOID], None, EndReason.VOID, rollout=3),
+        ],
+        [
+            finished(B, [CALL, said("red")], "red", calls=[CROP]),
+            finished(B, ["Red"], None, EndReason.TRUNCATED, rollout=1),
+            finished(B, [CALL, said("red")], "red", calls=[REFUSED], rollout=2),
+            finished(B, [CALL, said("blue")], "blue", calls=[REFLECT], rollout=3),
+        ],
+    ]
+    store = EncodedPacks.__new__(EncodedPacks)  # no images
+    return RolloutBatch([A, B], [], [], groups, store, {}, 0, 0)
+
+
+def settings(**sections):
+    return small_config(reward=REWARD, tools={"names": ["visual_confirmation"]}, **sections)
+
+
+def test_a_rollout_whose_reward_fails_faults_and_leaves_the_others_as_without_it(rolled):
+    rewards, advantages, parts, _ = judge(settings(), rolled)
+    np.testing.assert_array_equal(rewards, np.float32(TOTALS))
+    ends = [[t.end for t in group] for group in rolled.trajectories]
+    assert ends[0] == [EndReason.ANSWERED, EndReason.ANSWERED, EndReason.FAULT, EndReason.VOID]
+    assert ends[1] == [EndReason.ANSWERED, EndReason.TRUNCATED, EndReason.ANSWERED, EndReason.ANSWERED]
+    assert "the judge is away" in rolled.trajectories[0][2].error
+    assert [t.error for group in rolled.trajectories for t in group].count(None) == 7
+    three = np.delete(TOTALS[0], 2)
+    np.testing.assert_allclose(np.delete(advantages[0], 2), (three - three.mean()) / three.std(), rtol=1e-6)
+    assert advantages[0, 2] == 0 and advantages.shape == (2, 4) and advantages.dtype == rewards.dtype == np.float32
+    np.testing.assert_allclose(advantages[1], (TOTALS[1] - np.mean(TOTALS[1])) / np.std(TOTALS[1]), rtol=1e-6)
+    zero = {"answer": 0.0, "format": 0.0, "tool_gain": 0.0, "my_rewards:picky": 0.0, "total": 0.0}
+    assert parts[0][2] == zero and parts[0][3] == zero | {"my_rewards:picky": 0.375, "total": 0.375}
+    assert parts[1][0] == {"answer": 1.0, "format": 1.0, "tool_gain": 1.0, "my_rewards:picky": 0.0, "total": 2.75}
+    assert parts[1][2] == {"answer": 1.0, "format": 0.0, "tool_gain": 0.0, "my_rewards:picky": 0.25, "total": 2.25}
+
+
+def test_without_the_deviation_advantages_are_rewards_less_their_mean(rolled):
+    _, advantages, _, metrics = judge(settings(grpo={"normalise_std": False}), rolled)
+    np.testing.assert_allclose(advantages[1], TOTALS[1] - np.mean(TOTALS[1]), rtol=1e-6)
+    three = np.delete(TOTALS[0], 2)
+    np.testing.assert_allclose(advantages[0], [*(three - three.mean())[:2], 0, three[2] - three.mean()], rtol=1e-6)
+    assert metrics["groups/std"] == pytest.approx((three.std() + np.std(TOTALS[1])) / 2)
+
+
+@pytest.mark.parametrize("name, group, counted", [("truncated", 1, [0, 2, 3]), ("void", 0, [0, 1])])
+def test_an_end_that_does_not_count_is_compared_with_those_that_do(rolled, name, group, counted):
+    _, whole, _, _ = judge(settings(), rolled)
+    _, advantages, _, _ = judge(settings(mask={f"count_{name}": False}), rolled)
+    totals = np.asarray(TOTALS[group])
+    expected = (totals - totals[counted].mean()) / totals[counted].std()
+    faulted = np.asarray([t.end == EndReason.FAULT for t in rolled.trajectories[group]])
+    np.testing.assert_allclose(advantages[group], np.where(faulted, 0, expected), rtol=1e-6)
+    np.testing.assert_array_equal(advantages[1 - group], whole[1 - group])
+
+
+def test_every_metric_of_a_judged_batch(rolled):
+    metrics = judge(settings(), rolled)[3]
+    flat = [t for group in rolled.trajectories for t in group]
+    deviations = [np.std(np.delete(TOTALS[0], 2)), np.std(TOTALS[1])]
+    own = {
+        "reward/answer": 3 / 8, "reward/format": 4 / 8, "reward/tool_gain": 1 / 8, "reward/total": np.mean(TOTALS),
+        "reward/my_rewards:picky": (1 + 3 + 0 + 1 + 2 + 3) / 64, "groups/flat": 0.0, "groups/std": np.mean(deviations),
+    }  # fmt: skip
+    use = {"tools/calls/visual_confirmation/executed": 1 / 8, "tools/calls/visual_confirmation/invalid": 1 / 8,
+           "tools/calls/visual_confirmation/faulted": 0.0, "tools/calls/unknown/invalid": 0.0, "tools/earned": 1 / 8,
+           "length/sampled": (5 * 2 + 3 * 4) / 8, "tools/gain": 0.5 - 0.5}  # fmt: skip
+    assert call_metrics(rolled.trajectories, ["visual_confirmation"]) == pytest.approx(use)
+    assert metrics == pytest.approx(own | use | summarise(flat))
+    assert metrics["end/fault"] == 1 / 8 and metrics["end/answered"] == 5 / 8 and metrics["accuracy"] == 4 / 8
+
+
+def test_a_group_without_spread_is_flat(rolled):
+    rolled.trajectories[1] = [finished(B, [said("red")], "red") for _ in range(4)]
+    _, advantages, _, metrics = judge(settings(), rolled)
+    assert metrics["groups/flat"] == 0.5 and not advantages[1].any() and advantages[0].any()

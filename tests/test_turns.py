@@ -1,0 +1,422 @@
+"""Turns of scripted policies through the engine's own bookkeeping: ends, token kinds, observations, prompts. No model runs."""
+
+import copy
+import dataclasses
+import functools
+import re
+
+import numpy as np
+import pytest
+import yaml
+from scripted_run import ANSWER, crop, play, scripted_engine
+
+from imagent_jax.config import Config
+from imagent_jax.data.tiny_world import task_at
+from imagent_jax.model.interleave import encode_parts, pad_prompts
+from imagent_jax.model.positions import mrope_positions
+from imagent_jax.model.processor import Processor
+from imagent_jax.rl.sampler import STOP_WIDTH
+from imagent_jax.rl.trajectory import EndReason, TokenKind, Turn
+from imagent_jax.rl.turns import Row, extract_answer, token_kinds
+from imagent_jax.tools import CallResult, CallStatus, ImageRegistry, ToolSettings, format_call
+
+TEXT, CALL, INVALID, ANSWERED, SEEN = (
+    TokenKind.TEXT, TokenKind.TOOL_CALL, TokenKind.INVALID_CALL, TokenKind.ANSWER, TokenKind.OBSERVATION
+)  # fmt: skip
+BOXES = [crop(1, 100 * i, 0, 100 * i + 300, 300) for i in range(6)]
+BAD = crop(9, 0, 0, 500, 500)
+RIGHT = ANSWER.format("7")
+SMALL, VIEWS = {"low_pixels": 1568}, format_call("visual_reflection", {"images": [2, 1], "resolution": "low"})
+
+
+@pytest.fixture(scope="module")
+def task():
+    return next(task for i in range(20) if len((task := task_at(3, "train", i)).images) == 3)
+
+
+@pytest.fixture(scope="module")
+def engine_of():
+    """The engine of scripted policies, under changed settings."""
+
+    @functools.cache
+    def make(settings):
+        return scripted_engine(Config.from_yaml(settings))
+
+    def changed(response_tokens=1024, **sections):
+        sections["rollout"] = {"prompt_tokens": 512, "response_tokens": response_tokens} | sections.get("rollout", {})
+        return make(yaml.safe_dump(sections))
+
+    return changed
+
+
+@pytest.fixture(scope="module")
+def processor(engine_of):
+    return engine_of().processor
+
+
+def kinds(t, turn):
+    """The kinds of a turn's tokens, each once, in order."""
+    found = t.kind[t.turns[turn].start : t.turns[turn].stop]
+    return [int(k) for i, k in enumerate(found) if i == 0 or k != found[i - 1]]
+
+
+# ---- ends -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calls", [BOXES, [BAD, *BOXES]])
+def test_exactly_max_turns_calls_run_and_the_next_ends_the_trajectory(engine_of, task, calls):
+    engine = engine_of(tools={"max_turns": 3})
+    t = play(engine, task, 0, [*calls[:4], RIGHT])
+    assert t.end == EndReason.OVER_TURNS and t.answer is None
+    assert [turn.call is not None for turn in t.turns] == [True, True, True, False]
+    assert kinds(t, 3) == [CALL] and len(t.ids) == t.turns[3].stop
+    t = play(engine, task, 0, [*calls[:3], RIGHT])
+    assert t.end == EndReason.ANSWERED and t.answer == "7" and t.executed_calls + t.invalid_calls == 3
+    assert kinds(t, 3) == [ANSWERED, TEXT]
+
+
+A, B = BOXES[:2]
+REFLECT = format_call("visual_reflection", {"images": [1]})
+REPEATS = [  # max_repeats, calls, which of them ends the trajectory (None: none does)
+    (1, [A, A], 1), (2, [A, A, A], 2), (2, [A, B, A, B, A], 4), (2, [A, B, A, B], None), (3, [A, A, A, A], 3),
+    (1, BOXES, None), (1, [BAD] * 4, None), (1, [REFLECT, A, REFLECT], 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("most, calls, last", REPEATS)
+def test_equal_calls_run_max_repeats_times_and_the_next_ends_the_trajectory(engine_of, task, most, calls, last):
+    t = play(engine_of(tools={"max_repeats": most, "max_turns": 9}), task, 0, [*calls, RIGHT])
+    if last is None:
+        assert t.end == EndReason.ANSWERED and len(t.turns) == len(calls) + 1
+    else:
+        assert t.end == EndReason.REPEATED and len(t.turns) == last + 1 and t.answer is None
+        assert t.executed_calls == last + 1 and kinds(t, last) == [CALL] and len(t.ids) == t.turns[last].stop
+        assert np.count_nonzero(np.diff((t.kind == SEEN).astype(int)) == 1) == last  # the last call shows nothing
+
+
+def test_the_same_arguments_to_another_tool_are_no_repeat(engine_of, task):
+    engine, row = engine_of(tools={"max_repeats": 1}), Row(task, 0, ImageRegistry(), kinds=[np.zeros(0, np.uint8)])
+    for name, end in (("zoom", None), ("rotate", None), ("zoom", EndReason.REPEATED)):
+        row.turns.append(Turn(0, 0, ""))
+        shown = engine.respond(row, CallResult(CallStatus.EXECUTED, name, {"image": 1}, ["done"]))
+        assert row.end == end and (shown is None) == (end is not None)
+
+
+VOID = "I do not know.<|im_end|>"
+FULL = [  # said, tokens less than that the buffer holds, end, call, kinds of the turn
+    (VOID, -1, EndReason.VOID, None, [TEXT]),
+    (VOID, 0, EndReason.TRUNCATED, None, [TEXT]),
+    (VOID, 3, EndReason.TRUNCATED, None, [TEXT]),
+    ("So " + RIGHT, 0, EndReason.ANSWERED, None, [TEXT, ANSWERED, TEXT]),
+    ("So " + RIGHT, 1, EndReason.ANSWERED, None, [TEXT, ANSWERED]),
+    ("So " + RIGHT, 2, EndReason.TRUNCATED, None, [TEXT]),
+    ("So <answer>7<|im_end|>", -1, EndReason.VOID, None, [TEXT]),
+    ("Look. " + A, 1, EndReason.TRUNCATED, None, [TEXT, CALL]),
+    ("Look. " + A, 0, EndReason.TRUNCATED, CallStatus.EXECUTED, [TEXT, CALL]),  # no room for what it shows
+    ("Look. " + BAD, 0, EndReason.TRUNCATED, CallStatus.INVALID, [TEXT, INVALID]),
+    (format_call("broken", {}), 0, EndReason.FAULT, CallStatus.FAULT, [CALL]),
+    (RIGHT.removesuffix("<|im_end|>") + A, 1, EndReason.TRUNCATED, None, [TEXT, CALL]),
+]
+
+
+@pytest.mark.parametrize("said, less, end, status, expected", FULL)
+def test_how_a_turn_ends_where_the_buffer_ends(engine_of, processor, task, said, less, end, status, expected):
+    room = len(processor.encode(said)) - less
+    t = play(engine_of(room), task, 0, [said])
+    assert t.end == end and len(t.ids) == min(room, room + less) and kinds(t, 0) == expected
+    assert t.answer == ("7" if end == EndReason.ANSWERED else None)
+    assert (t.turns[0].call and t.turns[0].call.status) == status
+
+
+def test_an_observation_needs_room_for_a_token_after_it(engine_of, task):
+    whole = play(engine_of(), task, 0, [A, RIGHT])
+    shown = whole.turns[1].start
+    for room, length in ((shown, whole.turns[0].stop), (shown + 1, shown + 1)):
+        t = play(engine_of(room), task, 0, [A, RIGHT])
+        assert t.end == EndReason.TRUNCATED and len(t.ids) == length and len(t.turns) == 1 + (room > shown)
+        assert t.turns[0].call.status == CallStatus.EXECUTED
+
+
+def test_a_full_buffer_with_too_many_calls(engine_of, processor, task):
+    room = play(engine_of(), task, 0, [A, B, RIGHT]).turns[1].stop
+    for less, end in ((0, EndReason.OVER_TURNS), (1, EndReason.TRUNCATED)):
+        assert play(engine_of(room - less, tools={"max_turns": 1}), task, 0, [A, B]).end == end
+
+
+def test_a_fault_ends_the_trajectory_and_keeps_its_error(engine_of, processor, task):
+    t = play(engine_of(), task, 5, [A, "Hm. " + format_call("broken", {}), RIGHT])
+    assert t.end == EndReason.FAULT and "OSError: the disk is full" in t.error and t.answer is None
+    assert (t.executed_calls, t.invalid_calls, t.faulted_calls) == (1, 0, 1) and t.rollout == 5 and t.task is task
+    assert kinds(t, 1) == [TEXT, CALL] and len(t.ids) == t.turns[1].stop
+    assert play(engine_of(), task, 0, [RIGHT]).error is None
+
+
+# ---- kinds and answers ----------------------------------------------------------------------------------------------
+
+
+class Pieces(Processor):
+    """A processor whose token i is the text `pieces[i]`, so that tokens may straddle any mark."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def decode(self, ids):
+        return "".join(self.pieces[i] for i in ids)
+
+
+KINDS = [  # pieces of a turn, the kind of each
+    (["So ", "it", "."], [TEXT] * 3),
+    ([], []),
+    (["<answer>", "7", "</answer>", "<|im_end|>"], [ANSWERED, ANSWERED, ANSWERED, TEXT]),
+    (["A ", "<", "answer", ">", "7", "</", "answer", ">", "."], [TEXT] + [ANSWERED] * 7 + [TEXT]),
+    (["A ", "is <ans", "wer>7</answ", "er>. ", "B"], [TEXT] + [ANSWERED] * 3 + [TEXT]),
+    (["A ", "is <answer>7</answer>. ", "B"], [TEXT, ANSWERED, TEXT]),
+    (["<answer>", "7", "</answer>", " ", "<answer>", "8", "</answer>"], [ANSWERED] * 3 + [TEXT] * 4),
+    (["<answer>", "<answer>", "7", "</answer>", "</answer>"], [ANSWERED] * 4 + [TEXT]),
+    (["<answer>", "7"], [TEXT] * 2),
+    (["7", "</answer>"], [TEXT] * 2),
+    (["</answer>", "7", "<answer>"], [TEXT] * 3),
+    (["<answer>", "</answer>"], [ANSWERED] * 2),
+    (["Look", "<tool_call>", "{", "}", "</tool_call>"], [TEXT] + [CALL] * 4),
+    (["Look", " <", "tool", "_call", ">{", "}"], [TEXT] + [CALL] * 5),
+    (["Look", "!<tool_call", ">{}"], [TEXT] + [CALL] * 2),
+    (["<answer>", "7", "</answer>", "<tool_call>", "{"], [TEXT] * 3 + [CALL] * 2),
+    (["<tool_call>", "<answer>", "7", "</answer>"], [CALL] * 4),
+    (["a", "<tool_call>", "b", "<tool_call>", "c"], [TEXT] + [CALL] * 4),
+    (["{", "}", "</tool_call>"], [TEXT] * 3),
+]
+
+
+@pytest.mark.parametrize("pieces, expected", KINDS)
+def test_the_kind_of_every_token(pieces, expected):
+    found = token_kinds(np.arange(len(pieces)), "".join(pieces), Pieces(pieces))
+    assert found.tolist() == expected and found.dtype == np.uint8
+
+
+@pytest.mark.parametrize("text", ["Ünï 日 <answer>Image 2</answer><|im_end|>", "日本 " + A, "é<answer>é</answer>é"])
+def test_kinds_do_not_depend_on_how_the_text_is_tokenised(processor, text):
+    """Token by token as the tokenizer has it, and character by character."""
+    kind, marked = (CALL, r"<tool_call>.*") if "<tool_call>" in text else (ANSWERED, r"<answer>.*</answer>")
+    for ids in (processor.encode(text), [i for c in text for i in processor.encode(c)]):
+        found = token_kinds(np.asarray(ids), text, processor)
+        inside = processor.decode([i for i, k in zip(ids, found, strict=True) if k == kind])
+        assert processor.decode(ids) == text and set(found) == {TEXT, kind}
+        assert inside == re.search(marked, text, re.DOTALL)[0]
+
+
+ANSWERS = [
+    ("<answer>3</answer>", "3"), ("It is <answer> \n Image 2 \t</answer><|im_end|>", "Image 2"),
+    ("<answer>a\nb</answer>", "a\nb"), ("<answer>1</answer> or <answer>2</answer>", "2"), ("<answer>1<answer>2</answer>", "2"),
+    ("<answer>1<answer>2</answer></answer>", "2"), ("<answer>1</answer>2</answer>", "1"), ("<answer>1</answer><answer>2", "1"),
+    ("<answer></answer>", ""), ("<answer>  </answer>", ""), ("<answer>3", None), ("3</answer>", None),
+    ("</answer>3<answer>", None), ("<answer >3</answer>", None), ("3", None), ("", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, expected", ANSWERS)
+def test_the_answer_of_a_turn(text, expected):
+    assert extract_answer(text) == expected
+
+
+def test_only_the_invalid_calls_tokens_become_invalid(engine_of, task):
+    t = play(engine_of(), task, 0, ["A. " + A, "B. " + BAD, "C. " + B, "D. " + RIGHT])
+    assert [kinds(t, turn) for turn in range(4)] == [[TEXT, CALL], [TEXT, INVALID], [TEXT, CALL], [TEXT, ANSWERED, TEXT]]
+    assert (t.executed_calls, t.invalid_calls, t.faulted_calls) == (2, 1, 0) and t.end == EndReason.ANSWERED
+    between = np.concatenate([t.kind[a.stop : b.start] for a, b in zip(t.turns, t.turns[1:], strict=False)])
+    assert set(between) == {SEEN} and len(between) == (t.kind == SEEN).sum()
+
+
+# ---- what is booked -------------------------------------------------------------------------------------------------
+
+
+def test_a_trajectory_is_cut_to_what_was_booked(engine_of, processor, task):
+    engine = engine_of()
+    prompt, registry = engine.open_task(task)
+    row = Row(task, 6, registry, position=prompt.next_position)
+    said, last = np.asarray(processor.encode("Hm. " + A)), np.asarray(processor.encode(RIGHT))
+    shown = engine.respond(row, engine.tools.execute(engine.end_turn(row, said), row.registry, engine.settings))
+    row.book_observation(shown, vision := shown.vision([40]))
+    assert engine.end_turn(row, last) is None and row.seen == len(said) + len(shown.ids) + len(last)
+    ids = np.arange(1000, dtype=np.int32)
+    t = row.trajectory(ids, np.full(1000, -0.5))
+    ids[:] = 0
+    assert t.ids.tolist() == list(range(row.seen)) and t.logprobs.dtype == np.float32
+    assert t.logprobs.tolist() == np.where(t.kind == SEEN, 0, -0.5).tolist() and 0 < (t.kind == SEEN).sum() == len(shown.ids)
+    assert t.vision.tolist() == [-1] * len(said) + vision.tolist() + [-1] * len(last)
+    assert vision[vision >= 0].tolist() == list(range(40, 40 + len(shown.images[0].patches) // 4))
+    assert [(turn.start, turn.stop) for turn in t.turns] == [(0, len(said)), (row.seen - len(last), row.seen)]
+    assert [turn.text for turn in t.turns] == ["Hm. " + A, RIGHT]
+    assert t.registry is row.registry and len(t.registry) == len(task.images) + 1
+    assert t.positions.dtype == np.int32 and t.vision.dtype == np.int32 and t.kind.dtype == np.uint8
+
+
+def test_positions_are_those_of_the_whole_sequence(engine_of, processor, task):
+    engine = engine_of(tools=SMALL)
+    t = play(engine, task, 0, ["A. " + A, VIEWS, BAD, RIGHT])
+    prompt, _ = engine.open_task(task)
+    sizes = [t.registry[n].shown for n in range(1, len(t.registry) + 1)]
+    grids = [(h // 14, w // 14) for h, w in sizes]
+    whole, _ = mrope_positions(np.concatenate([prompt.ids, t.ids]), processor.image_token_id, grids)
+    assert len(grids) == len(task.images) + 3
+    np.testing.assert_array_equal(np.concatenate([prompt.positions, t.positions], axis=1), whole)
+
+
+def pads(shown):
+    return f"<|vision_start|>{'<|image_pad|>' * (shown[0] * shown[1] // 28**2)}<|vision_end|>\n"
+
+
+BEFORE, AFTER = "<|im_end|>\n<|im_start|>user\n<tool_response>\n", "</tool_response><|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_observations_read_as_qwens_chat_has_them(engine_of, processor, task):
+    t = play(engine_of(tools=SMALL), task, 0, [A, VIEWS, BAD, RIGHT])
+    seen = [processor.decode(t.ids[a.stop : b.start]) for a, b in zip(t.turns, t.turns[1:], strict=False)]
+    size = {n: pads(t.registry[n].shown) for n in range(4, 7)}
+    assert len(task.images) == 3 and size[4] != size[5]
+    assert seen == [
+        f"{BEFORE}Image 4: crop of Image 1\n{size[4]}{AFTER}",
+        f"{BEFORE}Image 5: smaller view of Image 2\n{size[5]}Image 6: smaller view of Image 1\n{size[6]}{AFTER}",
+        f"{BEFORE}Error: there is no Image 9; image numbers are 1 to 6\n{AFTER}",
+    ]
+
+
+def test_what_was_seen_beside_decoding_is_shown_in_order_and_not_kept(engine_of, processor, task):
+    engine = engine_of(tools=SMALL)
+    for given in (False, True):
+        prompt, registry = engine.open_task(task)
+        row = Row(task, 0, registry, position=prompt.next_position)
+        result = engine.tools.execute(engine.end_turn(row, np.asarray(processor.encode(VIEWS))), registry, engine.settings)
+        prepared = [engine.prepare(registry, n) for n in result.images]
+        if given:
+            prepared = result.seen = [image._replace(patches=image.patches ^ 255) for image in prepared]
+        shown = engine.respond(row, result)
+        assert [image.patches.tobytes() for image in shown.images] == [image.patches.tobytes() for image in prepared]
+        assert row.turns[0].call is result and result.seen == []
+
+
+def test_a_marker_in_an_observation_is_an_error_that_names_the_task(engine_of, task):
+    engine = engine_of()
+    row = Row(task, 0, engine.open_task(task)[1], turns=[Turn(0, 0, "")])
+    with pytest.raises(ValueError, match=f"Task {task.uid}: 1 image placeholders"):
+        engine.respond(row, CallResult(CallStatus.EXECUTED, "t", {}, ["<|image_pad|>"]))
+
+
+# ---- prompts and settings -------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_holds_system_text_tools_images_and_question(engine_of, processor, task):
+    engine = engine_of(tools={"system": "Be brief.", "coordinates": "absolute"})
+    prompt, registry = engine.open_task(task)
+    system = engine.tools.system_prompt("Be brief.", ToolSettings(coordinates="absolute"))
+    images = "".join(f"Image {n}: {pads(registry[n].shown)}" for n in (1, 2, 3))
+    assert processor.decode(prompt.ids) == (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{images}{task.question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "[x1, y1, x2, y2], pixels" in system and len(registry) == len(prompt.images) == 3
+    np.testing.assert_array_equal(prompt.positions, mrope_positions(
+        prompt.ids, processor.image_token_id, [image.grid for image in prompt.images])[0])  # fmt: skip
+    for n, image in enumerate(prompt.images, 1):
+        assert image.size == registry[n].shown
+
+
+def test_boxes_are_read_in_the_space_of_the_settings(engine_of, task):
+    width = {space: play(engine_of(tools={"coordinates": space}), task, 0, [crop(1, 0, 0, 28, 28), RIGHT]).registry[4].box[2]
+             for space in ("absolute", "relative_1000")}  # fmt: skip
+    engine = engine_of()
+    entry = engine.open_registry(task)[1]
+    assert width["absolute"] == pytest.approx(28 / entry.shown[1] * entry.image.width, abs=1)
+    assert width["relative_1000"] < width["absolute"] / 2
+
+
+@pytest.mark.parametrize("low, high", [(3136, 4704), (7840, 9408), (784, 1568)])
+def test_given_images_are_shown_within_their_budget(engine_of, processor, task, low, high):
+    engine = engine_of(images={"min_pixels": low, "max_pixels": high})
+    prompt, registry = engine.open_task(task)
+    for n, image in enumerate(prompt.images, 1):
+        entry = registry[n]
+        expected = processor.prepare(entry.image, min_pixels=low, max_pixels=high)
+        assert image.size == entry.shown == expected.size and np.array_equal(image.patches, expected.patches)
+        assert (entry.min_pixels, entry.max_pixels) == (low, high)
+
+
+def test_every_tool_setting_reaches_the_tools(engine_of):
+    tools = {
+        "coordinates": "absolute", "low_pixels": 3000, "high_pixels": 5000, "confirm_min_pixels": 4000,
+        "confirm_max_pixels": 8000, "min_box": 0.3, "max_images": 7,
+    }  # fmt: skip
+    engine = engine_of(tools=tools, images={"vision_block": 60})
+    assert engine.settings == ToolSettings(**tools, patch_factor=28, most_pixels=60 * 196)
+
+
+def test_turns_stop_at_the_end_of_a_turn_of_the_text_or_of_a_call(engine_of, processor):
+    stops = engine_of().stops
+    assert {processor.decode(row[row >= 0]) for row in stops} == {"<|im_end|>", "<|endoftext|>", "</tool_call>"}
+    assert stops.shape == (3, STOP_WIDTH) and stops.dtype == np.int32
+    assert all((np.diff((row >= 0).astype(int)) >= 0).all() and row[-1] >= 0 for row in stops)  # left-padded
+
+
+def test_a_look_stands_in_place_of_images_and_knows_which_are_observations(engine_of, task):
+    engine, asked = copy.copy(engine_of()), []
+
+    def look(registry, entry, observed):
+        asked.append((entry.number, observed, len(registry)))
+        return entry.image.transpose(0)
+
+    engine.look = look
+    t = play(engine, task, 0, [A, RIGHT])
+    assert asked == [(1, False, 3), (2, False, 3), (3, False, 3), (4, True, 4)] and t.end == EndReason.ANSWERED
+    plain, flipped = engine_of().prepare(t.registry, 4), engine.prepare(t.registry, 4)
+    assert plain.grid == flipped.grid and not np.array_equal(plain.patches, flipped.patches)
+
+
+def test_a_task_that_does_not_fit_is_named_with_what_to_change(engine_of, task):
+    count = len(engine_of().open_task(task)[0].ids)
+    assert len(engine_of(rollout={"prompt_tokens": count}).open_task(task)[0].ids) == count
+    sentence = f"Task {task.uid} needs {count} prompt tokens, more than rollout.prompt_tokens={count - 1}; raise it"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        engine_of(rollout={"prompt_tokens": count - 1}).open_task(task)
+
+
+def test_a_task_that_cannot_be_used_is_named_and_so_is_its_image(engine_of, task):
+    spoilt = dataclasses.replace(task, images=(task.images[0], b"no image", task.images[2]))
+    with pytest.raises(ValueError, match=rf"Task {task.uid}: Image 2 cannot be used \(.+\); mend or drop it\."):
+        engine_of().open_task(spoilt)
+    marked = dataclasses.replace(task, question="What is <|image_pad|>?")
+    with pytest.raises(ValueError, match=rf"Task {task.uid}: \d+ image placeholders in the text, but 3 images need \d+"):
+        engine_of().open_task(marked)
+
+
+# ---- text and images as tokens --------------------------------------------------------------------------------------
+
+
+def test_placeholders_know_their_image_and_their_row(engine_of, processor, task):
+    first, second, _ = engine_of().open_task(task)[0].images
+    second = processor.prepare(engine_of().open_registry(task)[2].image, min_pixels=9408, max_pixels=9408)
+    rows = [len(image.patches) // 4 for image in (first, second)]
+    assert rows[0] != rows[1]
+    encoded = encode_parts(["A ", first, "B", second, " C"], processor, 5)
+    sizes = len(processor.encode("A ")), len(processor.encode("B")), len(processor.encode(" C"))
+    text = [[-1] * (sizes[0] + 1), [-1] * (sizes[1] + 2), [-1] * (sizes[2] + 1)]  # with starts and ends of images
+    assert encoded.image_index.tolist() == [*text[0], *[0] * rows[0], *text[1], *[1] * rows[1], *text[2]]
+    assert encoded.image_offset[encoded.image_index >= 0].tolist() == [*range(rows[0]), *range(rows[1])]
+    assert encoded.vision([100, 7]).tolist() == [
+        *text[0], *range(100, 100 + rows[0]), *text[1], *range(7, 7 + rows[1]), *text[2]
+    ]  # fmt: skip
+    positions, following = mrope_positions(encoded.ids, processor.image_token_id, [first.grid, second.grid], start=5)
+    assert np.array_equal(encoded.positions, positions) and encoded.next_position == following
+    assert encoded.vision([100, 7]).dtype == np.int32 and encoded.images == [first, second]
+    plain = encode_parts(["A ", "B"], processor)
+    assert plain.ids.tolist() == processor.encode("A ") + processor.encode("B") and plain.next_position == len(plain.ids)
+    assert plain.vision([]).tolist() == plain.image_index.tolist() == [-1] * len(plain.ids)
+
+
+def test_prompts_are_padded_on_the_right(processor):
+    prompts = [encode_parts([text], processor) for text in ("Look closer.", "So")]
+    vision = [np.arange(len(prompt.ids), dtype=np.int32) + 50 for prompt in prompts]
+    ids, positions, rows = pad_prompts(prompts, vision, 20)
+    assert ids.shape == rows.shape == (2, 20) and positions.shape == (3, 2, 20) and rows.dtype == np.int32
+    for k, prompt in enumerate(prompts):
+        s = len(prompt.ids)
+        assert ids[k].tolist() == prompt.ids.tolist() + [0] * (20 - s)
+        assert rows[k].tolist() == vision[k].tolist() + [-1] * (20 - s)
+        assert positions[:, k].tolist() == [[*range(s)] + [0] * (20 - s)] * 3
