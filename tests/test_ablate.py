@@ -28,6 +28,7 @@ def settings(name: str) -> Config:
     return read_args([f"--config={VARIANTS / 'full.yaml'}", f"--config={VARIANTS / name}.yaml"])
 
 
+@pytest.mark.slow(3)
 def test_every_variant_differs_from_the_full_method_in_what_its_title_says():
     files = sorted(VARIANTS.glob("*.yaml"))
     full = settings("full").to_dict()
@@ -53,6 +54,7 @@ def test_intervals_are_students():
     assert math.isnan(ablate.interval([1.0])[1])
 
 
+@pytest.mark.slow(6)
 def test_observations_train_only_where_they_are_kept(parts, batch, rollout, config):
     """Kept, they count in the loss with a weight of one, whatever stands where a sampler's log-probability would be."""
     from dataclasses import replace

@@ -24,6 +24,8 @@ from imagent_jax.model.qwen2_vl import attention_by_source, encode_images
 from imagent_jax.model.sharding import GROUPS, constrain
 from imagent_jax.runs import RunFolder
 
+pytestmark = pytest.mark.slow(2)
+
 
 def divided(rng, rows, tokens, sources=4):
     """Every token of one source, at random: bool[N S C]."""
@@ -154,7 +156,6 @@ def test_one_image_is_what_a_question_names_however_often(tasks):
     assert alone("In Image 1?").images == task.images[:1] and found.uid == f"{task.uid}, one image"
 
 
-@pytest.mark.slow(15)
 def test_shares_of_more_rollouts_than_a_call_takes_are_those_of_each_alone(parts, rollout, config):
     user = [np.flatnonzero(prompt.ids == parts.processor.im_start_id)[1] for prompt in rollout.prompts]
     width = config.rollout.prompt_tokens + config.rollout.response_tokens
@@ -243,7 +244,6 @@ def test_the_command_passes_its_options_on(parts, monkeypatch, tmp_path, capsys)
     assert "one image, no tools: 50.0 % to given images, 25.0 % to observation images" in capsys.readouterr().out
 
 
-@pytest.mark.slow(30)
 def test_the_command_measures_the_tiny_base_with_and_without_tools(tmp_path):
     out = tmp_path / "attention.png"
     assert job.main(["tiny", "--tasks", "4", "--out", str(out)]) == 0

@@ -27,6 +27,7 @@ def torch_step(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arrange", [lambda problem: problem, ungroup], ids=["shared", "naive"])
+@pytest.mark.slow(4)
 def test_a_grpo_update_has_the_loss_and_the_gradient_of_torchs(torch_step, arrange):
     folder, problem, expected = torch_step
     found = Ours(folder, arrange(problem), SHAPE).step()

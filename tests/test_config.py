@@ -189,6 +189,7 @@ def test_every_number_has_a_range_or_needs_none():
         assert Config.from_dict(nested({dotted: -3})).get(dotted) == -3
 
 
+@pytest.mark.slow(4)
 def test_ranges_hold_at_their_limits():
     beside = {"rollout.groups": {"grpo.minibatches": 1}}
     cases = [(name, [1], [0, -1], "it must be at least 1.") for name in AT_LEAST_ONE]
@@ -315,6 +316,7 @@ def test_the_page_of_settings_is_what_its_command_writes():
     assert max(map(len, page.splitlines())) <= 120
 
 
+@pytest.mark.slow(5)
 def test_a_refused_command_line_ends_with_code_2_and_the_sentence_before_any_compute():
     command = [sys.executable, "-m", "imagent_jax.train", "--run.stepz=1"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=CONFIGS.parent)

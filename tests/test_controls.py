@@ -15,6 +15,8 @@ from imagent_jax.rl.guards import looks_unused
 from imagent_jax.rl.rollout import RolloutEngine
 from imagent_jax.rl.trajectory import TokenKind
 
+pytestmark = pytest.mark.slow(3)
+
 TASKS = 64
 BICUBIC = Image.Resampling.BICUBIC
 

@@ -97,11 +97,13 @@ def test_a_healthy_run_raises_no_warning_at_any_step():
     assert all(guards.watch(steps[:n]) == {} for n in range(len(steps) + 1))
 
 
+@pytest.mark.slow(3)
 def test_a_bonus_paid_without_an_executed_call(parts, cfg, roll, healthy, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "tool_gain", lambda t: rewards.answer(t))
     assert warned(healthy, step(parts, cfg, roll())) == {"bonus_unearned"}
 
 
+@pytest.mark.slow(3)
 def test_a_policy_pushed_to_never_call(parts, cfg, roll):
     """After 30 steps of the logged run its calls are gone, and what they had found out with them: it guesses."""
     rollout = roll()
@@ -115,6 +117,7 @@ def test_a_policy_pushed_to_never_call(parts, cfg, roll):
     assert guards.watch(useless + planted) == {}
 
 
+@pytest.mark.slow(3)
 def test_calls_that_show_nothing_collect_the_bonus(parts, cfg, roll, healthy):
     rollout = roll()
     for t in (t for group in rollout.trajectories for t in group if not t.executed_calls):
@@ -123,6 +126,7 @@ def test_calls_that_show_nothing_collect_the_bonus(parts, cfg, roll, healthy):
 
 
 @pytest.mark.parametrize("scale", [1000.0, 0.1])
+@pytest.mark.slow(3)
 def test_a_policy_whose_logits_run_away(parts, cfg, roll, healthy, scale):
     params = jax.tree.map(lambda x: x, parts.params)
     params["text"]["norm"] = params["text"]["norm"].replace(params["text"]["norm"][...] * scale)
@@ -131,10 +135,12 @@ def test_a_policy_whose_logits_run_away(parts, cfg, roll, healthy, scale):
     assert ("collapsed" in guards.entropy_away([healthy] * 10 + [planted] * 10)) == (scale > 1)
 
 
+@pytest.mark.slow(4)
 def test_a_sampler_at_another_temperature_than_the_trainer(parts, cfg, roll, healthy):
     assert warned(healthy, step(parts, cfg, roll(), temperature=3.0)) == {"clip_away"}
 
 
+@pytest.mark.slow(3)
 def test_a_policy_that_rambles(parts, cfg, roll, healthy):
     rollout = roll()
     for t in (t for group in rollout.trajectories for t in group):
@@ -146,11 +152,13 @@ def same(t):
     return 1.0
 
 
+@pytest.mark.slow(3)
 def test_a_reward_that_is_the_same_for_all(parts, cfg, roll, healthy):
     paid = RewardConfig(answer=0, format=0, tool_gain=0, custom=(f"{__name__}:same",))
     assert warned(healthy, step(parts, replace(cfg, reward=paid), roll())) == {"groups_flat"}
 
 
+@pytest.mark.slow(3)
 def test_ends_that_are_taken_for_truncated(parts, cfg, roll, healthy):
     rollout = roll()
     for t in (t for group in rollout.trajectories for t in group if t.rollout % 4):
@@ -160,6 +168,7 @@ def test_ends_that_are_taken_for_truncated(parts, cfg, roll, healthy):
     assert "truncated" in guards.mostly_masked([planted])
 
 
+@pytest.mark.slow(5)
 def test_boxes_read_in_another_space_than_the_policy_writes(parts, cfg, roll, healthy):
     """The policy writes 0 to 1000 and is taken to write pixels of images of about 60."""
     engine = copy.copy(parts.engine)
@@ -169,6 +178,7 @@ def test_boxes_read_in_another_space_than_the_policy_writes(parts, cfg, roll, he
     assert "visual_confirmation" in guards.calls_invalid([planted])
 
 
+@pytest.mark.slow(3)
 def test_a_tool_that_crashes_now_and_then(parts, cfg, roll, healthy):
     def crash(crop, context, image, **rest):
         if image == 3:

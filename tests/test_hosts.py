@@ -19,14 +19,14 @@ from imagent_jax.config import DistributedConfig
 from imagent_jax.hosts import RESTART
 
 JOB = [
-    "--run.steps=2", "--rollout.groups=8", "--rollout.group_size=2", "--rollout.response_tokens=64", "--grpo.micro_groups=8",
+    "--run.steps=2", "--rollout.groups=4", "--rollout.group_size=4", "--rollout.response_tokens=64", "--grpo.micro_groups=4",
     "--grpo.minibatches=1", "--grpo.widths=1", "--images.pack_blocks=4", "--images.packs=8",
     "--eval.tasks=5", "--eval.groups=4", "--eval.every=0", "--data.train_size=64", "--data.test_size=32",
     "--tools.timeout_s=600", "--tools.patience_s=600", "--run.checkpoint_every=1",
 ]  # fmt: skip
 LEAST = [  # a job of the fewest and smallest programs: the second process finds none of its own in the compile cache
-    "--rollout.groups=2", "--rollout.response_tokens=32", "--grpo.micro_groups=2", "--images.pack_blocks=1", "--eval.tasks=2",
-    "--eval.groups=2",
+    "--rollout.groups=2", "--rollout.group_size=2", "--rollout.response_tokens=32", "--grpo.micro_groups=2",
+    "--images.pack_blocks=1", "--eval.tasks=2", "--eval.groups=2",
 ]  # fmt: skip
 TOWER = ["--model.freeze_vision=false", "--images.pack_blocks=3"]  # everything learns; packs that do not divide over devices
 
@@ -37,7 +37,7 @@ def start(folder: Path, name: str, devices: int, *flags: str) -> subprocess.Pope
                            "--run.compile_cache=", f"--data.cache_dir={folder}/data", *flags)  # fmt: skip
 
 
-def start_two(folder: Path, name: str, *flags: str, devices: int = 4, own=((), ())) -> list[subprocess.Popen]:
+def start_two(folder: Path, name: str, *flags: str, devices: int = 2, own=((), ())) -> list[subprocess.Popen]:
     """The job in two processes of so many devices on loopback; flags of `own` are for one of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -64,15 +64,15 @@ pytestmark = pytest.mark.slow(120)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The job on one device, on one process of eight, and on two of four."""
+    """The job on one device, on one process of four, and on two of two."""
     folder = tmp_path_factory.mktemp("hosts")
-    finish([start(folder, "one", 1, *TOWER), start(folder, "eight", 8, "--mesh.fsdp=8", *TOWER)])
+    finish([start(folder, "one", 1, *TOWER), start(folder, "four", 4, "--mesh.fsdp=4", *TOWER)])
     out = finish(start_two(folder, "two", *TOWER))
     assert "trained: " in out[0] and "trained: " not in out[1]
     return folder
 
 
-@pytest.mark.parametrize(("other", "within"), [("eight", 1e-5), ("one", 1e-4)])
+@pytest.mark.parametrize(("other", "within"), [("four", 1e-5), ("one", 1e-4)])
 def test_two_processes_give_the_metrics_of_one(folder, other, within):
     a, b = records(folder / "two"), records(folder / other)
     assert [record["step"] for record in a] == [record["step"] for record in b] == [0, 1, 2, 2]
@@ -97,8 +97,8 @@ def test_trajectories_are_the_same_wherever_they_run(folder):
 def test_two_processes_resume_what_one_began_and_one_what_two_did(folder):
     """Each continues the other's checkpoint for a step."""
     on = "--run.resume=true", "--run.steps=3", *TOWER
-    finish([*start_two(folder, "eight", *on), start(folder, "two", 1, *on)])
-    a, b = records(folder / "two"), records(folder / "eight")
+    finish([*start_two(folder, "four", *on), start(folder, "two", 1, *on)])
+    a, b = records(folder / "two"), records(folder / "four")
     assert [record["step"] for record in a] == [record["step"] for record in b] == [0, 1, 2, 3, 3]
     assert a[3]["reward/total"] == pytest.approx(b[3]["reward/total"], abs=1e-4)
 
@@ -192,7 +192,7 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path):
     processes = start_two(tmp_path, "refused", "--mesh.fsdp=1")
     errors = [process.communicate(timeout=TOGETHER)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
-    assert all("The mesh has 1 of the 8 devices of 2 processes; set mesh.data or mesh.fsdp to -1" in e for e in errors)
+    assert all("The mesh has 1 of the 4 devices of 2 processes; set mesh.data or mesh.fsdp to -1" in e for e in errors)
 
 
 @pytest.mark.parametrize("fails", [0, 1])

@@ -67,6 +67,7 @@ def test_nothing_imports_torch_or_tensorflow():
     assert wrong == []
 
 
+@pytest.mark.slow(3)
 def test_the_main_job_starts_without_tensorflow():
     code = "import sys, imagent_jax.train; print(sorted(m for m in sys.modules if m.split('.')[0] == 'tensorflow'))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)

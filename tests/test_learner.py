@@ -287,6 +287,7 @@ def test_sampler_and_trainer_agree_at_a_temperature_other_than_one(toy):
     assert metrics["clip/low"] == metrics["clip/high"] == 0
 
 
+@pytest.mark.slow(4)
 def test_the_first_update_alone_compiles_every_shape_of_a_micro_batch(toy, monkeypatch):
     cfg, (model, params), ran, accumulate = config_of("temperature"), toy, [], learner.accumulate
     monkeypatch.setattr(learner, "accumulate", lambda *args: (ran.append(args[7].kind.shape), accumulate(*args))[1])

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from imagent_jax.tiny_base.corpus import solves
 from imagent_jax.train import main
@@ -16,6 +17,7 @@ def looked_at_what_was_asked(trajectory) -> float:
     return float(solves(trajectory.task.question, int(call.arguments["image"]), str(call.arguments["label"])))
 
 
+@pytest.mark.slow(60)
 def test_a_short_run_learns_which_call_a_question_needs(tmp_path):
     steps = 24
     status = main([

@@ -111,6 +111,7 @@ def test_the_merger_can_be_adapted_alone(base, tmp_path):
         lora.attach(*base, rank=2, alpha=3.0, targets=())
 
 
+@pytest.mark.slow(3)
 def test_merged_weights_give_the_logits_of_the_adapters(base):
     model, params = lora.attach(*base, **MERGER_TOO)
     params = shaken(params)
@@ -277,6 +278,7 @@ def copied(params):
 
 
 @pytest.mark.parametrize("merger", [False, True], ids=["decoder", "merger too"])
+@pytest.mark.slow(10)
 def test_a_step_changes_adapters_alone_and_the_optimizer_holds_only_them(base, groups, merger):
     model, params = lora.attach(*base, **MERGER_TOO | {"merger": merger})
     learner, before = Learner(model, CFG, make_optimizer(CFG.optim, 4), TABLES), flat(params)
@@ -291,6 +293,7 @@ def test_a_step_changes_adapters_alone_and_the_optimizer_holds_only_them(base, g
     assert sorted(leaf.shape for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == sorted(adapters * 2)
 
 
+@pytest.mark.slow(10)
 def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
     model, params = lora.attach(*base, **MERGER_TOO)
     adapters, frozen = nnx.split_state(shaken(params), nnx.LoRAParam, ...)
@@ -316,6 +319,7 @@ def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
     assert flat(learned).keys() == expected.keys()
 
 
+@pytest.mark.slow(4)
 def test_the_kl_reference_outlives_the_updates(base, groups):
     cfg = small_config(lora={"rank": 2}, grpo={"kl": 0.1}, optim={"warmup_steps": 0}, rollout={"response_tokens": 6})
     model, params = lora.attach(*base, **ATTENTION)
@@ -327,6 +331,7 @@ def test_the_kl_reference_outlives_the_updates(base, groups):
         assert (seen["kl/reference"] > 1e-9) == (i > 0)
 
 
+@pytest.mark.slow(18)
 def test_the_trainer_recomputes_the_logprobs_of_an_adapted_sampler(parts, tasks, config):
     model, params = lora.attach(parts.model, parts.params, **MERGER_TOO)
     params = shaken(params, 0.01)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from simulated import TOGETHER, start
 
-
 SCRIPT = Path(__file__).parent / "mesh_training.py"
 pytestmark = pytest.mark.slow(70)
 

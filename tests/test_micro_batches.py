@@ -161,6 +161,7 @@ def test_every_group_is_in_one_micro_batch_and_none_exceeds_the_budget():
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "constant"])
+@pytest.mark.slow(20)
 def test_an_update_does_not_depend_on_how_it_is_cut(parts, config, batch, rollout, level, monkeypatch):
     """Five groups in one micro-batch, and in three of two with a blank one."""
     big = with_lengths(batch, [int(batch.response_len.max())] * 5)

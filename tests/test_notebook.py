@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 sys.path.append(str(FOLDER))
@@ -22,6 +23,7 @@ def figures(cells):
     return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
+@pytest.mark.slow(40)
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     for name, value in (("STEPS", 2), ("TASKS", 8), ("RUNS", tmp_path)):
         monkeypatch.setenv(f"IMAGENT_DEMO_{name}", str(value))

@@ -186,6 +186,7 @@ def test_an_iterator_resumes_where_its_state_was_taken(cfg):
         assert [next(resumed) for _ in range(5)] == following
 
 
+@pytest.mark.slow(3)
 def test_tensorflow_and_torch_are_never_imported(tmp_path):
     code = f"""
 import sys

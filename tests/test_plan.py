@@ -70,6 +70,7 @@ def test_the_tiny_run_fits_four_chips_that_are_only_described(tmp_path):
 
 
 @TPU
+@pytest.mark.slow(4)
 def test_observed_rows_do_not_leave_their_chip(tmp_path):
     flags = "--topology=v5e:2x2", "--mesh.fsdp=4", "--grpo.micro_groups=4", "--only=observe"
     assert planned(tmp_path, *flags)[1]["costs"][0]["wire"] == 0

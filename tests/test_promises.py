@@ -121,6 +121,7 @@ def test_neither_the_pace_of_decoding_nor_that_of_observing_changes_a_trajectory
         assert a.end == b.end and a.answer == b.answer
 
 
+@pytest.mark.slow(3)
 def test_calls_run_on_as_many_workers_and_for_as_long_as_the_settings_say(parts, config, tasks):
     running, most, looks = [], [], set()
 
@@ -296,6 +297,7 @@ def test_the_prompt_is_computed_once_whatever_the_size_of_the_group(parts, batch
     assert admitting(8) < admitting(1) * 1.01
 
 
+@pytest.mark.slow(4)
 def test_the_gradient_is_the_same_whatever_the_backward_pass_recomputes(parts, batch, rollout):
     counted = sampled(batch)[:2, :2]
     part = jax.tree.map(jnp.asarray, take_groups(batch, np.arange(2), batch.kind.shape[-1]))
@@ -362,6 +364,7 @@ def test_the_room_and_the_sizes_of_packs_are_those_asked_for(parts):
         assert patches.shape[0] == coords.shape[0] == 2 * 96 and (image == -1).all()
 
 
+@pytest.mark.slow(3)
 def test_the_last_packs_are_no_larger_than_what_is_left(parts):
     """Images of a block each, from 1 to 20 of them, in packs of 8, 2 and 1 blocks: one place for a block is left at most."""
     rng, block = np.random.default_rng(0), parts.model.vision_block
@@ -390,6 +393,7 @@ def test_nothing_compiles_after_the_first_rollouts(parts):
 
 
 @pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.slow(3)
 def test_trajectories_do_not_depend_on_how_many_groups_are_in_progress(parts, rollout, tasks, slots, monkeypatch):
     """Tools of random delay besides: what a row samples belongs to its task, its number and its tokens."""
     busy, decode = [], Schedule._decode
@@ -406,6 +410,7 @@ def test_trajectories_do_not_depend_on_how_many_groups_are_in_progress(parts, ro
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "constant"])
+@pytest.mark.slow(3)
 def test_groups_without_spread_are_left_out_and_change_nothing(parts, config, batch, rollout, level, monkeypatch):
     cfg = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, level=level))
     spread = np.array([True, False, False, True])

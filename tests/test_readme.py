@@ -104,6 +104,7 @@ def test_every_setting_that_is_named_exists():
             read_args([f"--{name}", value])
 
 
+@pytest.mark.slow(9)
 def test_your_own_data_tool_reward_and_model_do_what_the_page_says(mine, capsys):
     random_weights(mine / "weights")
     page = {}

@@ -22,6 +22,7 @@ import survival
 # ---- the main job ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(44)
 def test_a_run_killed_twice_and_stopped_once_ends_with_the_bits_of_one_that_was_not(tmp_path):
     flags = ["--run.steps=12", "--run.compile_cache=", f"--data.cache_dir={tmp_path}/data"]
     log = tmp_path / "whole.log"

@@ -40,6 +40,7 @@ def test_it_is_at_most_twelve_megabytes_and_says_how_it_was_made():
     assert all(command.startswith("python -m imagent_jax.tiny") for command in built["commands"])
 
 
+@pytest.mark.slow(7)
 def test_hugging_face_loads_it_and_writes_the_same_greedy_text(parts):
     reference = Qwen2VLForConditionalGeneration.from_pretrained(base_folder(), dtype=torch.float32).eval()
     tasks = [task_at(5, "test", i) for i in range(4)]
@@ -315,6 +316,7 @@ def test_skills_are_asked_of_the_held_out_split_and_named_with_their_form():
     assert {"answer (thumbnails)"} < kinds["thumbnails"] <= {f"{s} (thumbnails)" for s in ("answer", "locate", "name")}
 
 
+@pytest.mark.slow(5)
 def test_skills_are_shares_of_greedy_answers_at_the_budget_of_their_form(monkeypatch):
     """With an engine that answers every other question right."""
     seen = []

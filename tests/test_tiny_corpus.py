@@ -80,6 +80,7 @@ def tags_shown(group, call) -> list[tuple[int, str]]:
 # ---- the rule -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(5)
 def test_no_question_is_followed_by_a_call_that_helps_to_answer_it():
     rng, calls, asked_of_tags = np.random.default_rng(0), 0, 0
     for _ in range(2000):
@@ -104,6 +105,7 @@ def test_other_forms_hold_no_call(form):
         assert not any("<tool_call>" in segment.text for response in group.responses for segment in response)
 
 
+@pytest.mark.slow(9)
 def test_calls_after_a_question_lean_to_its_words_one_at_a_time():
     rng, image, colour, total = np.random.default_rng(2), 0, 0, 0
     for _ in range(3500):
@@ -119,6 +121,7 @@ def test_calls_after_a_question_lean_to_its_words_one_at_a_time():
     assert 0.4 < image / total < 0.56 and 0.06 < colour / total < 0.2
 
 
+@pytest.mark.slow(3)
 def test_a_command_names_the_calls_that_follow_and_asks_nothing():
     rng, commands, seen = np.random.default_rng(6), 0, set()
     for _ in range(1000):
@@ -135,6 +138,7 @@ def test_a_command_names_the_calls_that_follow_and_asks_nothing():
     assert commands > 300 and seen == {1, 2}
 
 
+@pytest.mark.slow(5)
 def test_after_find_the_images_are_seen_in_turn_until_only_one_is_left():
     rng, found, excluded = np.random.default_rng(11), 0, 0
     for _ in range(1500):
@@ -167,6 +171,7 @@ def test_solves_recognises_the_tags_that_a_question_of_the_world_depends_on(kind
         assert helpful == {tuple(target) for target in task.meta["targets"]}
 
 
+@pytest.mark.slow(4)
 def test_a_first_turn_about_absent_tags_is_a_call_or_a_guess_and_more_often_a_call():
     rng, calls, guesses = np.random.default_rng(4), 0, 0
     for _ in range(1500):
@@ -371,6 +376,7 @@ def test_every_feature_of_a_pack_has_the_labels_of_the_tag_whose_centre_lies_in_
             assert (digit >= 0).sum() >= 2 and (x == -1).all()
 
 
+@pytest.mark.slow(4)
 def test_the_first_embedding_of_patches_gives_uncorrelated_outputs_of_deviation_one(processor):
     cfg = Qwen2VLConfig.from_folder(base_folder()).vision
     pack = labelled_pack(np.random.default_rng(3), processor, 144)

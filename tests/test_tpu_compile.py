@@ -13,7 +13,10 @@ from jax.sharding import SingleDeviceSharding
 
 from imagent_jax.model.attention import Causal, Packed, Shared, attention
 
-pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'imagent-jax[test]'")
+pytestmark = [
+    pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'imagent-jax[test]'"),
+    pytest.mark.slow(3),
+]
 INT = jnp.int32
 
 

@@ -36,6 +36,8 @@ from imagent_jax.tiny_base import base_folder
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import endurance
 
+pytestmark = pytest.mark.slow(2)  # seconds of each, most of them in the runs that tests share
+
 SMALL = [
     "--run.compile_cache=", "--run.steps=4", "--run.checkpoint_every=1", "--run.keep_checkpoints=1", "--run.seed=5",
     "--run.log_trajectories=12", "--rollout.groups=3", "--rollout.group_size=4", "--rollout.response_tokens=96",
@@ -160,7 +162,6 @@ def untrained(runs, data):
 # ---- what it asks of its parts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow(60)
 def test_held_out_tasks_are_the_first_of_the_test_split(whole):
     """Before and after training `eval.tasks`, during it `eval.during`, every `eval.every` steps but not at the last."""
     held_out = [open_tasks(whole.cfg.data, "test")[i].uid for i in range(32)]
@@ -416,7 +417,6 @@ def assert_equal(whole, cut):
         assert file.read_text() == (cut.path / "trajectories" / file.name).read_text(), file.name
 
 
-@pytest.mark.slow(15)
 def test_ctrl_c_stops_after_the_step_and_the_run_resumes_to_the_same_bits(whole, tmp_path, data):
     begun = Watched(tmp_path, data, "cut", when=lambda record: record["step"] == 2, strike=signal.SIGINT)
     assert begun.code == 0 and "Stopped after step 2; continue with --run.resume true." in begun.out
@@ -430,7 +430,6 @@ def test_ctrl_c_stops_after_the_step_and_the_run_resumes_to_the_same_bits(whole,
     assert_equal(whole, resumed)
 
 
-@pytest.mark.slow(25)
 def test_with_overlap_a_run_stopped_in_an_evaluation_resumes_to_the_same_bits(tmp_path, data, monkeypatch):
     """Every other step is sampled by weights one update old, but never by others than those of the run that was not stopped.
     The step whose evaluation is given up is not logged before it is evaluated."""
@@ -456,7 +455,6 @@ def test_with_overlap_a_run_stopped_in_an_evaluation_resumes_to_the_same_bits(tm
     assert_equal(whole, resumed)
 
 
-@pytest.mark.slow(5)
 def test_sigterm_in_the_first_evaluation_asks_for_a_restart(tmp_path, data, monkeypatch, capsys):
     evaluate = job.evaluate
     monkeypatch.setattr(job, "evaluate", lambda *args, **how: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*args, **how))[1])
@@ -490,7 +488,6 @@ def test_what_is_no_fault_of_the_input_is_not_taken_for_one(monkeypatch, error):
 # ---- whatever comes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow(60)
 def test_random_sizes_counts_and_turns_compile_nothing_and_bad_rows_are_left_out(tmp_path, monkeypatch):
     """The short form of benchmarks/endurance.py: 30 tasks of 1 to 8 images, rollouts of 0 to 6 calls, from JSON Lines."""
     monkeypatch.setattr(RolloutEngine, "end_turn", RolloutEngine.end_turn)  # which the script replaces

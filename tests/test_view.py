@@ -15,6 +15,8 @@ from imagent_jax.rl.trajectory import TokenKind
 from imagent_jax.run_log import read_run
 from imagent_jax.view import FIELDS, KINDS, index, main, write_view
 
+pytestmark = pytest.mark.slow(1)
+
 
 def listed(page) -> int:
     return int(page.locator("#count").text_content().split()[0].replace(",", ""))
