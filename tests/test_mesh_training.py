@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from mesh_training import JOB, RATE, G, N, R
+from rounding import rounding
 from simulated import TOGETHER, start
 
 SCRIPT = Path(__file__).parent / "mesh_training.py"
@@ -19,8 +21,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(folder):
     """What `mesh_training.py` found; meanwhile, the main job on one device."""
-    from mesh_training import JOB
-
     one = start(1, "-m", "imagent_jax.train", *JOB, f"--run.dir={folder}", "--run.name=one")
     process = start(8, SCRIPT, folder)
     for child in (one, process):
@@ -40,11 +40,12 @@ def meshes(report, *cases):
 
 
 def test_an_update_on_a_mesh_is_that_of_one_device(report):
+    tokens = rounding(1.0, N * G * R)  # what the sums over the tokens of the batch may differ by, relative to their terms
     for case, found in meshes(report, "frozen", "everything", "adapters"):
         at = case, found["mesh"]
-        assert found["loss"] < 1e-5 and found["norm"] < 1e-5, at
-        assert found["gradient"] < 1e-5 * report[case]["largest"], at
-        assert found["params"] < 1e-5, at
+        assert found["loss"] < tokens and found["norm"] < tokens, at
+        assert found["gradient"] < tokens * report[case]["largest"], at
+        assert found["params"] < RATE / 100, at
     assert report["frozen"]["largest"] > 1e-3 and len(report["frozen"]["meshes"]) == 4
 
 
@@ -81,7 +82,7 @@ def test_a_run_of_eight_devices_resumes_on_eight_four_and_one(report):
     eight, four, one = report["resumes"]
     assert eight["continued"] == 0
     for found in (eight, four, one):
-        assert found["restored"] == found["moved"] == 0 and found["continued"] < 1e-5, found
+        assert found["restored"] == found["moved"] == 0 and found["continued"] < RATE / 100, found
 
 
 def test_the_main_job_on_four_devices_is_that_of_one(report, folder):
