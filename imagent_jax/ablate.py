@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 
 from imagent_jax.config import read_args
 from imagent_jax.rl.rewards import answer
 from imagent_jax.rl.trajectory import Trajectory
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t by number of seeds, two-sided 95 %."""
 CURVES = ("accuracy", "reward/total", "tools/used_rate", "tools/invalid", "mask/dropped_tokens", "length")
 COLUMNS = {
     "right, %": lambda run: 100 * run["final"]["accuracy"],
@@ -84,11 +83,11 @@ def train_once(file: Path, seed: int, overrides: Sequence[str]) -> dict:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (NaN for one value)."""
+    """Mean and half the width of its 95 % interval by Student's t (NaN for one value)."""
     n = len(values)
     if n < 2:
         return float(np.mean(values)), math.nan
-    return float(np.mean(values)), T_975.get(n, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return float(np.mean(values)), float(scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values))
 
 
 def table(results: Sequence[dict]) -> str:

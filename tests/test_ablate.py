@@ -46,7 +46,7 @@ def test_the_losses_are_the_published_ones(name):
 
 
 def test_intervals_are_students():
-    for n in ablate.T_975:
+    for n in (2, 3, 10, 30):
         values = np.random.default_rng(n).normal(size=n)
         mean, half = ablate.interval(values)
         low, high = scipy.stats.t.interval(0.95, n - 1, values.mean(), scipy.stats.sem(values))

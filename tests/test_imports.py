@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,14 @@ def test_the_root_shows_the_parts_as_links(part):
 def test_every_package_says_what_it_is(folder):
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
     assert docstring and len(docstring.splitlines()[0]) > 25
+
+
+def test_every_module_that_declares_array_shapes_is_checked_in_tests():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    [checked] = [option.partition("=")[2].split(",") for option in options if option.startswith("--jaxtyping-packages")]
+    declares = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in SOURCES
+        if any(name == "jaxtyping" or name.startswith("jaxtyping.") for name in imported(path))
+    }
+    assert len(declares) > 10 and declares <= set(checked)

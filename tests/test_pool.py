@@ -12,6 +12,15 @@ from test_tools import OWN, SETTINGS, VISUAL, confirm, registry_of
 from imagent_jax.tools import CallPool, CallStatus, ToolSet, ToolSettings, format_call, tool
 
 
+def run_all(tools, requests, settings, workers=4, timeout_s=10.0):
+    """Results of (text, registry) calls in the order of the requests, by a pool of their own."""
+    pool = CallPool(tools, settings, workers, timeout_s)
+    for index, (text, registry) in enumerate(requests):
+        pool.submit(index, text, registry)
+    results = dict(pool.drain())
+    return [results[index] for index in range(len(requests))]
+
+
 def test_many_calls_come_back_in_order_and_as_if_run_alone():
     rng = np.random.default_rng(0)
     requests = []
@@ -20,20 +29,20 @@ def test_many_calls_come_back_in_order_and_as_if_run_alone():
         requests.append((confirm(image=int(rng.integers(1, 5)), bbox_2d=[x, y, x + 30, y + 30]), registry_of()))
     settings = ToolSettings(coordinates="absolute", min_box=0.9)  # boxes beyond 56 pixels are refused
     alone = [VISUAL.execute(text, registry.fork(), settings) for text, registry in requests]
-    together = VISUAL.execute_many(requests, settings, workers=4, timeout_s=10.0)
+    together = run_all(VISUAL, requests, settings, workers=4, timeout_s=10.0)
     assert together == alone
     assert {result.status for result in alone} == {CallStatus.EXECUTED, CallStatus.INVALID}
     for result, (_, registry) in zip(together, requests, strict=True):
         assert len(registry) == 3 + (result.status is CallStatus.EXECUTED)
         assert all(entry.image.size == (252, 252) for entry in list(registry)[3:])  # nine tenths of a side
-    assert VISUAL.execute_many([], SETTINGS) == []
+    assert run_all(VISUAL, [], SETTINGS) == []
 
 
 def test_a_stuck_call_is_a_fault_and_holds_up_no_other():
     registries = [registry_of(1) for _ in range(8)]
     hows = ["sleep", "fine", "sleep", "fine", "fine", "invalid", "fault", "fine"]
     requests = [(format_call("misbehave", {"how": how}), r) for how, r in zip(hows, registries, strict=True)]
-    results = OWN.execute_many(requests, SETTINGS, workers=2, timeout_s=0.2)
+    results = run_all(OWN, requests, SETTINGS, workers=2, timeout_s=0.2)
     assert [result.status.name[0] for result in results] == list("FEFEEIFE")
     assert results[0].error == "misbehave ran longer than 0.2 s" and results[0].parts == ["Error: the tool failed."]
     assert [len(registry) for registry in registries] == [1, 2, 1, 2, 2, 1, 1, 2]
@@ -41,7 +50,7 @@ def test_a_stuck_call_is_a_fault_and_holds_up_no_other():
 
 def test_a_call_waits_for_a_worker_without_losing_its_time():
     requests = [(format_call("misbehave", {"how": "nap"}), registry_of(1)) for _ in range(8)]
-    results = OWN.execute_many(requests, SETTINGS, workers=1, timeout_s=0.3)  # 0.4 s of naps in a row
+    results = run_all(OWN, requests, SETTINGS, workers=1, timeout_s=0.3)  # 0.4 s of naps in a row
     assert [result.parts for result in results] == [["rested"]] * 8
 
 
@@ -62,7 +71,7 @@ def test_as_many_calls_run_at_once_as_there_are_workers(workers):
         return "met"
 
     requests = [(format_call("together", {}), registry_of(1)) for _ in range(2 * workers)]
-    results = ToolSet([together]).execute_many(requests, SETTINGS, workers=workers, timeout_s=60.0)
+    results = run_all(ToolSet([together]), requests, SETTINGS, workers=workers, timeout_s=60.0)
     assert [result.parts for result in results] == [["met"]] * len(requests)
     assert max(most) == workers
 
@@ -164,12 +173,14 @@ def test_what_a_call_shows_is_seen_on_its_thread_and_a_failure_of_that_is_the_ca
 def test_a_stuck_tool_does_not_keep_the_interpreter_alive():
     script = """
 import time
-from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings, format_call, tool
+from imagent_jax.tools import CallPool, ImageRegistry, ToolSet, ToolSettings, format_call, tool
 @tool
 def stuck(context):
     '''Never end.'''
     time.sleep(600)
-result, = ToolSet([stuck]).execute_many([(format_call("stuck", {}), ImageRegistry())], ToolSettings(), 1, 0.1)
+pool = CallPool(ToolSet([stuck]), ToolSettings(), 1, 0.1)
+pool.submit(0, format_call("stuck", {}), ImageRegistry())
+(_, result), = pool.drain()
 print(result.status.name)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)

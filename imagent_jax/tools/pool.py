@@ -7,15 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, fault
 from imagent_jax.tools.context import ToolSettings, run_call
+from imagent_jax.tools.protocol import ToolSet
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool
-
-if TYPE_CHECKING:
-    from imagent_jax.tools.protocol import ToolSet
 
 
 @dataclass(eq=False)
@@ -46,7 +44,7 @@ class CallPool:
     """
 
     def __init__(
-        self, tools: "ToolSet", settings: ToolSettings, workers: int = 4, timeout_s: float = 10.0, see: _See | None = None
+        self, tools: ToolSet, settings: ToolSettings, workers: int = 4, timeout_s: float = 10.0, see: _See | None = None
     ) -> None:
         if workers < 1 or timeout_s <= 0:
             raise ValueError(f"workers must be at least 1 and timeout_s above 0, got {workers} and {timeout_s}")

@@ -5,12 +5,11 @@ the world's mistake (a bug in a tool, a timeout), which must never train.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, format_call, invalid, parse_call
 from imagent_jax.tools.context import ToolContext, ToolSettings, run_call
-from imagent_jax.tools.pool import CallPool
 from imagent_jax.tools.registry import ImageRegistry, ToolError
 from imagent_jax.tools.schema import Tool, nearest, quote
 
@@ -103,22 +102,3 @@ class ToolSet:
         if result.status is CallStatus.EXECUTED:
             registry.adopt(fork)
         return result
-
-    def execute_many(
-        self,
-        requests: Iterable[tuple[str, ImageRegistry]],
-        settings: ToolSettings,
-        workers: int = 4,
-        timeout_s: float = 10.0,
-    ) -> list[CallResult]:
-        """Run (action_text, registry) calls on `workers` threads; results in the order of the requests.
-
-        A call that runs longer than `timeout_s` seconds is a FAULT, and its thread is left behind (it is a daemon: it
-        holds up neither this run nor the interpreter's exit). Raises ValueError when a registry comes twice.
-        """
-        pool = CallPool(self, settings, workers, timeout_s)
-        requests = list(requests)
-        for index, (text, registry) in enumerate(requests):
-            pool.submit(index, text, registry)
-        results = dict(pool.drain())
-        return [results[index] for index in range(len(requests))]
