@@ -1,5 +1,6 @@
 """Several processes are one job: the same metrics as one process and one device, and none outlives another's death."""
 
+import contextlib
 import json
 import re
 import signal
@@ -8,8 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import simulated
 from simulated import TOGETHER
@@ -59,7 +62,8 @@ def records(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not re.search(clock, k)} for line in lines]
 
 
-pytestmark = pytest.mark.slow(120)
+several = pytest.mark.slow(20)
+"""Starts processes, about so many seconds each."""
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@several
 @pytest.mark.parametrize(("other", "within"), [("four", 1e-5), ("one", 1e-4)])
 def test_two_processes_give_the_metrics_of_one(folder, other, within):
     a, b = records(folder / "two"), records(folder / other)
@@ -83,6 +88,7 @@ def test_two_processes_give_the_metrics_of_one(folder, other, within):
             assert x[key] == pytest.approx(y[key], abs=within, rel=within), (x["step"], key)
 
 
+@several
 def test_trajectories_are_the_same_wherever_they_run(folder):
     for name in ("train-000001", "train-000002"):
         two, one = (
@@ -94,6 +100,7 @@ def test_trajectories_are_the_same_wherever_they_run(folder):
             assert a["tokens"]["ids"] == b["tokens"]["ids"] and a["images"] == b["images"]
 
 
+@several
 def test_two_processes_resume_what_one_began_and_one_what_two_did(folder):
     """Each continues the other's checkpoint for a step."""
     on = "--run.resume=true", "--run.steps=3", *TOWER
@@ -113,6 +120,7 @@ def underway(folder: Path, steps: int = 1) -> list[subprocess.Popen]:
     return processes
 
 
+@several
 def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     processes = underway(tmp_path)
     processes[1].send_signal(signal.SIGTERM)
@@ -122,6 +130,7 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     assert (tmp_path / f"cut/checkpoints/{last}").is_dir() and "ended before its time" not in "".join(errors)
 
 
+@several
 @pytest.mark.parametrize(("victim", "steps"), [(1, 0), (0, 1)])
 def test_the_death_of_a_process_ends_the_others_with_its_name(tmp_path, victim, steps):
     processes = underway(tmp_path, steps)
@@ -188,6 +197,63 @@ def test_watchers_tell_a_death_from_an_end_in_peace_and_from_one_with_a_reason(e
         assert f"error: process {ends} has {what}" in other.communicate(timeout=30)[1]
 
 
+def test_a_death_reaches_processes_that_are_not_linked_with_each_other():
+    """Process 0 is linked with 1 and 2; 2 dies, and both others learn its name."""
+    links = [socket.socketpair(), socket.socketpair()]  # 0 with 1, 0 with 2
+    ends = [[links[0][0], links[1][0]], [links[0][1]], [links[1][1]]]
+    names = [["process 1", "process 2"], ["process 0"], ["process 0"]]
+    watchers = [
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", watcher.__file__,
+             json.dumps({end.fileno(): name for end, name in zip(own, called, strict=True)}), str(i)],
+            pass_fds=[end.fileno() for end in own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, (own, called) in enumerate(zip(ends, names, strict=True))
+    ]  # fmt: skip
+    for end in sum(links, ()):
+        end.close()
+    assert watchers[2].communicate("", timeout=30) == ("", "")
+    for other in watchers[:2]:
+        assert other.stdout.readline() == "died\n"
+        assert "error: process 2 has ended before its time" in other.communicate(timeout=30)[1]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("items", [0, 1, 4, 10])
+def test_work_is_shared_out_in_one_piece_each_and_evenly(monkeypatch, count, items):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    shares = []
+    for process in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shares.append(hosts.share(list(range(items))))
+        assert hosts.is_writer() == (process == 0)
+    assert sum(shares, []) == list(range(items))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("owners", "tensor", "refused"),
+    [
+        ([0, 0, 0, 0, 1, 1, 1, 1], 2, None),
+        ([1, 1, 1, 1, 0, 0, 0, 0], 4, None),
+        ([0, 0, 0, 0, 1, 1, 1, 1], 8, "mesh.tensor=8 reaches over processes of 4 devices"),
+        ([0, 1, 0, 1, 0, 1, 0, 1], 1, "reaches over processes"),
+        ([0, 0, 0, 0, 1, 1], 1, "The mesh has 6 of the 8 devices of 2 processes"),
+    ],
+)
+def test_a_mesh_gives_each_process_its_own_block(monkeypatch, owners, tensor, refused):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    devices = np.array([SimpleNamespace(process_index=owner) for owner in owners])
+    mesh = SimpleNamespace(size=len(owners), devices=devices.reshape(1, -1, tensor), shape={"tensor": tensor})
+    with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
+        hosts.check_mesh(mesh)
+    if not refused:
+        assert [[device.process_index for device in block] for block in hosts._blocks(mesh)] == [owners[:4], owners[4:]]
+
+
+@several
 def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path):
     processes = start_two(tmp_path, "refused", "--mesh.fsdp=1")
     errors = [process.communicate(timeout=TOGETHER)[1] for process in processes]
@@ -195,6 +261,7 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path):
     assert all("The mesh has 1 of the 4 devices of 2 processes; set mesh.data or mesh.fsdp to -1" in e for e in errors)
 
 
+@several
 @pytest.mark.parametrize("fails", [0, 1])
 def test_what_one_process_cannot_mend_by_starting_again_ends_all_so(tmp_path, fails):
     own = [(), ()]
