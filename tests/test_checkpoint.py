@@ -139,7 +139,8 @@ def test_a_model_keeps_the_dtype_of_its_files_and_computes_in_it(tmp_path, kind)
     assert policy.split(dtype="float32")[0].dtype == "float32"
     whole = Qwen2VL.from_pretrained(folder, dtype="float32", progress=False).split()
     assert whole[0].dtype == "float32"
-    assert_same(whole[1], jax.tree.map(lambda x: x.astype("float32"), params))
+    widened = jax.tree.map(lambda x: np.asarray(x).astype("float32"), params)  # by NumPy: XLA converts no half under SSE4.2
+    assert_same(whole[1], widened)
     policy.save_pretrained(tmp_path / "out")
     assert {t.dtype.name for t in load_file(tmp_path / "out/model.safetensors").values()} == {kind}
     saved = json.loads((tmp_path / "out/config.json").read_text())
