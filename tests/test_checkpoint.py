@@ -223,11 +223,12 @@ def test_many_faults_are_counted_not_all_listed(folder):
     assert str(error.value).count("missing") == 8
 
 
-def test_eight_faults_are_all_listed(folder):
-    edit(folder, lambda tensors: {k: v for i, (k, v) in enumerate(tensors.items()) if i >= 8})
+@pytest.mark.parametrize("count", [8, 9])
+def test_eight_faults_are_all_listed_and_a_ninth_is_counted(folder, count):
+    edit(folder, lambda tensors: {k: v for i, (k, v) in enumerate(tensors.items()) if i >= count})
     with pytest.raises(ValueError, match="weights do not fit") as error:
         checkpoint.load(folder)
-    assert str(error.value).count("missing") == 8 and "more" not in str(error.value)
+    assert str(error.value).count("missing") == 8 and ("; and 1 more" in str(error.value)) == (count == 9)
 
 
 def test_weights_of_whole_numbers_are_refused(folder):
