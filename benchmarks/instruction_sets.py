@@ -4,7 +4,7 @@ Runs pytest under each instruction set that XLA may use, several times, the last
 tests passed and failed, seconds and the ten slowest tests. A run that is recorded for the same commit is not repeated, so a
 stopped command goes on. Writes benchmarks/results/instruction_sets.json. Exit code 1: a test failed.
 
-Meant to take about two hours on two cores, the first run of each instruction set the longest: it compiles everything.
+Nine runs of the whole suite; the first of each instruction set is the longest, as it compiles everything.
 """
 
 import contextlib
