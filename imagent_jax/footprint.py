@@ -244,7 +244,7 @@ def programs(held: Held) -> Iterator[Program]:
     stops = ints(3, sampler.STOP_WIDTH)
     decode = held.sampled, held.state, None, stops, r.temperature, r.decode_chunk, 0
     yield Program("decode", sampler.decode, (model, False, r.response_tokens), decode, rolling, r.response_tokens, "rollout")
-    shown = ints(few), ints(few, s), ints(3, few, s), ints(few, s), ints(few), np.zeros(few, bool)
+    shown = ints(few), ints(few, s), ints(3, few, s), ints(few, s), ints(few)
     observe = held.sampled, held.state, *shown, held.features
     yield Program("observe", sampler.observe, (model,), observe, rolling, 0, "rollout")
 

@@ -291,9 +291,8 @@ def test_greedy_generation_equals_the_reference_after_images_shown_midway(pair):
         count = np.clip(o.length - begin, 0, chunk)
         part = slice(begin, begin + chunk)
         state = sampler.observe(
-            model, params, state, np.arange(6), o.ids[:, part], o.positions[:, :, part], o.vision[:, part], count,
-            (count > 0) & (begin + chunk >= o.length), features,
-        )  # fmt: skip
+            model, params, state, np.arange(6), o.ids[:, part], o.positions[:, :, part], o.vision[:, part], count, features
+        )
     state = decode(model, params, state, 64)
 
     beginnings = [

@@ -233,11 +233,11 @@ def _invert(weights: Float[Array, "B T"], uniform: Float[Array, " B"]) -> Int[Ar
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def observe(
-    model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, resume, features
+    model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, features
 ) -> SamplerState:
-    """Appends `count[f]` tokens to row `rows[f]` (see `parts`); a row with `resume` samples again afterwards.
+    """Append `count[f]` tokens to row `rows[f]` (see `parts`), which then samples again; a count of 0 changes nothing.
 
-    Shapes: rows, count, resume [F]; ids, vision [F S]; positions [3 F S]; features [M D].
+    Shapes: rows, count [F]; ids, vision [F S]; positions [3 F S]; features [M D].
     """
     with jax.named_scope("observe"):
         part = take_rows(state, rows)
@@ -254,7 +254,7 @@ def observe(
             ids=part.ids.at[jnp.arange(f)[:, None], index].set(ids, mode="drop"),
             length=part.length + count,
             position=jnp.where(chosen, last + 1, part.position),
-            live=jnp.where(chosen, resume, part.live),
+            live=part.live | chosen,
             logits=jnp.where(chosen[:, None], logits, part.logits),
             cache=cache,
         )

@@ -225,16 +225,15 @@ class Schedule:
         index, at = self._places(observations, f)
         for begin in range(0, max(len(encoded.ids) for encoded in observations.values()), s):
             ids, positions = np.zeros((f, s), np.int32), np.zeros((3, f, s), np.int32)
-            vision, count, resume = np.full((f, s), -1, np.int32), np.zeros(f, np.int32), np.zeros(f, bool)
+            vision, count = np.full((f, s), -1, np.int32), np.zeros(f, np.int32)
             for b, encoded in observations.items():
                 i = at[b]
                 c = count[i] = min(max(len(encoded.ids) - begin, 0), s)
                 ids[i, :c] = encoded.ids[begin : begin + c]
                 positions[:, i, :c] = encoded.positions[:, begin : begin + c]
                 vision[i, :c] = self.row(b).vision[-1][begin : begin + c]
-                resume[i] = begin + s >= len(encoded.ids)
             self.state = sampler.observe(
-                self.model, self.params, self.state, index, ids, positions, vision, count, resume, self.store.features
+                self.model, self.params, self.state, index, ids, positions, vision, count, self.store.features
             )
         self.clock.lap("observe", self.state.logits)
 
