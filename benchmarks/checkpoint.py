@@ -20,7 +20,7 @@ def measure(size: str, shape: Shape, repeats: int, folder: Path) -> dict:
     import jax
 
     from imagent_jax.config import Config
-    from imagent_jax.runs import RunFolder
+    from imagent_jax.runs.folder import RunFolder
 
     common.random_checkpoint(folder, size)
     ours = Ours(folder, make_problem(shape, common.SIZES[size]["vocab_size"]), shape)

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from imagent_jax import train
-from imagent_jax.data.tiny_world import make_task
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import EndReason
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.tiny.world import make_task
+from imagent_jax.types import EndReason
 
 GROUPS, CALLS, WARM = 5, 6, 20
 """Tasks a step, most calls of a rollout, steps before memory is looked at."""

@@ -24,7 +24,7 @@ def ours(folder: str, tokens: int) -> dict:
     import jax.numpy as jnp
 
     from imagent_jax.model.qwen2_vl import Qwen2VL
-    from imagent_jax.rl import sampler
+    from imagent_jax.rollout import sampler
 
     start, memory = time.perf_counter(), PeakMemory()
     model, params = Qwen2VL.from_pretrained(folder).split(dtype="bfloat16")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from imagent_jax import plan
+from imagent_jax.planner import plan
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "plans.md"

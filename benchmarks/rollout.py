@@ -56,7 +56,7 @@ def grow(folder: Path, size: str) -> None:
 
     from imagent_jax.model import checkpoint
     from imagent_jax.model.qwen2_vl import create
-    from imagent_jax.tiny_base import base_folder
+    from imagent_jax.tiny.base import base_folder
 
     base, params = checkpoint.load(base_folder())
     old, shape = base.cfg.text, SHAPES[size]
@@ -155,8 +155,8 @@ def ours(folder: str, args, groups: int, group_size: int, path: Path) -> dict:
     import jax
 
     from imagent_jax.config import Config
-    from imagent_jax.data.tiny_world import task_at
-    from imagent_jax.train import Parts
+    from imagent_jax.rollout.policy import Policy
+    from imagent_jax.tiny.world import task_at
 
     cfg, accelerated = Config(), jax.default_backend() != "cpu"
     cfg = replace(
@@ -167,7 +167,7 @@ def ours(folder: str, args, groups: int, group_size: int, path: Path) -> dict:
     if args.sizes == ["small_long"]:
         images = replace(cfg.images, max_pixels=100_352, vision_block=512, pack_blocks=8)
         cfg = replace(cfg, images=images, rollout=replace(cfg.rollout, prompt_tokens=640))
-    parts, tasks = Parts(cfg), [task_at(0, "train", i) for i in range(groups)]
+    parts, tasks = Policy(cfg), [task_at(0, "train", i) for i in range(groups)]
     batches = []
 
     def run():
@@ -279,7 +279,7 @@ def theirs(folder: str, args, path: Path) -> dict:
 
 def compare(size: str, args, groups: int, group_size: int) -> dict:
     """Both sides of a size, one process after the other."""
-    from imagent_jax.tiny_base import base_folder
+    from imagent_jax.tiny.base import base_folder
 
     with tempfile.TemporaryDirectory(dir=args.tmp) as scratch:
         folder, path = base_folder(), Path(scratch) / "script.pickle"

@@ -38,11 +38,12 @@ from imagent_jax.model.config import Qwen2VLConfig, TextConfig
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, create
 from imagent_jax.model.sharding import rollout_params
-from imagent_jax.rl import sampler
+from imagent_jax.rl.batch import GroupBatch
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
-from imagent_jax.rl.trajectory import EndReason, GroupBatch, TokenKind
+from imagent_jax.rollout import sampler
+from imagent_jax.types import EndReason, TokenKind
 
 SHAPES = {"cpu": Shape(4, 8, 256, 64), "other": Shape(8, 16, 1024, 256), "quick": Shape(2, 2, 16, 8)}
 

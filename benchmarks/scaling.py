@@ -29,7 +29,7 @@ def measure(size: str, prompt: int, group_size: int, repeats: int) -> dict:
     from imagent_jax.model.config import Qwen2VLConfig
     from imagent_jax.model.qwen2_vl import create
     from imagent_jax.model.sharding import rollout_params
-    from imagent_jax.rl import sampler
+    from imagent_jax.rollout import sampler
 
     dtype = choose_dtype("auto")
     cfg, shape = Qwen2VLConfig.from_hf(common.hf_config(size)), Shape(GROUPS, group_size, prompt, RESPONSE)

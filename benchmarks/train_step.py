@@ -78,9 +78,9 @@ def make_problem(shape: Shape, vocab: int, seed: int = 0) -> Problem:
 
     The longest prompt has P tokens and the longest response R; others are up to a quarter shorter.
     """
-    from imagent_jax.model.images import PreparedImage
+    from imagent_jax.images.prepare import PreparedImage
     from imagent_jax.model.interleave import encode_parts
-    from imagent_jax.rl.trajectory import TokenKind
+    from imagent_jax.types import TokenKind
 
     rng = np.random.default_rng(seed)
 
@@ -135,10 +135,9 @@ def ungroup(problem: Problem) -> Problem:
 
 def pack(problem: Problem, store, shape: Shape):
     """The `GroupBatch` of a problem; its images are encoded into `store`."""
-    from imagent_jax.data.task import Task
     from imagent_jax.rl.batch import pack_batch
-    from imagent_jax.rl.rollout import RolloutBatch
-    from imagent_jax.rl.trajectory import EndReason, Trajectory
+    from imagent_jax.rollout.engine import RolloutBatch
+    from imagent_jax.types import EndReason, Task, Trajectory
 
     flat = [*problem.prompts, *(row for group in problem.responses for row in group)]
     first = iter(store.add([image for encoded in flat for image in encoded.images]))
@@ -268,7 +267,7 @@ class Theirs:
         import torch
 
         from imagent_jax.config import GRPOConfig
-        from imagent_jax.rl.trajectory import TokenKind
+        from imagent_jax.types import TokenKind
 
         cfg, count = GRPOConfig(), len(self.problem.prompts)
         acted = [kind[0] != TokenKind.OBSERVATION for kind in self.problem.kinds]

@@ -39,7 +39,7 @@ def opening(path: Path, repeats: int) -> dict:
     """Opens the page of a run, each time in a new tab."""
     from scripted_run import chromium, look
 
-    from imagent_jax.view import write_view
+    from imagent_jax.runs.view import write_view
 
     began = time.perf_counter()
     _, run = write_view(path)
@@ -67,7 +67,7 @@ def picture(path: Path, trajectory: str, out: Path) -> None:
     """The page of a run, opened at a trajectory."""
     from scripted_run import chromium, look
 
-    from imagent_jax.view import write_view
+    from imagent_jax.runs.view import write_view
 
     write_view(path)
     with chromium() as browser:

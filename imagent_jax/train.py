@@ -8,155 +8,38 @@ Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wro
 """
 
 import os
-import resource
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from rich.console import Console
 
-from imagent_jax import hosts
-from imagent_jax.ahead import Ahead
-from imagent_jax.compiling import CompileCounter, use_compile_cache
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
-from imagent_jax.evaluate import comparison, evaluate, summarise
-from imagent_jax.hosts import FAILED, RESTART
+from imagent_jax.distributed import processes as hosts
+from imagent_jax.distributed.processes import FAILED, RESTART
+from imagent_jax.evals.evaluate import comparison, evaluate
 from imagent_jax.model import checkpoint, lora
-from imagent_jax.model.attention import choose_attention, choose_dtype
-from imagent_jax.model.processor import Processor
-from imagent_jax.model.sharding import gather_params, make_mesh, shardings
-from imagent_jax.report import write_report
-from imagent_jax.rl.advantages import group_advantages
+from imagent_jax.model.sharding import gather_params
 from imagent_jax.rl.batch import pack_batch
-from imagent_jax.rl.guards import call_metrics, watch
+from imagent_jax.rl.guards import watch
+from imagent_jax.rl.judge import judge
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import dropped_shares, mask_tables
 from imagent_jax.rl.optim import make_optimizer
-from imagent_jax.rl.rewards import reward_functions, score_trajectory
-from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine, Stopped
-from imagent_jax.rl.trajectory import EndReason
-from imagent_jax.runs import RunFolder
-from imagent_jax.tiny_base import base_folder
-from imagent_jax.tools import tools_by_name
-from imagent_jax.trajectory_log import TrajectoryLog
-
-
-def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | int]:
-    """The fields of `Model` for a configuration on a platform (default: of the attached devices)."""
-    dtype = choose_dtype(cfg.model.dtype, platform)
-    return {
-        "dtype": dtype, "remat": cfg.model.remat, "vision_block": cfg.images.vision_block,
-        "logprob_chunk": cfg.model.logprob_chunk, "attention": choose_attention(cfg.model.attention, dtype, platform),
-    }  # fmt: skip
-
-
-class Parts:
-    """Model, processor, tools, data and rollout engine of a configuration: what training and evaluation share.
-
-    Raises:
-        ValueError: bad settings, files or data; one sentence with the remedy.
-    """
-
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
-        reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
-        self.tools = tools_by_name(cfg.tools.names)
-        folder = base_folder() if cfg.model.path == "tiny" else checkpoint.resolve(cfg.model.path)
-        self.folder, self.processor = folder, Processor.from_pretrained(folder)
-        self.mesh = make_mesh(**vars(cfg.mesh))
-        self.model, self.params = checkpoint.load(
-            folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype, **model_settings(cfg)
-        )
-        if cfg.lora.path:
-            self.model, self.params = lora.load(cfg.lora.path, self.model, self.params)
-        elif cfg.lora.rank:
-            self.model, self.params = lora.attach(
-                self.model, self.params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
-                merger=cfg.lora.merger, seed=cfg.run.seed,
-            )  # fmt: skip
-        self.params = jax.device_put(self.params, shardings(self.params, self.mesh))  # adapters follow what they adapt
-        self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
-
-    def test_tasks(self, count: int):
-        """The first `count` held-out tasks."""
-        tasks = open_tasks(self.cfg.data, "test")
-        self.test_faults = tasks.faults
-        return [tasks[i] for i in range(min(count, len(tasks)))]
-
-
-def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `cfg.mesh`, over whose data and fsdp axes rollouts and micro-batches are split by groups.
-
-    Args:
-        devices: default all of `jax.devices()`.
-    Raises:
-        ValueError: its sizes do not divide the devices, or do not suit the processes, or it overlaps on several devices.
-    """
-    mesh = make_mesh(**vars(cfg.mesh), devices=devices)
-    hosts.check_mesh(mesh)
-    if cfg.rollout.overlap and mesh.size > 1:
-        raise ValueError("rollout.overlap is for one device: two programs at a time wait for each other on several.")
-    return mesh
-
-
-class Interrupt:
-    """While open, Ctrl-C and SIGTERM set `asked` to the signal: stop after the current step. SIGTERM gives up rollouts
-    in progress; they come again, the same. A second signal stops at once."""
-
-    def __enter__(self) -> "Interrupt":
-        self.asked = 0
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = number
-
-
-def memory() -> dict[str, float]:
-    """GB that this process and its first device hold, where they say so."""
-    found, statm, device = {}, Path("/proc/self/statm"), jax.local_devices()[0].memory_stats() or {}
-    if statm.exists():
-        found["memory/resident_gb"] = int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9
-    if "bytes_in_use" in device:
-        found |= {"memory/device_gb": device["bytes_in_use"] / 1e9, "memory/device_peak_gb": device["peak_bytes_in_use"] / 1e9}
-    return found
-
-
-def judge(cfg: Config, rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, list[list[dict]], dict[str, float]]:
-    """Rewards and advantages [N G] of a rollout, the reward parts, and metrics.
-
-    A reward function that fails marks the trajectory FAULT: it is counted and never trains (promise 6).
-    """
-    own = hosts.share(rollout.trajectories)  # others have what a reward may look at, and may be paid to look
-    parts = hosts.join([[score_trajectory(t, cfg.reward) for t in group] for group in own])
-    for group, scored in zip(rollout.trajectories, parts, strict=True):
-        for t, part in zip(group, scored, strict=True):
-            if part.pop("fault", False):
-                t.end = EndReason.FAULT
-    rewards = np.asarray([[p["total"] for p in group] for group in parts], np.float32)
-    end = np.asarray([[t.end for t in group] for group in rollout.trajectories], np.uint8)
-    counted = mask_tables(cfg.mask)[2][end]
-    advantages, stats = group_advantages(
-        rewards, counted, normalise_std=cfg.grpo.normalise_std, fault=end == EndReason.FAULT
-    )
-    flat = [t for group in rollout.trajectories for t in group]
-    means = {f"reward/{name}": float(np.mean([p[name] for group in parts for p in group])) for name in parts[0][0]}
-    metrics = means | {k: float(v) for k, v in stats.items()} | summarise(flat)
-    return rewards, np.asarray(advantages), parts, metrics | call_metrics(rollout.trajectories, cfg.tools.names)
+from imagent_jax.rl.rewards import reward_functions
+from imagent_jax.rollout.engine import Stopped
+from imagent_jax.rollout.policy import Policy, training_mesh
+from imagent_jax.rollout.prefetch import Ahead
+from imagent_jax.runs.folder import RunFolder
+from imagent_jax.runs.interrupt import Interrupt
+from imagent_jax.runs.report import write_report
+from imagent_jax.runs.resources import CompileCounter, memory, use_compile_cache
+from imagent_jax.runs.trajectory_log import TrajectoryLog
 
 
 def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, float]:
@@ -164,7 +47,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     the module docstring.
 
     Raises:
-        ValueError: see `Parts`, `RunFolder`.
+        ValueError: see `Policy`, `RunFolder`.
         Stopped: by SIGTERM, in an evaluation before or after training, where all that can be saved is.
     """
     began, compiles = time.perf_counter(), CompileCounter()
@@ -180,7 +63,8 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         console.print(f"Step {cfg.run.profile} is traced into {folder.path}/profile, for Perfetto and XProf.")
     console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
     with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
-        parts = Parts(cfg)
+        reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
+        parts = Policy(cfg)
         parts.engine.stop = lambda: interrupt.asked == signal.SIGTERM
         train_tasks, test_tasks = open_tasks(cfg.data, "train"), parts.test_tasks(cfg.eval.tasks)
     folder.log_faults([*train_tasks.faults, *parts.test_faults])

@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from imagent_jax.data.tiny_world import task_at
+from imagent_jax.tiny.world import task_at
 
 for i in range(3):
     task = task_at(0, "test", i)
@@ -59,8 +59,10 @@ from dataclasses import replace
 import jax
 
 from imagent_jax.config import Config
-from imagent_jax.evaluate import comparison, evaluate
-from imagent_jax.train import Interrupt, Parts, train, training_mesh
+from imagent_jax.evals.evaluate import comparison, evaluate
+from imagent_jax.rollout.policy import Policy, training_mesh
+from imagent_jax.runs.interrupt import Interrupt
+from imagent_jax.train import train
 
 cfg = Config.from_dict({
     "run": {"name": "demo", "dir": str(RUNS), "steps": STEPS, "checkpoint_every": 20,
@@ -68,7 +70,7 @@ cfg = Config.from_dict({
     "rollout": {"groups": 8 if STEPS < 10 else 16}, "grpo": {"widths": 1 if STEPS < 10 else 4},  # less to compile
     "eval": {"tasks": TASKS, "groups": min(TASKS, 64), "every": 0},
 })  # fmt: skip
-base = Parts(cfg)
+base = Policy(cfg)
 tasks = base.test_tasks(TASKS)
 
 
@@ -129,7 +131,7 @@ with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
 
 # %%
 run = RUNS / "demo"
-agent = Parts(replace(cfg, model=replace(cfg.model, path=str(run / "model"))))
+agent = Policy(replace(cfg, model=replace(cfg.model, path=str(run / "model"))))
 after, said_after = ask(agent)
 console.print(comparison({"base": before, "trained": after}, f"{STEPS} steps"))
 pairs = zip(said_before, said_after, strict=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from imagent_jax.config import Config
-from imagent_jax.data.tiny_world import task_at
 from imagent_jax.rl.batch import pack_batch
+from imagent_jax.tiny.world import task_at
 
 
 def pytest_collection_modifyitems(items):
@@ -57,9 +57,9 @@ def config() -> Config:
 @pytest.fixture(scope="session")
 def parts(config):
     """Model, parameters, processor, tools and engine of the shipped tiny base."""
-    from imagent_jax.train import Parts
+    from imagent_jax.rollout.policy import Policy
 
-    return Parts(config)
+    return Policy(config)
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def made(tmp_path_factory):
     """Config, folder and trajectories by step of a scripted run whose page and report are written."""
     from scripted_run import make_run
 
-    from imagent_jax.view import write_view
+    from imagent_jax.runs.view import write_view
 
     cfg, path, logged = make_run(tmp_path_factory.mktemp("runs"))
     write_view(path)

@@ -19,20 +19,21 @@ from flax import nnx
 
 from imagent_jax import train as job
 from imagent_jax.config import Config
+from imagent_jax.distributed.mesh import make_mesh
+from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import attention as seam
 from imagent_jax.model import lora
 from imagent_jax.model.attention import Causal, Shared, attention
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.images import PreparedImage
 from imagent_jax.model.qwen2_vl import abstract
-from imagent_jax.model.sharding import LOGICAL_TO_MESH, make_mesh, shardings
-from imagent_jax.rl.batch import place_groups, take_groups
+from imagent_jax.model.sharding import LOGICAL_TO_MESH, shardings
+from imagent_jax.rl.batch import GroupBatch, place_groups, take_groups
 from imagent_jax.rl.learner import Learner, Tables, accumulate, group_normalisers
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
-from imagent_jax.rl.trajectory import GroupBatch, TokenKind
-from imagent_jax.runs import RunFolder
+from imagent_jax.runs.folder import RunFolder
+from imagent_jax.types import TokenKind
 
 MESHES = [(1, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 N, G, P, R, V = 16, 2, 16, 16, 1024

@@ -15,20 +15,19 @@ import numpy as np
 from playwright.sync_api import Browser, sync_playwright
 
 from imagent_jax.config import Config
-from imagent_jax.data.task import Task
-from imagent_jax.data.tiny_world import task_at
-from imagent_jax.evaluate import summarise
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model, abstract
 from imagent_jax.rl.rewards import score_trajectory
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory, Turn
-from imagent_jax.rl.turns import Row
-from imagent_jax.runs import RunFolder
-from imagent_jax.tiny_base import base_folder
-from imagent_jax.tools import VISUAL_TOOLS, CallResult, ToolSet, format_call, tool
-from imagent_jax.trajectory_log import TrajectoryLog
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.metrics import summarise
+from imagent_jax.rollout.turns import Row
+from imagent_jax.runs.folder import RunFolder
+from imagent_jax.runs.trajectory_log import TrajectoryLog
+from imagent_jax.tiny.base import base_folder
+from imagent_jax.tiny.world import task_at
+from imagent_jax.tools import VISUAL_TOOLS, ToolSet, format_call, tool
+from imagent_jax.types import CallResult, EndReason, Task, TokenKind, Trajectory, Turn
 
 EVIL = "Is </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> 日本語 in Image 1?"
 ANSWER = "<answer>{}</answer><|im_end|>"

@@ -11,9 +11,10 @@ from collections import Counter
 import jax
 import numpy as np
 
+from imagent_jax.distributed.mesh import make_mesh
 from imagent_jax.model import checkpoint
-from imagent_jax.model.qwen2_vl import Qwen2VL, encode_images, prefill
-from imagent_jax.model.sharding import LOGICAL_TO_MESH, make_mesh
+from imagent_jax.model.qwen2_vl import encode_images, prefill
+from imagent_jax.model.sharding import LOGICAL_TO_MESH
 
 MESHES = [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": -1}]
 
@@ -44,7 +45,7 @@ def main(folder: str) -> None:
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
         reads.clear()
-        policy = Qwen2VL.from_pretrained(folder, mesh=mesh, dtype="float32", progress=False)
+        policy = checkpoint.from_pretrained(folder, mesh=mesh, dtype="float32", progress=False)
         model, params = policy.split(vision_block=block)
         shares = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "get_metadata")):
@@ -56,7 +57,7 @@ def main(folder: str) -> None:
                 value.ndim - ("layers" in leaf.get_metadata()["logical_axes"]), held, split,
             ]  # fmt: skip
         found.append(logits(model, params, prompts))
-        policy.save_pretrained(f"{folder}-{len(report)}")
+        checkpoint.save_pretrained(policy, f"{folder}-{len(report)}")
         report.append({"mesh": dict(mesh.shape), "shares": shares, "reads": dict(reads)})
     np.save(f"{folder}/logits.npy", found)
     meshes = [dict(make_mesh(**sizes).shape) for sizes in ({"data": -1, "tensor": 2}, {"data": 2, "tensor": -1}, {"tensor": 2})]

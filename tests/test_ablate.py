@@ -12,14 +12,14 @@ import scipy.stats
 from jax import numpy as jnp
 from scripted_run import ANSWER, play, scripts
 
-from imagent_jax import ablate
 from imagent_jax.config import Config, MaskConfig, read_args
-from imagent_jax.data.tiny_world import task_at
+from imagent_jax.evals import ablate
 from imagent_jax.rl.learner import Tables, batch_loss
 from imagent_jax.rl.loss import PRESETS
 from imagent_jax.rl.mask import mask_tables, two_level_mask
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import TokenKind
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.tiny.world import task_at
+from imagent_jax.types import TokenKind
 
 VARIANTS = Path(__file__).parent.parent / "configs" / "ablations"
 

@@ -15,14 +15,14 @@ from hf_oracle import IMAGE, ODD_SIZES, interleave, pixel_values, random_image, 
 from rounding import assert_rounded
 from test_model_parity import BLOCK, batch, pack
 
-from imagent_jax import attention as job
 from imagent_jax.config import Config
+from imagent_jax.distributed.mesh import GROUPS, constrain
+from imagent_jax.evals import attention as job
 from imagent_jax.model import checkpoint, text
 from imagent_jax.model.attention import Causal, attention, attention_shares, cached
 from imagent_jax.model.params import gathered, weights
 from imagent_jax.model.qwen2_vl import attention_by_source, encode_images
-from imagent_jax.model.sharding import GROUPS, constrain
-from imagent_jax.runs import RunFolder
+from imagent_jax.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow(2)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.qwen2_vl import Model, Qwen2VL
+from imagent_jax.model.qwen2_vl import Model
 
 REFERENCES = {
     "tied": tiny_model(tied=True),
@@ -80,8 +80,8 @@ def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp
 
 def test_the_round_trip_keeps_tensors_names_and_config(reference, tmp_path):
     reference.save_pretrained(tmp_path / "in")
-    policy = Qwen2VL.from_pretrained(tmp_path / "in", progress=False)
-    policy.save_pretrained(tmp_path / "out", max_shard_size="100KB")
+    policy = checkpoint.from_pretrained(tmp_path / "in", progress=False)
+    checkpoint.save_pretrained(policy, tmp_path / "out", max_shard_size="100KB")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(loaded) is type(reference)
     theirs, ours = reference.state_dict(), loaded.state_dict()
@@ -132,16 +132,16 @@ def test_bfloat16_files_load_exactly_and_can_be_written(tmp_path):
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_a_model_keeps_the_dtype_of_its_files_and_computes_in_it(tmp_path, kind):
     folder = save_checkpoint(tiny_model(seed=3), tmp_path / "in", dtype=getattr(torch, kind), older=True)
-    policy = Qwen2VL.from_pretrained(folder, progress=False)
+    policy = checkpoint.from_pretrained(folder, progress=False)
     model, params = policy.split(remat="full", logprob_chunk=7)
     assert {array.dtype.name for array in arrays(params).values()} == {kind}
     assert model == Model(model.graphdef, policy.cfg, kind, "full", 144, 7, "xla")
     assert policy.split(dtype="float32")[0].dtype == "float32"
-    whole = Qwen2VL.from_pretrained(folder, dtype="float32", progress=False).split()
+    whole = checkpoint.from_pretrained(folder, dtype="float32", progress=False).split()
     assert whole[0].dtype == "float32"
     widened = jax.tree.map(lambda x: np.asarray(x).astype("float32"), params)  # by NumPy: XLA converts no half under SSE4.2
     assert_same(whole[1], widened)
-    policy.save_pretrained(tmp_path / "out")
+    checkpoint.save_pretrained(policy, tmp_path / "out")
     assert {t.dtype.name for t in load_file(tmp_path / "out/model.safetensors").values()} == {kind}
     saved = json.loads((tmp_path / "out/config.json").read_text())
     assert saved["dtype"] == saved["torch_dtype"] == kind

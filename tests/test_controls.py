@@ -8,12 +8,12 @@ from conftest import small_config
 from PIL import Image
 from scripted_run import crop, play, tools_with
 
-from imagent_jax import evaluate as job
-from imagent_jax.data.tiny_world import task_at
+from imagent_jax.evals import evaluate as job
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import TokenKind
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.tiny.world import task_at
+from imagent_jax.types import TokenKind
 
 pytestmark = pytest.mark.slow(3)
 

@@ -12,14 +12,14 @@ import pytest
 from conftest import small_config
 from scipy.special import log_softmax
 
-from imagent_jax.data.tiny_world import task_at
-from imagent_jax.model.images import PreparedImage, pack_images
+from imagent_jax.images.prepare import PreparedImage, pack_images
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.qwen2_vl import encode_images, prefill
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.sampler import draw
-from imagent_jax.rl.trajectory import EndReason, TokenKind
-from imagent_jax.tools import CallStatus, pool
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.sampler import draw
+from imagent_jax.tiny.world import task_at
+from imagent_jax.tools import pool
+from imagent_jax.types import CallStatus, EndReason, TokenKind
 
 TASKS, SEED, TEMPERATURE = 24, 23, 1.3
 SETTINGS = {

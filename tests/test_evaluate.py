@@ -10,13 +10,12 @@ from conftest import small_config
 from rich.console import Console
 from scripted_run import finished
 
-from imagent_jax import evaluate as job
-from imagent_jax.data.task import Task
-from imagent_jax.data.tiny_world import task_at
+from imagent_jax.evals import evaluate as job
 from imagent_jax.evals.controls import CONTROLS
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import EndReason
-from imagent_jax.tools import VISUAL_TOOLS, CallResult, CallStatus, ToolSet
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.tiny.world import task_at
+from imagent_jax.tools import VISUAL_TOOLS, ToolSet
+from imagent_jax.types import CallResult, CallStatus, EndReason, Task
 
 COUNT, COLOUR = Task("a", "?", (), "7", "number", "count"), Task("b", "?", (), "red bus", "f1", "colour")
 CALL, STOP = "<tool_call>{}</tool_call>", "<|im_end|>"

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from imagent_jax import export as job
 from imagent_jax.config import Config
 from imagent_jax.model import checkpoint
-from imagent_jax.runs import RunFolder
-from imagent_jax.tiny_base import base_folder
+from imagent_jax.runs import export as job
+from imagent_jax.runs.folder import RunFolder
+from imagent_jax.tiny.base import base_folder
 
 
 def same(a, b) -> bool:

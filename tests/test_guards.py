@@ -19,17 +19,17 @@ from scripted_run import play, scripts, tools_with
 
 from imagent_jax import train as job
 from imagent_jax.config import RewardConfig
-from imagent_jax.data.tiny_world import task_at
-from imagent_jax.report import _warnings
 from imagent_jax.rl import guards, rewards
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import score_jit
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import dropped_shares, mask_tables, two_level_mask
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import EndReason, TokenKind, Turn
-from imagent_jax.run_log import RunLog
-from imagent_jax.tools import CallResult, CallStatus
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.metrics import call_metrics
+from imagent_jax.runs.reader import RunLog
+from imagent_jax.runs.report import _warnings
+from imagent_jax.tiny.world import task_at
+from imagent_jax.types import CallResult, CallStatus, EndReason, TokenKind, Turn
 
 HEALTHY = Path(__file__).parent / "healthy_metrics.jsonl"
 """What guards read of the 60 steps of `python -m imagent_jax.train --run.steps 60 --eval.tasks 128 --eval.every 0`."""
@@ -197,7 +197,7 @@ def test_what_call_metrics_count(parts):
     engine, task = RolloutEngine(parts.model, parts.processor, parts.tools, cfg), task_at(3, "train", 0)
     done = [play(engine, task, line, texts) for line, texts in enumerate(scripts(task))]
     lines = [[0, 1, 4, 5, 7], [0, 1, 2], [7, 5, 6]]  # right: 0, 2, 4, 7; with executed calls: 0, 1, 2, 4
-    found = guards.call_metrics([[done[line] for line in group] for group in lines], parts.tools.names)
+    found = call_metrics([[done[line] for line in group] for group in lines], parts.tools.names)
     calls = {
         "visual_confirmation/executed": 2 + 1 + 1 + 2 + 1 + 1, "visual_confirmation/invalid": 1, "visual_confirmation/faulted": 0,
         "visual_reflection/executed": 1, "visual_reflection/invalid": 0, "visual_reflection/faulted": 0, "unknown/invalid": 2,
@@ -208,7 +208,7 @@ def test_what_call_metrics_count(parts):
         | {"tools/earned": 4 / 11, "length/sampled": np.mean(chosen), "tools/gain": 2 / 3 - 1 / 2}
     )
     assert chosen[0] == np.sum(done[0].kind != TokenKind.OBSERVATION) < len(done[0].ids)
-    assert "tools/gain" not in guards.call_metrics([[done[0], done[1]], [done[5]]], parts.tools.names)
+    assert "tools/gain" not in call_metrics([[done[0], done[1]], [done[5]]], parts.tools.names)
 
 
 # ---- where each warns, and where not yet ------------------------------------------------------------------------------

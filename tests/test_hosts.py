@@ -17,9 +17,10 @@ import pytest
 import simulated
 from simulated import TOGETHER
 
-from imagent_jax import hosts, watcher
 from imagent_jax.config import DistributedConfig
-from imagent_jax.hosts import RESTART
+from imagent_jax.distributed import processes as hosts
+from imagent_jax.distributed import watcher
+from imagent_jax.distributed.processes import RESTART
 
 JOB = [
     "--run.steps=2", "--rollout.groups=4", "--rollout.group_size=4", "--rollout.response_tokens=64", "--grpo.micro_groups=4",

@@ -10,8 +10,7 @@ from PIL import Image
 from rounding import assert_rounded
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
-from imagent_jax.model.config import VisionConfig
-from imagent_jax.model.images import (
+from imagent_jax.images.prepare import (
     PreparedImage,
     fit_budget,
     image_settings,
@@ -21,6 +20,7 @@ from imagent_jax.model.images import (
     smart_resize,
     to_rgb,
 )  # fmt: skip
+from imagent_jax.model.config import VisionConfig
 from imagent_jax.model.vision import normalise
 
 BUDGET = {"min_pixels": 3136, "max_pixels": 12544}

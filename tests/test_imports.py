@@ -11,15 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "imagent_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ENTRY_POINTS = {"train", "ablate", "attention", "evaluate", "export", "plan", "tiny", "view"}
-FORBIDDEN = {
-    "model": {"tools", "data", "rl", "evals", *ENTRY_POINTS},
-    "tools": {"data", "rl", "evals", *ENTRY_POINTS},
-    "data": {"tools", "rl", "evals", *ENTRY_POINTS},
-    "rl": {"evals", *ENTRY_POINTS},
-    "evals": ENTRY_POINTS,
-}
-SCORING = "imagent_jax.evals.scoring"  # how an answer is scored: rewards and benchmarks share it
+ROOMS = (
+    "types", "images", "scoring", "config", "distributed", "model", "chat", "data", "tools", "rollout", "rl", "runs", "evals",
+    "curation", "serving", "planner", "tiny",
+)  # fmt: skip
+"""From the lowest to the highest. A room imports rooms below it only; the files beside the rooms may import all."""
 
 
 def imported(path: Path) -> set[str]:
@@ -43,23 +39,57 @@ def test_relative_and_nested_imports_are_seen(tmp_path, monkeypatch):
     assert imported(file) == {"imagent_jax.rl", "imagent_jax.rl.mask", "torch.nn", "imagent_jax.tools", "imagent_jax.tools.y"}
 
 
-@pytest.mark.parametrize("part", sorted(FORBIDDEN))
-def test_imports_run_one_way(part):
-    sources = sorted((PACKAGE / part).rglob("*.py"))
-    assert sources
-    wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in sources
-        for name in sorted(imported(path))
-        if name.startswith("imagent_jax.") and name.split(".")[1] in FORBIDDEN[part]
-        if not (part == "rl" and (name == SCORING or name.startswith(f"{SCORING}.")))
-    ]
+def room_of(path: Path) -> str:
+    """The room of a file; "" for a file beside the rooms."""
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return name if name in ROOMS else ""
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The other rooms that a file imports; "" for a file beside the rooms."""
+    names = {name.split(".")[1] for name in imported(path) if name.startswith("imagent_jax.")}
+    return {name if name in ROOMS else "" for name in names} - {room_of(path)}
+
+
+def test_every_folder_is_a_room():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room):
+    allowed = set(ROOMS[: ROOMS.index(room)])
+    wrong = [f"{path.relative_to(ROOT)} imports {other or 'an entry point'}" for path in SOURCES if room_of(path) == room
+             for other in sorted(rooms_imported(path) - allowed)]  # fmt: skip
     assert wrong == []
 
 
-def test_scoring_which_rewards_share_knows_nothing_of_rl():
-    path = ROOT / (SCORING.replace(".", "/") + ".py")
-    assert [name for name in imported(path) if name.startswith("imagent_jax")] == []
+def test_rooms_form_at_most_eight_layers(capsys):
+    """A room's layer is one above the highest room that it imports."""
+    layers: dict[str, int] = {}
+    for room in ROOMS:
+        below = {other for path in SOURCES if room_of(path) == room for other in rooms_imported(path)}
+        layers[room] = 1 + max((layers[other] for other in below), default=0)
+    with capsys.disabled():
+        for layer in sorted(set(layers.values())):
+            print(f"\nlayer {layer}: {', '.join(room for room in ROOMS if layers[room] == layer)}", end="")
+    assert max(layers.values()) <= 8
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions count."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    graph = {name: {other for other in imported(path) if other in names and other != name} for name, path in names.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
 
 
 def test_nothing_imports_torch_or_tensorflow():

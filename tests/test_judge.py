@@ -8,14 +8,11 @@ import pytest
 from conftest import small_config
 from scripted_run import finished
 
-from imagent_jax.data.task import Task
-from imagent_jax.evaluate import summarise
 from imagent_jax.model.features import EncodedPacks
-from imagent_jax.rl.guards import call_metrics
-from imagent_jax.rl.rollout import RolloutBatch
-from imagent_jax.rl.trajectory import EndReason
-from imagent_jax.tools import CallResult, CallStatus
-from imagent_jax.train import judge
+from imagent_jax.rl.judge import judge
+from imagent_jax.rollout.engine import RolloutBatch
+from imagent_jax.rollout.metrics import call_metrics, summarise
+from imagent_jax.types import CallResult, CallStatus, EndReason, Task
 
 A, B = Task("a", "?", (), "7", "number", "count"), Task("b", "?", (), "red", "exact", "colour")
 CROP = CallResult(CallStatus.EXECUTED, "visual_confirmation", {})

@@ -18,16 +18,17 @@ from scipy.special import log_softmax, softmax
 from test_engine_oracle import inverse_transform
 from test_mask import trains
 
+from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import lora
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.images import PreparedImage
 from imagent_jax.model.qwen2_vl import create, embed, encode_images, logits
-from imagent_jax.rl import learner, sampler
-from imagent_jax.rl.batch import micro_batches, micro_shapes, take_groups
+from imagent_jax.rl import learner
+from imagent_jax.rl.batch import GroupBatch, micro_batches, micro_shapes, take_groups
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import mask_tables
-from imagent_jax.rl.trajectory import EndReason, GroupBatch, TokenKind
+from imagent_jax.rollout import sampler
+from imagent_jax.types import EndReason, TokenKind
 
 N, G, P, R, VOCAB = 4, 2, 8, 6, 40
 HF = {

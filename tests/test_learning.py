@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from imagent_jax.tiny_base.corpus import solves
+from imagent_jax.tiny.corpus import solves
 from imagent_jax.train import main
 
 

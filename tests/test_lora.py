@@ -23,13 +23,13 @@ from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import encode_images
 from imagent_jax.model.sharding import shardings
-from imagent_jax.rl.batch import pack_batch
+from imagent_jax.rl.batch import GroupBatch, pack_batch
 from imagent_jax.rl.learner import Learner, Tables, batch_loss, group_normalisers, score
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import EndReason, GroupBatch, TokenKind
-from imagent_jax.tiny_base import base_folder
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.tiny.base import base_folder
+from imagent_jax.types import EndReason, TokenKind
 
 SAMPLES = samples_of("images between texts") + samples_of("no image")
 MERGER_TOO = {"rank": 4, "alpha": 8.0, "targets": tuple(lora.TARGETS), "merger": True}
@@ -395,8 +395,8 @@ def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merge
     ("values", "words"),
     [
         ({"lora": {"targets": ["q_proj", "v_prj"]}},
-         "lora.targets: there is no target 'v_prj'; choose from q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."),
-        ({"lora": {"rank": 4, "targets": []}}, "there is nothing to adapt"),
+         "a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."),
+        ({"lora": {"rank": 4, "targets": []}}, "nothing is adapted"),
         ({"lora": {"rank": -1}}, "lora.rank is -1; it must not be negative."),
         ({"lora": {"alpha": 0.0}}, "lora.alpha is 0.0; it must be above 0."),
         ({"lora": {"rank": 4}, "model": {"freeze_vision": False}}, "set lora.merger to adapt the vision merger."),

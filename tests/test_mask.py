@@ -10,8 +10,9 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from imagent_jax.config import MaskConfig
+from imagent_jax.rl.batch import GroupBatch
 from imagent_jax.rl.mask import dropped_shares, mask_tables, two_level_mask
-from imagent_jax.rl.trajectory import EndReason, GroupBatch, TokenKind
+from imagent_jax.types import EndReason, TokenKind
 
 SWITCHED = ("truncated", "over_turns", "void", "repeated")
 

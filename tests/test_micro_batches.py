@@ -9,15 +9,14 @@ import optax
 import pytest
 from conftest import small_config
 
-from imagent_jax.data.task import Task
 from imagent_jax.model.features import EncodedPacks
 from imagent_jax.model.interleave import Encoded
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, learning_groups, micro_batches, micro_shapes, pack_batch, take_groups
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import mask_tables
-from imagent_jax.rl.rollout import RolloutBatch
-from imagent_jax.rl.trajectory import EndReason, TokenKind, Trajectory
+from imagent_jax.rollout.engine import RolloutBatch
+from imagent_jax.types import EndReason, Task, TokenKind, Trajectory
 
 IMAGE = 9
 

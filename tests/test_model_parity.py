@@ -16,11 +16,11 @@ from hf_oracle import BUDGET, IMAGE, MERGE, ODD_SIZES, PATCH, VOCAB, interleave,
 from PIL import Image
 from rounding import assert_rounded, rounding
 
+from imagent_jax.images.prepare import pack_images, prepare_image
 from imagent_jax.model import attention as seam
 from imagent_jax.model import checkpoint
 from imagent_jax.model.attention import Causal, Packed
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.images import pack_images, prepare_image
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.qwen2_vl import (
     abstract,
@@ -35,7 +35,7 @@ from imagent_jax.model.qwen2_vl import (
     token_logprobs,
 )  # fmt: skip
 from imagent_jax.model.text import PromptCache, ResponseCache
-from imagent_jax.rl import sampler
+from imagent_jax.rollout import sampler
 
 BLOCK, BLOCKS, WIDTH = 100, 12, 96  # patches a block, blocks a pack, padded prompt length
 SHAPES = {

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from imagent_jax.config import DataConfig
-from imagent_jax.data import tiny_world, tiny_world_builder
 from imagent_jax.data.pipeline import open_tasks, task_iterator
-from imagent_jax.data.task import Task
+from imagent_jax.tiny import builder as tiny_world_builder
+from imagent_jax.tiny import world as tiny_world
+from imagent_jax.types import Task
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ def test_another_version_of_the_world_uses_another_folder(tmp_path, monkeypatch)
     copy = shutil.copytree(Path(tiny_world.__file__).parent, tmp_path / "data")
     monkeypatch.setattr(importlib.resources, "files", lambda package: copy)
     hashes = {tiny_world_builder.version_hash({"train": 1}, 0)}
-    named = ("tiny_world.py", "tiny_world_builder.py", "assets/digits.npz")
-    changed = [*(copy / name for name in named), *(copy / "assets/photos").iterdir()]
+    named = ("world.py", "builder.py", "assets/world/digits.npz")
+    changed = [*(copy / name for name in named), *(copy / "assets/world/photos").iterdir()]
     for file in changed:
         file.write_bytes(file.read_bytes() + b"\n")
         hashes.add(tiny_world_builder.version_hash({"train": 1}, 0))

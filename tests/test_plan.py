@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from imagent_jax import footprint, plan
 from imagent_jax.config import Config
-from imagent_jax.footprint import CHIPS, Chip, Cost, chip_bytes, cost, open_topology, programs
-from imagent_jax.hlo import Collective, collectives, kernel_pairs, matrix_flops
-from imagent_jax.model.sharding import make_mesh
+from imagent_jax.distributed.mesh import make_mesh
 from imagent_jax.model.splash import _GroupMask
+from imagent_jax.planner import plan
+from imagent_jax.planner import programs as footprint
+from imagent_jax.planner.hlo import Collective, collectives, kernel_pairs, matrix_flops
+from imagent_jax.planner.programs import CHIPS, Chip, Cost, chip_bytes, cost, open_topology, programs
 
 TPU = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'imagent-jax[test]'")
 PROGRAMS = ["gather", "vision", "prefill", "decode", "observe", "train", "apply"]

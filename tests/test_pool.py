@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_tools import OWN, SETTINGS, VISUAL, confirm, registry_of
 
-from imagent_jax.tools import CallPool, CallStatus, ToolSet, ToolSettings, format_call, tool
+from imagent_jax.tools import CallPool, ToolSet, ToolSettings, format_call, tool
+from imagent_jax.types import CallStatus
 
 
 def run_all(tools, requests, settings, workers=4, timeout_s=10.0):

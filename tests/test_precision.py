@@ -13,7 +13,7 @@ from imagent_jax.model.qwen2_vl import encode_images, logits, token_logprobs
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import score, score_jit
 from imagent_jax.rl.optim import make_optimizer
-from imagent_jax.train import model_settings
+from imagent_jax.rollout.policy import model_settings
 
 
 def test_bfloat16_compute_stays_near_float32_on_real_rollouts(parts, batch, rollout):

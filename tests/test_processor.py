@@ -16,7 +16,7 @@ from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.published import hub_config
 from imagent_jax.model.vision import normalise
-from imagent_jax.tiny_base import base_folder
+from imagent_jax.tiny.base import base_folder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 MARKERS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]

@@ -13,20 +13,21 @@ import optax
 import pytest
 from scripted_run import tools_with
 
-from imagent_jax.compiling import CompileCounter
-from imagent_jax.data.tiny_world import task_at
+from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.images import PreparedImage
 from imagent_jax.model.text import REMAT_POLICIES
-from imagent_jax.rl import learner, sampler, schedule
+from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
 from imagent_jax.rl.learner import Tables, batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.schedule import Schedule, Stopped
-from imagent_jax.rl.trajectory import EndReason, TokenKind
+from imagent_jax.rollout import sampler, schedule
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.schedule import Schedule, Stopped
+from imagent_jax.runs.resources import CompileCounter
+from imagent_jax.tiny.world import task_at
 from imagent_jax.tools import ToolSet, pool, tool
+from imagent_jax.types import EndReason, TokenKind
 
 
 def trainer_logprobs(parts, batch, features):

@@ -12,12 +12,12 @@ import torch
 from hf_oracle import BUDGET, MERGE, ODD_SIZES, PATCH, random_image
 from rounding import assert_rounded
 
-from imagent_jax.compiling import CompileCounter
+from imagent_jax.images.prepare import pack_images, patch_coords, prepare_image
 from imagent_jax.model import checkpoint, vision
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.images import pack_images, patch_coords, prepare_image
 from imagent_jax.model.published import hub_config
 from imagent_jax.model.qwen2_vl import abstract, encode_images
+from imagent_jax.runs.resources import CompileCounter
 
 BLOCK, BLOCKS = 100, 12  # neither a multiple of a window's 16 or 36 patches
 SIZES = (*ODD_SIZES, (8, 8), (200, 9), (40, 40), (33, 70))

@@ -16,7 +16,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from imagent_jax.config import SETTINGS, Config, read_args
 from imagent_jax.rl.rewards import score_trajectory
-from imagent_jax.tiny_base import base_folder
+from imagent_jax.tiny.base import base_folder
 from imagent_jax.tools import format_call
 
 ROOT = Path(__file__).parent.parent

@@ -4,18 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagent_jax.model.images import smart_resize
-from imagent_jax.tools import (
-    CallStatus,
-    ImageRegistry,
-    ToolError,
-    ToolSettings,
-    format_call,
-    to_bbox,
-    to_pixels,
-    tools_by_name,
-)
+from imagent_jax.images.prepare import smart_resize
+from imagent_jax.tools import ImageRegistry, ToolSettings, format_call, to_bbox, to_pixels, tools_by_name
 from imagent_jax.tools.visual import grow_box
+from imagent_jax.types import CallStatus, ToolError
 
 TOOLS = tools_by_name(["visual_reflection", "visual_confirmation"])
 SIZES = ((280, 280), (224, 336), (336, 224), (61, 503))

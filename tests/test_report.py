@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from imagent_jax import cases, report
-from imagent_jax.cases import Pictures, instructive, source, within
-from imagent_jax.report import chart, write_report
-from imagent_jax.run_log import RunLog, read_run
+from imagent_jax.runs import examples as cases
+from imagent_jax.runs import report
+from imagent_jax.runs.examples import Pictures, instructive, source, within
+from imagent_jax.runs.reader import RunLog, read_run
+from imagent_jax.runs.report import chart, write_report
 
 
 def test_the_report_shows_curves_tables_cases_and_faults(made, page):

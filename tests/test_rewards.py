@@ -7,10 +7,8 @@ import pytest
 from scripted_run import finished
 
 from imagent_jax.config import RewardConfig
-from imagent_jax.data.task import Task
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
-from imagent_jax.rl.trajectory import EndReason
-from imagent_jax.tools import CallResult, CallStatus
+from imagent_jax.types import CallResult, CallStatus, EndReason, Task
 
 STOP, CALL = "<|im_end|>", "<tool_call>{}</tool_call>"
 CFG = RewardConfig(answer=1.0, format=0.1, tool_gain=0.2)

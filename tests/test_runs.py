@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagent_jax import runs
 from imagent_jax.config import Config
-from imagent_jax.run_log import phases, read_run, step_of
-from imagent_jax.runs import RunFolder, checkpoint_folder, checksums, load_params
-from imagent_jax.trackers import Trackers
+from imagent_jax.runs import folder as runs
+from imagent_jax.runs.folder import RunFolder, checkpoint_folder, checksums, load_params
+from imagent_jax.runs.reader import phases, read_run, step_of
+from imagent_jax.runs.trackers import Trackers
 
 
 def open_run(folder, name="run", **settings) -> RunFolder:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from imagent_jax.data.task import ANSWER_TYPES
-from imagent_jax.evals.scoring import SCORERS, exact_match, score
+from imagent_jax.scoring import SCORERS, exact_match, score
+from imagent_jax.types import ANSWER_TYPES
 
 TABLE = [
     ("exact", "Red bus", "red  bus.", 1), ("exact", "red", "the red", 0), ("exact", "35", "3.5", 0),

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 from simulated import TOGETHER, start
 from test_model_parity import BLOCK, batch, pack
 
+from imagent_jax.distributed.mesh import fitting, make_mesh, ways
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.qwen2_vl import Qwen2VL, abstract, create
-from imagent_jax.model.sharding import check_heads, fitting, make_mesh, rollout_params, shardings, ways
+from imagent_jax.model.qwen2_vl import abstract, create
+from imagent_jax.model.sharding import check_heads, rollout_params, shardings
 
 SCRIPT = Path(__file__).parent / "sharded_loading.py"
 WITH_DEVICES = pytest.mark.slow(6)  # a fifth of what `report` takes
@@ -204,6 +205,6 @@ def test_a_mesh_axis_that_does_not_divide_a_matrix_is_refused():
 
 
 def test_a_mesh_of_one_device_is_a_mesh(folder):
-    model, params = Qwen2VL.from_pretrained(folder, mesh=make_mesh(), progress=False).split()
+    model, params = checkpoint.from_pretrained(folder, mesh=make_mesh(), progress=False).split()
     assert model.dtype == "float32"
     assert all(leaf.sharding.mesh.shape == {"data": 1, "fsdp": 1, "tensor": 1} for leaf in jax.tree.leaves(params))

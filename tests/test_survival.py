@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagent_jax import runs, train
+from imagent_jax import train
 from imagent_jax.config import Config
-from imagent_jax.runs import RunFolder, checkpoint_folder
+from imagent_jax.runs import folder as runs
+from imagent_jax.runs.folder import RunFolder, checkpoint_folder
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import survival

@@ -15,19 +15,21 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
-from imagent_jax import tiny, tiny_base
-from imagent_jax.data.tiny_world import photographs, task_at
-from imagent_jax.evals import tiny_skills
-from imagent_jax.evals.tiny_skills import right, skill_task
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.interleave import encode_parts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import create
 from imagent_jax.model.vision import normalise
-from imagent_jax.tiny import Shape, architecture, collate, encode_group, muon, schedule
-from imagent_jax.tiny_base import base_folder, corpus
-from imagent_jax.tiny_base.corpus import make_group
-from imagent_jax.tiny_base.vision import HEADS, labelled_pack, vision_step
+from imagent_jax.tiny import base as tiny_base
+from imagent_jax.tiny import build as tiny
+from imagent_jax.tiny import corpus
+from imagent_jax.tiny import skills as tiny_skills
+from imagent_jax.tiny.base import base_folder
+from imagent_jax.tiny.build import Shape, architecture, collate, encode_group, muon, schedule
+from imagent_jax.tiny.corpus import make_group
+from imagent_jax.tiny.skills import right, skill_task
+from imagent_jax.tiny.vision import HEADS, labelled_pack, vision_step
+from imagent_jax.tiny.world import photographs, task_at
 
 torch.set_num_threads(1)
 
@@ -68,8 +70,8 @@ def test_hugging_face_loads_it_and_writes_the_same_greedy_text(parts):
 
 
 def test_a_checkout_without_a_model_says_how_to_build_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_base, "__file__", str(tmp_path / "tiny_base" / "__init__.py"))
-    with pytest.raises(ValueError, match="assets/tiny_base holds no model; build it with `python -m imagent_jax.tiny`"):
+    monkeypatch.setattr(tiny_base, "__file__", str(tmp_path / "base.py"))
+    with pytest.raises(ValueError, match="assets/base holds no model; build it with `python -m imagent_jax.tiny`"):
         base_folder()
 
 

@@ -10,13 +10,12 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from imagent_jax.data.tiny_world import COLOURS, KINDS, SPLITS, make_scene, make_task, photographs
+from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD, smart_resize
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.images import CLIP_MEAN, CLIP_STD, smart_resize
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.vision import normalise
-from imagent_jax.tiny_base import base_folder
-from imagent_jax.tiny_base.corpus import (
+from imagent_jax.tiny.base import base_folder
+from imagent_jax.tiny.corpus import (
     FORMS,
     SETTINGS,
     SYSTEM,
@@ -32,9 +31,11 @@ from imagent_jax.tiny_base.corpus import (
     prompt_text,
     solves,
 )
-from imagent_jax.tiny_base.tokenizer import COORDINATES, MARKERS, SPECIAL, build_tokenizer
-from imagent_jax.tiny_base.vision import HEADS, SCENES, labelled_pack, new_head, whitening
-from imagent_jax.tools import CallStatus, ImageRegistry, format_call, parse_call, to_pixels
+from imagent_jax.tiny.tokenizer import COORDINATES, MARKERS, SPECIAL, build_tokenizer
+from imagent_jax.tiny.vision import HEADS, SCENES, labelled_pack, new_head, whitening
+from imagent_jax.tiny.world import COLOURS, KINDS, SPLITS, make_scene, make_task, photographs
+from imagent_jax.tools import ImageRegistry, format_call, parse_call, to_pixels
+from imagent_jax.types import CallStatus
 
 CALL = ("visual_confirmation", {"image": 2, "label": "red", "bbox_2d": [400, 175, 600, 375]})
 

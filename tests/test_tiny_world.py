@@ -14,8 +14,8 @@ from skimage.feature import hog
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from imagent_jax.data import make_assets
-from imagent_jax.data import tiny_world as world
+from imagent_jax.tiny import make_assets
+from imagent_jax.tiny import world as world
 
 THUMBNAIL = {(280, 280): (56, 56), (224, 336): (84, 56), (336, 224): (56, 84)}  # (H, W) -> shown (width, height)
 
@@ -174,7 +174,7 @@ def test_a_crowded_scene_says_what_its_tags_show():
 
 
 def test_splits_share_no_digit_and_no_photograph():
-    with np.load(importlib.resources.files("imagent_jax.data") / "assets/digits.npz") as data:
+    with np.load(importlib.resources.files("imagent_jax.tiny") / "assets/world/digits.npz") as data:
         train, test = data["train_rows"], data["test_rows"]
         assert (len(train), len(test)) == (1300, 497)
         assert sorted([*train, *test]) == list(range(1797))

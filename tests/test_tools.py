@@ -17,12 +17,10 @@ from PIL import Image
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 import imagent_jax
-from imagent_jax.rl.rollout import tool_settings
+from imagent_jax.rollout.engine import tool_settings
 from imagent_jax.tools import (
-    CallStatus,
     ImageRegistry,
     ToolContext,
-    ToolError,
     ToolSet,
     ToolSettings,
     format_call,
@@ -32,6 +30,7 @@ from imagent_jax.tools import (
 )
 from imagent_jax.tools.calls import plain
 from imagent_jax.tools.schema import expected, matches, parse_docstring, quote, type_schema
+from imagent_jax.types import CallStatus, ToolError
 
 SETTINGS = ToolSettings()
 VISUAL = tools_by_name(["visual_reflection", "visual_confirmation"])

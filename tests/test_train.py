@@ -20,18 +20,18 @@ from conftest import small_config
 from flax import nnx
 from scripted_run import play, scripts
 
-from imagent_jax import export
 from imagent_jax import train as job
-from imagent_jax.ahead import Ahead
 from imagent_jax.config import Config, read_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
-from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model import checkpoint
 from imagent_jax.rl import guards
-from imagent_jax.rl.rollout import RolloutBatch, RolloutEngine
-from imagent_jax.rl.trajectory import EndReason, TokenKind
-from imagent_jax.run_log import phases
-from imagent_jax.tiny_base import base_folder
+from imagent_jax.rollout.engine import RolloutBatch, RolloutEngine
+from imagent_jax.rollout.prefetch import Ahead
+from imagent_jax.runs import export
+from imagent_jax.runs.reader import phases
+from imagent_jax.tiny.base import base_folder
+from imagent_jax.tiny.world import task_at
+from imagent_jax.types import EndReason, TokenKind
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import endurance
@@ -657,7 +657,7 @@ def test_parts_are_made_as_the_settings_say(tmp_path, data):
         model={"param_dtype": "bfloat16", "remat": "dots", "logprob_chunk": 123}, images={"vision_block": 100},
         data={"train_size": 64, "test_size": 32, "cache_dir": str(data), "seed": 3}, eval={"seed": 1},
     )  # fmt: skip
-    made = job.Parts(cfg)
+    made = job.Policy(cfg)
     assert (made.model.remat, made.model.logprob_chunk, made.model.vision_block) == ("dots", 123, 100)
     assert made.tools.names == ("visual_confirmation",) or list(made.tools.names) == ["visual_confirmation"]
     assert made.params["text"]["embed"][...].dtype == "bfloat16" and made.folder == base_folder()
@@ -668,9 +668,9 @@ def test_parts_are_made_as_the_settings_say(tmp_path, data):
     job.lora.save(tmp_path / "adapter", made.model, made.params)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"]) == (3, 6.0)
-    other = adapters_of(job.Parts(replace(cfg, run=replace(cfg.run, seed=6))))
+    other = adapters_of(job.Policy(replace(cfg, run=replace(cfg.run, seed=6))))
     assert not np.array_equal(other["text/layers/q_lora_a"], adapters["text/layers/q_lora_a"])
-    again = job.Parts(replace(cfg, lora=replace(cfg.lora, path=str(tmp_path / "adapter"), rank=9)))  # what is there counts
+    again = job.Policy(replace(cfg, lora=replace(cfg.lora, path=str(tmp_path / "adapter"), rank=9)))  # what is there counts
     assert all(np.array_equal(x, adapters[path]) for path, x in adapters_of(again).items())
     assert uids(made.test_tasks(40)) == [open_tasks(cfg.data, "test")[i].uid for i in range(32)] and made.test_faults == ()
 

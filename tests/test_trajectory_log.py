@@ -8,16 +8,16 @@ import pytest
 from PIL import Image
 from scripted_run import new_log, records
 
-from imagent_jax import trajectory_log
 from imagent_jax.config import Config
-from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.mask import mask_tables, two_level_mask
-from imagent_jax.rl.trajectory import TokenKind
-from imagent_jax.runs import RunFolder
-from imagent_jax.tiny_base import base_folder
+from imagent_jax.runs import trajectory_log
+from imagent_jax.runs.folder import RunFolder
+from imagent_jax.runs.trajectory_log import TrajectoryLog
+from imagent_jax.tiny.base import base_folder
+from imagent_jax.tiny.world import task_at
 from imagent_jax.tools import ImageRegistry
-from imagent_jax.trajectory_log import TrajectoryLog
+from imagent_jax.types import TokenKind
 
 
 def test_the_log_has_every_token_with_its_kind_mask_and_logprob(made):

@@ -11,14 +11,14 @@ import yaml
 from scripted_run import ANSWER, crop, play, scripted_engine
 
 from imagent_jax.config import Config
-from imagent_jax.data.tiny_world import task_at
 from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.processor import Processor
-from imagent_jax.rl.sampler import STOP_WIDTH
-from imagent_jax.rl.trajectory import EndReason, TokenKind, Turn
-from imagent_jax.rl.turns import Row, extract_answer, token_kinds
-from imagent_jax.tools import CallResult, CallStatus, ImageRegistry, ToolSettings, format_call
+from imagent_jax.rollout.sampler import STOP_WIDTH
+from imagent_jax.rollout.turns import Row, extract_answer, token_kinds
+from imagent_jax.tiny.world import task_at
+from imagent_jax.tools import ImageRegistry, ToolSettings, format_call
+from imagent_jax.types import CallResult, CallStatus, EndReason, TokenKind, Turn
 
 TEXT, CALL, INVALID, ANSWERED, SEEN = (
     TokenKind.TEXT, TokenKind.TOOL_CALL, TokenKind.INVALID_CALL, TokenKind.ANSWER, TokenKind.OBSERVATION

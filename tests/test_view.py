@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from scripted_run import EVIL, look, many_trajectories, records
 
-from imagent_jax.rl.trajectory import TokenKind
-from imagent_jax.run_log import read_run
-from imagent_jax.view import FIELDS, KINDS, index, main, write_view
+from imagent_jax.runs.reader import read_run
+from imagent_jax.runs.view import FIELDS, KINDS, index, main, write_view
+from imagent_jax.types import TokenKind
 
 pytestmark = pytest.mark.slow(1)
 

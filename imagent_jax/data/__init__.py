@@ -1,1 +1,1 @@
-"""Tasks and where they come from: the tiny world, JSON Lines files, ArrayRecord caches and grain pipelines."""
+"""Tasks from the formats people bring, and pipelines over them."""

@@ -21,7 +21,8 @@ from typing import overload
 
 from PIL import Image
 
-from imagent_jax.data.task import ANSWER_TYPES, Task
+from imagent_jax.config import DataConfig
+from imagent_jax.types import ANSWER_TYPES, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,11 @@ def read_jsonl(path: str | os.PathLike, *, skip_bad: bool = False, workers: int 
         first = f", the first fault: {faults[0]}" if faults else ""
         raise ValueError(f"The task file {path} has no usable row{first}; add rows with question, images and answer.")
     return JsonlTasks(rows, faults)
+
+
+def open_split(cfg: DataConfig, split: str) -> JsonlTasks:
+    """Read `<cfg.path>/<split>.jsonl`; see `read_jsonl`."""
+    return read_jsonl(pathlib.Path(cfg.path).expanduser() / f"{split}.jsonl", skip_bad=cfg.skip_bad)
 
 
 class _RowError(Exception):

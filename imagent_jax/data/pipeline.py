@@ -2,67 +2,32 @@
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import tensorflow_datasets as tfds
 
-from imagent_jax.config import DataConfig
-from imagent_jax.data import tiny_world_builder
-from imagent_jax.data.jsonl import Fault, read_jsonl
-from imagent_jax.data.task import Task
-from imagent_jax.data.tiny_world import in_fixed_order
+from imagent_jax.config import DataConfig, import_path
+from imagent_jax.types import Task
 
 SPLITS = ("train", "test")
-
-
-class ArrayRecordTasks(Sequence[Task]):
-    """Tasks of one split of a TFDS folder in ArrayRecord format, read one at a time.
-
-    Attributes:
-        faults: always empty; rows are checked when they are written.
-    """
-
-    faults: tuple[Fault, ...] = ()
-
-    def __init__(self, folder: pathlib.Path, split: str, change: Callable[[Task], Task] = lambda task: task):
-        self._change = change
-        try:
-            self._source = tfds.builder_from_directory(folder).as_data_source(split)
-        except Exception as error:
-            raise ValueError(f"The task cache {folder} cannot be read; delete it and start again.") from error
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"There is no task {index} among {len(self)}.")
-        return self._change(tiny_world_builder.from_example(self._source[int(index) % len(self)]))
+SOURCES = {"tiny_world": "imagent_jax.tiny.tasks:open_split", "jsonl": "imagent_jax.data.jsonl:open_split"}
+"""Function of each data set, called with the settings and the split. Imported when it is asked for."""
 
 
 def open_tasks(cfg: DataConfig, split: str) -> Sequence[Task]:
-    """The tasks of a split, with random access.
+    """Return the tasks of a split, with random access.
 
-    The tiny world is generated on first use and kept in `cfg.cache_dir`; JSON Lines are read from
-    `<cfg.path>/<split>.jsonl`. The result's `faults` lists the rows left out (`cfg.skip_bad`).
+    Attribute `faults` of the result lists the rows left out (`cfg.skip_bad`).
 
     Raises:
-        ValueError: an unknown split or data set, a missing file, or bad rows (`read_jsonl`).
+        ValueError: an unknown split or data set, a missing file, or bad rows (`data.jsonl.read_jsonl`).
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; use one of {', '.join(SPLITS)}.")
-    if cfg.name == "tiny_world":
-        sizes = {"train": cfg.train_size, "test": cfg.test_size}
-        change = [] if cfg.permute_images or split == "test" else [in_fixed_order]
-        return ArrayRecordTasks(tiny_world_builder.prepare(cfg.cache_dir, sizes, cfg.seed), split, *change)
-    if cfg.name == "jsonl":
-        return read_jsonl(pathlib.Path(cfg.path).expanduser() / f"{split}.jsonl", skip_bad=cfg.skip_bad)
-    raise ValueError(f"There is no data set {cfg.name!r}; set data.name to tiny_world or jsonl.")
+    if cfg.name not in SOURCES:
+        raise ValueError(f"There is no data set {cfg.name!r}; set data.name to {' or '.join(SOURCES)}.")
+    return import_path(SOURCES[cfg.name], "data.name")(cfg, split)
 
 
 class TaskIterator(Iterator[list[Task]]):

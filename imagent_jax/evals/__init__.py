@@ -1,1 +1,1 @@
-"""Scoring of answers, and evaluation on held-out tasks and benchmarks."""
+"""Evaluation on held-out tasks, controls, ablations and where attention goes."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from imagent_jax.rl.rollout import RolloutEngine
-from imagent_jax.rl.trajectory import Trajectory
-from imagent_jax.tools import CallStatus, ImageEntry, ImageRegistry
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.tools import ImageRegistry
+from imagent_jax.types import CallStatus, ImageEntry, Trajectory
 
 CONTROLS = {"shuffle": "a random other image in place of every one a tool shows", "blank": "all images grey"}
 

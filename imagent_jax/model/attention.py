@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from imagent_jax.model.sharding import GROUPS, fitting, locally
+from imagent_jax.distributed.mesh import GROUPS, fitting, locally
+from imagent_jax.model.params import pad_to
 
 
 class Causal(NamedTuple):
@@ -110,13 +111,6 @@ def _spec(x: Array) -> PartitionSpec:
 
 def _below(length: Int[Array, "*b"], tokens: int) -> Bool[Array, "*b S"]:
     return jnp.arange(tokens) < length[..., None]
-
-
-def pad_to(x: Array, axis: int, multiple: int, value=0) -> Array:
-    """`x` with `axis` filled up to a multiple."""
-    width = [(0, 0)] * x.ndim
-    width[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, width, constant_values=value)
 
 
 # ---- XLA: the oracle ------------------------------------------------------------------------------------------------

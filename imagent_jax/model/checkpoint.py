@@ -23,8 +23,9 @@ from jax.sharding import Mesh, NamedSharding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 
+from imagent_jax.config import import_path
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.qwen2_vl import Model, abstract
+from imagent_jax.model.qwen2_vl import Model, Qwen2VL, abstract
 from imagent_jax.model.sharding import check_heads, shardings
 
 # parameter -> tensor name ({} is the layer), and whether the matrix is stored transposed ([out, in])
@@ -71,6 +72,9 @@ COMPANIONS = (
 )  # fmt: skip
 """What makes weights and config.json a complete checkpoint: tokenizer, processor and generation settings."""
 
+EMBEDDED = {"tiny": "imagent_jax.tiny.base:base_folder"}
+"""Models that come with the package: the function that says where the files are. Imported when it is asked for."""
+
 _ROWS = 256  # rows of a stored matrix copied at once
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 
@@ -88,11 +92,13 @@ class Tensor(NamedTuple):
 
 
 def resolve(path: str | Path, weights: bool = True) -> Path:
-    """A local folder for a folder or a hub id (downloaded by huggingface_hub, resumable; only the files needed).
+    """A local folder for "tiny", a folder or a hub id (downloaded by huggingface_hub, resumable; only the files needed).
 
     Raises:
         ValueError: neither a folder nor a reachable hub id.
     """
+    if str(path) in EMBEDDED:
+        return import_path(EMBEDDED[str(path)], "model.path")()
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
     needed = ["config.json", *COMPANIONS] + ["model*.safetensors", "model.safetensors.index.json"] * weights
@@ -248,6 +254,20 @@ def load(
     return model, nnx.from_flat_state(leaves)
 
 
+def from_pretrained(path: str | Path, *, mesh: Mesh | None = None, dtype=None, progress: bool = True) -> Qwen2VL:
+    """Load the modules of a folder in Hugging Face's form, or of a hub id, which is downloaded.
+
+    Args:
+        mesh: devices to split the parameters over (`distributed.mesh.make_mesh`); default the default device.
+        dtype: storage dtype of the parameters; default as in the files.
+        progress: show a bar on the terminal.
+    Raises:
+        ValueError: no such model, or see `load`.
+    """
+    model, params = load(resolve(path), param_dtype=dtype, mesh=mesh, progress=progress)
+    return model.bind(params)
+
+
 # ---- out ------------------------------------------------------------------------------------------------------------
 
 
@@ -346,3 +366,8 @@ def save(
         for path in source.glob(pattern):
             if path.parent.resolve() != folder.resolve():
                 shutil.copy(path, folder / path.name)
+
+
+def save_pretrained(module: Qwen2VL, folder: str | Path, **options) -> None:
+    """Write a folder that `from_pretrained` and Hugging Face load. `options`: see `save`."""
+    save(folder, *module.split(), **options)

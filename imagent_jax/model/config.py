@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from imagent_jax.model.images import CLIP_MEAN, CLIP_STD, image_settings
+from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD, image_settings
 
 ARCHITECTURES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
 """The families this implementation computes: `model_type` and architecture, as `config.json` names them."""

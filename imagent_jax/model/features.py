@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imagent_jax.model.images import PreparedImage, pack_images
+from imagent_jax.distributed.mesh import constrain
+from imagent_jax.images.prepare import PreparedImage, pack_images
 from imagent_jax.model.qwen2_vl import Model, encode_images
-from imagent_jax.model.sharding import constrain
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("lanes", "rows"), donate_argnums=2)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from imagent_jax.model.images import PreparedImage
+from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.processor import Processor
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from imagent_jax.model.sharding import LOGICAL_TO_MESH, constrain
+from imagent_jax.distributed.mesh import constrain
+from imagent_jax.model.sharding import LOGICAL_TO_MESH
 
 
 class Maker:
@@ -61,6 +62,13 @@ def gathered(module: nnx.Module, w: dict[str, jax.Array]) -> dict[str, jax.Array
 
     places = {name: param.get_metadata()["logical_axes"] for name, param in vars(module).items() if name in w}
     return {name: constrain(x, *axes(name)) for name, x in w.items()}
+
+
+def pad_to(x: Array, axis: int, multiple: int, value=0) -> Array:
+    """`x` with `axis` filled up to a multiple."""
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, width, constant_values=value)
 
 
 def linear(w: dict[str, jax.Array], name: str, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from PIL import Image
 from transformers import AutoTokenizer
 
+from imagent_jax.images.prepare import PreparedImage, image_settings, prepare_image
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.images import PreparedImage, image_settings, prepare_image
 
 _FIXED = {
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,

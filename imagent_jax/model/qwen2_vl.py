@@ -4,17 +4,16 @@ A model is split once into `(graphdef, params)`; every function below takes both
 """
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, locally
 from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.sharding import GROUPS, constrain, fitting, locally
 from imagent_jax.model.text import Decoder, PromptCache, ResponseCache
 from imagent_jax.model.vision import VisionTower
 
@@ -22,35 +21,13 @@ from imagent_jax.model.vision import VisionTower
 class Qwen2VL(nnx.Module):
     """The modules and their parameters: random at first, or a checkpoint's.
 
-    `model, params = Qwen2VL.from_pretrained("Qwen/Qwen2-VL-7B-Instruct", mesh=mesh).split(remat="full")`
+    `model, params = checkpoint.from_pretrained("Qwen/Qwen2-VL-7B-Instruct", mesh=mesh).split(remat="full")`
     """
 
     def __init__(self, cfg: Qwen2VLConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         self.cfg = cfg
         self.vision = VisionTower(cfg.vision, rngs, dtype)
         self.text = Decoder(cfg.text, rngs, dtype)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, *, mesh: Mesh | None = None, dtype=None, progress: bool = True) -> "Qwen2VL":
-        """The model of a folder in Hugging Face's form, or of a hub id, which is downloaded.
-
-        Args:
-            mesh: devices to split the parameters over (`sharding.make_mesh`); default the default device.
-            dtype: storage dtype of the parameters; default as in the files.
-            progress: show a bar on the terminal.
-        Raises:
-            ValueError: no such model, or see `checkpoint.load`.
-        """
-        from imagent_jax.model import checkpoint
-
-        model, params = checkpoint.load(checkpoint.resolve(path), param_dtype=dtype, mesh=mesh, progress=progress)
-        return model.bind(params)
-
-    def save_pretrained(self, folder: str | Path, **options) -> None:
-        """Writes a folder that `from_pretrained` and Hugging Face load. `options`: see `checkpoint.save`."""
-        from imagent_jax.model import checkpoint
-
-        checkpoint.save(folder, *self.split(), **options)
 
     def split(self, **settings) -> "tuple[Model, nnx.State]":
         """What the functions below take. `settings` are fields of `Model`; by default it computes in the parameters' dtype."""

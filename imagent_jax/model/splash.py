@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from imagent_jax.model.attention import pad_to
+from imagent_jax.model.params import pad_to
 
 BLOCKS = (512, 256, 128)
 """Tokens of a tile of queries or keys; the first that divides their number."""

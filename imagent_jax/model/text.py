@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from imagent_jax.distributed.mesh import GROUPS, constrain
 from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention, attention_shares, cached
 from imagent_jax.model.config import TextConfig
 from imagent_jax.model.params import Maker, gathered, layer_of, linear, weights
 from imagent_jax.model.rope import mrope, rotate
-from imagent_jax.model.sharding import GROUPS, constrain
 
 REMAT_POLICIES = {
     "none": None,

@@ -6,11 +6,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from imagent_jax.distributed.mesh import GROUPS, constrain
 from imagent_jax.model.attention import Packed, attend, attention
 from imagent_jax.model.config import VisionConfig
 from imagent_jax.model.params import Maker, gathered, linear, weights
 from imagent_jax.model.rope import rope_2d, rotate
-from imagent_jax.model.sharding import GROUPS, constrain
 from imagent_jax.model.text import rms_norm
 
 

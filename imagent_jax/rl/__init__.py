@@ -1,1 +1,1 @@
-"""Trajectories, rollouts, rewards, advantages, the two-level mask, the GRPO loss and the learner."""
+"""Rewards, advantages, the two-level mask, the GRPO loss and the learner."""

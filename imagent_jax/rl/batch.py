@@ -1,17 +1,47 @@
-"""Trajectories -> `GroupBatch`, the unit of training."""
+"""The unit of training, `GroupBatch`, and how trajectories are packed into it."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh
+from jaxtyping import Float, Float32, Int32, UInt8
 
 from imagent_jax.config import Config
+from imagent_jax.distributed.mesh import GROUPS, ways
 from imagent_jax.model.interleave import pad_prompts
-from imagent_jax.model.sharding import GROUPS, ways
-from imagent_jax.rl.rollout import RolloutBatch
-from imagent_jax.rl.trajectory import GroupBatch, TokenKind, Trajectory
+from imagent_jax.rollout.engine import RolloutBatch
+from imagent_jax.types import TokenKind, Trajectory
+
+AnyArray = jax.Array | np.ndarray
+
+
+@no_type_check  # as a tree it may hold anything in place of its arrays: shapes, shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupBatch:
+    """The unit of training, arrays of NumPy or JAX. Responses are right-padded with kind PAD.
+
+    N groups, G rollouts a group, P prompt tokens, R response tokens, F merged features.
+    """
+
+    prompt_ids: Int32[AnyArray, "N P"]
+    prompt_positions: Int32[AnyArray, "3 N P"]
+    prompt_len: Int32[AnyArray, " N"]
+    prompt_vision: Int32[AnyArray, "N P"]  # feature row, -1 for text
+    response_ids: Int32[AnyArray, "N G R"]
+    response_positions: Int32[AnyArray, "3 N G R"]
+    response_len: Int32[AnyArray, "N G"]
+    response_vision: Int32[AnyArray, "N G R"]
+    kind: UInt8[AnyArray, "N G R"]
+    logprobs: Float32[AnyArray, "N G R"]  # the sampler's
+    end: UInt8[AnyArray, "N G"]
+    rewards: Float32[AnyArray, "N G"]
+    advantages: Float32[AnyArray, "N G"]
+    features: Float[AnyArray, "F D"] | None = None  # already encoded, for a frozen tower
 
 
 def pack_batch(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.ndarray, prompt_tokens: int,

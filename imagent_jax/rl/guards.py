@@ -7,16 +7,11 @@ the clipped share runs away.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
-
-from imagent_jax.evals.scoring import score
-from imagent_jax.rl.trajectory import Trajectory
-from imagent_jax.tools import CallStatus
 
 Metrics = dict[str, Any]
 """Numbers by name; `warnings` is a dictionary of sentences."""
@@ -24,34 +19,6 @@ History = Sequence[Metrics]
 
 WINDOW = 10
 """Steps whose mean a guard looks at."""
-
-
-# ---- what is measured ----------------------------------------------------------------------------------------------
-
-
-def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -> Metrics:
-    """What groups of rollouts say about their use of tools.
-
-    Returns:
-        `tools/calls/<tool>/<executed|invalid|faulted>`: calls a rollout (`unknown`: no tool of `tools` could be read);
-        `tools/earned`: share of the rollouts right after at least one executed call, all that a tool bonus may pay;
-        `length/sampled`: mean of the tokens the policy chose; and, where a group has rollouts with and without an
-        executed call, `tools/gain`: how much more often those with one are right, mean over such groups, -1 to 1.
-    """
-    flat = [t for group in groups for t in group]
-    names = {CallStatus.EXECUTED: "executed", CallStatus.INVALID: "invalid", CallStatus.FAULT: "faulted"}
-    calls = [turn.call for t in flat for turn in t.turns if turn.call]
-    counts = Counter((call.name if call.name in tools else "unknown", names[call.status]) for call in calls)
-    pairs = [(tool, name) for tool in tools for name in names.values()] + [("unknown", "invalid")]
-    result = {f"tools/calls/{tool}/{name}": counts[tool, name] / len(flat) for tool, name in pairs}
-    right, used = (
-        [np.asarray([f(t) for t in group], bool) for group in groups]
-        for f in (lambda t: score(t.answer, t.task.answer, t.task.answer_type) == 1.0, lambda t: t.executed_calls > 0)
-    )
-    result["tools/earned"] = float(np.mean(np.concatenate([r & u for r, u in zip(right, used, strict=True)])))
-    result["length/sampled"] = float(np.mean([sum(turn.stop - turn.start for turn in t.turns) for t in flat]))
-    gains = [r[u].mean() - r[~u].mean() for r, u in zip(right, used, strict=True) if u.any() and not u.all()]
-    return result | ({"tools/gain": float(np.mean(gains))} if gains else {})
 
 
 # ---- what is watched -----------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from imagent_jax.config import Config
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, response_logprobs
 from imagent_jax.model.sharding import constrain_params
-from imagent_jax.rl.batch import learning_groups, micro_batches, micro_shapes, place_groups, take_groups
+from imagent_jax.rl.batch import GroupBatch, learning_groups, micro_batches, micro_shapes, place_groups, take_groups
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import two_level_mask
-from imagent_jax.rl.trajectory import GroupBatch, TokenKind
+from imagent_jax.types import TokenKind
 
 
 class Tables(NamedTuple):

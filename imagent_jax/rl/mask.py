@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from imagent_jax.config import MaskConfig
-from imagent_jax.rl.trajectory import AnyArray, EndReason, GroupBatch, TokenKind
+from imagent_jax.rl.batch import AnyArray, GroupBatch
+from imagent_jax.types import EndReason, TokenKind
 
 IS_ACTION = np.array([kind not in (TokenKind.OBSERVATION, TokenKind.PAD) for kind in TokenKind])
 

@@ -6,9 +6,9 @@ import traceback
 from collections.abc import Callable
 
 from imagent_jax.config import RewardConfig
-from imagent_jax.evals.scoring import score
-from imagent_jax.naming import import_path
-from imagent_jax.rl.trajectory import EndReason, Trajectory
+from imagent_jax.config.naming import import_path
+from imagent_jax.scoring import score
+from imagent_jax.types import EndReason, Trajectory
 
 Reward = Callable[[Trajectory], float]
 _ANSWER_LAST = re.compile(r"<answer>\s*\S.*</answer>\s*(<\|im_end\|>|<\|endoftext\|>)?\s*\Z", re.DOTALL)

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from imagent_jax.naming import import_path
-from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, format_call, parse_call
+from imagent_jax.config.naming import import_path
+from imagent_jax.tools.calls import ParsedCall, format_call, parse_call
 from imagent_jax.tools.context import ToolContext, ToolSettings
 from imagent_jax.tools.pool import CallPool
 from imagent_jax.tools.protocol import ToolSet
-from imagent_jax.tools.registry import ImageEntry, ImageRegistry, ToolError
+from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest, tool
 from imagent_jax.tools.visual import VISUAL_TOOLS, to_bbox, to_pixels, visual_confirmation, visual_reflection
+from imagent_jax.types import CallResult, CallStatus, ImageEntry, ToolError
 
 __all__ = [
     "VISUAL_TOOLS",
@@ -53,5 +54,5 @@ def _named(name: str) -> Tool:
     if name not in VISUAL_TOOLS:
         close = nearest(name, VISUAL_TOOLS)
         hint = f'did you mean "{close}"?' if close else f"there are {', '.join(VISUAL_TOOLS)}"
-        raise ValueError(f'there is no tool "{name}"; {hint}')
+        raise ValueError(f'tools.names: there is no tool "{name}"; {hint}')
     return VISUAL_TOOLS[name]

@@ -6,49 +6,13 @@ A call is Qwen's `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Tex
 
 import json
 import re
-from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, NamedTuple
 
-from imagent_jax.tools.registry import ToolError
 from imagent_jax.tools.schema import quote
+from imagent_jax.types import CallResult, CallStatus, ToolError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FAULT_TEXT = "Error: the tool failed."
-
-
-class CallStatus(IntEnum):
-    """How a tool call ended."""
-
-    EXECUTED = 0
-    INVALID = 1
-    FAULT = 2
-
-
-@dataclass
-class CallResult:
-    """What a call came to.
-
-    Attributes:
-        status: EXECUTED, INVALID (the policy's mistake) or FAULT (the world's).
-        name, arguments: of the call, as far as they could be read.
-        parts: the observation in order: a text line, or the registry number of an image to show there. The line that
-            names an image precedes it.
-        error: for logs; the policy's message when INVALID, the traceback or the timeout when FAULT.
-        seen: what `CallPool.see` made of each of `images`.
-    """
-
-    status: CallStatus
-    name: str | None = None
-    arguments: dict[str, Any] | None = None
-    parts: list[str | int] = field(default_factory=list)
-    error: str | None = None
-    seen: list[Any] = field(default_factory=list, repr=False, compare=False)
-
-    @property
-    def images(self) -> list[int]:
-        """The registry numbers shown, in order."""
-        return [part for part in self.parts if not isinstance(part, str)]
 
 
 class ParsedCall(NamedTuple):

@@ -7,10 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from imagent_jax.model.images import fit_budget
-from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, fault, invalid, plain
-from imagent_jax.tools.registry import ImageEntry, ImageRegistry, ToolError
+from imagent_jax.images.prepare import fit_budget
+from imagent_jax.tools.calls import ParsedCall, fault, invalid, plain
+from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool
+from imagent_jax.types import CallResult, CallStatus, ImageEntry, ToolError
 
 COORDINATES = ("relative_1000", "absolute")
 

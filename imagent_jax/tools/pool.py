@@ -9,11 +9,12 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, fault
+from imagent_jax.tools.calls import ParsedCall, fault
 from imagent_jax.tools.context import ToolSettings, run_call
 from imagent_jax.tools.protocol import ToolSet
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool
+from imagent_jax.types import CallResult, CallStatus
 
 
 @dataclass(eq=False)

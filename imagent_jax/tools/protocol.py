@@ -8,10 +8,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from imagent_jax.tools.calls import CallResult, CallStatus, ParsedCall, format_call, invalid, parse_call
+from imagent_jax.tools.calls import ParsedCall, format_call, invalid, parse_call
 from imagent_jax.tools.context import ToolContext, ToolSettings, run_call
-from imagent_jax.tools.registry import ImageRegistry, ToolError
+from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest, quote
+from imagent_jax.types import CallResult, CallStatus, ToolError
 
 __all__ = [
     "CallResult",

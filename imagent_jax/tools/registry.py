@@ -1,50 +1,11 @@
 """Images of one trajectory by number: their original pixels, the size they are shown at, and where they come from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from PIL import Image
 
-from imagent_jax.model.images import to_rgb
-
-
-class ToolError(Exception):
-    """A mistake the policy can repair. Its message is shown: one short line, what was wrong, what was expected."""
-
-
-@dataclass(frozen=True, eq=False)
-class ImageEntry:
-    """One numbered image.
-
-    Attributes:
-        number: 1-based, as in "Image 3".
-        image: RGB pixels at their own resolution, never rescaled; a crop keeps the pixels it was cut from.
-        shown: (height, width) in pixels at which the policy sees it.
-        parent: number of the image it was made from; None for a given image.
-        box: (left, top, right, bottom) in pixels of `parent.image` where it was cut out; None unless a crop.
-        origin: what it is, in words, such as "crop"; "" for a given image.
-        min_pixels, max_pixels: the budget that made `shown`; preparing `image` with it gives that size again.
-    """
-
-    number: int
-    image: Image.Image
-    shown: tuple[int, int]
-    parent: int | None = None
-    box: tuple[int, int, int, int] | None = None
-    origin: str = ""
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the original pixels."""
-        return self.image.height, self.image.width
-
-    def describe(self) -> str:
-        """The line shown above the image: "Image 1", "Image 4: crop of Image 2"."""
-        if self.parent is not None:
-            return f"Image {self.number}: {self.origin or 'made'} of Image {self.parent}"
-        return f"Image {self.number}: {self.origin}" if self.origin else f"Image {self.number}"
+from imagent_jax.images.prepare import to_rgb
+from imagent_jax.types import ImageEntry, ToolError
 
 
 class ImageRegistry:

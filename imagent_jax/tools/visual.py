@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from imagent_jax.tools.context import ToolContext
-from imagent_jax.tools.registry import ImageEntry, ToolError
 from imagent_jax.tools.schema import Tool, tool
+from imagent_jax.types import ImageEntry, ToolError
 
 
 @tool

@@ -1,0 +1,327 @@
+"""The settings of a run as one: checked, YAML in and out, dotted overrides on the command line."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import sys
+import textwrap
+import typing
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from imagent_jax.config.settings import (
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    GRPOConfig,
+    ImagesConfig,
+    LoraConfig,
+    MaskConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ToolsConfig,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    images: ImagesConfig = ImagesConfig()
+    data: DataConfig = DataConfig()
+    tools: ToolsConfig = ToolsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    mask: MaskConfig = MaskConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """From nested dictionaries; what is missing keeps its default.
+
+        Raises:
+            ValueError: an unknown or ill-typed key (the nearest valid name is given), or values that do not go together.
+        """
+        _check_names(values)
+        return _build(_checked(_parser().parse_object, values))
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "Config":
+        """From YAML text, the inverse of `to_yaml`; what is missing keeps its default.
+
+        Raises:
+            ValueError: not a YAML mapping, or see `from_dict`.
+        """
+        return cls.from_dict(_read_yaml(text, "The text"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries; `from_dict` is the inverse."""
+        plain = dataclasses.asdict(self)
+        return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()} for s, d in plain.items()}
+
+    def to_yaml(self) -> str:
+        """Complete and reloadable."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+    def get(self, dotted: str) -> Any:
+        """The value of a setting by dotted name."""
+        return functools.reduce(getattr, dotted.split("."), self)
+
+    def validate(self) -> None:
+        """Raises ValueError for a value out of range or values that do not go together; the sentence says what to change."""
+        self._validate_ranges()
+        self._validate_images()
+        if self.grpo.minibatches > self.rollout.groups:
+            raise ValueError(
+                f"grpo.minibatches is {self.grpo.minibatches}, more than rollout.groups {self.rollout.groups}; an update needs a "
+                "group at least."
+            )
+        if self.rollout.overlap and not (self.model.freeze_vision and not self.lora.merger):
+            raise ValueError("rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.merger.")
+        if self.mask.observations == "keep" and not self.grpo.recompute:
+            raise ValueError(
+                "mask.observations is 'keep', but a sampler has no log-probabilities of observations; set grpo.recompute true."
+            )
+        if self.data.name == "jsonl" and not self.data.path:
+            raise ValueError("data.name is 'jsonl' but data.path is empty; name the folder with train.jsonl and test.jsonl.")
+        if not self.run.name.strip():
+            raise ValueError("run.name is empty; give the run a name, which becomes its folder in run.dir.")
+        for axis in dataclasses.fields(MeshConfig):
+            if (size := self.get(f"mesh.{axis.name}")) != -1 and size < 1:
+                raise ValueError(f"mesh.{axis.name} is {size}; it must be at least 1, or -1 for the devices that are left.")
+        if sum(axis == -1 for axis in (self.mesh.data, self.mesh.fsdp, self.mesh.tensor)) > 1:
+            raise ValueError("Only one mesh axis can be -1 (what is left); give the others a size.")
+        if self.lora.on and not self.model.freeze_vision:
+            raise ValueError(
+                "model.freeze_vision is false, but with LoRA the model's own weights stay as they are; leave it true, and set "
+                "lora.merger to adapt the vision merger."
+            )
+        if not self.lora.targets and not self.lora.merger:
+            raise ValueError("lora.targets is empty, so that nothing is adapted; name matrices, or set lora.merger true.")
+
+    def _validate_ranges(self) -> None:
+        for dotted, kind in SETTINGS.items():
+            if kind is float and not math.isfinite(self.get(dotted)):
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be a finite number.")
+        for dotted in _AT_LEAST_ONE:
+            if self.get(dotted) < 1:
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be at least 1.")
+        for dotted in _ABOVE_ZERO:
+            if self.get(dotted) <= 0:
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be above 0.")
+        for dotted in _NOT_NEGATIVE:
+            if self.get(dotted) < 0:
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must not be negative.")
+        for dotted in ("optim.b1", "optim.b2", "grpo.clip_low"):
+            if not 0 <= self.get(dotted) < 1:
+                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be at least 0 and below 1.")
+        if self.tools.min_box > 1:
+            raise ValueError(f"tools.min_box is {self.tools.min_box}; it is a fraction of the image's side, at most 1.")
+
+    def _validate_images(self) -> None:
+        if self.images.vision_block % 4:
+            raise ValueError(f"images.vision_block is {self.images.vision_block}; it must be a multiple of 4 (2x2 patches).")
+        for low, high in (
+            ("images.min_pixels", "images.max_pixels"),
+            ("tools.low_pixels", "tools.high_pixels"),
+            ("tools.confirm_min_pixels", "tools.confirm_max_pixels"),
+        ):
+            if self.get(high) < self.get(low):
+                raise ValueError(f"{high} {self.get(high)} is below {low} {self.get(low)}; raise {high} or lower {low}.")
+        for dotted in ("images.max_pixels", "tools.high_pixels", "tools.confirm_max_pixels"):
+            patches = self.get(dotted) // _PATCH_PIXELS
+            if patches > self.images.vision_block:
+                raise ValueError(
+                    f"{dotted} {self.get(dotted)} allows {patches} patches but images.vision_block holds "
+                    f"{self.images.vision_block}; raise images.vision_block or lower {dotted}."
+                )
+
+
+_AT_LEAST_ONE = (
+    "run.keep_checkpoints", "images.min_pixels", "images.vision_block", "images.pack_blocks", "data.train_size",
+    "data.test_size", "tools.max_turns", "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels",
+    "tools.confirm_min_pixels", "rollout.groups", "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens",
+    "rollout.observation_tokens", "rollout.decode_chunk", "grpo.constant", "grpo.epochs", "grpo.minibatches",
+    "grpo.micro_groups", "grpo.widths", "eval.tasks", "eval.during", "eval.groups", "model.logprob_chunk",
+    "distributed.timeout_s",
+)  # fmt: skip
+_ABOVE_ZERO = (
+    "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
+    "grpo.importance_cap", "lora.alpha",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every", "grpo.kl",
+    "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank", "distributed.num_processes",
+)  # fmt: skip
+_PATCH_PIXELS = 14 * 14  # a patch of Qwen2-VL and Qwen2.5-VL
+_SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
+SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k, t in typing.get_type_hints(kind).items()}
+"""The type of every setting, by dotted name."""
+
+
+def load_config(path: str | Path) -> Config:
+    """The config in a YAML file; settings it does not name keep their defaults.
+
+    Raises:
+        ValueError: no such file, not a YAML mapping, or see `Config.from_dict`.
+    """
+    return Config.from_dict(_read_file(path))
+
+
+def read_args(argv: Sequence[str], program: str = "imagent_jax.train") -> Config:
+    """The config of a command line: the files of `--config`, in order, then `--section.key VALUE` (or `=VALUE`).
+
+    Raises:
+        ValueError: see `Config.from_dict`.
+    """
+    for arg in argv:
+        if arg.startswith("--") and (name := arg[2:].partition("=")[0]) not in ("help", "config", "") and name not in SETTINGS:
+            raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
+    parser = _parser(program)
+    base = parser.get_defaults()
+    for path in _checked(parser.parse_args, list(argv)).config or ():
+        values = _read_file(path)
+        _check_names(values)
+        base = _checked(parser.parse_object, values, cfg_base=base)
+    return _build(_checked(parser.parse_args, list(argv), namespace=base))
+
+
+def parse_args(argv: Sequence[str] | None = None, program: str = "imagent_jax.train") -> Config:
+    """`read_args`, or one sentence on standard error and exit code 2; `--help` prints every setting."""
+    try:
+        return read_args(sys.argv[1:] if argv is None else argv, program)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def reference() -> str:
+    """`docs/configuration.md`: every setting with its type, default and meaning, from the dataclasses themselves."""
+    lines = ["# Configuration", "", "Every setting: its default, its type and what it means. This page is written by", ""]
+    lines += ["```bash", "python -m imagent_jax.config > docs/configuration.md", "```"]
+    for section, settings in _SECTIONS.items():
+        lines += ["", f"## {section}", *textwrap.wrap(settings.__doc__, 120), ""]
+        for f in dataclasses.fields(settings):
+            name = f"{section}.{f.name}"
+            value = list(f.default) if isinstance(f.default, tuple) else f.default
+            written = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            kind = re.split(r" \(|, such", _kind(SETTINGS[name]))[0]
+            words = f"- `{name}: {written}`, {kind}: {f.metadata['help']}"
+            lines += textwrap.wrap(words, 120, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def _parser(program: str = "imagent_jax.train") -> ArgumentParser:
+    """One argument per setting: type, default and help are the dataclasses' own."""
+    parser = ArgumentParser(
+        prog=f"python -m {program}",
+        usage="%(prog)s [--config FILE.yaml] [--section.key VALUE ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    files = "YAML file of settings, may be given again; settings of the command line win"
+    parser.add_argument("--config", action="append", metavar="FILE.yaml", help=files)
+    for section, kind in _SECTIONS.items():
+        group = parser.add_argument_group(section, kind.__doc__)
+        for f in dataclasses.fields(kind):
+            name = f"{section}.{f.name}"
+            options = {} if typing.get_origin(SETTINGS[name]) is Literal or SETTINGS[name] is bool else {"metavar": "VALUE"}
+            group.add_argument(f"--{name}", type=SETTINGS[name], default=f.default, help=f.metadata["help"], **options)
+    return parser
+
+
+def _build(parsed: Namespace) -> Config:
+    for name, kind in SETTINGS.items():
+        if parsed[name] is None:
+            raise ValueError(f"{name} is empty; it must be {_kind(kind)}, or be left out for its default.")
+    config = Config(**{section: kind(**vars(parsed[section])) for section, kind in _SECTIONS.items()})
+    config.validate()
+    return config
+
+
+def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Namespace:
+    """The parser's result, or its complaint as one sentence in our words."""
+    try:
+        return parse(*args, **kwargs)
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+        ill = re.fullmatch(r'Parser key "([\w.]+)": .*Got value: ?(.*)', message)
+        if ill and ill[1] in SETTINGS:
+            raise ValueError(f"{ill[1]} is {ill[2]!r}; it must be {_kind(SETTINGS[ill[1]])}.") from None
+        if lacks := re.match(r"argument --([\w.]+): expected one argument", message):
+            raise ValueError(f"--{lacks[1]} needs a value, as in --{lacks[1]}=VALUE.") from None
+        raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}; see --help for every setting.") from None
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    for section, settings in values.items():
+        if section not in _SECTIONS:
+            raise ValueError(f"There is no section {section!r}; {_nearest(str(section), _SECTIONS)}")
+        if not isinstance(settings, dict):
+            raise ValueError(f"Section {section!r} must hold settings, such as {_example(section)}, not {settings!r}.")
+        for key in settings:
+            if f"{section}.{key}" not in SETTINGS:
+                name = f"{section}.{key}"
+                raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
+
+
+def _example(section: str) -> str:
+    return next(name for name in SETTINGS if name.startswith(f"{section}."))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """The valid name closest to `name`: one that ends in it, else the most similar, else where to look."""
+    names = list(names)
+    last = name.rpartition(".")[2]
+    close = [n for n in names if n == last or n.endswith(f".{last}")] or difflib.get_close_matches(name, names, 1, 0.5)
+    if not close:  # a setting given without its section, and misspelt
+        keys = {n.rpartition(".")[2]: n for n in names}
+        close = [keys[key] for key in difflib.get_close_matches(last, keys, 1, 0.5)]
+    return f"did you mean {close[0]!r}?" if close else "see --help for every setting."
+
+
+def _kind(kind: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
+    if (items := typing.get_args(kind)) and typing.get_origin(items[0]) is Literal:
+        return f"a list of {', '.join(typing.get_args(items[0]))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it in YAML)"}
+    return words.get(kind, "a list of names, such as [a, b]")
+
+
+def _read_file(path: str | Path) -> dict[str, Any]:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"There is no config file {path}.")
+    return _read_yaml(path.read_text(), str(path))
+
+
+def _read_yaml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}.") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{origin} must hold sections with settings, such as 'run:' with 'steps: 100' below it.")
+    return values or {}
+

@@ -1,0 +1,1 @@
+"""Several processes as one job: the device mesh, starting, noticing an end, and exchanging data."""

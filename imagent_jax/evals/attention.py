@@ -1,0 +1,187 @@
+"""Where an agent looks as it writes: `python -m imagent_jax.attention RUN_OR_BASE [--tasks N] [--out F.png]`.
+
+Held-out tasks are answered with tools and without, with all their images and with the one they ask about, and the
+attention of every generated token is divided over what stands before it: mean over heads, layers and rollouts. What is
+measured follows Figure 1 of IMAgent (arXiv 2512.08980): attention to images fades as the output grows, and looking
+again brings it back.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from imagent_jax.config import Config, MeshConfig, load_config
+from imagent_jax.model.qwen2_vl import attention_by_source
+from imagent_jax.rl.learner import trained_filter
+from imagent_jax.rl.mask import IS_ACTION
+from imagent_jax.rollout.engine import RolloutBatch, RolloutEngine
+from imagent_jax.rollout.policy import Policy
+from imagent_jax.runs.folder import checkpoint_folder, load_params
+from imagent_jax.tools import tools_by_name
+from imagent_jax.types import Task
+
+SOURCES = ("instructions", "question", "given images", "observation images", "observation text", "earlier output")
+ROWS = 8  # sequences measured at once
+
+
+def sources_of(rollout: RolloutBatch, n: int, g: int, user: int) -> np.ndarray:
+    """Index in `SOURCES` of every token of rollout `g` of task `n`, prompt and response; at `user` its turn begins."""
+    prompt, t = rollout.prompts[n], rollout.trajectories[n][g]
+    given = np.where(rollout.prompt_vision[n] >= 0, 2, np.where(np.arange(len(prompt.ids)) < user, 0, 1))
+    return np.concatenate([given, np.where(IS_ACTION[t.kind], 5, np.where(t.vision >= 0, 3, 4))])
+
+
+def shares_of(model, params, rollout: RolloutBatch, width: int, user: Sequence[int]) -> list[np.ndarray]:
+    """The shares of every generated token of every trajectory, in order, mean over layers: a list of float32[t, C].
+
+    Args:
+        width: room for a prompt and a response, tokens.
+        user: where the user's turn, images and question, begins in each prompt.
+    """
+    measure, found = jax.jit(attention_by_source, static_argnums=0), []
+    rows = [(n, g) for n, group in enumerate(rollout.trajectories) for g in range(len(group))]
+    for begin in range(0, len(rows), ROWS):
+        ids, vision = np.zeros((ROWS, width), np.int32), np.full((ROWS, width), -1, np.int32)
+        positions, length = np.zeros((3, ROWS, width), np.int32), np.ones(ROWS, np.int32)
+        source = np.zeros((ROWS, width, len(SOURCES)), bool)
+        for i, (n, g) in enumerate(part := rows[begin : begin + ROWS]):
+            prompt, t = rollout.prompts[n], rollout.trajectories[n][g]
+            s = length[i] = len(prompt.ids) + len(t.ids)
+            ids[i, :s] = np.concatenate([prompt.ids, t.ids])
+            positions[:, i, :s] = np.concatenate([prompt.positions, t.positions], axis=1)
+            vision[i, :s] = np.concatenate([rollout.prompt_vision[n], t.vision])
+            source[i, np.arange(s), sources_of(rollout, n, g, user[n])] = True
+        shares = measure(model, params, ids, positions, vision, length, rollout.store.features, source)
+        shares = np.asarray(shares.mean(0))
+        for i, (n, g) in enumerate(part):
+            prompt, t = len(rollout.prompts[n].ids), rollout.trajectories[n][g]
+            found.append(shares[i, prompt : length[i]][IS_ACTION[t.kind]])
+    return found
+
+
+def about_one_image(task: Task) -> Task | None:
+    """The same question with only the image that it names, as Image 1; None where it names none or several."""
+    named = set(re.findall(r"Image (\d+)", task.question))
+    if len(named) != 1 or not 1 <= (number := int(named.pop())) <= len(task.images):
+        return None
+    question = re.sub(r"Image \d+", "Image 1", task.question)
+    return replace(task, uid=f"{task.uid}, one image", question=question, images=(task.images[number - 1],))
+
+
+def measure(parts: Policy, tasks: Sequence[Task], tools: bool, seed: int) -> dict[str, Any]:
+    """One condition: rollouts of `tasks`, and the shares by source, by generated position and by turn.
+
+    Without tools the system text has none, a call is refused, and nothing is shown again. A position counts where at
+    least a tenth of the rollouts reaches it; `rollouts` says how many do.
+    """
+    cfg = parts.cfg if tools else replace(parts.cfg, tools=replace(parts.cfg.tools, names=()))
+    engine = RolloutEngine(parts.model, parts.processor, tools_by_name(cfg.tools.names), cfg)
+    rollout = engine.rollout(parts.params, tasks, group_size=1, seed=seed, temperature=cfg.rollout.temperature,
+                             slots=min(len(tasks), cfg.eval.groups))  # fmt: skip
+    user = [np.flatnonzero(prompt.ids == parts.processor.im_start_id)[1] for prompt in rollout.prompts]
+    width = cfg.rollout.prompt_tokens + cfg.rollout.response_tokens
+    shares = shares_of(parts.model, parts.params, rollout, width, user)
+    done = [t for group in rollout.trajectories for t in group]
+    turns = [np.repeat(np.arange(len(t.turns)), [turn.stop - turn.start for turn in t.turns]) for t in done]
+    reach = [sum(len(s) > i for s in shares) for i in range(max(map(len, shares)))]
+    reach = [count for count in reach if count >= len(tasks) / 10]
+    at = [np.mean([s[i] for s in shares if len(s) > i], axis=0) for i in range(len(reach))]
+    of_turn = [[s[turn == k] for s, turn in zip(shares, turns, strict=True) if k in turn] for k in range(99)]
+    of_turn = [found for found in of_turn if len(found) >= len(tasks) / 10]
+    return {
+        "calls": float(np.mean([t.executed_calls for t in done])),
+        "all": {source: share for source, (share,) in _columns([np.concatenate(shares).mean(0)]).items()},
+        "turn": _columns([np.concatenate(found).mean(0) for found in of_turn]) | {"rollouts": list(map(len, of_turn))},
+        "position": _columns(at) | {"rollouts": reach},
+    }
+
+
+def _columns(rows: Sequence[np.ndarray]) -> dict[str, list[float]]:
+    return dict(zip(SOURCES, np.stack(rows, axis=1).astype(float).round(5).tolist(), strict=True))
+
+
+def plot(conditions: dict[str, Any], title: str, out: Path) -> None:
+    """One panel a condition: shares by generated position, stacked; the title says how many calls a task it had."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(conditions), figsize=(4.2 * len(conditions), 3.6), sharey=True, squeeze=False)
+    colours = ("#c9ced6", "#8d99ae", "#2a9d8f", "#e76f51", "#f4c9a8", "#457b9d")
+    for axis, (name, found) in zip(axes[0], conditions.items(), strict=True):
+        axis.stackplot(
+            range(len(found["position"]["rollouts"])), *(found["position"][source] for source in SOURCES),
+            labels=SOURCES, colors=colours,
+        )  # fmt: skip
+        axis.set(title=f"{name}\n{found['calls']:.2f} calls a task", xlabel="generated token", ylim=(0, 1))
+        axis.margins(x=0)
+    axes[0][0].set_ylabel("share of attention")
+    figure.suptitle(title)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=len(SOURCES), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def load(name: str) -> Policy:
+    """The parts of a run at its newest checkpoint, with its own settings, or of a base: "tiny", a folder, a hub id.
+
+    Raises:
+        ValueError: see `runs.load_params` and `Policy`.
+    """
+    run = Path(name)
+    if not (run / "config.yaml").is_file():
+        return Policy(Config.from_dict({"model": {"path": name}}))
+    parts = Policy(cfg := replace(load_config(run / "config.yaml"), mesh=MeshConfig()))
+    trained, frozen = nnx.split_state(parts.params, trained_filter(cfg), ...)
+    parts.params = nnx.merge_state(load_params(checkpoint_folder(cfg.run, run), trained)[0], frozen)
+    return parts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: exit code 0, or 2 after one sentence about bad input."""
+    parser = argparse.ArgumentParser(prog="python -m imagent_jax.attention", description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="RUN_OR_BASE", help="folder of a run or of a model, a hub id, or 'tiny'")
+    parser.add_argument("--tasks", type=int, default=64, help="held-out tasks that ask about one image (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--out", type=Path, default="attention.png", metavar="F.png", help="default: attention.png")
+    parser.add_argument("--json", type=Path, metavar="F.json", help="default: beside the PNG")
+    args = parser.parse_args(argv)
+    console, out = Console(), args.json or args.out.with_suffix(".json")
+    try:
+        began, parts = time.perf_counter(), load(args.model)
+        pairs = [(task, one) for task in parts.test_tasks(20 * args.tasks) if (one := about_one_image(task))]
+        if not pairs:
+            raise ValueError(f"No held-out task of {parts.cfg.data.name} names one image, such as 'Image 2'.")
+        several, one = map(list, zip(*pairs[: args.tasks], strict=True))
+        console.print(f"Answers {len(one)} held-out tasks of {parts.cfg.data.name} with {args.model}, four times over.")
+        found = {}
+        for images, tasks in (("several images", several), ("one image", one)):
+            for tools in (True, False):
+                name = f"{images}, {'tools' if tools else 'no tools'}"
+                with jax.set_mesh(parts.mesh):
+                    found[name] = measure(parts, tasks, tools, args.seed)
+                shares = [f"{100 * found[name]['all'][source]:.1f} % to {source}" for source in SOURCES[2:4]]
+                console.print(f"{name}: {', '.join(shares)}")
+        record = {"command": " ".join(["python -m imagent_jax.attention", *(sys.argv[1:] if argv is None else argv)]),
+                  "tasks": len(one), "conditions": found}  # fmt: skip
+        out.write_text(json.dumps(record, indent=1))
+        plot(found, f"{args.model}: where attention goes as it writes", args.out)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console.print(f"Wrote {args.out} and {out} ({time.perf_counter() - began:.0f} s).")
+    return 0
+

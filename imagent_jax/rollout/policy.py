@@ -1,0 +1,74 @@
+"""The policy of a configuration: model, parameters, processor, tools and rollout engine."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from imagent_jax.config import Config
+from imagent_jax.data.pipeline import open_tasks
+from imagent_jax.distributed import processes as hosts
+from imagent_jax.distributed.mesh import make_mesh
+from imagent_jax.model import checkpoint, lora
+from imagent_jax.model.attention import choose_attention, choose_dtype
+from imagent_jax.model.processor import Processor
+from imagent_jax.model.sharding import shardings
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.tools import tools_by_name
+
+
+def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | int]:
+    """The fields of `Model` for a configuration on a platform (default: of the attached devices)."""
+    dtype = choose_dtype(cfg.model.dtype, platform)
+    return {
+        "dtype": dtype, "remat": cfg.model.remat, "vision_block": cfg.images.vision_block,
+        "logprob_chunk": cfg.model.logprob_chunk, "attention": choose_attention(cfg.model.attention, dtype, platform),
+    }  # fmt: skip
+
+
+class Policy:
+    """Model, processor, tools, data and rollout engine of a configuration: what training and evaluation share.
+
+    Raises:
+        ValueError: bad settings, files or data; one sentence with the remedy.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.tools = tools_by_name(cfg.tools.names)
+        folder = checkpoint.resolve(cfg.model.path)
+        self.folder, self.processor = folder, Processor.from_pretrained(folder)
+        self.mesh = make_mesh(**vars(cfg.mesh))
+        self.model, self.params = checkpoint.load(
+            folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype, **model_settings(cfg)
+        )
+        if cfg.lora.path:
+            self.model, self.params = lora.load(cfg.lora.path, self.model, self.params)
+        elif cfg.lora.rank:
+            self.model, self.params = lora.attach(
+                self.model, self.params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
+                merger=cfg.lora.merger, seed=cfg.run.seed,
+            )  # fmt: skip
+        self.params = jax.device_put(self.params, shardings(self.params, self.mesh))  # adapters follow what they adapt
+        self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
+
+    def test_tasks(self, count: int):
+        """The first `count` held-out tasks."""
+        tasks = open_tasks(self.cfg.data, "test")
+        self.test_faults = tasks.faults
+        return [tasks[i] for i in range(min(count, len(tasks)))]
+
+
+def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `cfg.mesh`, over whose data and fsdp axes rollouts and micro-batches are split by groups.
+
+    Args:
+        devices: default all of `jax.devices()`.
+    Raises:
+        ValueError: its sizes do not divide the devices, or do not suit the processes, or it overlaps on several devices.
+    """
+    mesh = make_mesh(**vars(cfg.mesh), devices=devices)
+    hosts.check_mesh(mesh)
+    if cfg.rollout.overlap and mesh.size > 1:
+        raise ValueError("rollout.overlap is for one device: two programs at a time wait for each other on several.")
+    return mesh

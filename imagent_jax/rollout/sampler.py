@@ -1,0 +1,261 @@
+"""The jitted side of rollouts: slots of groups, prefill of prompts, the decode loop, and observations appended to the kept
+cache. Every function takes the whole state and gives it back, updated in place. On a mesh, rows are split over the devices as
+groups are, so that every device decodes its own slots."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, locally, ways
+from imagent_jax.model.params import pad_to
+from imagent_jax.model.qwen2_vl import Model, empty_cache, extend, prefill
+from imagent_jax.model.text import PromptCache, ResponseCache
+
+STOP_WIDTH = 8
+BLOCK = 128
+"""Tokens of the vocabulary that are drawn from together."""
+
+
+class SamplerState(NamedTuple):
+    """All that changes while rollouts are decoded: S slots, each a group of G rows; row b belongs to slot b // G.
+
+    `ids` and `logprobs` are append-only and hold sampled and shown tokens alike; `length` is the number of tokens of
+    a row, all of them in `cache`; `logits` are those of its next token; `position` is the next M-RoPE position; `key` is
+    the row's own random key.
+    """
+
+    ids: Int[Array, "B R"]
+    logprobs: Float[Array, "B R"]
+    length: Int[Array, " B"]
+    position: Int[Array, " B"]
+    live: Bool[Array, " B"]
+    logits: Float[Array, "B V"]
+    key: UInt32[Array, "B words"]
+    cache: ResponseCache
+    prompt: PromptCache
+    prompt_len: Int[Array, " S"]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, response_tokens: int) -> SamplerState:
+    """A state without rollouts."""
+    rows = slots * group_size
+    return _placed(SamplerState(
+        ids=jnp.zeros((rows, response_tokens), jnp.int32),
+        logprobs=jnp.zeros((rows, response_tokens), jnp.float32),
+        length=jnp.zeros(rows, jnp.int32),
+        position=jnp.zeros(rows, jnp.int32),
+        live=jnp.zeros(rows, bool),
+        logits=jnp.zeros((rows, model.cfg.text.vocab_size), jnp.float32),
+        key=jax.random.key_data(jax.random.split(jax.random.key(0), rows)),
+        cache=empty_cache(model, ResponseCache, rows, response_tokens),
+        prompt=empty_cache(model, PromptCache, slots, prompt_tokens),
+        prompt_len=jnp.ones(slots, jnp.int32),
+    ))  # fmt: skip
+
+
+def axes(x) -> tuple:
+    """Where a leaf of the state lives: rows and slots over the devices of groups, heads of the caches (their only four axes)
+    over `tensor`."""
+    return GROUPS, *("tensor",) * (x.ndim == 4)
+
+
+def _placed(state: SamplerState) -> SamplerState:
+    return jax.tree.map(lambda x: constrain(x, *axes(x)), state)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def admit(
+    model: Model, params: nnx.State, state: SamplerState, slots, ids, positions, vision, prompt_len, next_position, uids,
+    seed, features,
+) -> SamplerState:  # fmt: skip
+    """Prefills A prompts, once each, into `slots` ([A]; S: none) and opens their G empty responses, all live.
+
+    A row's key is a function of (seed, uid of its task, number of the rollout in its group).
+    Shapes: ids, vision [A P]; positions [3 A P]; prompt_len, next_position, uids [A]; features [F D].
+    """
+    with jax.named_scope("admit"):
+        logits, prompt = prefill(model, params, ids, positions, vision, prompt_len, features)
+        g = state.ids.shape[0] // state.prompt_len.shape[0]
+        rows = (slots[:, None] * g + jnp.arange(g)).reshape(-1)
+
+        def fold(uid, rollout):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), uid), rollout)
+
+        keys = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(uids, jnp.arange(g))
+        return _placed(state._replace(
+            length=_put(state.length, rows, 0),
+            position=_put(state.position, rows, jnp.repeat(next_position, g)),
+            live=_put(state.live, rows, True),
+            logits=_put(state.logits, rows, jnp.repeat(logits, g, axis=0)),
+            key=_put(state.key, rows, jax.random.key_data(keys.reshape(-1))),
+            prompt=jax.tree.map(lambda kept, new: _put(kept, slots, new), state.prompt, prompt),
+            prompt_len=_put(state.prompt_len, slots, prompt_len),
+        ))  # fmt: skip
+
+
+def _put(kept: Array, index: Array, new) -> Array:
+    return kept.at[index].set(new, mode="drop")
+
+
+def parts(slots: int) -> int:
+    """Into how many parts of the current mesh the slots divide; rows are taken and put back within their part.
+
+    What names F rows names F / parts of each part in turn, by their number in it (B / parts: none).
+    """
+    return 1 if slots % ways(GROUPS) else ways(GROUPS)
+
+
+def _within(function, state: SamplerState, *more):
+    """`function(state, rows[, part of the state])`, by every part of the mesh for itself: no cache of a row travels."""
+    if parts(len(state.prompt_len)) == 1:
+        return _placed(function(state, *more))
+    specs = jax.tree.map(lambda x: fitting(x, *axes(x)), state)
+    return locally(function, (specs, PartitionSpec(GROUPS), specs)[: 1 + len(more)], specs)(state, *more)
+
+
+def take_rows(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:
+    """A smaller state of these rows (see `parts`; none: a dead one), each a group with a copy of its prompt's cache."""
+
+    def take(state, rows):
+        b, s = state.ids.shape[0], state.prompt_len.shape[0]
+        inside = jnp.minimum(rows, b - 1)
+        part = jax.tree.map(lambda x: x[inside], state._replace(prompt=(), prompt_len=()))
+        prompt, prompt_len = jax.tree.map(lambda x: x[inside // (b // s)], (state.prompt, state.prompt_len))
+        return part._replace(live=part.live & (rows < b), prompt=prompt, prompt_len=prompt_len)
+
+    return _within(take, state, rows)
+
+
+def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) -> SamplerState:
+    """The inverse: the rows of `part` back in their places."""
+
+    def put(state, rows, part):
+        kept, new = (x._replace(prompt=(), prompt_len=()) for x in (state, part))
+        whole = jax.tree.map(lambda x, y: _put(x, rows, y), kept, new)
+        return whole._replace(prompt=state.prompt, prompt_len=state.prompt_len)
+
+    return _within(put, state, rows, part)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode(
+    model: Model, greedy: bool, width: int, params: nnx.State, state: SamplerState, rows, stops, temperature, max_steps,
+    enough=0,
+) -> SamplerState:  # fmt: skip
+    """Samples up to `max_steps` tokens for every live row, or for those among `rows` ([F], see `parts`), from
+    softmax(logits / T), while more than `enough` of them are live. No response may come to hold more than `width` tokens
+    meanwhile (R: any).
+
+    A row stops, inside the loop, when its last tokens equal one of `stops` ([n STOP_WIDTH], left-padded with -1) or
+    its buffer is full. The random number of a token belongs to (row key, index of the token), so it depends on
+    neither the batch nor the chunking.
+    """
+    with jax.named_scope("decode"):
+        part = state if rows is None else take_rows(state, rows)
+        first = ResponseCache(tuple(k[..., :width] for k in part.cache.k), tuple(v[..., :width, :] for v in part.cache.v))
+        done = _decode(model, greedy, params, part._replace(cache=first), stops, temperature, max_steps, enough)
+        if width < state.ids.shape[1]:
+            done = done._replace(cache=jax.tree.map(_write_first, part.cache, done.cache))
+        return done if rows is None else put_rows(state, rows, done)
+
+
+def _write_first(kept: Array, new: Array) -> Array:
+    return jax.lax.dynamic_update_slice(kept, new, (0,) * kept.ndim)
+
+
+def _decode(model, greedy, params, state, stops, temperature, max_steps, enough):
+    b, r = state.ids.shape
+    rows, prompt, prompt_len = jnp.arange(b), state.prompt, state.prompt_len
+    keys = jax.random.wrap_key_data(state.key)
+
+    def step(carry):
+        count, s = carry
+        token, logprob = draw(s.logits / temperature, None if greedy else jax.vmap(_uniform)(keys, s.length))
+        at = jnp.where(s.live, s.length, r)  # r: out of the buffer, dropped
+        ids = s.ids.at[rows, at].set(token, mode="drop")
+        positions = jnp.broadcast_to(s.position[:, None], (3, b, 1))
+        new_logits, cache = extend(
+            model, params, token[:, None], positions, None, jnp.ones(b, jnp.int32), at, prompt, prompt_len, s.cache
+        )
+        length = s.length + s.live
+        window = length[:, None] - STOP_WIDTH + jnp.arange(STOP_WIDTH)
+        tail = jnp.where(window >= 0, jnp.take_along_axis(ids, jnp.clip(window, 0, r - 1), axis=1), -2)
+        stopped = jnp.any(jnp.all((stops == -1) | (tail[:, None] == stops), axis=-1), axis=-1)
+        new = s._replace(
+            ids=ids,
+            logprobs=s.logprobs.at[rows, at].set(logprob, mode="drop"),
+            length=length,
+            position=s.position + s.live,
+            live=s.live & ~stopped & (length < r),
+            logits=jnp.where(s.live[:, None], new_logits, s.logits),
+            cache=cache,
+        )
+        return count + 1, _placed(new)
+
+    bare = state._replace(key=(), prompt=(), prompt_len=())  # what the loop does not change stays outside of it
+    going = lambda carry: (carry[0] < max_steps) & (jnp.sum(carry[1].live) > enough)  # noqa: E731
+    _, done = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), bare))
+    return done._replace(key=state.key, prompt=prompt, prompt_len=prompt_len)
+
+
+def _uniform(key: Array, index: Array) -> Float[Array, "2"]:
+    """The two random numbers of a row's token `index`."""
+    return jax.random.uniform(jax.random.fold_in(key, index), (2,))
+
+
+def draw(logits: Float[Array, "B V"], uniform: Float[Array, "B 2"] | None) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token of each row from softmax(logits), or the likeliest where `uniform` is None, and its log-probability.
+
+    By inverse transform sampling (Devroye 1986, III.2): the first number chooses among blocks of tokens, the second a token
+    of the block. That is two random numbers a token, where the Gumbel-max trick takes one for every word of the vocabulary.
+    """
+    peak = logits.max(-1, keepdims=True)
+    blocks = pad_to(logits, 1, BLOCK, -jnp.inf).reshape(len(logits), -1, BLOCK)
+    sums = jnp.exp(blocks - peak[..., None]).sum(-1)
+    block = jnp.argmax(blocks.max(-1), axis=-1) if uniform is None else _invert(sums, uniform[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place = jnp.argmax(inside, axis=-1) if uniform is None else _invert(jnp.exp(inside - peak), uniform[:, 1])
+    logprob = jnp.take_along_axis(inside, place[:, None], axis=1) - peak - jnp.log(sums.sum(-1, keepdims=True))
+    return (block * BLOCK + place).astype(jnp.int32), logprob[:, 0]
+
+
+def _invert(weights: Float[Array, "B T"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first place where the running sum exceeds `uniform` of the whole; never one of no weight, however sums are rounded."""
+    running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
+    return jnp.argmax(running > uniform[:, None] * running.max(-1, keepdims=True), axis=-1)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def observe(
+    model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, features
+) -> SamplerState:
+    """Append `count[f]` tokens to row `rows[f]` (see `parts`), which then samples again; a count of 0 changes nothing.
+
+    Shapes: rows, count [F]; ids, vision [F S]; positions [3 F S]; features [M D].
+    """
+    with jax.named_scope("observe"):
+        part = take_rows(state, rows)
+        f, s = ids.shape
+        r = part.ids.shape[1]
+        chosen = count > 0
+        begin = jnp.where(chosen, part.length, r)
+        logits, cache = extend(
+            model, params, ids, positions, vision, count, begin, part.prompt, part.prompt_len, part.cache, features
+        )
+        index = jnp.where(jnp.arange(s) < count[:, None], begin[:, None] + jnp.arange(s), r)
+        last = jnp.take_along_axis(positions.max(0), jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+        part = part._replace(
+            ids=part.ids.at[jnp.arange(f)[:, None], index].set(ids, mode="drop"),
+            length=part.length + count,
+            position=jnp.where(chosen, last + 1, part.position),
+            live=part.live | chosen,
+            logits=jnp.where(chosen[:, None], logits, part.logits),
+            cache=cache,
+        )
+        return put_rows(state, rows, part)

@@ -1,0 +1,274 @@
+"""A run on disk: resolved config, one metrics object a step, trajectories and checkpoints."""
+
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+
+from imagent_jax.config import Config, RunConfig
+from imagent_jax.distributed import processes as hosts
+from imagent_jax.runs.trackers import Trackers
+
+
+def checkpoint_folder(run: RunConfig, folder: Path) -> str:
+    """Where a run's checkpoints are, given its own folder; an address such as gs://bucket/path stays as it is."""
+    if "://" in run.checkpoint_dir:
+        return f"{run.checkpoint_dir.rstrip('/')}/{run.name}"
+    place = Path(run.checkpoint_dir).expanduser() / run.name if run.checkpoint_dir else folder / "checkpoints"
+    return str(place.absolute())
+
+
+@jax.jit
+def _checksums(tree: Any) -> list[jax.Array]:
+    def one(x):
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def checksums(tree: Any) -> list[int]:
+    """Of each leaf, its bits as words, summed modulo 2**32: the same on every mesh, and another for any one changed element.
+    TensorStore reads a changed byte of an array without complaint."""
+    return [int(total) for total in jax.device_get(_checksums(tree))]
+
+
+class RunFolder:
+    """`runs/<name>/`. Everything appended is flushed at once; nothing written is lost by a later failure. Of several
+    processes all make checkpoints together, and the first writes the rest.
+
+    A checkpoint is one Orbax checkpoint, written in the background and given its name only once it is whole: trained
+    parameters, optimizer state, and the progress of the run with the checksums of all. The newest `run.keep_checkpoints`
+    are kept, and the `run.keep_best` of best held-out accuracy.
+
+    Raises:
+        ValueError: `run.resume` is on and there is no such run, or it is off and `run.checkpoint_dir` holds one.
+    """
+
+    def __init__(self, cfg: Config):
+        self.path = Path(cfg.run.dir) / cfg.run.name
+        self.checkpoints, self.seed = checkpoint_folder(cfg.run, self.path), cfg.run.seed
+        if hosts.is_writer():
+            self._prepare(cfg)
+        hosts.barrier("the run's folder is there")
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(cfg.run.keep_checkpoints)]
+        if cfg.run.keep_best:
+            kept.append(policies.BestN(
+                get_metric_fn=lambda found: found["accuracy"], n=cfg.run.keep_best,
+                keep_checkpoints_without_metrics=False,
+            ))  # fmt: skip
+        try:
+            self.manager = ocp.training.Checkpointer(
+                self.checkpoints,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+            )
+            self.latest = self.manager.latest and self.manager.latest.step
+        except Exception as error:
+            sentence = f"The checkpoints in {self.checkpoints} cannot be read ({_reason(error)}); delete what is damaged there."
+            raise ValueError(sentence) from error
+        self.writing = None  # the checkpoint that is being written: its step, and what to wait for
+        if self.latest is not None and not cfg.run.resume:
+            raise ValueError(
+                f"{self.checkpoints} holds checkpoints of an earlier run; continue it with --run.resume true, or "
+                "choose another run.name."
+            )
+        if hosts.is_writer():
+            if self.latest is None and (metrics := self.path / "metrics.jsonl").exists():
+                metrics.replace(f"{metrics}.before")  # of a run that was killed before its first checkpoint
+            (self.path / "config.yaml").write_text(cfg.to_yaml())
+            self.trackers = Trackers(cfg, self.path)
+
+    def _prepare(self, cfg: Config) -> None:
+        there = (self.path / "config.yaml").exists() or "://" in self.checkpoints or Path(self.checkpoints).is_dir()
+        if cfg.run.resume and not there:
+            raise ValueError(f"run.resume is on, but {self.path} holds no checkpoints; check run.dir and run.name.")
+        if not cfg.run.resume and (self.path / "metrics.jsonl").exists():
+            self._set_aside()
+        (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
+
+    def _set_aside(self) -> None:
+        """An earlier run of the same name is kept, under a number."""
+        number = 1
+        while (kept := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        os.rename(self.path, kept)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one object to metrics.jsonl, and passes it on (`Trackers`)."""
+        if not hosts.is_writer():
+            return
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.trackers.log(record)
+
+    def log_faults(self, faults: Sequence[Any]) -> None:
+        """Lists the rows of data that were left out, one a line, in data_faults.txt (no file: none)."""
+        if faults and hosts.is_writer():
+            (self.path / "data_faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Metrics of the training steps logged so far."""
+        path = self.path / "metrics.jsonl"
+        records = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        return [record for record in records if "reward/total" in record]
+
+    def log_trajectories(self, step: int, records: list[dict[str, Any]], name: str = "train") -> None:
+        """Writes the trajectories of a step, one JSON object a line."""
+        with open(self.path / "trajectories" / f"{name}-{step:06d}.jsonl", "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self, step: int, params, opt_state, progress: dict[str, Any], accuracy: float | None = None) -> None:
+        """Begins a checkpoint, and returns once what it holds may change; an earlier one is waited for.
+
+        Args:
+            progress: JSON, what `restore` gives back.
+            accuracy: held-out, of these parameters, where it was measured.
+        Raises:
+            ValueError: an earlier one could not be written, or this cannot be begun.
+        """
+        self.settle()
+        if step == self.latest:
+            return
+        metrics = self.path / "metrics.jsonl"
+        tree = {"params": params, "opt_state": opt_state}
+        progress = progress | {
+            "seed": self.seed, "logged": metrics.stat().st_size if metrics.exists() else 0,
+            "sums": {name: checksums(part) for name, part in tree.items()},
+        }  # fmt: skip
+        try:
+            self.writing = step, self.manager.save_async(
+                step, tree, custom_metadata=progress | {"crc": _crc(progress)},
+                metrics=None if accuracy is None else {"accuracy": accuracy},
+            )  # fmt: skip
+        except Exception as error:
+            raise self._unwritten(step, error) from error
+
+    def settle(self) -> None:
+        """Waits until the checkpoint that is being written is whole.
+
+        Raises:
+            ValueError: it could not be written; those before it are as they were.
+        """
+        if self.writing is None:
+            return
+        (step, response), self.writing = self.writing, None
+        try:
+            response.result()
+        except Exception as error:
+            raise self._unwritten(step, error) from error
+        self.latest = step
+
+    def _unwritten(self, step: int, error: Exception) -> ValueError:
+        before = "there is none before it" if self.latest is None else (
+            f"checkpoint {self.latest} is whole: make room, then continue from it with --run.resume true")  # fmt: skip
+        return ValueError(f"Checkpoint {step} could not be written to {self.checkpoints} ({_reason(error)}); {before}.")
+
+    def restore(self, params, opt_state) -> tuple[Any, Any, dict[str, Any]] | None:
+        """Parameters, optimizer state (with the structure and placement of the arguments) and progress of the newest
+        checkpoint; None where the run was stopped before its first. metrics.jsonl goes back to where it was then.
+
+        Raises:
+            ValueError: it is damaged, or of another model or seed; it stays as it is, and so do those before it.
+        """
+        self.settle()
+        if self.latest is None:
+            return None
+        tree, progress = _load(self.manager, self.latest, {"params": params, "opt_state": opt_state})
+        if progress["seed"] != self.seed:
+            raise ValueError(f"run.seed is {self.seed}, but the run to resume has {progress['seed']}; set the same.")
+        path = self.path / "metrics.jsonl"
+        if path.exists() and hosts.is_writer():
+            os.truncate(path, min(path.stat().st_size, progress["logged"]))
+        return tree["params"], tree["opt_state"], progress
+
+    def close(self) -> None:
+        """Waits for what is being written; see `settle`."""
+        self.settle()
+        self.manager.close()
+        if hosts.is_writer():
+            self.trackers.close()
+
+
+def _crc(progress: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(progress, sort_keys=True).encode())
+
+
+def _reason(error: Exception) -> str:
+    """An exception as part of a sentence."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+
+
+def _load(manager: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parts of checkpoint `step` that `like` names, as they were saved, and the progress saved with them.
+
+    Raises:
+        ValueError: damaged, or of another model.
+    """
+    whole = [c.step for c in manager.checkpoints if c.step != step]
+    remedy = f"delete {manager.directory / str(step)} to use checkpoint {max(whole)}" if whole else "there is no other"
+    damaged = f"Checkpoint {step} in {manager.directory} is damaged ({{}}); {remedy}."
+    try:
+        metadata = manager.metadata(step)
+        saved, progress = metadata.metadata, dict(metadata.custom_metadata or {})
+        counts = {name: (_shapes(saved[name]), _shapes(part)) for name, part in like.items()}
+    except Exception as error:
+        raise ValueError(damaged.format(_reason(error))) from error
+    if progress.pop("crc", None) != _crc(progress):
+        raise ValueError(damaged.format("its progress is not what was saved"))
+    for name, (there, here) in counts.items():
+        if there != here:
+            raise ValueError(
+                f"Checkpoint {step} in {manager.directory} does not fit the model of its config: of {name} it has "
+                f"{[*(there - here).elements()][:3]} where {[*(here - there).elements()][:3]} are wanted."
+            )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    try:
+        tree = manager.load(step, shapes)
+    except Exception as error:
+        raise ValueError(damaged.format(_reason(error))) from error
+    for name in like:
+        if wrong := sum(a != b for a, b in zip(checksums(tree[name]), progress["sums"][name], strict=True)):
+            raise ValueError(damaged.format(f"{wrong} arrays of {name} are not what was saved"))
+    return tree, progress
+
+
+def _shapes(tree: Any) -> Counter:
+    return Counter(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def load_params(checkpoints: str, like, step: int | None = None):
+    """The trained parameters of a run's checkpoint, and its step; the optimizer's state stays on disk.
+
+    Args:
+        checkpoints: see `checkpoint_folder`.
+        like: parameters of the same structure; those restored come to the default device.
+        step: default the newest.
+    Raises:
+        ValueError: there is no such checkpoint (those there are named), it is damaged, or it is of another model.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    if "://" not in checkpoints and not Path(checkpoints).is_dir():
+        raise ValueError(f"There are no checkpoints in {checkpoints}; name the folder of a run, such as runs/tiny.")
+    with context, ocp.training.Checkpointer(checkpoints) as manager:
+        steps = [checkpoint.step for checkpoint in manager.checkpoints]
+        if not steps or step not in (None, *steps):
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+            asked = "" if step is None else f" {step}"
+            raise ValueError(f"{checkpoints} holds no finished checkpoint{asked}; {there}.")
+        step = steps[-1] if step is None else step
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
+        return _load(manager, step, {"params": shapes})[0]["params"], step

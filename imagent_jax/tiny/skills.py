@@ -1,0 +1,70 @@
+"""What the tiny base can do, skill by skill, on the held-out split: greedy text compared with the truth."""
+
+import dataclasses
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from imagent_jax.config import Config
+from imagent_jax.model import checkpoint
+from imagent_jax.model.processor import Processor
+from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.tiny.corpus import SETTINGS, STEP, THUMBNAIL, TOOLS, TURN, make_group
+from imagent_jax.types import Task
+
+FORMS = ("crop", "crops", "thumbnail", "thumbnails")
+
+
+def skill_task(rng: np.random.Generator, form: str, uid: str) -> Task:
+    """A question of the pre-training corpus about images of the test split; its `kind` is the skill."""
+    while True:
+        group = make_group(rng, 1, form, "test")
+        asked, said = (segment.text for segment in group.responses[0])
+        question, expected = asked.split(TURN)[0], said.removesuffix("<|im_end|>")
+        skill = {"What": "read", "Where": "locate", "Name": "name"}.get(question.split()[0], "answer")
+        skill = "answer" if "<answer>" in expected else skill
+        if skill != "answer" or form == "crops" or " an " in question or " a " in question:  # a guess is no skill
+            break
+    images = []
+    for shown in group.images:
+        buffer = io.BytesIO()
+        shown.pixels.save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    return Task(uid, question, tuple(images), expected, kind=f"{skill} ({form})")
+
+
+def right(expected: str, text: str) -> bool:
+    """Whether the text of a turn answers what was expected; a box may be off by one `STEP` on every side."""
+    text = text.removesuffix("<|im_end|>").strip()
+    if "<answer>" in expected:
+        return expected.partition("<answer>")[2] == text.partition("<answer>")[2]
+    if not expected.startswith("["):
+        return text == expected.strip()
+    try:
+        box = json.loads(text)
+    except ValueError:
+        return False
+    return len(box) == 4 and all(abs(a - b) <= STEP for a, b in zip(box, json.loads(expected), strict=True))
+
+
+def measure(folder: Path, count: int = 256, seed: int = 0) -> dict[str, float]:
+    """Share of right greedy answers by skill and form, `count` questions of each form (a multiple of 64)."""
+    base, rng, results = Config(), np.random.default_rng(seed), defaultdict(list)
+    for form in FORMS:
+        low, high = THUMBNAIL if form.startswith("thumb") else (SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels)
+        cfg = dataclasses.replace(
+            base,
+            images=dataclasses.replace(base.images, min_pixels=low, max_pixels=high),
+            rollout=dataclasses.replace(base.rollout, prompt_tokens=160, response_tokens=64),
+        )
+        model, params = checkpoint.load(folder, vision_block=cfg.images.vision_block)
+        engine = RolloutEngine(model, Processor.from_pretrained(folder), TOOLS, cfg)
+        tasks = [skill_task(rng, form, f"{form}-{i}") for i in range(count)]
+        for begin in range(0, count, 64):
+            rollout = engine.rollout(params, tasks[begin : begin + 64], group_size=1, seed=seed, greedy=True)
+            for (trajectory,) in rollout.trajectories:
+                results[trajectory.task.kind].append(right(trajectory.task.answer, trajectory.turns[0].text))
+    return {skill: round(float(np.mean(oks)), 3) for skill, oks in sorted(results.items())}

@@ -1,0 +1,110 @@
+"""The first stage of the tiny base: its vision tower learns what is where, with a label at every feature.
+
+A linear head on each merged feature predicts the tag whose centre lies in it (colour, digit, the corner of the box around
+it) and the feature's own row and column. The head is thrown away.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from PIL import Image
+
+from imagent_jax.images.prepare import pack_images
+from imagent_jax.model.config import VisionConfig
+from imagent_jax.model.processor import Processor
+from imagent_jax.model.qwen2_vl import Model, encode_images
+from imagent_jax.model.vision import normalise
+from imagent_jax.tiny.corpus import BOX, SETTINGS, STEP, THUMBNAIL, box_near, box_of
+from imagent_jax.tiny.world import COLOURS, SIZES, make_crowded_scene, make_scene
+
+HEADS = {"colour": len(COLOURS) + 1, "digit": 10, "x": 1000 // STEP + 1, "y": 1000 // STEP + 1, "row": 8, "column": 8}
+"""Classes of each label; label -1 is not counted. "digit" is asked of crops only."""
+BLOCKS = 52
+SCENES = 60
+"""Scenes of a pack; each gives its thumbnail and crops around two of its tags."""
+
+
+class Labelled(NamedTuple):
+    """A pack of images and, per merged feature, its labels int32[F] by head."""
+
+    patches: np.ndarray
+    coords: np.ndarray
+    image: np.ndarray
+    labels: dict[str, np.ndarray]
+
+
+def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, crowded: int = 0) -> Labelled:
+    """Thumbnails and crops of `SCENES` scenes of the train split, with labels; crops of the first `crowded` scenes give
+    way to images of the same size full of tags, which hold about three times as many digits."""
+    scenes = [make_scene(rng, "train", varied=True) for _ in range(SCENES)]
+    views = [(scene, box_near(rng, scene, tag)) for scene in scenes for tag in scene.tags[:2]]
+    side = round(BOX / 1000 * SIZES[0][0])
+    for i in range(2 * crowded):
+        views[i] = (make_crowded_scene(rng, "train", side, side), (0, 0, side, side))
+    images, places = [], []
+    for scene, box in views + [(scene, None) for scene in scenes]:
+        height, width = scene.pixels.shape[:2]
+        left, top, right, bottom = box or (0, 0, width, height)
+        budget = (SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels) if box else THUMBNAIL
+        images.append(processor.prepare(Image.fromarray(scene.pixels[top:bottom, left:right]), *budget))
+        spots = [((t.x * width - left) / (right - left), (t.y * height - top) / (bottom - top), t) for t in scene.tags]
+        places.append([(x, y, tag, box) for x, y, tag in spots if 0 <= x < 1 and 0 <= y < 1])
+    patches, coords, image, first = pack_images(images, block, BLOCKS)
+    labels = {name: np.full(len(patches) // 4, -1, np.int32) for name in HEADS}
+    for prepared, start, tags in zip(images, first, places, strict=True):
+        rows, columns = prepared.grid[0] // 2, prepared.grid[1] // 2
+        own = slice(start // 4, start // 4 + rows * columns)
+        labels["row"][own] = np.repeat(np.arange(rows), columns)
+        labels["column"][own] = np.tile(np.arange(columns), rows)
+        labels["colour"][own] = len(COLOURS)
+        for x, y, tag, crop in tags:
+            at = own.start + int(y * rows) * columns + int(x * columns)
+            labels["colour"][at] = COLOURS.index(tag.colour)
+            if crop:
+                labels["digit"][at] = tag.digit
+            else:
+                corner = box_of(tag)
+                labels["x"][at], labels["y"][at] = corner[0] // STEP, corner[1] // STEP
+    return Labelled(patches, coords, image, labels)
+
+
+def whitening(cfg: VisionConfig, packs: list[Labelled]) -> np.ndarray:
+    """A patch embedding, float32[C, D], that gives uncorrelated outputs of deviation one on these patches: the
+    leading principal components, each divided by its deviation (the fine strokes of a digit count as much as light)."""
+    patches = np.concatenate([normalise(cfg, pack.patches[pack.image >= 0]) for pack in packs]).astype(np.float64)
+    values, vectors = np.linalg.eigh(np.cov(patches, rowvar=False))
+    return (vectors[:, -cfg.embed_dim :] / np.sqrt(values[-cfg.embed_dim :] + 1e-2)).astype(np.float32)
+
+
+def new_head(width: int, seed: int) -> dict[str, jax.Array]:
+    """A linear layer to all classes."""
+    keys = jax.random.split(jax.random.key(seed), len(HEADS))
+    return {n: jax.random.normal(k, (width, c)) * width**-0.5 for k, (n, c) in zip(keys, HEADS.items(), strict=True)}
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def vision_step(model: Model, optimizer, params, trained, opt_state, pack: Labelled):
+    """One update of (tower, head) on a pack; returns them, and the accuracy of each head."""
+
+    def loss(trained):
+        tower, head = trained
+        whole = nnx.State({**params, "vision": tower})
+        features = encode_images(model, whole, pack.patches, pack.coords, pack.image)
+        total, right = 0.0, {}
+        for name, weights in head.items():
+            labels, logits = pack.labels[name], features @ weights
+            known = labels >= 0
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+            count = jnp.maximum(known.sum(), 1)
+            total += jnp.sum(jnp.where(known, losses, 0)) / count
+            right[name] = jnp.sum(known & (logits.argmax(-1) == labels)) / count
+        return total, right
+
+    (_, right), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
+    updates, opt_state = optimizer.update(gradients, opt_state, trained)
+    return optax.apply_updates(trained, updates), opt_state, right

@@ -1,0 +1,184 @@
+"""Plain data that all rooms share: tasks, numbered images, calls, turns and trajectories. No jax."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ANSWER_TYPES = ("exact", "choice", "number", "f1")
+
+
+class ToolError(Exception):
+    """A mistake that the policy can repair. Its message is shown: one short line, what was wrong, what was expected."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question about several images, with its reference answer.
+
+    Attributes:
+        uid: unique name of the task within its data set; logs and errors name it.
+        question: the question as plain text, without image markers. Images are called "Image 1", "Image 2", ...
+        images: encoded files (JPEG, PNG, ...) in the order shown; `images[0]` is Image 1.
+        answer: the reference answer as text.
+        answer_type: how an answer is compared with the reference, one of `ANSWER_TYPES`.
+        kind: the family of questions the task belongs to; metrics are reported per kind.
+        meta: further facts about the task, JSON-serialisable. Never shown to the policy.
+    """
+
+    uid: str
+    question: str
+    images: tuple[bytes, ...]
+    answer: str
+    answer_type: str = "exact"
+    kind: str = ""
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEntry:
+    """One numbered image of a trajectory.
+
+    Attributes:
+        number: 1-based, as in "Image 3".
+        image: RGB pixels at their own resolution, never rescaled; a crop keeps the pixels it was cut from.
+        shown: (height, width) in pixels at which the policy sees the image.
+        parent: number of the image it was made from; None for a given image.
+        box: (left, top, right, bottom) in pixels of `parent.image` where it was cut out; None unless a crop.
+        origin: what it is, in words, such as "crop"; "" for a given image.
+        min_pixels, max_pixels: the budget that made `shown`; preparing `image` with it gives that size again.
+    """
+
+    number: int
+    image: Image.Image
+    shown: tuple[int, int]
+    parent: int | None = None
+    box: tuple[int, int, int, int] | None = None
+    origin: str = ""
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the original pixels."""
+        return self.image.height, self.image.width
+
+    def describe(self) -> str:
+        """Return the line shown above the image: "Image 1", "Image 4: crop of Image 2"."""
+        if self.parent is not None:
+            return f"Image {self.number}: {self.origin or 'made'} of Image {self.parent}"
+        return f"Image {self.number}: {self.origin}" if self.origin else f"Image {self.number}"
+
+
+class CallStatus(IntEnum):
+    """How a tool call ended."""
+
+    EXECUTED = 0
+    INVALID = 1
+    FAULT = 2
+
+
+@dataclass
+class CallResult:
+    """The outcome of a tool call.
+
+    Attributes:
+        status: EXECUTED, INVALID (the policy's mistake) or FAULT (an error of the environment).
+        name, arguments: of the call, as far as they could be read.
+        parts: the observation in order: a text line, or the number of an image to show there. The line that names an image
+            precedes it.
+        error: for logs; the policy's message when INVALID, the traceback or the timeout when FAULT.
+    """
+
+    status: CallStatus
+    name: str | None = None
+    arguments: dict[str, Any] | None = None
+    parts: list[str | int] = field(default_factory=list)
+    error: str | None = None
+    seen: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def images(self) -> list[int]:
+        """The numbers of the images shown, in order."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+class TokenKind(IntEnum):
+    """What a token of a response is. The first four are actions: the policy sampled them."""
+
+    TEXT = 0
+    TOOL_CALL = 1
+    INVALID_CALL = 2
+    ANSWER = 3
+    OBSERVATION = 4
+    PAD = 5
+
+
+class EndReason(IntEnum):
+    """Why a trajectory ended. FAULT: an environment error, not a mistake of the policy."""
+
+    ANSWERED = 0
+    TRUNCATED = 1
+    OVER_TURNS = 2
+    VOID = 3
+    REPEATED = 4
+    FAULT = 5
+
+
+@dataclass
+class Turn:
+    """One assistant turn: tokens [start, stop) of the response, their text, and the call it made."""
+
+    start: int
+    stop: int
+    text: str
+    call: CallResult | None = None
+
+
+@dataclass
+class Trajectory:
+    """One finished rollout: the exact ids, append-only. r tokens.
+
+    Attributes:
+        ids: int32[r].
+        logprobs: float32[r], the sampler's; 0 at observations.
+        kind: uint8[r], `TokenKind`.
+        positions: int32[3, r], M-RoPE.
+        vision: int32[r], feature row of an image placeholder; -1 at text.
+        answer: what stands in the last `<answer>…</answer>`; None where there is none.
+        registry: the numbered images, given and made; None where another process has them.
+        error: traceback or timeout of an environment error.
+    """
+
+    task: Task
+    rollout: int
+    ids: np.ndarray
+    logprobs: np.ndarray
+    kind: np.ndarray
+    positions: np.ndarray
+    vision: np.ndarray
+    turns: list[Turn]
+    end: EndReason
+    answer: str | None
+    registry: Any = field(repr=False, default=None)
+    error: str | None = None
+
+    def _calls(self, status: CallStatus) -> int:
+        return sum(turn.call is not None and turn.call.status == status for turn in self.turns)
+
+    @property
+    def executed_calls(self) -> int:
+        """Number of calls that a tool executed."""
+        return self._calls(CallStatus.EXECUTED)
+
+    @property
+    def invalid_calls(self) -> int:
+        """Number of calls that were malformed or impossible."""
+        return self._calls(CallStatus.INVALID)
+
+    @property
+    def faulted_calls(self) -> int:
+        """Number of calls that failed on an environment error."""
+        return self._calls(CallStatus.FAULT)
