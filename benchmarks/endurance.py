@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from imagent_jax import train
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.chat import Call
+from imagent_jax.rollout.episode import Episode
 from imagent_jax.tiny.world import make_task
 from imagent_jax.types import EndReason
 
@@ -52,30 +53,30 @@ def write_tasks(folder: Path, count: int) -> Counter:
     return images
 
 
-def call(images: int, rng: np.random.Generator) -> str:
+def call(images: int, rng: np.random.Generator) -> Call:
     """A call that can be executed."""
     left, top = rng.uniform(0, 700, 2)
     box = [int(left), int(top), int(rng.uniform(left + 100, 1000)), int(rng.uniform(top + 100, 1000))]
     arguments = {"image": int(rng.integers(images)) + 1, "bbox_2d": box}
-    return f"<tool_call>{json.dumps({'name': 'visual_confirmation', 'arguments': arguments})}</tool_call>"
+    return Call("visual_confirmation", arguments)
 
 
 def script_calls() -> Counter:
     """Every rollout makes as many calls as are drawn for it; returns how many made how many, as they end."""
-    book, ended = RolloutEngine.end_turn, Counter()
+    end, ended = Episode.end_turn, Counter()
 
-    def end_turn(engine, row, ids):
-        text = book(engine, row, ids)
-        seed = zlib.crc32(f"{row.task.uid}/{row.rollout}".encode())
-        full, calls = row.seen >= engine.cfg.rollout.response_tokens, len(row.turns) - 1
+    def end_turn(episode, ids):
+        action = end(episode, ids)
+        seed = zlib.crc32(f"{episode.task.uid}/{episode.rollout}".encode())
+        full, calls = episode.length >= episode.rules.response_tokens, len(episode.turns) - 1
         if not full and calls < seed % (CALLS + 1):
-            row.end, text = None, call(len(row.task.images), np.random.default_rng((seed, calls)))
-        else:
-            row.end, text = row.end or EndReason.VOID, None
-            ended[calls] += 1
-        return text
+            episode.end = None
+            return call(len(episode.task.images), np.random.default_rng((seed, calls)))
+        episode.end = episode.end or EndReason.VOID
+        ended[calls] += 1
+        return None
 
-    RolloutEngine.end_turn = end_turn
+    Episode.end_turn = end_turn
     return ended
 
 

@@ -143,7 +143,8 @@ def script(engine, batch) -> list[Row]:
                 shown, images = t.ids[:0], []
                 if after is not None:
                     shown = t.ids[turn.stop : after.start]
-                    images = [ready(engine.prepare(t.registry, part)) for part in turn.call.parts if not isinstance(part, str)]
+                    entries = [t.images[number - 1] for number in turn.call.images]
+                    images = [ready(engine.processor.prepare_to(entry.image, entry.shown)) for entry in entries]
                 turns.append(Turn(t.ids[turn.start : turn.stop], shown, images))
             rows.append(Row(prompt.ids, [ready(image) for image in prompt.images], turns, t.logprobs))
     return rows
@@ -171,10 +172,10 @@ def ours(folder: str, args, groups: int, group_size: int, path: Path) -> dict:
     batches = []
 
     def run():
-        batches[:] = [parts.engine.rollout(parts.params, tasks, group_size=group_size, seed=0)]
+        batches[:] = [parts.collector.collect(parts.params, tasks, group_size=group_size, seed=0)]
 
     times, batch = common.seconds(run, args.repeats), batches[0]
-    rows = script(parts.engine, batch)
+    rows = script(parts.collector, batch)
     path.write_bytes(pickle.dumps(rows))
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9 if accelerated else memory.read()["peak_resident_gb"]
     return common.median(times) | {

@@ -136,7 +136,7 @@ def ungroup(problem: Problem) -> Problem:
 def pack(problem: Problem, store, shape: Shape):
     """The `GroupBatch` of a problem; its images are encoded into `store`."""
     from imagent_jax.rl.batch import pack_batch
-    from imagent_jax.rollout.engine import RolloutBatch
+    from imagent_jax.rollout.batch import RolloutBatch
     from imagent_jax.types import EndReason, Task, Trajectory
 
     flat = [*problem.prompts, *(row for group in problem.responses for row in group)]

@@ -32,9 +32,9 @@ from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import dropped_shares, mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.rewards import reward_functions
-from imagent_jax.rollout.engine import Stopped
+from imagent_jax.rollout.collect import Stopped
 from imagent_jax.rollout.policy import Policy, training_mesh
-from imagent_jax.rollout.prefetch import Ahead
+from imagent_jax.rollout.prefetch import Prefetcher
 from imagent_jax.runs.folder import RunFolder
 from imagent_jax.runs.interrupt import Interrupt
 from imagent_jax.runs.report import write_report
@@ -64,8 +64,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
     with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
         reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
-        parts = Policy(cfg)
-        parts.engine.stop = lambda: interrupt.asked == signal.SIGTERM
+        parts = Policy(cfg, interrupt.stop)
         train_tasks, test_tasks = open_tasks(cfg.data, "train"), parts.test_tasks(cfg.eval.tasks)
     folder.log_faults([*train_tasks.faults, *parts.test_faults])
     log = TrajectoryLog(folder, parts.processor, cfg)
@@ -84,13 +83,13 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
         step, evaluations, unlogged = (progress[key] for key in ("step", "evaluations", "unlogged"))
         iterator.set_state(progress["iterator"])
         console.print(f"Resumed after step {step}.")
-    ahead, history = Ahead(parts.engine, iterator, cfg), folder.history()
+    ahead, history = Prefetcher(parts.collector, iterator, cfg.rollout, cfg.run.seed), folder.history()
 
     def held_out(count: int, name: str) -> dict[str, float]:
         start = time.perf_counter()
         with console.status(f"Evaluating on {min(count, len(test_tasks))} held-out tasks"):
             metrics, trajectories = evaluate(
-                parts.engine, params, test_tasks[:count], groups=cfg.eval.groups, seed=cfg.eval.seed,
+                parts.collector, params, test_tasks[:count], groups=cfg.eval.groups, seed=cfg.eval.seed,
                 greedy=cfg.eval.greedy, temperature=cfg.rollout.temperature,
             )  # fmt: skip
         log.write(step, [[t] for t in trajectories], name=name)

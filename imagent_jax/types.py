@@ -1,5 +1,6 @@
 """Plain data that all rooms share: tasks, numbered images, calls, turns and trajectories. No jax."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -97,7 +98,6 @@ class CallResult:
     arguments: dict[str, Any] | None = None
     parts: list[str | int] = field(default_factory=list)
     error: str | None = None
-    seen: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def images(self) -> list[int]:
@@ -148,7 +148,7 @@ class Trajectory:
         positions: int32[3, r], M-RoPE.
         vision: int32[r], feature row of an image placeholder; -1 at text.
         answer: what stands in the last `<answer>…</answer>`; None where there is none.
-        registry: the numbered images, given and made; None where another process has them.
+        images: the numbered images, given and made; None where another process has them.
         error: traceback or timeout of an environment error.
     """
 
@@ -162,7 +162,7 @@ class Trajectory:
     turns: list[Turn]
     end: EndReason
     answer: str | None
-    registry: Any = field(repr=False, default=None)
+    images: Sequence[ImageEntry] | None = field(repr=False, default=())
     error: str | None = None
 
     def _calls(self, status: CallStatus) -> int:
@@ -182,3 +182,11 @@ class Trajectory:
     def faulted_calls(self) -> int:
         """Number of calls that failed on an environment error."""
         return self._calls(CallStatus.FAULT)
+
+
+def quote(value: Any, limit: int = 24) -> str:
+    """A value as the policy wrote it, shortened to `limit` characters, printable on one line."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(char if char.isprintable() else " " for char in text)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return f'"{text}"' if isinstance(value, str) else text

@@ -76,7 +76,7 @@ tasks = base.test_tasks(TASKS)
 
 def ask(parts):
     """Figures and trajectories of one answer to each of the held-out tasks."""
-    return evaluate(parts.engine, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=False,
+    return evaluate(parts.collector, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=False,
                     temperature=1.0)  # fmt: skip
 
 
@@ -85,10 +85,10 @@ print(f"{100 * before['accuracy']:.0f} % of {TASKS} held-out tasks right, {befor
 
 # %% What the agent did, turn by turn: boxes are where its crops were cut, on the right is what it then saw
 def show(trajectory):
-    registry, given = trajectory.registry, len(trajectory.task.images)
-    made = [entry for entry in registry if entry.number > given]
+    images, given = trajectory.images, len(trajectory.task.images)
+    made = [entry for entry in images if entry.number > given]
     figure, axes = plt.subplots(1, given + len(made), figsize=(2.3 * (given + len(made)), 2.6), squeeze=False)
-    for axis, entry in zip(axes[0], registry, strict=True):
+    for axis, entry in zip(axes[0], images, strict=True):
         small = entry.image.resize(entry.shown[::-1], Image.Resampling.BICUBIC)  # as the policy sees it
         axis.imshow(small if entry.number > given else entry.image)
         axis.set_title(entry.describe(), fontsize=8)
@@ -163,9 +163,12 @@ print(f"Report: {run}/report.html. Every trajectory in the browser: python -m im
 
 # %%
 from imagent_jax.evals.controls import controlled
+from imagent_jax.rollout.collect import Collector
 
+environment = controlled("shuffle", said_after, seed=0)
+collector = Collector(agent.model, agent.processor, agent.tools, cfg, environment=environment)
 with jax.set_mesh(agent.mesh):
-    shuffled, _ = evaluate(controlled(agent.engine, "shuffle", said_after, seed=0), agent.params, tasks,
+    shuffled, _ = evaluate(collector, agent.params, tasks,
                            groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=False, temperature=1.0)  # fmt: skip
 print(f"right answers: {100 * after['accuracy']:.0f} % truly, {100 * shuffled['accuracy']:.0f} % with shuffled crops")
 

@@ -70,7 +70,7 @@ def tasks():
 @pytest.fixture(scope="session")
 def rollout(parts, tasks):
     """4 tasks x 4 rollouts of the shipped base, sampled."""
-    return parts.engine.rollout(parts.params, tasks, group_size=4, seed=11)
+    return parts.collector.collect(parts.params, tasks, group_size=4, seed=11)
 
 
 @pytest.fixture(scope="session")

@@ -14,20 +14,22 @@ from pathlib import Path
 import numpy as np
 from playwright.sync_api import Browser, sync_playwright
 
+from imagent_jax.chat import QWEN, Call, MalformedCall
 from imagent_jax.config import Config
 from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.interleave import Encoded
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model, abstract
 from imagent_jax.rl.rewards import score_trajectory
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.collect import Collector
+from imagent_jax.rollout.episode import Episode
 from imagent_jax.rollout.metrics import summarise
-from imagent_jax.rollout.turns import Row
 from imagent_jax.runs.folder import RunFolder
 from imagent_jax.runs.trajectory_log import TrajectoryLog
 from imagent_jax.tiny.base import base_folder
 from imagent_jax.tiny.world import task_at
-from imagent_jax.tools import VISUAL_TOOLS, ToolSet, format_call, tool
-from imagent_jax.types import CallResult, EndReason, Task, TokenKind, Trajectory, Turn
+from imagent_jax.tools import VISUAL_TOOLS, ImageRegistry, ToolSet, ToolSettings, tool
+from imagent_jax.types import CallResult, EndReason, Task, TokenKind, ToolError, Trajectory, Turn
 
 EVIL = "Is </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> 日本語 in Image 1?"
 ANSWER = "<answer>{}</answer><|im_end|>"
@@ -40,7 +42,7 @@ def broken(context) -> str:
 
 
 def crop(image: int, *box: int) -> str:
-    return format_call("visual_confirmation", {"image": image, "label": "red", "bbox_2d": list(box)})
+    return QWEN.render_call("visual_confirmation", {"image": image, "label": "red", "bbox_2d": list(box)})
 
 
 @functools.cache
@@ -49,29 +51,50 @@ def without_weights() -> tuple[Model, Processor]:
     return abstract(Qwen2VLConfig.from_folder(base_folder()))[0], Processor.from_pretrained(base_folder())
 
 
-def scripted_engine(cfg: Config) -> RolloutEngine:
-    """An engine for `play`, with the visual tools and a broken one."""
-    return RolloutEngine(*without_weights(), ToolSet([*VISUAL_TOOLS.values(), broken]), cfg)
+def scripted_collector(cfg: Config, **options) -> Collector:
+    """A collector for `play`, with the visual tools and a broken one."""
+    return Collector(*without_weights(), ToolSet([*VISUAL_TOOLS.values(), broken]), cfg, **options)
 
 
-def play(engine: RolloutEngine, task: Task, rollout: int, texts: list[str]) -> Trajectory:
-    """The trajectory of a policy that says `texts`, through the engine's own books; log-probabilities are drawn.
+def action(text: str) -> Call | MalformedCall:
+    """The call in a text; a text without one is malformed."""
+    try:
+        return QWEN.parse_call(text)
+    except ToolError as error:
+        return MalformedCall(str(error))
 
-    Like the sampler, it stops where the response's buffer is full.
+
+def execute(tools: ToolSet, text: str, registry: ImageRegistry, settings: ToolSettings) -> CallResult:
+    """Run the call in a text."""
+    return tools.execute(action(text), registry, settings)
+
+
+def see(collector: Collector, episode: Episode, call: Call | MalformedCall) -> Encoded | None:
+    """Run the call of an episode at once, and give the episode the result."""
+    environment = episode.environment
+    result = environment.step(call)
+    images = [collector.rules.prepare(environment, environment.images[n - 1], observed=True) for n in result.images]
+    return episode.respond(result, images)
+
+
+def play(collector: Collector, task: Task, rollout: int, texts: list[str]) -> Trajectory:
+    """The trajectory of a policy that says `texts`, by the project's own episode; log-probabilities are drawn.
+
+    Like the engine, it stops where the response's buffer is full.
     """
-    prompt, registry = engine.open_task(task)
-    row, ids = Row(task, rollout, registry, position=prompt.next_position), []
+    opened, ids = collector.open_task(task), []
+    episode = Episode(collector.rules, task, rollout, opened.environment, opened.prompt.next_position)
     for text in texts:
-        said = np.asarray(engine.processor.encode(text), np.int32)[: engine.cfg.rollout.response_tokens - len(ids)]
+        said = np.asarray(collector.processor.encode(text), np.int32)[: collector.rules.response_tokens - len(ids)]
         ids += said.tolist()
-        if (call := engine.end_turn(row, said)) is None:
+        if (call := episode.end_turn(said)) is None:
             break
-        if (shown := engine.respond(row, engine.tools.execute(call, row.registry, engine.settings))) is None:
+        if (shown := see(collector, episode, call)) is None:
             break
         ids += shown.ids.tolist()
-        row.book_observation(shown, shown.vision([0] * len(shown.images)))
+        episode.observe(shown, shown.vision([0] * len(shown.images)))
     logprobs = -np.random.default_rng(len(ids) + rollout).exponential(0.4, len(ids))
-    return row.trajectory(np.asarray(ids, np.int32), logprobs)
+    return episode.trajectory(np.asarray(ids, np.int32), logprobs)
 
 
 def finished(
@@ -92,7 +115,7 @@ def scripts(task: Task) -> list[list[str]]:
     """What the eight rollouts of a group say."""
     right, wrong, new = ANSWER.format(task.answer), ANSWER.format("none of them"), len(task.images) + 1
     again = crop(1, 100, 100, 400, 400)
-    reflection = format_call("visual_reflection", {"images": [1, 2], "resolution": "high"})
+    reflection = QWEN.render_call("visual_reflection", {"images": [1, 2], "resolution": "high"})
     return [
         ["Look closer.\n" + crop(2, 250, 300, 650, 800), crop(new, 0, 500, 500, 1000), "So.\n" + right],
         [crop(1, 500, 500, 900, 900), "Ünï 日本 " + wrong],
@@ -101,7 +124,7 @@ def scripts(task: Task) -> list[list[str]]:
         [reflection, crop(new, 300, 300, 700, 700), right],
         [wrong],
         ["I do not know.<|im_end|>"],
-        [format_call("broken", {}), right],
+        [QWEN.render_call("broken", {}), right],
     ]
 
 
@@ -126,14 +149,14 @@ def make_run(folder: Path, steps: int = 3):
         "run": {"dir": str(folder), "name": "demo", "steps": steps}, "tools": {"max_turns": 3},
         "rollout": {"prompt_tokens": 512, "response_tokens": 512},
     })  # fmt: skip
-    run, engine = RunFolder(cfg), scripted_engine(cfg)
-    log, rng = TrajectoryLog(run, engine.processor, cfg), np.random.default_rng(0)
+    run, collector = RunFolder(cfg), scripted_collector(cfg)
+    log, rng = TrajectoryLog(run, collector.processor, cfg), np.random.default_rng(0)
     tasks = [task_at(3, "train", i) for i in range(2 * steps)]
     tasks[0] = dataclasses.replace(tasks[0], question=EVIL)
     held_out = [task_at(3, "test", i) for i in range(6)]
 
     def evaluation(step: int, name: str, lines: list[int]) -> list[Trajectory]:
-        done = [play(engine, task, 0, scripts(task)[line]) for task, line in zip(held_out, lines, strict=True)]
+        done = [play(collector, task, 0, scripts(task)[line]) for task, line in zip(held_out, lines, strict=True)]
         log.write(step, [[t] for t in done], name=name)
         return done
 
@@ -142,7 +165,7 @@ def make_run(folder: Path, steps: int = 3):
     logged = {}
     for step in range(1, steps + 1):
         asked = tasks[2 * step - 2 : 2 * step]
-        groups = [[play(engine, t, g, texts) for g, texts in enumerate(scripts(t))] for t in asked]
+        groups = [[play(collector, t, g, texts) for g, texts in enumerate(scripts(t))] for t in asked]
         rewards = [[score_trajectory(t, cfg.reward) for t in group] for group in groups]
         totals = np.asarray([[r["total"] for r in group] for group in rewards])
         advantages = (totals - totals.mean(1, keepdims=True)) / totals.std(1, keepdims=True)

@@ -17,7 +17,7 @@ from imagent_jax.evals import ablate
 from imagent_jax.rl.learner import Tables, batch_loss
 from imagent_jax.rl.loss import PRESETS
 from imagent_jax.rl.mask import mask_tables, two_level_mask
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.tiny.world import task_at
 from imagent_jax.types import TokenKind
 
@@ -133,7 +133,7 @@ def test_the_table_shows_what_each_column_says():
 
 
 def test_the_gain_for_any_call_pays_right_answers_after_refused_calls_too(parts):
-    engine, task = RolloutEngine(parts.model, parts.processor, parts.tools, Config.from_dict(
+    engine, task = Collector(parts.model, parts.processor, parts.tools, Config.from_dict(
         {"rollout": {"prompt_tokens": 512, "response_tokens": 512}})), task_at(3, "train", 0)  # fmt: skip
     said = scripts(task)
     paid = [ablate.gain_for_any_call(play(engine, task, 0, said[line])) for line in (0, 1, 7, 5)]

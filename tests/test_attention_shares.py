@@ -201,7 +201,7 @@ def test_shares_are_averaged_over_tokens_by_source_by_position_and_by_turn(parts
         asked.append((width, user))
         return [np.eye(6)[[0, 1, 2]], np.eye(6)[[0, 3]]]
 
-    monkeypatch.setattr(job, "RolloutEngine", Engine)
+    monkeypatch.setattr(job, "Collector", Engine)
     monkeypatch.setattr(job, "shares_of", shares_of)
     found = job.measure(parts, tasks[:1] * count, True, 5)
     names, r = parts.cfg.tools.names, parts.cfg.rollout

@@ -1,7 +1,5 @@
 """Controls of an evaluation: what they replace, and that they tell an agent that looks from one that cannot."""
 
-import copy
-
 import numpy as np
 import pytest
 from conftest import small_config
@@ -11,7 +9,8 @@ from scripted_run import crop, play, tools_with
 from imagent_jax.evals import evaluate as job
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.collect import Collector
+from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.tiny.world import task_at
 from imagent_jax.types import TokenKind
 
@@ -29,43 +28,54 @@ def tasks():
 @pytest.fixture(scope="module")
 def run(parts, tasks):
     """Greedy answers of the shipped base to held-out tasks."""
-    return lambda engine: job.evaluate(engine, parts.params, tasks, groups=32, seed=0, greedy=True, temperature=1.0)[1]
+    return lambda collector: job.evaluate(collector, parts.params, tasks, groups=32, seed=0, greedy=True, temperature=1.0)[1]
 
 
 @pytest.fixture(scope="module")
 def true(parts, run):
-    return run(parts.engine)
+    return run(parts.collector)
 
 
 def right(done):
     return np.asarray(job.answered_right(done))
 
 
-def shown(engine, t):
+def environment_of(collector, task, control=None, done=(), seed=0):
+    """The environment of a task, under a control or none."""
+    make = controlled(control, done, seed) if control else ToolEnvironment
+    environment = make(collector.tools, collector.settings, collector.cfg.images)
+    environment.reset(task)
+    return environment
+
+
+def shown(collector, t, *control):
     """(is it an observation, true pixels, pixels shown) of every image of a trajectory, in order."""
-    engine, out = copy.copy(engine), []
-    look = engine.look or (lambda registry, entry, observed: entry.image)
-    for n in range(1, len(t.task.images) + 1):
-        out.append((False, t.registry[n].image, look(t.registry, t.registry[n], False)))
+    environment, out = environment_of(collector, t.task, *control), []
+    for entry in t.images[: len(t.task.images)]:
+        out.append((False, entry.image, environment.view(entry, False)))
     for turn in t.turns:
         for n in turn.call.images if turn.call else ():
-            out.append((True, t.registry[n].image, look(t.registry, t.registry[n], True)))
+            out.append((True, t.images[n - 1].image, environment.view(t.images[n - 1], True)))
     return out
 
 
+def under(parts, control, done, seed, tools=None):
+    """The collector of a control."""
+    other = controlled(control, done, seed)
+    return Collector(parts.model, parts.processor, tools or parts.tools, parts.cfg, environment=other)
+
+
 def test_shuffle_replaces_what_tools_show_by_what_they_showed_in_another_task(parts, true):
-    engine = controlled(parts.engine, "shuffle", true, seed=0)
-    seen = [image for t in true for observed, image, _ in shown(parts.engine, t) if observed]
+    seen = [image for t in true for observed, image, _ in shown(parts.collector, t) if observed]
     assert len(seen) > TASKS / 2
     sizes = {image.size for image in seen}
     pool = {image.resize(size, BICUBIC).tobytes() for image in seen for size in sizes}
     for t in true:
-        own = [image.tobytes() for _, image, _ in shown(engine, t)]
-        for observed, image, instead in shown(engine, t):
+        own = [image.tobytes() for _, image, _ in shown(parts.collector, t)]
+        for observed, image, instead in shown(parts.collector, t, "shuffle", true, 0):
             assert instead.size == image.size and (instead.tobytes() not in own) == observed
             assert not observed or instead.tobytes() in pool
-    again = controlled(parts.engine, "shuffle", true, seed=0), controlled(parts.engine, "shuffle", true, seed=1)
-    pixels = [[i.tobytes() for t in true for _, _, i in shown(e, t)] for e in (engine, *again)]
+    pixels = [[i.tobytes() for t in true for _, _, i in shown(parts.collector, t, "shuffle", true, n)] for n in (0, 0, 1)]
     assert pixels[0] == pixels[1] != pixels[2]
 
 
@@ -73,52 +83,51 @@ def test_shuffle_never_shows_what_the_same_task_showed_and_draws_by_seed_and_pix
     """Scripted crops of three tasks: what is shown instead of a crop is a crop of one of the two others."""
     boxes = [(0, 0, 400, 400), (100, 200, 700, 700), (500, 500, 999, 999), (300, 0, 600, 500)]
     said = [*[crop(1, *box) for box in boxes], "<answer>1</answer>"]
-    engine = RolloutEngine(parts.model, parts.processor, parts.tools, small_config(rollout={"response_tokens": 1024}))
+    engine = Collector(parts.model, parts.processor, parts.tools, small_config(rollout={"response_tokens": 1024}))
     done = [play(engine, task_at(1, "test", i), 0, said) for i in range(3)]
-    made = [[entry.image for entry in t.registry][len(t.task.images) :] for t in done]
+    made = [[entry.image for entry in t.images][len(t.task.images) :] for t in done]
     assert [len(crops) for crops in made] == [4, 4, 4]
     drawn = []
     for seed in range(6):
-        shuffled = controlled(engine, "shuffle", done, seed)
         for own, t in enumerate(done):
+            shuffled = environment_of(engine, t.task, "shuffle", done, seed)
             others = [image for i, crops in enumerate(made) for image in crops if i != own]
-            for entry in list(t.registry)[len(t.task.images) :]:
-                instead = shuffled.look(t.registry, entry, True)
+            for entry in list(t.images)[len(t.task.images) :]:
+                instead = shuffled.view(entry, True)
                 sources = [k for k, o in enumerate(others) if instead.tobytes() == o.resize(entry.image.size, BICUBIC).tobytes()]
                 assert len(sources) == 1 and instead.size == entry.image.size
-                assert shuffled.look(t.registry, entry, False) is entry.image
+                assert shuffled.view(entry, False) is entry.image
                 drawn.append(sources[0])
     by_seed = np.reshape(drawn, (6, 3, 4))
     assert set(drawn) == set(range(8))
     assert (by_seed != by_seed[:1]).any() and (by_seed != by_seed[..., :1]).any()
-    alone = controlled(engine, "shuffle", done[:1], seed=0)  # nobody else saw anything
-    entry = done[0].registry[len(done[0].task.images) + 1]
-    assert alone.look(done[0].registry, entry, True) is entry.image and engine.look is None
+    alone = environment_of(engine, done[0].task, "shuffle", done[:1], 0)  # nobody else saw anything
+    entry = done[0].images[len(done[0].task.images)]
+    assert alone.view(entry, True) is entry.image
 
 
-def test_blank_is_grey_for_given_images_and_observations_and_leaves_the_engine_as_it_is(parts):
-    t = play(parts.engine, task_at(1, "test", 0), 0, [crop(1, 0, 0, 400, 400), "<answer>1</answer>"])
-    engine = controlled(parts.engine, "blank", [], seed=0)
-    for entry in t.registry:
+def test_blank_is_grey_for_given_images_and_observations(parts):
+    t = play(parts.collector, task_at(1, "test", 0), 0, [crop(1, 0, 0, 400, 400), "<answer>1</answer>"])
+    environment = environment_of(parts.collector, t.task, "blank")
+    for entry in t.images:
         for observed in (False, True):
-            blank = engine.look(t.registry, entry, observed)
+            blank = environment.view(entry, observed)
             assert blank.size == entry.image.size and blank.getcolors() == [(blank.width * blank.height, (128, 128, 128))]
-    assert parts.engine.look is None and engine.tools is parts.engine.tools
     with pytest.raises(ValueError, match="There is no control 'noise'; choose shuffle or blank"):
-        controlled(parts.engine, "noise", [], seed=0)
+        controlled("noise", [], seed=0)
 
 
 def test_blank_leaves_nothing_to_see_and_every_size_as_it_was(parts, true):
-    engine = controlled(parts.engine, "blank", true, seed=0)
+    grey = under(parts, "blank", true, 0)
     for t in true[:8]:
-        for number in range(1, len(t.task.images) + 1):
-            plain, blank = (e.prepare(t.registry, number) for e in (parts.engine, engine))
+        prompts = [c.open_task(t.task).prompt for c in (parts.collector, grey)]
+        for plain, blank in zip(*(prompt.images for prompt in prompts), strict=True):
             assert blank.grid == plain.grid and len(np.unique(blank.patches)) == 1 < len(np.unique(plain.patches))
 
 
 def test_the_shipped_base_gets_worse_under_both_controls(parts, run, true):
     for control in CONTROLS:
-        done = run(controlled(parts.engine, control, true, seed=0))
+        done = run(under(parts, control, true, 0))
         assert looks_unused(right(true), right(done), control) is None, (right(true).mean(), right(done).mean())
         if control == "shuffle":  # alike until the first observation
             for t, c in zip(true, done, strict=True):
@@ -134,10 +143,9 @@ def test_crops_replaced_by_noise_raise_the_warning(parts, run):
         pixels = np.random.default_rng(number).integers(0, 256, (*entry.size, 3), dtype=np.uint8)
         return [context.show(Image.fromarray(pixels), parent=image, box=entry.box)]
 
-    engine = copy.copy(parts.engine)
-    engine.tools = tools_with(noise)
-    noisy = run(engine)
-    done = run(controlled(engine, "shuffle", noisy, seed=0))
+    tools = tools_with(noise)
+    noisy = run(Collector(parts.model, parts.processor, tools, parts.cfg))
+    done = run(under(parts, "shuffle", noisy, 0, tools))
     assert "makes no use of what it sees" in looks_unused(right(noisy), right(done), CONTROLS["shuffle"])
 
 

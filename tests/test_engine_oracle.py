@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from conftest import small_config
 from scipy.special import log_softmax
+from scripted_run import execute
 
 from imagent_jax.images.prepare import PreparedImage, pack_images
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.qwen2_vl import encode_images, prefill
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.collect import Collector
+from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.sampler import draw
 from imagent_jax.tiny.world import task_at
-from imagent_jax.tools import pool
+from imagent_jax.tools import ImageRegistry
 from imagent_jax.types import CallStatus, EndReason, TokenKind
 
 TASKS, SEED, TEMPERATURE = 24, 23, 1.3
@@ -72,11 +74,11 @@ def test_draws_are_those_of_a_sum_in_double_precision():
     logits = rng.normal(size=(4000, 1088)).astype(np.float32) * rng.uniform(0.1, 6, (4000, 1)).astype(np.float32)
     logits[::2, rng.permutation(1088)[:900]] = -np.inf
     uniform = rng.random((4000, 2), np.float32)
-    token, logprob = map(np.asarray, jax.jit(draw)(logits, uniform))
+    token, logprob = map(np.asarray, jax.jit(draw)(logits, uniform, np.zeros(4000, bool)))
     exact = np.asarray([inverse_transform(row, u) for row, u in zip(logits.astype(np.float64), uniform, strict=True)])
     assert np.mean(token != exact) < 1e-3 and len(set(token)) > 800  # within a rounding of a boundary
     np.testing.assert_allclose(logprob, log_softmax(logits.astype(np.float64), axis=1)[np.arange(4000), token], atol=1e-5)
-    best, logprob = map(np.asarray, jax.jit(draw)(logits, None))
+    best, logprob = map(np.asarray, jax.jit(draw)(logits, uniform, np.ones(4000, bool)))
     np.testing.assert_array_equal(best, logits.argmax(1))
     np.testing.assert_allclose(logprob, log_softmax(logits.astype(np.float64), axis=1).max(1), atol=1e-5)
 
@@ -89,7 +91,7 @@ def test_a_token_without_probability_is_never_drawn(uniform):
     for row in logits:
         some = rng.permutation(300)[: rng.integers(1, 40)]
         row[some] = rng.normal(size=len(some)) * 5
-    token, _ = jax.jit(draw)(logits, np.full((2000, 2), uniform, np.float32))
+    token, _ = jax.jit(draw)(logits, np.full((2000, 2), uniform, np.float32), np.zeros(2000, bool))
     assert np.isfinite(logits[np.arange(2000), token]).all()
 
 
@@ -107,7 +109,10 @@ def kinds_of(turn: list[int], decode) -> list[TokenKind]:
 def plain_rollout(engine, params, task, number: int):
     """Rollout `number` of a task: its sequence, the kinds of its response, how it ended, and log-probabilities by token."""
     processor, room, sequence = engine.processor, engine.cfg.rollout.response_tokens, PlainSequence(engine, params)
-    prompt, registry = engine.open_task(task)
+    _, prompt, environment = engine.open_task(task)
+    registry = ImageRegistry()
+    for e in environment.images:
+        registry.add(e.image, shown=e.shown, min_pixels=e.min_pixels, max_pixels=e.max_pixels)
     for image in prompt.images:
         sequence.show(image)
     sequence.ids = prompt.ids.tolist()
@@ -130,7 +135,7 @@ def plain_rollout(engine, params, task, number: int):
             return sequence, kinds, EndReason.TRUNCATED, logprobs
         if len(calls) == 2:
             return sequence, kinds, EndReason.OVER_TURNS, logprobs
-        result = engine.tools.execute(text, registry, engine.settings)
+        result = execute(engine.tools, text, registry, engine.settings)
         call = result.status == CallStatus.EXECUTED and (result.name, result.arguments)
         if call and call in calls:
             return sequence, kinds, EndReason.REPEATED, logprobs
@@ -155,11 +160,11 @@ def plain_rollout(engine, params, task, number: int):
 @pytest.mark.slow(60)
 def test_trajectories_equal_those_sampled_one_row_at_a_time(parts, monkeypatch):
     """At another temperature, with other chunks, limits and room for images than the defaults; with tools of random delay."""
-    delays, run_call = np.random.default_rng(0), pool.run_call
-    monkeypatch.setattr(pool, "run_call", lambda *args: (time.sleep(delays.uniform(0, 0.05)), run_call(*args))[1])
+    delays, step = np.random.default_rng(0), ToolEnvironment.step
+    monkeypatch.setattr(ToolEnvironment, "step", lambda *args: (time.sleep(delays.uniform(0, 0.05)), step(*args))[1])
     tasks = [task_at(31, "train", i) for i in range(TASKS)]
-    engine = RolloutEngine(parts.model, parts.processor, parts.tools, small_config(**SETTINGS))
-    batch = engine.rollout(
+    engine = Collector(parts.model, parts.processor, parts.tools, small_config(**SETTINGS))
+    batch = engine.collect(
         parts.params, tasks, group_size=2, seed=SEED + 2**32, temperature=TEMPERATURE, slots=8, packs=8
     )  # fmt: skip
     ends, kinds_seen = Counter(), Counter()

@@ -11,8 +11,9 @@ from rich.console import Console
 from scripted_run import finished
 
 from imagent_jax.evals import evaluate as job
-from imagent_jax.evals.controls import CONTROLS
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.evals.controls import CONTROLS, BlankEnvironment, ShuffledEnvironment
+from imagent_jax.rollout.collect import Collector
+from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.tiny.world import task_at
 from imagent_jax.tools import VISUAL_TOOLS, ToolSet
 from imagent_jax.types import CallResult, CallStatus, EndReason, Task
@@ -59,13 +60,13 @@ def test_a_summary_of_one_that_calls_and_of_one_that_does_not(done):
     assert (without["tools/accuracy_with"], without["tools/accuracy_without"], without["tools/executed_rate"]) == (0.0, 1.0, 0.0)
 
 
-class Recorder(RolloutEngine):
+class Recorder(Collector):
     """An engine whose rollouts are made by hand; it keeps what it was asked for."""
 
     def __init__(self, cfg, done):
         self.cfg, self.tools, self.asked, self.left = cfg, ToolSet([VISUAL_TOOLS["visual_reflection"]]), [], list(done)
 
-    def rollout(self, params, tasks, **settings):
+    def collect(self, params, tasks, **settings):
         self.asked.append((params, list(tasks), settings))
         return SimpleNamespace(trajectories=[[self.left.pop(0), None] for _ in tasks])
 
@@ -76,7 +77,7 @@ def test_what_is_evaluated_reaches_the_engine_in_pieces_of_four_rounds(done):
     metrics, out = job.evaluate(
         engine, "weights", tasks, groups=1, seed=77, greedy=True, temperature=0.3, progress=lambda *at: told.append(at)
     )
-    wanted = {"group_size": 1, "seed": 77, "temperature": 0.3, "greedy": True, "slots": 1, "packs": 12}
+    wanted = {"group_size": 1, "seed": 77, "temperature": 0.0, "slots": 1, "packs": 12}
     assert engine.asked == [("weights", tasks[:4], wanted), ("weights", tasks[4:], wanted)]
     assert told == [(4, 8), (8, 8)] and all(a is b for a, b in zip(out, done, strict=True))
     use = {"tools/calls/visual_reflection/executed": 1 / 8, "tools/calls/visual_reflection/invalid": 2 / 8,
@@ -85,7 +86,7 @@ def test_what_is_evaluated_reaches_the_engine_in_pieces_of_four_rounds(done):
     assert metrics == pytest.approx(job.summarise(done) | use)  # groups of one: no gain within them
     engine = Recorder(small_config(), done)
     job.evaluate(engine, None, tasks[:3], groups=2, seed=0, greedy=False, temperature=1.0)
-    assert [(settings["slots"], settings["greedy"], len(tasks)) for _, tasks, settings in engine.asked] == [(2, False, 3)]
+    assert [(settings["slots"], settings["temperature"], len(tasks)) for _, tasks, settings in engine.asked] == [(2, 1.0, 3)]
 
 
 def test_the_command_evaluates_with_the_settings_of_its_configuration(tmp_path, capsys, monkeypatch):
@@ -107,11 +108,10 @@ def test_the_command_evaluates_with_the_settings_of_its_configuration(tmp_path, 
     wanted = {"groups": 3, "seed": 9, "greedy": True, "temperature": 0.4}
     assert [(count, settings, empty) for _, count, settings, empty in asked] == [(5, wanted, False)] * 3
     (true, *_), *others = asked
-    assert true.look is None and all(engine.look is not None for engine, *_ in others)
-    assert [(engine, control, len(done), seed) for engine, control, done, seed in seen] == [
-        (true, "blank", 5, 9), (true, "shuffle", 5, 9)
-    ]  # fmt: skip
-    assert [t.answer == t.task.answer for t in seen[1][2]] == [True] * 5  # those of the true evaluation
+    made = [type(collector.environment()) for collector in (true, *(other for other, *_ in others))]
+    assert made == [ToolEnvironment, BlankEnvironment, ShuffledEnvironment]
+    assert [(control, len(done), seed) for control, done, seed in seen] == [("blank", 5, 9), ("shuffle", 5, 9)]
+    assert [t.answer == t.task.answer for t in seen[1][1]] == [True] * 5  # those of the true evaluation
     out = " ".join(capsys.readouterr().out.split())
     assert "2/5" in out and f"Control blank: {CONTROLS['blank']}." in out and "on 5 held-out tasks of tiny_world" in out
     assert "100.0 % │ 0.0 % │ 0.0 %" in out and "warning" not in out
@@ -158,7 +158,7 @@ def test_a_table_has_a_column_for_each_evaluation():
 def test_greedy_takes_the_likeliest_token_whatever_the_seed_and_the_temperature(parts):
     """And sampling depends on both."""
     cfg = dataclasses.replace(parts.cfg, rollout=dataclasses.replace(parts.cfg.rollout, response_tokens=40))
-    engine, tasks = RolloutEngine(parts.model, parts.processor, parts.tools, cfg), [task_at(1, "test", i) for i in range(6)]
+    engine, tasks = Collector(parts.model, parts.processor, parts.tools, cfg), [task_at(1, "test", i) for i in range(6)]
 
     def said(**settings):
         done = job.evaluate(engine, parts.params, tasks, groups=2, **settings)[1]

@@ -24,7 +24,7 @@ from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import score_jit
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import dropped_shares, mask_tables, two_level_mask
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.metrics import call_metrics
 from imagent_jax.runs.reader import RunLog
 from imagent_jax.runs.report import _warnings
@@ -46,8 +46,8 @@ def roll(parts, cfg):
     """8 tasks x 8 rollouts of an engine (default: the shipped base's), copied so that a test may spoil them."""
     tasks = [task_at(3, "train", i) for i in range(8)]
 
-    def rollout(engine=parts.engine):
-        return engine.rollout(parts.params, tasks, group_size=8, seed=5)
+    def rollout(engine=parts.collector):
+        return engine.collect(parts.params, tasks, group_size=8, seed=5)
 
     plain = rollout()
     return lambda engine=None: rollout(engine) if engine else replace(plain, trajectories=[
@@ -171,8 +171,7 @@ def test_ends_that_are_taken_for_truncated(parts, cfg, roll, healthy):
 @pytest.mark.slow(5)
 def test_boxes_read_in_another_space_than_the_policy_writes(parts, cfg, roll, healthy):
     """The policy writes 0 to 1000 and is taken to write pixels of images of about 60."""
-    engine = copy.copy(parts.engine)
-    engine.settings = replace(engine.settings, coordinates="absolute")
+    engine = Collector(parts.model, parts.processor, parts.tools, replace(cfg, tools=replace(cfg.tools, coordinates="absolute")))
     planted = step(parts, cfg, roll(engine))
     assert warned(healthy, planted) == {"calls_invalid"}
     assert "visual_confirmation" in guards.calls_invalid([planted])
@@ -185,8 +184,7 @@ def test_a_tool_that_crashes_now_and_then(parts, cfg, roll, healthy):
             raise OSError("the disk is full")
         return crop(context, image=image, **rest)
 
-    engine = RolloutEngine(parts.model, parts.processor, parts.tools, cfg)
-    engine.tools = tools_with(crash)
+    engine = Collector(parts.model, parts.processor, tools_with(crash), cfg)
     planted = step(parts, cfg, roll(engine))
     assert 0 < planted["end/fault"] < 0.5 and warned(healthy, planted) == {"calls_faulted"}
 
@@ -194,7 +192,7 @@ def test_a_tool_that_crashes_now_and_then(parts, cfg, roll, healthy):
 def test_what_call_metrics_count(parts):
     """Groups where some call, where all do and where none does: of scripted rollouts."""
     cfg = small_config(tools={"max_turns": 3}, rollout={"prompt_tokens": 512, "response_tokens": 512})
-    engine, task = RolloutEngine(parts.model, parts.processor, parts.tools, cfg), task_at(3, "train", 0)
+    engine, task = Collector(parts.model, parts.processor, parts.tools, cfg), task_at(3, "train", 0)
     done = [play(engine, task, line, texts) for line, texts in enumerate(scripts(task))]
     lines = [[0, 1, 4, 5, 7], [0, 1, 2], [7, 5, 6]]  # right: 0, 2, 4, 7; with executed calls: 0, 1, 2, 4
     found = call_metrics([[done[line] for line in group] for group in lines], parts.tools.names)

@@ -10,7 +10,7 @@ from scripted_run import finished
 
 from imagent_jax.model.features import EncodedPacks
 from imagent_jax.rl.judge import judge
-from imagent_jax.rollout.engine import RolloutBatch
+from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.metrics import call_metrics, summarise
 from imagent_jax.types import CallResult, CallStatus, EndReason, Task
 

@@ -27,7 +27,7 @@ from imagent_jax.rl.batch import GroupBatch, pack_batch
 from imagent_jax.rl.learner import Learner, Tables, batch_loss, group_normalisers, score
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.tiny.base import base_folder
 from imagent_jax.types import EndReason, TokenKind
 
@@ -335,7 +335,7 @@ def test_the_kl_reference_outlives_the_updates(base, groups):
 def test_the_trainer_recomputes_the_logprobs_of_an_adapted_sampler(parts, tasks, config):
     model, params = lora.attach(parts.model, parts.params, **MERGER_TOO)
     params = shaken(params, 0.01)
-    out = RolloutEngine(model, parts.processor, parts.tools, config).rollout(params, tasks, group_size=4, seed=11)
+    out = Collector(model, parts.processor, parts.tools, config).collect(params, tasks, group_size=4, seed=11)
     zeros = np.zeros((4, 4), np.float32)
     b = pack_batch(out, zeros, zeros, config.rollout.prompt_tokens, config.rollout.response_tokens)
     chosen = (b.kind != TokenKind.OBSERVATION) & (b.kind != TokenKind.PAD)

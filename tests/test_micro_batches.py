@@ -15,7 +15,7 @@ from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, learning_groups, micro_batches, micro_shapes, pack_batch, take_groups
 from imagent_jax.rl.learner import Learner, Tables
 from imagent_jax.rl.mask import mask_tables
-from imagent_jax.rollout.engine import RolloutBatch
+from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.types import EndReason, Task, TokenKind, Trajectory
 
 IMAGE = 9

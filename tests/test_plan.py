@@ -177,8 +177,8 @@ def test_programs_are_called_as_often_as_a_step_calls_them(toy):
     found = {p.name: p for p in programs(held_by(toy))}
     assert {name: (p.calls, p.phase) for name, p in found.items() if name != "prefill"} == rolling | learning
     admitted = found["prefill"].args[2].shape[0]
-    assert found["prefill"].calls == 8 // admitted and found["decode"].args[-3:] == (0.7, 9, 0)
-    assert found["decode"].static[1:] == (False, 64)
+    assert found["prefill"].calls == 8 // admitted and found["decode"].args[-2:] == (9, 0)
+    assert found["decode"].static[1:] == (64,)
     every = programs(held_by(toy, "--grpo.kl=0.1", "--grpo.recompute=true", "--model.freeze_vision=false"))
     found = {p.name: (p.calls, p.phase) for p in every if p.name != "prefill"}
     more = {"score": (4, "update"), "reference": (4, "update"), "vision backward": (5, "update")}

@@ -32,7 +32,7 @@ def test_bfloat16_compute_stays_near_float32_on_real_rollouts(parts, batch, roll
 @pytest.mark.slow(10)
 def test_the_engine_samples_and_the_trainer_scores_at_the_temperature_of_the_run(parts, tasks, config):
     """Sampled tokens of whole rollouts at 0.6; at another temperature their log-probabilities are others."""
-    out = parts.engine.rollout(parts.params, tasks, group_size=4, seed=11, temperature=0.6)
+    out = parts.collector.collect(parts.params, tasks, group_size=4, seed=11, temperature=0.6)
     zeros, r = np.zeros((4, 4)), config.rollout
     b = pack_batch(out, zeros, zeros, r.prompt_tokens, r.response_tokens)
     logprobs, entropy = map(np.asarray, score_jit(parts.model, parts.params, b, out.store.features, temperature=0.6))

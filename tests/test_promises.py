@@ -1,6 +1,5 @@
 """The promises that need the whole machine: tokens, gradients, shared prompts, shapes, images, faults."""
 
-import copy
 import dataclasses
 import threading
 import time
@@ -21,12 +20,13 @@ from imagent_jax.rl.batch import check_images, pack_batch, take_groups
 from imagent_jax.rl.learner import Tables, batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
-from imagent_jax.rollout import sampler, schedule
-from imagent_jax.rollout.engine import RolloutEngine
-from imagent_jax.rollout.schedule import Schedule, Stopped
+from imagent_jax.rollout import engine, sampler
+from imagent_jax.rollout.collect import Collector, Stopped
+from imagent_jax.rollout.engine import Engine
+from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.runs.resources import CompileCounter
 from imagent_jax.tiny.world import task_at
-from imagent_jax.tools import ToolSet, pool, tool
+from imagent_jax.tools import ToolSet, tool
 from imagent_jax.types import EndReason, TokenKind
 
 
@@ -76,7 +76,7 @@ def test_a_shifted_position_or_a_dropped_image_breaks_that_equality(parts, rollo
 
 
 def test_a_seed_gives_the_same_rollouts_whatever_stands_beside_a_task(parts, tasks, rollout):
-    again = parts.engine.rollout(parts.params, tasks[::-1], group_size=4, seed=11)
+    again = parts.collector.collect(parts.params, tasks[::-1], group_size=4, seed=11)
     for group, other in zip(rollout.trajectories, again.trajectories[::-1], strict=True):
         for a, b in zip(group, other, strict=True):
             assert np.array_equal(a.ids, b.ids) and a.end == b.end
@@ -85,18 +85,18 @@ def test_a_seed_gives_the_same_rollouts_whatever_stands_beside_a_task(parts, tas
 def test_a_slow_tool_does_not_hold_up_the_rows_that_could_go_on(parts, config, rollout, tasks, monkeypatch):
     """The first call does not return before rows that called after it have been answered and decode again."""
     calls, answered, go_on = [], [], threading.Event()
-    run_call, observe, decode = pool.run_call, Schedule._observe, Schedule._decode
+    call, append, decode = ToolEnvironment.step, Engine.append, Engine.step
 
     def slow(*args):
         calls.append(args)
         assert len(calls) > 1 or go_on.wait(60)
-        return run_call(*args)
+        return call(*args)
 
-    monkeypatch.setattr(pool, "run_call", slow)
-    monkeypatch.setattr(Schedule, "_observe", lambda run, rows: (answered.extend(rows), observe(run, rows)))
-    monkeypatch.setattr(Schedule, "_decode", lambda run: (go_on.set() if answered else None, decode(run)))
+    monkeypatch.setattr(ToolEnvironment, "step", slow)
+    monkeypatch.setattr(Engine, "append", lambda run, rows: (answered.extend(rows), append(run, rows))[1])
+    monkeypatch.setattr(Engine, "step", lambda run: (go_on.set() if answered else None, decode(run))[1])
     patient = dataclasses.replace(config, tools=dataclasses.replace(config.tools, patience_s=0.2, timeout_s=50.0))
-    again = RolloutEngine(parts.model, parts.processor, parts.tools, patient).rollout(
+    again = Collector(parts.model, parts.processor, parts.tools, patient).collect(
         parts.params, tasks, group_size=4, seed=11
     )
     assert go_on.is_set() and not any(t.end == EndReason.FAULT for group in again.trajectories for t in group)
@@ -108,11 +108,11 @@ def test_a_slow_tool_does_not_hold_up_the_rows_that_could_go_on(parts, config, r
 def test_neither_the_pace_of_decoding_nor_that_of_observing_changes_a_trajectory(parts, config, rollout, tasks, monkeypatch):
     """Three tokens decoded at a time, observations appended in pieces of eight, and a tower that trains."""
     steps, pieces, decode, observe = set(), set(), sampler.decode, sampler.observe
-    monkeypatch.setattr(sampler, "decode", lambda *args: (steps.add(args[8]), decode(*args))[1])
+    monkeypatch.setattr(sampler, "decode", lambda *args: (steps.add(args[6]), decode(*args))[1])
     monkeypatch.setattr(sampler, "observe", lambda *args: (pieces.add(args[4].shape[1]), observe(*args))[1])
     pace = {"observation_tokens": 8, "decode_chunk": 3}
     other = changed(config, rollout=pace, model={"freeze_vision": False}, images={"packs": 24})
-    again = RolloutEngine(parts.model, parts.processor, parts.tools, other).rollout(parts.params, tasks, group_size=4, seed=11)
+    again = Collector(parts.model, parts.processor, parts.tools, other).collect(parts.params, tasks, group_size=4, seed=11)
     assert steps == {0, 3} and pieces == {8}  # 0: where programs are compiled
     assert rollout.store.frozen and not again.store.frozen and again.store.features.shape[0] % (6 * again.store.pack) == 0
     for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
@@ -133,13 +133,16 @@ def test_calls_run_on_as_many_workers_and_for_as_long_as_the_settings_say(parts,
         running.remove(context)
         return crop(context, image=image, **rest)
 
+    class Watched(ToolEnvironment):
+        def view(self, entry, observed):
+            looks.add((entry.parent is None, observed))
+            return entry.image
+
     for workers, limit in ((1, 10.0), (8, 0.1)):
-        engine = RolloutEngine(
-            parts.model, parts.processor, tools_with(slow), changed(config, tools={"workers": workers, "timeout_s": limit})
-        )
-        engine.look = lambda registry, entry, observed: (looks.add((entry.parent is None, observed)), entry.image)[1]
+        settings = changed(config, tools={"workers": workers, "timeout_s": limit})
+        engine = Collector(parts.model, parts.processor, tools_with(slow), settings, environment=Watched)
         most.clear()
-        done = sum(engine.rollout(parts.params, tasks, group_size=4, seed=11).trajectories, [])
+        done = sum(engine.collect(parts.params, tasks, group_size=4, seed=11).trajectories, [])
         faults = [t.error for t in done if t.end == EndReason.FAULT]
         if workers == 1:
             assert max(most) == 1 and not faults
@@ -149,28 +152,62 @@ def test_calls_run_on_as_many_workers_and_for_as_long_as_the_settings_say(parts,
     assert looks >= {(True, False), (False, True)} and (False, False) not in looks  # a crop is an observation
 
 
-def test_prompts_prepared_ahead_are_taken_and_their_errors_come_with_the_rollout(parts, config, rollout, tasks, monkeypatch):
-    engine = RolloutEngine(parts.model, parts.processor, parts.tools, config)
-    engine.open_ahead(tasks)
-    opened = list(engine.opened.values())
-    assert [future.result()[0].ids.tolist() for future in opened] == [prompt.ids.tolist() for prompt in rollout.prompts]
-    monkeypatch.setattr(engine, "open_task", lambda task: pytest.fail("opened twice"))
-    again = engine.rollout(parts.params, tasks, group_size=4, seed=11)
-    assert not engine.opened and [t.ids.tolist() for t in sum(again.trajectories, [])] == [
-        t.ids.tolist() for t in sum(rollout.trajectories, [])
-    ]  # fmt: skip
+def test_prompts_prepared_in_the_background_are_used_and_their_errors_come_with_the_rollout(
+    parts, config, rollout, tasks, monkeypatch
+):
+    collector = Collector(parts.model, parts.processor, parts.tools, config)
+    opened = collector.open_in_background(tasks)
+    assert [future.result().prompt.ids.tolist() for future in opened] == [prompt.ids.tolist() for prompt in rollout.prompts]
+    monkeypatch.setattr(collector, "open_task", lambda task: pytest.fail("opened twice"))
+    again = collector.collect(parts.params, tasks, group_size=4, seed=11, opened=opened)
+    assert [t.ids.tolist() for t in sum(again.trajectories, [])] == [t.ids.tolist() for t in sum(rollout.trajectories, [])]
     monkeypatch.undo()
-    engine.open_ahead([*tasks[:3], spoilt := dataclasses.replace(tasks[3], images=(b"none",))])
+    spoilt = dataclasses.replace(tasks[3], images=(b"none",))
+    opened = collector.open_in_background([*tasks[:3], spoilt])
     with pytest.raises(ValueError, match=f"Task {spoilt.uid}: Image 1 cannot be used"):
-        engine.rollout(parts.params, [*tasks[:3], spoilt], group_size=4, seed=11)
+        collector.collect(parts.params, [*tasks[:3], spoilt], group_size=4, seed=11, opened=opened)
 
 
-def test_rollouts_that_are_told_to_stop_are_given_up(parts, tasks):
-    engine, asked = copy.copy(parts.engine), []
-    engine.stop = lambda: asked.append(1) or len(asked) == 3
+def test_rollouts_that_are_told_to_stop_are_given_up(parts, config, tasks, monkeypatch):
+    stop, steps, step = threading.Event(), [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda run: (steps.append(1), stop.set() if len(steps) == 2 else None, step(run))[2])
+    collector = Collector(parts.model, parts.processor, parts.tools, config, stop=stop)
     with pytest.raises(Stopped):
-        engine.rollout(parts.params, tasks, group_size=4, seed=11)
-    assert len(asked) == 3
+        collector.collect(parts.params, tasks, group_size=4, seed=11)
+    assert len(steps) == 2
+
+
+def test_a_cancelled_row_stops_where_it_is_and_the_others_go_on(parts, config, tasks):
+    """Every prompt at its own temperature: 0 is greedy, and a row samples the same beside other temperatures."""
+    collector = Collector(parts.model, parts.processor, parts.tools, config)
+    prompts = [collector.open_task(task).prompt for task in tasks[:2]]
+
+    def decoded(*requests, cancel=()):
+        weights = collector.weights(parts.params).params
+        store = FeatureStore(parts.model, weights, config.images.pack_blocks, config.images.packs, frozen=True)
+        shape = engine.EngineShape(2, 2, 112, 64, 32, 4)
+        with jax.set_mesh(parts.mesh):
+            run = engine.Engine(parts.model, weights, store, shape, collector.stops)
+            for request in requests:
+                run.submit(request)
+            placed, turns = run.admit(), {}
+            while len(placed) < len(requests):
+                placed += run.admit()
+            turns |= run.step()
+            run.cancel(cancel)
+            length = run.length.copy()
+            while run.live.any():
+                turns |= run.step()
+            assert all(run.length[row] == length[row] for row in cancel) and not set(cancel) & (turns.keys() - set())
+            return {(key, row - rows[0]): turns.get(row) for key, rows, _ in placed for row in rows}
+
+    greedy, warm = engine.Request("a", prompts[0], 1, 5, 0.0), engine.Request("b", prompts[1], 1, 6, 1.5)
+    both = decoded(greedy, warm)
+    assert np.array_equal(both["a", 0], both["a", 1]) and len(both) == 4
+    alone = decoded(warm)
+    assert all(np.array_equal(both["b", i], alone["b", i]) for i in (0, 1))
+    some = decoded(greedy, warm, cancel=[1])
+    assert some["a", 1] is None and all(np.array_equal(some[key], both[key]) for key in (("a", 0), ("b", 0), ("b", 1)))
 
 
 def test_a_batch_of_rollouts_says_what_it_took(parts, rollout, tasks):
@@ -189,8 +226,8 @@ def test_a_batch_of_rollouts_says_what_it_took(parts, rollout, tasks):
 
 def test_seconds_are_added_up_by_phase(monkeypatch):
     now = iter([10.0, 11.0, 13.0, 17.0, 25.0])
-    monkeypatch.setattr(schedule.time, "perf_counter", lambda: next(now))
-    clock = schedule._Clock()
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(now))
+    clock = engine.Clock()
     for name in ("decode", "host", "decode", "host"):
         clock.lap(name)
     assert clock.times == {"decode": 1.0 + 4.0, "host": 2.0 + 8.0}
@@ -202,7 +239,7 @@ QUARTERS = [(1, 1, (1, 1)), (1, 8, (1, 2)), (4, 4, (1, 4)), (8, 4, (2, 8)), (12,
 @pytest.mark.parametrize("slots, group_size, expected", QUARTERS)
 def test_a_quarter_of_slots_and_rows(slots, group_size, expected):
     """Slots admitted at once divide the slots; rows observed at once are a quarter, rounded up."""
-    assert schedule.quarters(slots, group_size) == expected
+    assert engine.quarters(slots, group_size) == expected
 
 
 # ---- promise 2: only chosen tokens learn ----------------------------------------------------------------------------
@@ -292,7 +329,7 @@ def test_the_prompt_is_computed_once_whatever_the_size_of_the_group(parts, batch
 
     def admitting(g):
         state = sampler.empty(parts.model, n, g, longest, 64)
-        arguments = a, p, np.stack([p] * 3), p, a + 1, a, a, np.uint32(0), rollout.store.features
+        arguments = a, p, np.stack([p] * 3), p, a + 1, a, a, a.astype(np.uint32), np.ones(2, np.float32), rollout.store.features
         return sampler.admit.lower(parts.model, parts.params, state, *arguments).cost_analysis()["flops"]
 
     assert admitting(8) < admitting(1) * 1.01
@@ -320,9 +357,8 @@ def test_the_gradient_is_the_same_whatever_the_backward_pass_recomputes(parts, b
 
 def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
     given = sum(len(task.images) for task in tasks)
-    crops = sum(len(t.registry) - len(t.task.images) for group in rollout.trajectories for t in group)
+    crops = sum(len(t.images) - len(t.task.images) for group in rollout.trajectories for t in group)
     assert given < rollout.store.encoded <= given + crops
-    assert not any(turn.call.seen for group in rollout.trajectories for t in group for turn in t.turns if turn.call)
     store = FeatureStore(parts.model, parts.params, 4)
     images = rollout.prompts[0].images
     first = store.add(images)
@@ -386,10 +422,10 @@ def test_the_last_packs_are_no_larger_than_what_is_left(parts):
 def test_nothing_compiles_after_the_first_rollouts(parts):
     tasks = [task_at(3, "train", i) for i in range(20)]
     for i in range(2):
-        parts.engine.rollout(parts.params, tasks[4 * i : 4 * i + 4], group_size=4, seed=i)
+        parts.collector.collect(parts.params, tasks[4 * i : 4 * i + 4], group_size=4, seed=i)
     counter = CompileCounter()
     for i in range(2, 5):
-        parts.engine.rollout(parts.params, tasks[4 * i : 4 * i + 4], group_size=4, seed=i)
+        parts.collector.collect(parts.params, tasks[4 * i : 4 * i + 4], group_size=4, seed=i)
     assert counter.count == 0
 
 
@@ -397,11 +433,11 @@ def test_nothing_compiles_after_the_first_rollouts(parts):
 @pytest.mark.slow(3)
 def test_trajectories_do_not_depend_on_how_many_groups_are_in_progress(parts, rollout, tasks, slots, monkeypatch):
     """Tools of random delay besides: what a row samples belongs to its task, its number and its tokens."""
-    busy, decode = [], Schedule._decode
-    monkeypatch.setattr(Schedule, "_decode", lambda run: (busy.append(len(run.groups)), decode(run)))
-    delays, execute = np.random.default_rng(slots), pool.run_call
-    monkeypatch.setattr(pool, "run_call", lambda *args: (time.sleep(delays.uniform(0, 0.05)), execute(*args))[1])
-    again = parts.engine.rollout(parts.params, tasks, group_size=4, seed=11, slots=slots)
+    busy, decode = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda run: (busy.append(len(run.busy)), decode(run))[1])
+    delays, call = np.random.default_rng(slots), ToolEnvironment.step
+    monkeypatch.setattr(ToolEnvironment, "step", lambda *args: (time.sleep(delays.uniform(0, 0.05)), call(*args))[1])
+    again = parts.collector.collect(parts.params, tasks, group_size=4, seed=11, slots=slots)
     assert max(busy) == slots
     for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
         assert a.task.uid == b.task.uid and a.rollout == b.rollout and a.end == b.end
@@ -460,8 +496,8 @@ def visual_confirmation(context, image: int, bbox_2d: list[float], label: str = 
 
 
 def test_a_failing_tool_faults_its_trajectory_and_gives_no_gradient(parts, config, tasks, gradient):
-    engine = RolloutEngine(parts.model, parts.processor, ToolSet([visual_confirmation]), config)
-    out = engine.rollout(parts.params, tasks, group_size=4, seed=11)
+    engine = Collector(parts.model, parts.processor, ToolSet([visual_confirmation]), config)
+    out = engine.collect(parts.params, tasks, group_size=4, seed=11)
     ends = np.asarray([[t.end for t in group] for group in out.trajectories])
     assert (ends == EndReason.FAULT).sum() >= 3
     faulted = [t for group in out.trajectories for t in group if t.end == EndReason.FAULT]

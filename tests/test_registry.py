@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scripted_run import execute
 
+from imagent_jax.chat import QWEN
 from imagent_jax.images.prepare import smart_resize
-from imagent_jax.tools import ImageRegistry, ToolSettings, format_call, to_bbox, to_pixels, tools_by_name
+from imagent_jax.tools import ImageRegistry, ToolSettings, to_bbox, to_pixels, tools_by_name
 from imagent_jax.tools.visual import grow_box
 from imagent_jax.types import CallStatus, ToolError
 
@@ -26,8 +28,8 @@ def given(rng, sizes=SIZES):
 
 
 def crop(registry, image, bbox, settings=None):
-    text = format_call("visual_confirmation", {"image": image, "bbox_2d": bbox})
-    return TOOLS.execute(text, registry, settings or ToolSettings())
+    text = QWEN.render_call("visual_confirmation", {"image": image, "bbox_2d": bbox})
+    return execute(TOOLS, text, registry, settings or ToolSettings())
 
 
 def test_numbers_start_at_one_and_unknown_numbers_name_the_valid_ones():
@@ -78,7 +80,7 @@ def test_the_size_shown_is_the_size_that_preparing_with_the_stored_budget_gives(
     for _ in range(60):
         x, y = np.sort(rng.uniform(0, 1000, 2)), np.sort(rng.uniform(0, 1000, 2))
         crop(registry, int(rng.integers(1, 5)), [x[0], y[0], x[1], y[1]], settings)
-    TOOLS.execute(format_call("visual_reflection", {"images": [1, 2, 5], "resolution": "high"}), registry, settings)
+    execute(TOOLS, QWEN.render_call("visual_reflection", {"images": [1, 2, 5], "resolution": "high"}), registry, settings)
     assert len(registry) == 66
     for entry in registry:
         assert entry.shown == smart_resize(*entry.size, 28, entry.min_pixels, entry.max_pixels)
@@ -148,8 +150,8 @@ def test_lineage_says_where_an_image_comes_from():
     registry = given(np.random.default_rng(8), [(280, 280), (224, 336)])
     crop(registry, 2, [0, 0, 500, 500])
     crop(registry, 3, [0, 0, 500, 500])
-    high = TOOLS.execute(
-        format_call("visual_reflection", {"images": [1, 2], "resolution": "high"}), registry, ToolSettings()
+    high = execute(TOOLS, 
+        QWEN.render_call("visual_reflection", {"images": [1, 2], "resolution": "high"}), registry, ToolSettings()
     )
     assert [entry.describe() for entry in registry] == [
         "Image 1",
@@ -163,7 +165,7 @@ def test_lineage_says_where_an_image_comes_from():
     assert high.parts == ["Image 5: larger view of Image 1", 5, "Image 2", 2]  # 2 is as large as 84 x 84 allows
     number = registry.add(Image.new("L", (28, 28)), shown=(28, 28), origin="plot")
     assert registry[number].describe() == "Image 6: plot" and registry[number].image.mode == "RGB"
-    low = TOOLS.execute(format_call("visual_reflection", {"images": [3, 5]}), registry, ToolSettings())
+    low = execute(TOOLS, QWEN.render_call("visual_reflection", {"images": [3, 5]}), registry, ToolSettings())
     assert low.parts == ["Image 7: smaller view of Image 3", 7, "Image 1", 1]  # 5 is at "low" what 1 is
     assert [entry.number for entry in registry] == list(range(1, 8))
 
@@ -171,19 +173,19 @@ def test_lineage_says_where_an_image_comes_from():
 def test_an_image_shown_again_at_its_size_keeps_its_number_and_a_view_is_made_once():
     registry = given(np.random.default_rng(9), [(280, 280), (280, 280)])
     settings = ToolSettings()
-    low = TOOLS.execute(format_call("visual_reflection", {"images": [2, 1]}), registry, settings)
+    low = execute(TOOLS, QWEN.render_call("visual_reflection", {"images": [2, 1]}), registry, settings)
     assert low.parts == ["Image 2", 2, "Image 1", 1] and len(registry) == 2
-    call = format_call("visual_reflection", {"images": [2], "resolution": "high"})
-    first, second = (TOOLS.execute(call, registry, settings) for _ in range(2))
+    call = QWEN.render_call("visual_reflection", {"images": [2], "resolution": "high"})
+    first, second = (execute(TOOLS, call, registry, settings) for _ in range(2))
     assert first.images == second.images == [3] and len(registry) == 3
     assert registry[3].shown == (84, 84) and registry[3].image is registry[2].image
-    both = format_call("visual_reflection", {"images": [2, 3], "resolution": "high"})
-    assert TOOLS.execute(both, registry, settings).images == [3]
+    both = QWEN.render_call("visual_reflection", {"images": [2, 3], "resolution": "high"})
+    assert execute(TOOLS, both, registry, settings).images == [3]
     twice = ImageRegistry()
     for _ in range(2):  # a task may show one picture twice
         twice.add(registry[1].image, shown=(56, 56), **BUDGET)
-    again = format_call("visual_reflection", {"images": [2, 1]})
-    assert TOOLS.execute(again, twice, settings).images == [2, 1]
+    again = QWEN.render_call("visual_reflection", {"images": [2, 1]})
+    assert execute(TOOLS, again, twice, settings).images == [2, 1]
     crop(registry, 3, [250, 250, 750, 750])
     assert np.array_equal(np.asarray(registry[4].image), np.asarray(registry[2].image)[70:210, 70:210])
 

@@ -46,10 +46,10 @@ def test_it_is_at_most_twelve_megabytes_and_says_how_it_was_made():
 def test_hugging_face_loads_it_and_writes_the_same_greedy_text(parts):
     reference = Qwen2VLForConditionalGeneration.from_pretrained(base_folder(), dtype=torch.float32).eval()
     tasks = [task_at(5, "test", i) for i in range(4)]
-    ours = parts.engine.rollout(parts.params, tasks, group_size=1, seed=0, greedy=True)
-    stops = {parts.processor.im_end_id, *parts.processor.encode("</tool_call>")}
+    ours = parts.collector.collect(parts.params, tasks, group_size=1, seed=0, temperature=0.0)
+    stops = {*parts.processor.encode("<|im_end|>"), *parts.processor.encode("</tool_call>")}
     for task, [trajectory] in zip(tasks, ours.trajectories, strict=True):
-        prompt, _ = parts.engine.open_task(task)
+        prompt, _ = parts.collector.open_task(task)
         ids = [int(i) for i in prompt.ids]
         first = trajectory.turns[0]
         for expected in trajectory.ids[: first.stop]:
@@ -225,7 +225,7 @@ def test_the_architecture_is_the_shipped_bases(processor):
     tokens = {name: config[f"{name}_token_id"] for name in ("image", "video", "vision_start", "vision_end")}
     names = {"image": "image_pad", "video": "video_pad"}
     ids = {name: processor.tokenizer.convert_tokens_to_ids(f"<|{names.get(name, name)}|>") for name in tokens}
-    assert tokens == ids and config["text_config"]["eos_token_id"] == processor.im_end_id
+    assert tokens == ids and config["text_config"]["eos_token_id"] == processor.encode("<|im_end|>")[0]
 
 
 @pytest.mark.slow(15)
@@ -325,10 +325,10 @@ def test_skills_are_shares_of_greedy_answers_at_the_budget_of_their_form(monkeyp
 
     class Half:
         def __init__(self, model, processor, tools, cfg):
-            assert (model, tools) == ("model", corpus.TOOLS) and processor.im_end_id
+            assert (model, tools) == ("model", corpus.TOOLS) and processor.encode("a")
             self.budget = cfg.images.min_pixels, cfg.images.max_pixels
 
-        def rollout(self, params, tasks, **how):
+        def collect(self, params, tasks, **how):
             seen.append((self.budget, len(tasks), params, how))
             count = iter(range(len(tasks)))
             texts = [task.answer if next(count) % 2 else "wrong" for task in tasks]
@@ -337,11 +337,11 @@ def test_skills_are_shares_of_greedy_answers_at_the_budget_of_their_form(monkeyp
                 for task, text in zip(tasks, texts, strict=True)
             ])  # fmt: skip
 
-    monkeypatch.setattr(tiny_skills, "RolloutEngine", Half)
+    monkeypatch.setattr(tiny_skills, "Collector", Half)
     monkeypatch.setattr(tiny_skills.checkpoint, "load", lambda folder, vision_block: ("model", "params"))
     skills = tiny_skills.measure(base_folder(), count=64, seed=5)
     budgets = {"crop": (7056, 9408), "crops": (7056, 9408), "thumbnail": (3136, 4704), "thumbnails": (3136, 4704)}
-    how = {"group_size": 1, "seed": 5, "greedy": True}
+    how = {"group_size": 1, "seed": 5, "temperature": 0.0}
     assert seen == [(budgets[form], 64, "params", how) for form in tiny_skills.FORMS]
     assert (skills["read (crop)"], skills["read (crops)"]) == (0.5, 0.5)
     assert list(skills) == sorted(skills) and {skill.split()[0] for skill in skills} == {"answer", "locate", "name", "read"}

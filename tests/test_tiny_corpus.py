@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import sentencepiece
 from PIL import Image
+from scripted_run import execute
 
+from imagent_jax.chat import QWEN
 from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD, smart_resize
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.processor import Processor
@@ -34,7 +36,7 @@ from imagent_jax.tiny.corpus import (
 from imagent_jax.tiny.tokenizer import COORDINATES, MARKERS, SPECIAL, build_tokenizer
 from imagent_jax.tiny.vision import HEADS, SCENES, labelled_pack, new_head, whitening
 from imagent_jax.tiny.world import COLOURS, KINDS, SPLITS, make_scene, make_task, photographs
-from imagent_jax.tools import ImageRegistry, format_call, parse_call, to_pixels
+from imagent_jax.tools import ImageRegistry, to_pixels
 from imagent_jax.types import CallStatus
 
 CALL = ("visual_confirmation", {"image": 2, "label": "red", "bbox_2d": [400, 175, 600, 375]})
@@ -63,7 +65,7 @@ def questions_and_calls(group, response):
     asked = []
     for segment in whole_calls(response):
         if segment.trained and "<tool_call>" in segment.text:
-            yield list(asked), parse_call(segment.text)
+            yield list(asked), QWEN.parse_call(segment.text)
         elif not segment.trained and "<tool_response>" not in segment.text:
             text = segment.text.removeprefix("\n<|im_start|>user\n")
             asked.append(text.removesuffix("<|im_end|>\n<|im_start|>assistant\n"))
@@ -132,7 +134,7 @@ def test_a_command_names_the_calls_that_follow_and_asks_nothing():
                 continue
             commands += 1
             told = [(int(n), c) for c, n in re.findall(r"the (\w+) tag in Image (\d+)", response[0].text)]
-            calls = [parse_call(segment.text) for segment in response if segment.trained and "<tool_call>" in segment.text]
+            calls = [QWEN.parse_call(segment.text) for segment in response if segment.trained and "<tool_call>" in segment.text]
             assert [(call.arguments["image"], call.arguments["label"]) for call in calls] == told
             assert "?" not in response[0].text
             seen.add(len(calls))
@@ -214,7 +216,7 @@ def test_observations_are_what_the_tools_return():
             for action, shown in zip(segments, segments[1:], strict=False):
                 if not (action.trained and "<tool_call>" in action.text):
                     continue
-                result = TOOLS.execute(action.text, registry, SETTINGS)
+                result = execute(TOOLS, action.text, registry, SETTINGS)
                 assert result.status == CallStatus.EXECUTED
                 if result.name == "visual_confirmation":
                     line, number = result.parts
@@ -452,7 +454,7 @@ def test_values_are_tokens_of_their_own(processor):
         return [processor.decode([i]) for i in processor.encode(text)]
 
     assert tokens("12 17 125 1250") == ["1", "2", " ", "1", "7", " ", "125", " ", "1", "2", "5", "0"]
-    values = [t for t in tokens(format_call(*CALL)) if re.fullmatch(r"\d+|red", t)]
+    values = [t for t in tokens(QWEN.render_call(*CALL)) if re.fullmatch(r"\d+|red", t)]
     assert values == ["2", "red", "400", "175", "600", "375"]
     assert not any(re.search(r"(?<!bbox_)(?<![xy])\d", t) and not t.isdigit() for t in tokens(prompt_text(2)))
 
@@ -461,8 +463,8 @@ def test_sequences_are_short(processor):
     def count(text):
         return len(processor.encode(text))
 
-    assert count(TOOLS.system_prompt(SYSTEM, SETTINGS)) < 70
-    assert count(format_call(*CALL)) == 16
+    assert count(QWEN.system(SYSTEM, TOOLS.schemas(SETTINGS))) < 70
+    assert count(QWEN.render_call(*CALL)) == 16
     assert count("Image 2 red 7.\n<answer>7</answer><|im_end|>") <= 11
     assert count("What is the sum of the digits on the red tag in Image 1 and the blue tag in Image 3?") <= 12
 

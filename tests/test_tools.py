@@ -14,21 +14,20 @@ from typing import Literal
 import numpy as np
 import pytest
 from PIL import Image
+from scripted_run import execute
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 import imagent_jax
-from imagent_jax.rollout.engine import tool_settings
+from imagent_jax.chat import QWEN, escape
+from imagent_jax.rollout.collect import tool_settings
 from imagent_jax.tools import (
     ImageRegistry,
     ToolContext,
     ToolSet,
     ToolSettings,
-    format_call,
-    parse_call,
     tool,
     tools_by_name,
 )
-from imagent_jax.tools.calls import plain
 from imagent_jax.tools.schema import expected, matches, parse_docstring, quote, type_schema
 from imagent_jax.types import CallStatus, ToolError
 
@@ -142,7 +141,7 @@ OWN = ToolSet([brighten, misbehave])
 
 
 def run(text, registry=None, tools=VISUAL, settings=SETTINGS):
-    return tools.execute(text, registry or registry_of(), settings)
+    return execute(tools, text, registry or registry_of(), settings)
 
 
 # ---- schemas -------------------------------------------------------------------------------------------------
@@ -159,8 +158,8 @@ def test_the_system_prompt_is_qwens_own():
     rendered, _ = render_jinja_template(
         conversations=[[{"role": "system", "content": base}]], tools=schemas, chat_template=QWEN_SYSTEM
     )
-    assert f"<|im_start|>system\n{tools.system_prompt(base)}<|im_end|>\n" == rendered[0]
-    assert ToolSet([]).system_prompt(base) == base
+    assert f"<|im_start|>system\n{QWEN.system(base, tools.schemas())}<|im_end|>\n" == rendered[0]
+    assert QWEN.system(base, ToolSet([]).schemas()) == base
 
 
 def test_the_visual_tools_cost_few_words_and_declare_their_coordinates():
@@ -169,19 +168,19 @@ def test_the_visual_tools_cost_few_words_and_declare_their_coordinates():
     bbox = [schemas[1]["function"]["parameters"]["properties"]["bbox_2d"] for schemas in (relative, absolute)]
     assert bbox[0]["description"] == "[x1, y1, x2, y2], 0 to 1000"
     assert bbox[1]["description"] == "[x1, y1, x2, y2], pixels"
-    assert "pixels" in VISUAL.system_prompt("", ToolSettings(coordinates="absolute"))
+    assert "pixels" in QWEN.system("", VISUAL.schemas(ToolSettings(coordinates="absolute")))
 
 
 def test_a_new_tool_takes_few_lines_and_its_image_gets_a_number():
     assert len(inspect.getsource(brighten.function).splitlines()) < 20
     registry = registry_of(2)
-    result = run(format_call("brighten", {"image": 2}), registry, OWN)
+    result = run(QWEN.render_call("brighten", {"image": 2}), registry, OWN)
     assert result.status is CallStatus.EXECUTED and result.error is None
     assert result.parts == ["gain 2", "Image 3: brighter copy of Image 2", 3] and result.images == [3]
     brighter = np.minimum(np.asarray(registry[2].image).astype(int) * 2, 255)
     assert np.array_equal(np.asarray(registry[3].image), brighter)
     assert registry[3].shown == (84, 84)
-    assert run(format_call("visual_confirmation", {"image": 3, "bbox_2d": [0, 0, 500, 500]}), registry).images == [4]
+    assert run(QWEN.render_call("visual_confirmation", {"image": 3, "bbox_2d": [0, 0, 500, 500]}), registry).images == [4]
 
 
 def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
@@ -342,12 +341,12 @@ def test_settings_out_of_range_are_refused_with_a_reason():
 
 def test_calls_survive_being_written_and_read():
     arguments = {"image": 2, "bbox_2d": [1, 2.5, 3, 4], "label": 'a "tag" <é>\n'}
-    text = "I look closer. " + format_call("visual_confirmation", arguments)
-    assert parse_call(text) == ("visual_confirmation", arguments)
-    assert format_call("f", {}) == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
-    assert parse_call('<tool_call>{"arguments":{},"name":"f"}</tool_call>').name == "f"
-    assert format_call("f", {"label": "é"}) == '<tool_call>\n{"name": "f", "arguments": {"label": "é"}}\n</tool_call>'
-    after = parse_call('<tool_call>{"arguments":{},"name":"f"}</tool_call> and then <answer>3</answer>')
+    text = "I look closer. " + QWEN.render_call("visual_confirmation", arguments)
+    assert QWEN.parse_call(text) == ("visual_confirmation", arguments)
+    assert QWEN.render_call("f", {}) == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    assert QWEN.parse_call('<tool_call>{"arguments":{},"name":"f"}</tool_call>').name == "f"
+    assert QWEN.render_call("f", {"label": "é"}) == '<tool_call>\n{"name": "f", "arguments": {"label": "é"}}\n</tool_call>'
+    after = QWEN.parse_call('<tool_call>{"arguments":{},"name":"f"}</tool_call> and then <answer>3</answer>')
     assert after == ("f", {})
 
 
@@ -356,7 +355,7 @@ def wrap(body):
 
 
 def confirm(**arguments):
-    return format_call("visual_confirmation", arguments)
+    return QWEN.render_call("visual_confirmation", arguments)
 
 
 BOX = [100, 100, 400, 400]
@@ -397,10 +396,10 @@ MALFORMED = [
         'the tool call has an unexpected key "id"; it takes "name" and "arguments"',
     ),
     (
-        format_call("visual_confirm", {}),
+        QWEN.render_call("visual_confirm", {}),
         'there is no tool "visual_confirm"; did you mean "visual_confirmation"?',
     ),
-    (format_call("zzz", {}), 'there is no tool "zzz"; tools are visual_reflection, visual_confirmation'),
+    (QWEN.render_call("zzz", {}), 'there is no tool "zzz"; tools are visual_reflection, visual_confirmation'),
     (confirm(bbox_2d=BOX), "visual_confirmation needs the argument image: an integer"),
     (confirm(image=1), "visual_confirmation needs the argument bbox_2d: a list of 4 numbers"),
     (confirm(image=1, bbox=BOX), 'visual_confirmation has no argument "bbox"; did you mean "bbox_2d"?'),
@@ -422,12 +421,12 @@ MALFORMED = [
     (confirm(image=1, bbox_2d=[100, 100, 400, 100]), "bbox_2d must be [x1, y1, x2, y2] with x1 < x2 and y1 < y2"),
     (confirm(image=1, bbox_2d=[-1, 100, 400, 400]), "bbox_2d must lie from 0 to 1000"),
     (confirm(image=1, bbox_2d=[100, 100, 400, 1001]), "bbox_2d must lie from 0 to 1000"),
-    (format_call("visual_reflection", {"images": []}), "images must name at least one image"),
-    (format_call("visual_reflection", {"images": [1, 1]}), "images must name each image once"),
-    (format_call("visual_reflection", {"images": 1}), "images must be a list of integers, got 1"),
-    (format_call("visual_reflection", {"images": [1, 8]}), "there is no Image 8; image numbers are 1 to 3"),
+    (QWEN.render_call("visual_reflection", {"images": []}), "images must name at least one image"),
+    (QWEN.render_call("visual_reflection", {"images": [1, 1]}), "images must name each image once"),
+    (QWEN.render_call("visual_reflection", {"images": 1}), "images must be a list of integers, got 1"),
+    (QWEN.render_call("visual_reflection", {"images": [1, 8]}), "there is no Image 8; image numbers are 1 to 3"),
     (
-        format_call("visual_reflection", {"images": [1], "resolution": "full"}),
+        QWEN.render_call("visual_reflection", {"images": [1], "resolution": "full"}),
         'resolution must be low or high, got "full"',
     ),
 ]
@@ -448,7 +447,7 @@ def test_the_name_and_arguments_of_an_invalid_call_are_kept_as_far_as_they_were_
     assert (result.name, result.arguments) == ("visual_confirmation", {"image": 4, "bbox_2d": BOX})
     result = run("nothing")
     assert (result.name, result.arguments) == (None, None)
-    result = run(format_call("zzz", {"a": 1}))
+    result = run(QWEN.render_call("zzz", {"a": 1}))
     assert (result.name, result.arguments) == ("zzz", {"a": 1})
 
 
@@ -458,10 +457,10 @@ def test_tools_without_arguments_and_no_tools_at_all_say_so():
         """Do nothing."""
         return ("done", 1)
 
-    assert run(format_call("idle", {}), tools=ToolSet([idle])).parts == ["done", "Image 1", 1]
+    assert run(QWEN.render_call("idle", {}), tools=ToolSet([idle])).parts == ["done", "Image 1", 1]
     message = 'Error: idle has no argument "x"; it has none'
-    assert run(format_call("idle", {"x": 1}), tools=ToolSet([idle])).parts == [message]
-    assert run(format_call("idle", {}), tools=ToolSet([])).parts == ['Error: there is no tool "idle"; tools are none']
+    assert run(QWEN.render_call("idle", {"x": 1}), tools=ToolSet([idle])).parts == [message]
+    assert run(QWEN.render_call("idle", {}), tools=ToolSet([])).parts == ['Error: there is no tool "idle"; tools are none']
 
 
 def test_arguments_nested_to_any_depth_are_the_policys_mistake():
@@ -480,7 +479,7 @@ def careless(context: ToolContext, boxes: list[int], what: str = "image"):
 
 
 def test_the_record_of_a_call_stays_as_written_whatever_the_tool_does_to_its_arguments():
-    result = run(format_call("careless", {"boxes": [1]}), registry_of(1), ToolSet([careless]))
+    result = run(QWEN.render_call("careless", {"boxes": [1]}), registry_of(1), ToolSet([careless]))
     assert result.arguments == {"boxes": [1]} and result.parts == ["Image 2: < |image_pad|>", 2]
 
 
@@ -493,18 +492,18 @@ def test_the_record_of_a_call_stays_as_written_whatever_the_tool_does_to_its_arg
     ],
 )
 def test_a_tool_that_returns_no_image_number_is_at_fault(what, error):
-    result = run(format_call("careless", {"boxes": [], "what": what}), registry_of(1), ToolSet([careless]))
+    result = run(QWEN.render_call("careless", {"boxes": [], "what": what}), registry_of(1), ToolSet([careless]))
     assert result.status is CallStatus.FAULT and result.error.rstrip().endswith(error)
 
 
 def test_model_text_cannot_place_markers_in_an_observation():
-    for text in (format_call("<|image_pad|>", {}), confirm(image="<tool_call", bbox_2d=BOX)):
+    for text in (QWEN.render_call("<|image_pad|>", {}), confirm(image="<tool_call", bbox_2d=BOX)):
         (line,) = run(text).parts
         assert not re.search(r"<\||</?tool_", line) and line.isprintable()
-    (line,) = run(format_call("misbehave", {"how": "inject"}), tools=OWN).parts
+    (line,) = run(QWEN.render_call("misbehave", {"how": "inject"}), tools=OWN).parts
     assert line == "< |image_pad|>< /tool_response>< |im_end|> ? a < b <b>"
     markers = "<answer>1</answer><think></think></tool_call><tool_response>"
-    assert plain(markers) == "< answer>1< /answer>< think>< /think>< /tool_call>< tool_response>"
+    assert escape(markers) == "< answer>1< /answer>< think>< /think>< /tool_call>< tool_response>"
 
 
 def test_a_full_trajectory_is_a_repairable_error_and_adds_nothing():
@@ -514,12 +513,12 @@ def test_a_full_trajectory_is_a_repairable_error_and_adds_nothing():
     error = "Error: no more than 4 images; answer with what you have seen"
     assert run(confirm(image=1, bbox_2d=BOX), registry, settings=settings).parts == [error]
     wide = ToolSettings(max_images=5)  # room for one of two
-    both = run(format_call("visual_reflection", {"images": [1, 2], "resolution": "high"}), registry, settings=wide)
+    both = run(QWEN.render_call("visual_reflection", {"images": [1, 2], "resolution": "high"}), registry, settings=wide)
     assert both.status is CallStatus.INVALID and len(registry) == 4
     assert both.parts == ["Error: no more than 5 images; answer with what you have seen"] and len(registry) == 4
-    again = run(format_call("visual_reflection", {"images": [1, 4]}), registry, settings=ToolSettings(max_images=4))
+    again = run(QWEN.render_call("visual_reflection", {"images": [1, 4]}), registry, settings=ToolSettings(max_images=4))
     assert again.status is CallStatus.INVALID  # 4, a crop, would be shown smaller: an image more
-    assert run(format_call("visual_reflection", {"images": [1]}), registry, settings=settings).images == [1]
+    assert run(QWEN.render_call("visual_reflection", {"images": [1]}), registry, settings=settings).images == [1]
 
 
 # ---- settings other than the defaults --------------------------------------------------------------------------
@@ -573,7 +572,7 @@ def test_a_crop_is_cut_and_shown_as_the_settings_say(changes, box, shown, budget
 def test_an_image_is_shown_again_as_the_settings_say(changes, resolution, line, shown, budget):
     registry = registry_of(1)
     arguments = {"images": [1]} | ({"resolution": resolution} if resolution else {})
-    result = run(format_call("visual_reflection", arguments), registry, settings=ToolSettings(**changes))
+    result = run(QWEN.render_call("visual_reflection", arguments), registry, settings=ToolSettings(**changes))
     assert result.parts == [line, len(registry)]
     entry = registry[len(registry)]
     assert (entry.shown, (entry.min_pixels, entry.max_pixels)) == (shown, budget)
@@ -583,7 +582,7 @@ def test_an_image_is_shown_again_as_the_settings_say(changes, resolution, line, 
 def test_an_image_without_a_budget_of_its_own_is_not_enlarged_to_be_seen_again():
     registry = ImageRegistry()
     registry.add(Image.new("RGB", (64, 64)), shown=(64, 64))
-    run(format_call("visual_reflection", {"images": [1]}), registry, settings=ToolSettings(patch_factor=32, low_pixels=1500))
+    run(QWEN.render_call("visual_reflection", {"images": [1]}), registry, settings=ToolSettings(patch_factor=32, low_pixels=1500))
     assert registry[2].shown == (32, 32) and (registry[2].min_pixels, registry[2].max_pixels) == (1024, 1500)
 
 
@@ -620,7 +619,7 @@ def test_a_sliver_that_cannot_be_shown_is_a_repairable_error():
 )
 def test_a_failing_tool_is_a_fault_whose_cause_only_the_logs_see(how, error):
     registry = registry_of()
-    result = run(format_call("misbehave", {"how": how}), registry, OWN)
+    result = run(QWEN.render_call("misbehave", {"how": how}), registry, OWN)
     assert result.status is CallStatus.FAULT and result.parts == ["Error: the tool failed."]
     assert result.error.rstrip().endswith(error)
     assert (result.name, result.arguments) == ("misbehave", {"how": how})
@@ -629,7 +628,7 @@ def test_a_failing_tool_is_a_fault_whose_cause_only_the_logs_see(how, error):
 
 def test_a_tool_error_is_the_policys_and_on_one_line():
     registry = registry_of()
-    result = run(format_call("misbehave", {"how": "invalid"}), registry, OWN)
+    result = run(QWEN.render_call("misbehave", {"how": "invalid"}), registry, OWN)
     assert result.status is CallStatus.INVALID and result.parts == ["Error: how must be kind and short"]
     assert len(registry) == 3
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from imagent_jax.config import Config, read_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.model import checkpoint
 from imagent_jax.rl import guards
-from imagent_jax.rollout.engine import RolloutBatch, RolloutEngine
-from imagent_jax.rollout.prefetch import Ahead
+from imagent_jax.rollout.batch import RolloutBatch
+from imagent_jax.rollout.collect import Collector
+from imagent_jax.rollout.prefetch import Prefetcher
 from imagent_jax.runs import export
 from imagent_jax.runs.reader import phases
 from imagent_jax.tiny.base import base_folder
@@ -75,7 +77,7 @@ class Watched:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
             patch.setenv("COLUMNS", "300")
             patch.setitem(guards.GUARDS, "bonus_unearned", lambda history: PAID if len(history) > 1 else None)
-            self._spy(patch, RolloutEngine, "rollout", self.rollouts, lambda engine, params, tasks, **how: how | {
+            self._spy(patch, Collector, "collect", self.rollouts, lambda engine, params, tasks, **how: how | {
                 "tasks": [task.uid for task in tasks]})  # fmt: skip
             self._spy(patch, job.Learner, "update", self.updates, lambda learner, params, state, batch, store: {
                 "batch": batch, "encoded": store.encoded, "shown": store.shown,
@@ -469,7 +471,7 @@ def test_a_signal_is_noted_a_second_one_stops_at_once_and_then_all_is_as_before(
         with job.Interrupt() as interrupt:
             assert interrupt.asked == 0
             signal.raise_signal(number)
-            assert interrupt.asked == number
+            assert interrupt.asked == number and interrupt.stop.is_set() == (number == signal.SIGTERM)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(other)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -490,7 +492,7 @@ def test_what_is_no_fault_of_the_input_is_not_taken_for_one(monkeypatch, error):
 
 def test_random_sizes_counts_and_turns_compile_nothing_and_bad_rows_are_left_out(tmp_path, monkeypatch):
     """The short form of benchmarks/endurance.py: 30 tasks of 1 to 8 images, rollouts of 0 to 6 calls, from JSON Lines."""
-    monkeypatch.setattr(RolloutEngine, "end_turn", RolloutEngine.end_turn)  # which the script replaces
+    monkeypatch.setattr(Collector, "end_turn", Collector.end_turn)  # which the script replaces
     write = endurance.write_tasks
 
     def with_bad_rows(folder, count):
@@ -549,7 +551,7 @@ def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
         tools={"max_turns": 3}, rollout={"prompt_tokens": 512, "response_tokens": 512}, mask={"count_repeated": False},
         reward={"answer": 3.0, "custom": [f"{__name__}:fails_or_pays"]}, grpo={"normalise_std": normalise_std},
     )  # fmt: skip
-    engine = RolloutEngine(parts.model, parts.processor, parts.tools, cfg)
+    engine = Collector(parts.model, parts.processor, parts.tools, cfg)
     tasks = [task_at(3, "train", i) for i in range(2)]
     groups = [[play(engine, task, g, texts) for g, texts in enumerate(scripts(task)[:7])] for task in tasks]
     assert groups[0][6].end == EndReason.VOID
@@ -581,19 +583,20 @@ class Batch(RolloutBatch):
         self.__dict__.update(known)
 
 
-class Recorder(RolloutEngine):
-    """An engine that says what it was asked."""
+class Recorder(Collector):
+    """A collector that says what it was asked."""
 
     def __init__(self):
-        self.opened, self.stopped = None, False
+        self.opened, self.stopped, self.stop = None, False, threading.Event()
 
     def weights(self, params):
         return "copy", params
 
-    def open_ahead(self, tasks):
+    def open_in_background(self, tasks):
         self.opened = tasks
+        return "opened"
 
-    def rollout(self, weights, tasks, **how):
+    def collect(self, weights, tasks, **how):
         if self.stopped:
             raise job.Stopped
         return Batch(weights=weights, tasks=tasks, how=how, mesh=jax.sharding.get_mesh())
@@ -603,7 +606,7 @@ class Recorder(RolloutEngine):
 def ahead():
     cfg = small_config(run={"seed": 2}, rollout={"group_size": 7, "temperature": 0.5})
     tasks = [task_at(0, "train", i) for i in range(10)]
-    return Ahead(Recorder(), task_iterator(tasks, 3, seed=1), cfg), task_iterator(tasks, 3, seed=1)
+    return Prefetcher(Recorder(), task_iterator(tasks, 3, seed=1), cfg.rollout, 2), task_iterator(tasks, 3, seed=1)
 
 
 def uids(tasks):
@@ -620,32 +623,32 @@ def test_what_is_begun_ahead_is_what_is_taken(ahead):
         places.append(series.get_state())
     first, stale = ahead.take(0, w0)
     assert (uids(first.tasks), stale) == (batches[0], 0) and first.weights[1] is w0 and ahead.place == places[1]
-    assert first.how == {"group_size": 7, "seed": 2 * 1_000_003, "temperature": 0.5}
+    assert first.how == {"group_size": 7, "seed": 2 * 1_000_003, "temperature": 0.5, "opened": "opened"}
     ahead.begin(1)
-    assert uids(ahead.engine.opened) == batches[1] and ahead.place == places[1]
+    assert uids(ahead.collector.opened) == batches[1] and ahead.place == places[1]
     second, stale = ahead.take(1, w1)
-    assert second.tasks is ahead.engine.opened and second.weights[1] is w1 and stale == 0 and ahead.place == places[2]
+    assert second.tasks is ahead.collector.opened and second.weights[1] is w1 and stale == 0 and ahead.place == places[2]
     assert second.how["seed"] == 2 * 1_000_003 + 1
-    mesh = job.training_mesh(ahead.cfg)
+    mesh = job.training_mesh(small_config())
     with jax.set_mesh(mesh):
         ahead.begin(2, w1)
         third, stale = ahead.take(2, w2)
     assert (uids(third.tasks), stale) == (batches[2], 1) and third.weights[1] is w1 and third.mesh == mesh
-    assert third.how == {"group_size": 7, "seed": 2 * 1_000_003 + 2, "temperature": 0.5}
+    assert third.how == {"group_size": 7, "seed": 2 * 1_000_003 + 2, "temperature": 0.5, "opened": None}
     ahead.begin(3, w2)
-    assert not ahead.engine.stopped and ahead.place == places[3]
+    assert not ahead.collector.stop.is_set() and ahead.place == places[3]
     ahead.close()
-    assert ahead.engine.stop() and ahead.next[2].done()
+    assert ahead.collector.stop.is_set() and ahead.next.rollouts.done()
 
 
 def test_a_step_that_was_stopped_is_not_taken(ahead):
     ahead, series = ahead
     before, first = series.get_state(), uids(next(series))
-    ahead.engine.stopped = True
+    ahead.collector.stopped = True
     with pytest.raises(job.Stopped):
         ahead.take(0, nnx.State({}))
     assert ahead.place == before
-    ahead.engine.stopped = False
+    ahead.collector.stopped = False
     assert uids(ahead.take(0, nnx.State({}))[0].tasks) == first
     ahead.close()
 

@@ -73,7 +73,7 @@ def test_an_image_is_stored_as_the_tools_have_it_where_a_browser_would_show_anot
     registry = ImageRegistry()
     registry.add(Image.open(io.BytesIO(turned.getvalue())), shown=(28, 28))
     registry.add(picture.crop((0, 0, 20, 20)).rotate(90), shown=(28, 28), parent=1, box=(0, 0, 20, 20))
-    first, second = log._images((turned.getvalue(),), registry)
+    first, second = log._images((turned.getvalue(),), tuple(registry))
     assert first["size"] == [60, 40] and Image.open(log.images / first["file"]).format == "PNG"
     for entry, stored in zip(registry, (first, second), strict=True):
         assert Image.open(log.images / stored["file"]).tobytes() == entry.image.tobytes()
@@ -103,7 +103,7 @@ def test_a_record_has_what_was_asked_answered_called_and_paid(made):
                 "images": call.images, "said": [part for part in call.parts if isinstance(part, str)], "error": call.error,
             })  # fmt: skip
             errors += bool(call and call.error)
-        for entry, image in zip(t.registry, record["images"], strict=True):
+        for entry, image in zip(t.images, record["images"], strict=True):
             assert image["size"] == [*entry.image.size] and image["shown"] == [entry.shown[1], entry.shown[0]]
             assert (image.get("parent"), image.get("box")) == (entry.parent, entry.box and list(entry.box))
             assert image.get("origin") == (entry.origin if entry.parent else None)

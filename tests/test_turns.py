@@ -1,6 +1,5 @@
-"""Turns of scripted policies through the engine's own bookkeeping: ends, token kinds, observations, prompts. No model runs."""
+"""Turns of scripted policies through the project's own episode: ends, token kinds, observations, prompts. No model runs."""
 
-import copy
 import dataclasses
 import functools
 import re
@@ -8,16 +7,18 @@ import re
 import numpy as np
 import pytest
 import yaml
-from scripted_run import ANSWER, crop, play, scripted_engine
+from scripted_run import ANSWER, crop, play, scripted_collector, see
 
+from imagent_jax.chat import QWEN, extract_answer
 from imagent_jax.config import Config
 from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.processor import Processor
+from imagent_jax.rollout.environment import ToolEnvironment
+from imagent_jax.rollout.episode import Episode, token_kinds
 from imagent_jax.rollout.sampler import STOP_WIDTH
-from imagent_jax.rollout.turns import Row, extract_answer, token_kinds
 from imagent_jax.tiny.world import task_at
-from imagent_jax.tools import ImageRegistry, ToolSettings, format_call
+from imagent_jax.tools import ToolSettings
 from imagent_jax.types import CallResult, CallStatus, EndReason, TokenKind, Turn
 
 TEXT, CALL, INVALID, ANSWERED, SEEN = (
@@ -26,7 +27,7 @@ TEXT, CALL, INVALID, ANSWERED, SEEN = (
 BOXES = [crop(1, 100 * i, 0, 100 * i + 300, 300) for i in range(6)]
 BAD = crop(9, 0, 0, 500, 500)
 RIGHT = ANSWER.format("7")
-SMALL, VIEWS = {"low_pixels": 1568}, format_call("visual_reflection", {"images": [2, 1], "resolution": "low"})
+SMALL, VIEWS = {"low_pixels": 1568}, QWEN.render_call("visual_reflection", {"images": [2, 1], "resolution": "low"})
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,12 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def engine_of():
+def collector_of():
     """The engine of scripted policies, under changed settings."""
 
     @functools.cache
     def make(settings):
-        return scripted_engine(Config.from_yaml(settings))
+        return scripted_collector(Config.from_yaml(settings))
 
     def changed(response_tokens=1024, **sections):
         sections["rollout"] = {"prompt_tokens": 512, "response_tokens": response_tokens} | sections.get("rollout", {})
@@ -50,8 +51,14 @@ def engine_of():
 
 
 @pytest.fixture(scope="module")
-def processor(engine_of):
-    return engine_of().processor
+def processor(collector_of):
+    return collector_of().processor
+
+
+def episode_of(collector, task, rollout=0):
+    """An episode at its beginning."""
+    opened = collector.open_task(task)
+    return Episode(collector.rules, task, rollout, opened.environment, opened.prompt.next_position)
 
 
 def kinds(t, turn):
@@ -64,19 +71,19 @@ def kinds(t, turn):
 
 
 @pytest.mark.parametrize("calls", [BOXES, [BAD, *BOXES]])
-def test_exactly_max_turns_calls_run_and_the_next_ends_the_trajectory(engine_of, task, calls):
-    engine = engine_of(tools={"max_turns": 3})
-    t = play(engine, task, 0, [*calls[:4], RIGHT])
+def test_exactly_max_turns_calls_run_and_the_next_ends_the_trajectory(collector_of, task, calls):
+    collector = collector_of(tools={"max_turns": 3})
+    t = play(collector, task, 0, [*calls[:4], RIGHT])
     assert t.end == EndReason.OVER_TURNS and t.answer is None
     assert [turn.call is not None for turn in t.turns] == [True, True, True, False]
     assert kinds(t, 3) == [CALL] and len(t.ids) == t.turns[3].stop
-    t = play(engine, task, 0, [*calls[:3], RIGHT])
+    t = play(collector, task, 0, [*calls[:3], RIGHT])
     assert t.end == EndReason.ANSWERED and t.answer == "7" and t.executed_calls + t.invalid_calls == 3
     assert kinds(t, 3) == [ANSWERED, TEXT]
 
 
 A, B = BOXES[:2]
-REFLECT = format_call("visual_reflection", {"images": [1]})
+REFLECT = QWEN.render_call("visual_reflection", {"images": [1]})
 REPEATS = [  # max_repeats, calls, which of them ends the trajectory (None: none does)
     (1, [A, A], 1), (2, [A, A, A], 2), (2, [A, B, A, B, A], 4), (2, [A, B, A, B], None), (3, [A, A, A, A], 3),
     (1, BOXES, None), (1, [BAD] * 4, None), (1, [REFLECT, A, REFLECT], 2),
@@ -84,8 +91,8 @@ REPEATS = [  # max_repeats, calls, which of them ends the trajectory (None: none
 
 
 @pytest.mark.parametrize("most, calls, last", REPEATS)
-def test_equal_calls_run_max_repeats_times_and_the_next_ends_the_trajectory(engine_of, task, most, calls, last):
-    t = play(engine_of(tools={"max_repeats": most, "max_turns": 9}), task, 0, [*calls, RIGHT])
+def test_equal_calls_run_max_repeats_times_and_the_next_ends_the_trajectory(collector_of, task, most, calls, last):
+    t = play(collector_of(tools={"max_repeats": most, "max_turns": 9}), task, 0, [*calls, RIGHT])
     if last is None:
         assert t.end == EndReason.ANSWERED and len(t.turns) == len(calls) + 1
     else:
@@ -94,12 +101,13 @@ def test_equal_calls_run_max_repeats_times_and_the_next_ends_the_trajectory(engi
         assert np.count_nonzero(np.diff((t.kind == SEEN).astype(int)) == 1) == last  # the last call shows nothing
 
 
-def test_the_same_arguments_to_another_tool_are_no_repeat(engine_of, task):
-    engine, row = engine_of(tools={"max_repeats": 1}), Row(task, 0, ImageRegistry(), kinds=[np.zeros(0, np.uint8)])
+def test_the_same_arguments_to_another_tool_are_no_repeat(collector_of, task):
+    collector = collector_of(tools={"max_repeats": 1})
+    episode = episode_of(collector, task)
     for name, end in (("zoom", None), ("rotate", None), ("zoom", EndReason.REPEATED)):
-        row.turns.append(Turn(0, 0, ""))
-        shown = engine.respond(row, CallResult(CallStatus.EXECUTED, name, {"image": 1}, ["done"]))
-        assert row.end == end and (shown is None) == (end is not None)
+        episode.turns.append(Turn(0, 0, ""))
+        shown = episode.respond(CallResult(CallStatus.EXECUTED, name, {"image": 1}, ["done"]), [])
+        assert episode.end == end and (shown is None) == (end is not None)
 
 
 VOID = "I do not know.<|im_end|>"
@@ -114,41 +122,41 @@ FULL = [  # said, tokens less than that the buffer holds, end, call, kinds of th
     ("Look. " + A, 1, EndReason.TRUNCATED, None, [TEXT, CALL]),
     ("Look. " + A, 0, EndReason.TRUNCATED, CallStatus.EXECUTED, [TEXT, CALL]),  # no room for what it shows
     ("Look. " + BAD, 0, EndReason.TRUNCATED, CallStatus.INVALID, [TEXT, INVALID]),
-    (format_call("broken", {}), 0, EndReason.FAULT, CallStatus.FAULT, [CALL]),
+    (QWEN.render_call("broken", {}), 0, EndReason.FAULT, CallStatus.FAULT, [CALL]),
     (RIGHT.removesuffix("<|im_end|>") + A, 1, EndReason.TRUNCATED, None, [TEXT, CALL]),
 ]
 
 
 @pytest.mark.parametrize("said, less, end, status, expected", FULL)
-def test_how_a_turn_ends_where_the_buffer_ends(engine_of, processor, task, said, less, end, status, expected):
+def test_how_a_turn_ends_where_the_buffer_ends(collector_of, processor, task, said, less, end, status, expected):
     room = len(processor.encode(said)) - less
-    t = play(engine_of(room), task, 0, [said])
+    t = play(collector_of(room), task, 0, [said])
     assert t.end == end and len(t.ids) == min(room, room + less) and kinds(t, 0) == expected
     assert t.answer == ("7" if end == EndReason.ANSWERED else None)
     assert (t.turns[0].call and t.turns[0].call.status) == status
 
 
-def test_an_observation_needs_room_for_a_token_after_it(engine_of, task):
-    whole = play(engine_of(), task, 0, [A, RIGHT])
+def test_an_observation_needs_room_for_a_token_after_it(collector_of, task):
+    whole = play(collector_of(), task, 0, [A, RIGHT])
     shown = whole.turns[1].start
     for room, length in ((shown, whole.turns[0].stop), (shown + 1, shown + 1)):
-        t = play(engine_of(room), task, 0, [A, RIGHT])
+        t = play(collector_of(room), task, 0, [A, RIGHT])
         assert t.end == EndReason.TRUNCATED and len(t.ids) == length and len(t.turns) == 1 + (room > shown)
         assert t.turns[0].call.status == CallStatus.EXECUTED
 
 
-def test_a_full_buffer_with_too_many_calls(engine_of, processor, task):
-    room = play(engine_of(), task, 0, [A, B, RIGHT]).turns[1].stop
+def test_a_full_buffer_with_too_many_calls(collector_of, processor, task):
+    room = play(collector_of(), task, 0, [A, B, RIGHT]).turns[1].stop
     for less, end in ((0, EndReason.OVER_TURNS), (1, EndReason.TRUNCATED)):
-        assert play(engine_of(room - less, tools={"max_turns": 1}), task, 0, [A, B]).end == end
+        assert play(collector_of(room - less, tools={"max_turns": 1}), task, 0, [A, B]).end == end
 
 
-def test_a_fault_ends_the_trajectory_and_keeps_its_error(engine_of, processor, task):
-    t = play(engine_of(), task, 5, [A, "Hm. " + format_call("broken", {}), RIGHT])
+def test_a_fault_ends_the_trajectory_and_keeps_its_error(collector_of, processor, task):
+    t = play(collector_of(), task, 5, [A, "Hm. " + QWEN.render_call("broken", {}), RIGHT])
     assert t.end == EndReason.FAULT and "OSError: the disk is full" in t.error and t.answer is None
     assert (t.executed_calls, t.invalid_calls, t.faulted_calls) == (1, 0, 1) and t.rollout == 5 and t.task is task
     assert kinds(t, 1) == [TEXT, CALL] and len(t.ids) == t.turns[1].stop
-    assert play(engine_of(), task, 0, [RIGHT]).error is None
+    assert play(collector_of(), task, 0, [RIGHT]).error is None
 
 
 # ---- kinds and answers ----------------------------------------------------------------------------------------------
@@ -189,7 +197,7 @@ KINDS = [  # pieces of a turn, the kind of each
 
 @pytest.mark.parametrize("pieces, expected", KINDS)
 def test_the_kind_of_every_token(pieces, expected):
-    found = token_kinds(np.arange(len(pieces)), "".join(pieces), Pieces(pieces))
+    found = token_kinds(np.arange(len(pieces)), "".join(pieces), Pieces(pieces), QWEN)
     assert found.tolist() == expected and found.dtype == np.uint8
 
 
@@ -198,7 +206,7 @@ def test_kinds_do_not_depend_on_how_the_text_is_tokenised(processor, text):
     """Token by token as the tokenizer has it, and character by character."""
     kind, marked = (CALL, r"<tool_call>.*") if "<tool_call>" in text else (ANSWERED, r"<answer>.*</answer>")
     for ids in (processor.encode(text), [i for c in text for i in processor.encode(c)]):
-        found = token_kinds(np.asarray(ids), text, processor)
+        found = token_kinds(np.asarray(ids), text, processor, QWEN)
         inside = processor.decode([i for i, k in zip(ids, found, strict=True) if k == kind])
         assert processor.decode(ids) == text and set(found) == {TEXT, kind}
         assert inside == re.search(marked, text, re.DOTALL)[0]
@@ -218,8 +226,8 @@ def test_the_answer_of_a_turn(text, expected):
     assert extract_answer(text) == expected
 
 
-def test_only_the_invalid_calls_tokens_become_invalid(engine_of, task):
-    t = play(engine_of(), task, 0, ["A. " + A, "B. " + BAD, "C. " + B, "D. " + RIGHT])
+def test_only_the_invalid_calls_tokens_become_invalid(collector_of, task):
+    t = play(collector_of(), task, 0, ["A. " + A, "B. " + BAD, "C. " + B, "D. " + RIGHT])
     assert [kinds(t, turn) for turn in range(4)] == [[TEXT, CALL], [TEXT, INVALID], [TEXT, CALL], [TEXT, ANSWERED, TEXT]]
     assert (t.executed_calls, t.invalid_calls, t.faulted_calls) == (2, 1, 0) and t.end == EndReason.ANSWERED
     between = np.concatenate([t.kind[a.stop : b.start] for a, b in zip(t.turns, t.turns[1:], strict=False)])
@@ -229,32 +237,31 @@ def test_only_the_invalid_calls_tokens_become_invalid(engine_of, task):
 # ---- what is booked -------------------------------------------------------------------------------------------------
 
 
-def test_a_trajectory_is_cut_to_what_was_booked(engine_of, processor, task):
-    engine = engine_of()
-    prompt, registry = engine.open_task(task)
-    row = Row(task, 6, registry, position=prompt.next_position)
+def test_a_trajectory_is_cut_to_what_was_added(collector_of, processor, task):
+    collector = collector_of()
+    episode = episode_of(collector, task, 6)
     said, last = np.asarray(processor.encode("Hm. " + A)), np.asarray(processor.encode(RIGHT))
-    shown = engine.respond(row, engine.tools.execute(engine.end_turn(row, said), row.registry, engine.settings))
-    row.book_observation(shown, vision := shown.vision([40]))
-    assert engine.end_turn(row, last) is None and row.seen == len(said) + len(shown.ids) + len(last)
-    ids = np.arange(1000, dtype=np.int32)
-    t = row.trajectory(ids, np.full(1000, -0.5))
+    shown = see(collector, episode, episode.end_turn(said))
+    episode.observe(shown, vision := shown.vision([40]))
+    assert episode.end_turn(last) is None and episode.length == len(said) + len(shown.ids) + len(last)
+    ids, length = np.arange(1000, dtype=np.int32), episode.length
+    t = episode.trajectory(ids, np.full(1000, -0.5))
     ids[:] = 0
-    assert t.ids.tolist() == list(range(row.seen)) and t.logprobs.dtype == np.float32
+    assert t.ids.tolist() == list(range(length)) and t.logprobs.dtype == np.float32
     assert t.logprobs.tolist() == np.where(t.kind == SEEN, 0, -0.5).tolist() and 0 < (t.kind == SEEN).sum() == len(shown.ids)
     assert t.vision.tolist() == [-1] * len(said) + vision.tolist() + [-1] * len(last)
     assert vision[vision >= 0].tolist() == list(range(40, 40 + len(shown.images[0].patches) // 4))
-    assert [(turn.start, turn.stop) for turn in t.turns] == [(0, len(said)), (row.seen - len(last), row.seen)]
+    assert [(turn.start, turn.stop) for turn in t.turns] == [(0, len(said)), (length - len(last), length)]
     assert [turn.text for turn in t.turns] == ["Hm. " + A, RIGHT]
-    assert t.registry is row.registry and len(t.registry) == len(task.images) + 1
+    assert [entry.number for entry in t.images] == [*range(1, len(task.images) + 2)]
     assert t.positions.dtype == np.int32 and t.vision.dtype == np.int32 and t.kind.dtype == np.uint8
 
 
-def test_positions_are_those_of_the_whole_sequence(engine_of, processor, task):
-    engine = engine_of(tools=SMALL)
-    t = play(engine, task, 0, ["A. " + A, VIEWS, BAD, RIGHT])
-    prompt, _ = engine.open_task(task)
-    sizes = [t.registry[n].shown for n in range(1, len(t.registry) + 1)]
+def test_positions_are_those_of_the_whole_sequence(collector_of, processor, task):
+    collector = collector_of(tools=SMALL)
+    t = play(collector, task, 0, ["A. " + A, VIEWS, BAD, RIGHT])
+    prompt = collector.open_task(task).prompt
+    sizes = [entry.shown for entry in t.images]
     grids = [(h // 14, w // 14) for h, w in sizes]
     whole, _ = mrope_positions(np.concatenate([prompt.ids, t.ids]), processor.image_token_id, grids)
     assert len(grids) == len(task.images) + 3
@@ -268,10 +275,10 @@ def pads(shown):
 BEFORE, AFTER = "<|im_end|>\n<|im_start|>user\n<tool_response>\n", "</tool_response><|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_observations_read_as_qwens_chat_has_them(engine_of, processor, task):
-    t = play(engine_of(tools=SMALL), task, 0, [A, VIEWS, BAD, RIGHT])
+def test_observations_read_as_qwens_chat_has_them(collector_of, processor, task):
+    t = play(collector_of(tools=SMALL), task, 0, [A, VIEWS, BAD, RIGHT])
     seen = [processor.decode(t.ids[a.stop : b.start]) for a, b in zip(t.turns, t.turns[1:], strict=False)]
-    size = {n: pads(t.registry[n].shown) for n in range(4, 7)}
+    size = {n: pads(t.images[n - 1].shown) for n in range(4, 7)}
     assert len(task.images) == 3 and size[4] != size[5]
     assert seen == [
         f"{BEFORE}Image 4: crop of Image 1\n{size[4]}{AFTER}",
@@ -280,118 +287,137 @@ def test_observations_read_as_qwens_chat_has_them(engine_of, processor, task):
     ]
 
 
-def test_what_was_seen_beside_decoding_is_shown_in_order_and_not_kept(engine_of, processor, task):
-    engine = engine_of(tools=SMALL)
-    for given in (False, True):
-        prompt, registry = engine.open_task(task)
-        row = Row(task, 0, registry, position=prompt.next_position)
-        result = engine.tools.execute(engine.end_turn(row, np.asarray(processor.encode(VIEWS))), registry, engine.settings)
-        prepared = [engine.prepare(registry, n) for n in result.images]
-        if given:
-            prepared = result.seen = [image._replace(patches=image.patches ^ 255) for image in prepared]
-        shown = engine.respond(row, result)
-        assert [image.patches.tobytes() for image in shown.images] == [image.patches.tobytes() for image in prepared]
-        assert row.turns[0].call is result and result.seen == []
+def test_images_that_a_call_shows_stand_in_their_order(collector_of, processor, task):
+    collector = collector_of(tools=SMALL)
+    episode = episode_of(collector, task)
+    result = episode.environment.step(episode.end_turn(np.asarray(processor.encode(VIEWS))))
+    images = [collector.rules.prepare(episode.environment, episode.environment.images[n - 1], True) for n in result.images]
+    images = [image._replace(patches=image.patches ^ 255) for image in images]
+    shown = episode.respond(result, images)
+    assert [image.patches.tobytes() for image in shown.images] == [image.patches.tobytes() for image in images]
+    assert episode.turns[0].call is result and len(images) == 2
 
 
-def test_a_marker_in_an_observation_is_an_error_that_names_the_task(engine_of, task):
-    engine = engine_of()
-    row = Row(task, 0, engine.open_task(task)[1], turns=[Turn(0, 0, "")])
+def test_a_call_that_ends_after_its_episode_changes_nothing(collector_of, task):
+    """Neither does one that is refused, though its tool showed an image before."""
+    for how, count in (("closed", 3), ("open", 4)):
+        environment = collector_of().open_task(task).environment
+        if how == "closed":
+            environment.close()
+        result = environment.step(QWEN.parse(A))
+        assert result.status is CallStatus.EXECUTED and len(environment.images) == count
+    environment = collector_of().open_task(task).environment
+    assert environment.step(QWEN.parse(BAD)).status is CallStatus.INVALID and len(environment.images) == 3
+    other = environment.fork()
+    other.step(QWEN.parse(A))
+    assert (len(environment.images), len(other.images)) == (3, 4) and environment.images[0] is other.images[0]
+
+
+def test_the_end_of_an_episode_closes_its_environment(collector_of, processor, task):
+    episode = episode_of(collector_of(), task)
+    episode.end_turn(np.asarray(processor.encode(RIGHT)))
+    episode.environment.step(QWEN.parse(A))
+    assert len(episode.environment.images) == len(task.images)
+
+
+def test_a_marker_in_an_observation_is_an_error_that_names_the_task(collector_of, task):
+    episode = episode_of(collector_of(), task)
+    episode.turns.append(Turn(0, 0, ""))
     with pytest.raises(ValueError, match=f"Task {task.uid}: 1 image placeholders"):
-        engine.respond(row, CallResult(CallStatus.EXECUTED, "t", {}, ["<|image_pad|>"]))
+        episode.respond(CallResult(CallStatus.EXECUTED, "t", {}, ["<|image_pad|>"]), [])
 
 
 # ---- prompts and settings -------------------------------------------------------------------------------------------
 
 
-def test_the_prompt_holds_system_text_tools_images_and_question(engine_of, processor, task):
-    engine = engine_of(tools={"system": "Be brief.", "coordinates": "absolute"})
-    prompt, registry = engine.open_task(task)
-    system = engine.tools.system_prompt("Be brief.", ToolSettings(coordinates="absolute"))
-    images = "".join(f"Image {n}: {pads(registry[n].shown)}" for n in (1, 2, 3))
+def test_the_prompt_holds_system_text_tools_images_and_question(collector_of, processor, task):
+    collector = collector_of(tools={"system": "Be brief.", "coordinates": "absolute"})
+    _, prompt, environment = collector.open_task(task)
+    system = QWEN.system("Be brief.", collector.tools.schemas(ToolSettings(coordinates="absolute")))
+    images = "".join(f"Image {entry.number}: {pads(entry.shown)}" for entry in environment.images)
     assert processor.decode(prompt.ids) == (
         f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{images}{task.question}<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert "[x1, y1, x2, y2], pixels" in system and len(registry) == len(prompt.images) == 3
+    assert "[x1, y1, x2, y2], pixels" in system and len(environment.images) == len(prompt.images) == 3
     np.testing.assert_array_equal(prompt.positions, mrope_positions(
         prompt.ids, processor.image_token_id, [image.grid for image in prompt.images])[0])  # fmt: skip
-    for n, image in enumerate(prompt.images, 1):
-        assert image.size == registry[n].shown
+    for image, entry in zip(prompt.images, environment.images, strict=True):
+        assert image.size == entry.shown
 
 
-def test_boxes_are_read_in_the_space_of_the_settings(engine_of, task):
-    width = {space: play(engine_of(tools={"coordinates": space}), task, 0, [crop(1, 0, 0, 28, 28), RIGHT]).registry[4].box[2]
+def test_boxes_are_read_in_the_space_of_the_settings(collector_of, task):
+    width = {space: play(collector_of(tools={"coordinates": space}), task, 0, [crop(1, 0, 0, 28, 28), RIGHT]).images[3].box[2]
              for space in ("absolute", "relative_1000")}  # fmt: skip
-    engine = engine_of()
-    entry = engine.open_registry(task)[1]
+    entry = collector_of().open_task(task).environment.images[0]
     assert width["absolute"] == pytest.approx(28 / entry.shown[1] * entry.image.width, abs=1)
     assert width["relative_1000"] < width["absolute"] / 2
 
 
 @pytest.mark.parametrize("low, high", [(3136, 4704), (7840, 9408), (784, 1568)])
-def test_given_images_are_shown_within_their_budget(engine_of, processor, task, low, high):
-    engine = engine_of(images={"min_pixels": low, "max_pixels": high})
-    prompt, registry = engine.open_task(task)
-    for n, image in enumerate(prompt.images, 1):
-        entry = registry[n]
+def test_given_images_are_shown_within_their_budget(collector_of, processor, task, low, high):
+    collector = collector_of(images={"min_pixels": low, "max_pixels": high})
+    _, prompt, environment = collector.open_task(task)
+    for image, entry in zip(prompt.images, environment.images, strict=True):
         expected = processor.prepare(entry.image, min_pixels=low, max_pixels=high)
         assert image.size == entry.shown == expected.size and np.array_equal(image.patches, expected.patches)
         assert (entry.min_pixels, entry.max_pixels) == (low, high)
 
 
-def test_every_tool_setting_reaches_the_tools(engine_of):
+def test_every_tool_setting_reaches_the_tools(collector_of):
     tools = {
         "coordinates": "absolute", "low_pixels": 3000, "high_pixels": 5000, "confirm_min_pixels": 4000,
         "confirm_max_pixels": 8000, "min_box": 0.3, "max_images": 7,
     }  # fmt: skip
-    engine = engine_of(tools=tools, images={"vision_block": 60})
-    assert engine.settings == ToolSettings(**tools, patch_factor=28, most_pixels=60 * 196)
+    collector = collector_of(tools=tools, images={"vision_block": 60})
+    assert collector.settings == ToolSettings(**tools, patch_factor=28, most_pixels=60 * 196)
 
 
-def test_turns_stop_at_the_end_of_a_turn_of_the_text_or_of_a_call(engine_of, processor):
-    stops = engine_of().stops
+def test_turns_stop_at_the_end_of_a_turn_of_the_text_or_of_a_call(collector_of, processor):
+    stops = collector_of().stops
     assert {processor.decode(row[row >= 0]) for row in stops} == {"<|im_end|>", "<|endoftext|>", "</tool_call>"}
     assert stops.shape == (3, STOP_WIDTH) and stops.dtype == np.int32
     assert all((np.diff((row >= 0).astype(int)) >= 0).all() and row[-1] >= 0 for row in stops)  # left-padded
 
 
-def test_a_look_stands_in_place_of_images_and_knows_which_are_observations(engine_of, task):
-    engine, asked = copy.copy(engine_of()), []
+def test_a_view_stands_in_place_of_images_and_knows_which_are_observations(task):
+    asked = []
 
-    def look(registry, entry, observed):
-        asked.append((entry.number, observed, len(registry)))
-        return entry.image.transpose(0)
+    class Turned(ToolEnvironment):
+        def view(self, entry, observed):
+            asked.append((entry.number, observed, len(self.images)))
+            return entry.image.transpose(0)
 
-    engine.look = look
-    t = play(engine, task, 0, [A, RIGHT])
+    cfg = Config.from_dict({"rollout": {"prompt_tokens": 512, "response_tokens": 1024}})
+    collector, plain = scripted_collector(cfg, environment=Turned), scripted_collector(cfg)
+    t = play(collector, task, 0, [A, RIGHT])
     assert asked == [(1, False, 3), (2, False, 3), (3, False, 3), (4, True, 4)] and t.end == EndReason.ANSWERED
-    plain, flipped = engine_of().prepare(t.registry, 4), engine.prepare(t.registry, 4)
-    assert plain.grid == flipped.grid and not np.array_equal(plain.patches, flipped.patches)
+    turned, straight = (c.open_task(task).prompt.images[0] for c in (collector, plain))
+    assert turned.grid == straight.grid and not np.array_equal(turned.patches, straight.patches)
 
 
-def test_a_task_that_does_not_fit_is_named_with_what_to_change(engine_of, task):
-    count = len(engine_of().open_task(task)[0].ids)
-    assert len(engine_of(rollout={"prompt_tokens": count}).open_task(task)[0].ids) == count
+def test_a_task_that_does_not_fit_is_named_with_what_to_change(collector_of, task):
+    count = len(collector_of().open_task(task).prompt.ids)
+    assert len(collector_of(rollout={"prompt_tokens": count}).open_task(task).prompt.ids) == count
     sentence = f"Task {task.uid} needs {count} prompt tokens, more than rollout.prompt_tokens={count - 1}; raise it"
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        engine_of(rollout={"prompt_tokens": count - 1}).open_task(task)
+        collector_of(rollout={"prompt_tokens": count - 1}).open_task(task)
 
 
-def test_a_task_that_cannot_be_used_is_named_and_so_is_its_image(engine_of, task):
+def test_a_task_that_cannot_be_used_is_named_and_so_is_its_image(collector_of, task):
     spoilt = dataclasses.replace(task, images=(task.images[0], b"no image", task.images[2]))
     with pytest.raises(ValueError, match=rf"Task {task.uid}: Image 2 cannot be used \(.+\); mend or drop it\."):
-        engine_of().open_task(spoilt)
+        collector_of().open_task(spoilt)
     marked = dataclasses.replace(task, question="What is <|image_pad|>?")
     with pytest.raises(ValueError, match=rf"Task {task.uid}: \d+ image placeholders in the text, but 3 images need \d+"):
-        engine_of().open_task(marked)
+        collector_of().open_task(marked)
 
 
 # ---- text and images as tokens --------------------------------------------------------------------------------------
 
 
-def test_placeholders_know_their_image_and_their_row(engine_of, processor, task):
-    first, second, _ = engine_of().open_task(task)[0].images
-    second = processor.prepare(engine_of().open_registry(task)[2].image, min_pixels=9408, max_pixels=9408)
+def test_placeholders_know_their_image_and_their_row(collector_of, processor, task):
+    first, second, _ = collector_of().open_task(task).prompt.images
+    second = processor.prepare(collector_of().open_task(task).environment.images[1].image, min_pixels=9408, max_pixels=9408)
     rows = [len(image.patches) // 4 for image in (first, second)]
     assert rows[0] != rows[1]
     encoded = encode_parts(["A ", first, "B", second, " C"], processor, 5)

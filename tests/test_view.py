@@ -30,16 +30,16 @@ def test_boxes_lie_where_the_tool_cut_and_crops_show_what_it_showed(made, page):
     (groups, _), compared = logged[2], 0
     for line, t in [(0, groups[0][0]), (4, groups[0][4]), (8, groups[1][0])]:
         look(page, path, f"train-000002/{line}")
-        for entry in t.registry:
+        for entry in t.images:
             if entry.box is None:
                 continue
             root, box = entry.parent, np.asarray(entry.box)
             drawn = [(root, box)]  # on the image that was cut, and on the given one behind it
-            while (up := t.registry[root]).parent is not None:
+            while (up := t.images[root - 1]).parent is not None:
                 root, box = up.parent, box + np.tile(up.box[:2] if up.box else (0, 0), 2)
                 drawn.append((root, box))
             for number, pixels in drawn:
-                size = np.asarray([t.registry[number].image.width, t.registry[number].image.height])
+                size = np.asarray([t.images[number - 1].image.width, t.images[number - 1].image.height])
                 frames = page.locator(f'.picture[data-image="{number}"]:has(> [data-box="{entry.number}"])')
                 assert frames.count() >= 1
                 for frame in frames.all():
@@ -50,7 +50,7 @@ def test_boxes_lie_where_the_tool_cut_and_crops_show_what_it_showed(made, page):
                     got = [part["x"] - whole["x"], part["y"] - whole["y"], part["width"], part["height"]]
                     assert np.abs(got - wanted).max() < 0.6, (entry, got, wanted)
         page.add_style_tag(content=".box { visibility: hidden }")
-        for entry in t.registry:
+        for entry in t.images:
             for frame in page.locator(f'.picture[data-image="{entry.number}"]').all():
                 seen = Image.open(io.BytesIO(frame.screenshot())).convert("RGB")
                 small = [image.resize((24, 24), Image.Resampling.BOX) for image in (seen, entry.image)]
@@ -58,7 +58,7 @@ def test_boxes_lie_where_the_tool_cut_and_crops_show_what_it_showed(made, page):
                 compared += 1
     assert compared >= 15
     last = page.locator("figcaption").all_text_contents()[-1]
-    assert last.startswith(f"Image {len(t.registry)}: crop of Image {entry.parent}")
+    assert last.startswith(f"Image {len(t.images)}: crop of Image {entry.parent}")
 
 
 def test_every_token_has_the_class_of_its_kind_and_of_the_mask(made, page):

@@ -21,11 +21,13 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from imagent_jax.chat import QWEN
 from imagent_jax.config import Config, MeshConfig, load_config
 from imagent_jax.model.qwen2_vl import attention_by_source
 from imagent_jax.rl.learner import trained_filter
 from imagent_jax.rl.mask import IS_ACTION
-from imagent_jax.rollout.engine import RolloutBatch, RolloutEngine
+from imagent_jax.rollout.batch import RolloutBatch
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.policy import Policy
 from imagent_jax.runs.folder import checkpoint_folder, load_params
 from imagent_jax.tools import tools_by_name
@@ -86,10 +88,11 @@ def measure(parts: Policy, tasks: Sequence[Task], tools: bool, seed: int) -> dic
     least a tenth of the rollouts reaches it; `rollouts` says how many do.
     """
     cfg = parts.cfg if tools else replace(parts.cfg, tools=replace(parts.cfg.tools, names=()))
-    engine = RolloutEngine(parts.model, parts.processor, tools_by_name(cfg.tools.names), cfg)
-    rollout = engine.rollout(parts.params, tasks, group_size=1, seed=seed, temperature=cfg.rollout.temperature,
+    collector = Collector(parts.model, parts.processor, tools_by_name(cfg.tools.names), cfg)
+    rollout = collector.collect(parts.params, tasks, group_size=1, seed=seed, temperature=cfg.rollout.temperature,
                              slots=min(len(tasks), cfg.eval.groups))  # fmt: skip
-    user = [np.flatnonzero(prompt.ids == parts.processor.im_start_id)[1] for prompt in rollout.prompts]
+    (start,) = parts.processor.encode(QWEN.turn_open)
+    user = [np.flatnonzero(prompt.ids == start)[1] for prompt in rollout.prompts]
     width = cfg.rollout.prompt_tokens + cfg.rollout.response_tokens
     shares = shares_of(parts.model, parts.params, rollout, width, user)
     done = [t for group in rollout.trajectories for t in group]

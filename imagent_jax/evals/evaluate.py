@@ -16,27 +16,27 @@ from rich.table import Table
 from imagent_jax.config import Config, parse_args
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.metrics import answered_right, call_metrics, summarise
 from imagent_jax.rollout.policy import Policy
 from imagent_jax.types import Task, Trajectory
 
 
 def evaluate(
-    engine: RolloutEngine, params, tasks: Sequence[Task], *, groups: int, seed: int, greedy: bool, temperature: float,
+    collector: Collector, params, tasks: Sequence[Task], *, groups: int, seed: int, greedy: bool, temperature: float,
     progress=None,
 ) -> tuple[dict[str, float], list[Trajectory]]:  # fmt: skip
     """One rollout of every task, `groups` at a time."""
     done: list[Trajectory] = []
     for begin in range(0, len(tasks), 4 * groups):  # bounds the room for encoded images
-        out = engine.rollout(
-            params, tasks[begin : begin + 4 * groups], group_size=1, seed=seed, temperature=temperature, greedy=greedy,
-            slots=groups, packs=4 * engine.cfg.images.packs,
+        out = collector.collect(
+            params, tasks[begin : begin + 4 * groups], group_size=1, seed=seed, temperature=0.0 if greedy else temperature,
+            slots=groups, packs=4 * collector.cfg.images.packs,
         )  # fmt: skip
         done += [group[0] for group in out.trajectories]
         if progress:
             progress(len(done), len(tasks))
-    return summarise(done) | call_metrics([[t] for t in done], engine.tools.names), done
+    return summarise(done) | call_metrics([[t] for t in done], collector.tools.names), done
 
 
 def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
@@ -73,16 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.name}; nothing is written.")
         with jax.set_mesh(parts.mesh):
 
-            def run(engine: RolloutEngine):
+            def run(collector: Collector):
                 return evaluate(
-                    engine, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
+                    collector, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
                     temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
                 )  # fmt: skip
 
-            results = {"model": run(parts.engine)}
+            results = {"model": run(parts.collector)}
             for control in chosen.control:
                 console.print(f"Control {control}: {CONTROLS[control]}.")
-                results[control] = run(controlled(parts.engine, control, results["model"][1], cfg.eval.seed))
+                other = controlled(control, results["model"][1], cfg.eval.seed)
+                results[control] = run(Collector(parts.model, parts.processor, parts.tools, cfg, environment=other))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

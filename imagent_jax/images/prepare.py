@@ -70,20 +70,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def prepare_image(
-    image: Image.Image,
-    *,
-    min_pixels: int,
-    max_pixels: int,
-    patch_size: int = 14,
-    merge_size: int = 2,
+    image: Image.Image, *, min_pixels: int, max_pixels: int, patch_size: int = 14, merge_size: int = 2
 ) -> PreparedImage:
-    """Bicubic resize on uint8, flattened patches. With `vision.normalise`, equals transformers' `Qwen2VLImageProcessorPil`.
+    """An image within a pixel budget. With `vision.normalise`, equals transformers' `Qwen2VLImageProcessorPil`.
 
     Raises:
         ValueError: see `smart_resize`.
     """
-    image = to_rgb(image)
-    height, width = smart_resize(image.height, image.width, patch_size * merge_size, min_pixels, max_pixels)
+    size = smart_resize(image.height, image.width, patch_size * merge_size, min_pixels, max_pixels)
+    return prepare_to(image, size, patch_size=patch_size, merge_size=merge_size)
+
+
+def prepare_to(image: Image.Image, size: tuple[int, int], *, patch_size: int, merge_size: int) -> PreparedImage:
+    """An image of a given (height, width), multiples of `patch_size * merge_size`: bicubic resize on uint8, flattened patches."""
+    image, (height, width) = to_rgb(image), size
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     gh, gw = height // patch_size, width // patch_size

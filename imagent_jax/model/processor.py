@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import AutoTokenizer
 
-from imagent_jax.images.prepare import PreparedImage, image_settings, prepare_image
+from imagent_jax.images.prepare import PreparedImage, image_settings, prepare_image, prepare_to
 from imagent_jax.model.config import Qwen2VLConfig
 
 _FIXED = {
@@ -37,7 +37,6 @@ class Processor:
         self.merge_size = settings.get("merge_size", 2)
         markers = {
             "image_token_id": "<|image_pad|>", "vision_start_id": "<|vision_start|>", "vision_end_id": "<|vision_end|>",
-            "im_start_id": "<|im_start|>", "im_end_id": "<|im_end|>", "endoftext_id": "<|endoftext|>",
         }  # fmt: skip
         for name, marker in markers.items():
             ids = tokenizer.encode(marker, add_special_tokens=False)
@@ -95,6 +94,10 @@ class Processor:
             image, min_pixels=min_pixels or self.min_pixels, max_pixels=max_pixels or self.max_pixels,
             patch_size=self.patch_size, merge_size=self.merge_size,
         )  # fmt: skip
+
+    def prepare_to(self, image: Image.Image, size: tuple[int, int]) -> PreparedImage:
+        """An image of a given (height, width)."""
+        return prepare_to(image, size, patch_size=self.patch_size, merge_size=self.merge_size)
 
     def image_ids(self, grid: tuple[int, int]) -> list[int]:
         """Vision start, one placeholder for each merged patch, vision end."""

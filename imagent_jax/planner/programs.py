@@ -30,8 +30,8 @@ from imagent_jax.rl.batch import GroupBatch, group_sharding, micro_shapes
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rollout import sampler
+from imagent_jax.rollout.engine import quarters
 from imagent_jax.rollout.policy import model_settings
-from imagent_jax.rollout.schedule import quarters
 
 
 class Chip(NamedTuple):
@@ -239,11 +239,12 @@ def programs(held: Held) -> Iterator[Program]:
     yield Program("vision", features._encode_into, (model,), encode, rolling, cfg.images.packs, "rollout")
     p, s = r.prompt_tokens, r.observation_tokens
     prompts = ints(admitted), ints(admitted, p), ints(3, admitted, p), ints(admitted, p), *(ints(admitted),) * 3
-    admit = held.sampled, held.state, *prompts, np.uint32(0), held.features
+    drawn = np.zeros(admitted, np.uint32), np.ones(admitted, np.float32)
+    admit = held.sampled, held.state, *prompts, *drawn, held.features
     yield Program("prefill", sampler.admit, (model,), admit, rolling, r.groups // admitted, "rollout")
     stops = ints(3, sampler.STOP_WIDTH)
-    decode = held.sampled, held.state, None, stops, r.temperature, r.decode_chunk, 0
-    yield Program("decode", sampler.decode, (model, False, r.response_tokens), decode, rolling, r.response_tokens, "rollout")
+    decode = held.sampled, held.state, None, stops, r.decode_chunk, 0
+    yield Program("decode", sampler.decode, (model, r.response_tokens), decode, rolling, r.response_tokens, "rollout")
     shown = ints(few), ints(few, s), ints(3, few, s), ints(few, s), ints(few)
     observe = held.sampled, held.state, *shown, held.features
     yield Program("observe", sampler.observe, (model,), observe, rolling, 0, "rollout")

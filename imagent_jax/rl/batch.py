@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int32, UInt8
 from imagent_jax.config import Config
 from imagent_jax.distributed.mesh import GROUPS, ways
 from imagent_jax.model.interleave import pad_prompts
-from imagent_jax.rollout.engine import RolloutBatch
+from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.types import TokenKind, Trajectory
 
 AnyArray = jax.Array | np.ndarray

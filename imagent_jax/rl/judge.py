@@ -7,7 +7,7 @@ from imagent_jax.distributed import processes as hosts
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.rewards import score_trajectory
-from imagent_jax.rollout.engine import RolloutBatch
+from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.metrics import call_metrics, summarise
 from imagent_jax.types import EndReason
 

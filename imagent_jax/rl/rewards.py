@@ -1,17 +1,16 @@
 """Rewards: small named functions of a trajectory, summed by weight."""
 
 import math
-import re
 import traceback
 from collections.abc import Callable
 
+from imagent_jax.chat import well_formed_answer
 from imagent_jax.config import RewardConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.scoring import score
 from imagent_jax.types import EndReason, Trajectory
 
 Reward = Callable[[Trajectory], float]
-_ANSWER_LAST = re.compile(r"<answer>\s*\S.*</answer>\s*(<\|im_end\|>|<\|endoftext\|>)?\s*\Z", re.DOTALL)
 
 
 def answer(t: Trajectory) -> float:
@@ -20,10 +19,9 @@ def answer(t: Trajectory) -> float:
 
 
 def well_formed(t: Trajectory) -> float:
-    """1 for a trajectory without invalid calls that ends with its one, not blank `<answer>…</answer>` and a stop."""
+    """1 for a trajectory without invalid calls that ends with its only answer, not blank, and a stop."""
     text = "".join(turn.text for turn in t.turns)
-    once = text.count("<answer>") == 1 and text.count("</answer>") == 1
-    return float(t.end == EndReason.ANSWERED and once and bool(_ANSWER_LAST.search(text)) and t.invalid_calls == 0)
+    return float(t.end == EndReason.ANSWERED and well_formed_answer(text) and t.invalid_calls == 0)
 
 
 def tool_gain(t: Trajectory) -> float:

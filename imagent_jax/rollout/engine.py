@@ -1,298 +1,278 @@
-"""Rollouts: N tasks x G rollouts, many turns, tools on the host, observations appended to the kept cache."""
+"""The decoding engine: token ids and images in, tokens out. It knows neither tasks nor tools.
 
-import contextlib
-import io
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+An engine has slots. A slot holds a prompt and the G rows that continue it; row b belongs to slot b // G. Prompts wait until a
+slot is free; rows decode together, stop by themselves at the end of a turn, and go on once something is appended to them.
+"""
+
+import itertools
+import time
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from PIL import Image
 
-from imagent_jax.config import Config
-from imagent_jax.distributed import processes as hosts
-from imagent_jax.distributed.mesh import GROUPS, ways
-from imagent_jax.images.prepare import PreparedImage, fit_budget, to_rgb
-from imagent_jax.model.features import COUNTS, EncodedPacks, FeatureStore
-from imagent_jax.model.interleave import Encoded, encode_parts
-from imagent_jax.model.processor import Processor
+from imagent_jax.model.features import FeatureStore
+from imagent_jax.model.interleave import Encoded, pad_prompts
 from imagent_jax.model.qwen2_vl import Model
-from imagent_jax.model.sharding import rollout_params
 from imagent_jax.rollout import sampler
-from imagent_jax.rollout.schedule import Schedule, Stopped
-from imagent_jax.rollout.turns import ASSISTANT, TURN_END, Row, extract_answer, token_kinds
-from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings
-from imagent_jax.types import CallStatus, EndReason, ImageEntry, Task, TokenKind, Trajectory, Turn
 
 
-@dataclass
-class RolloutBatch:
-    """What a rollout returns: G trajectories per task, the encoded prompts and the encoded images behind both."""
-
-    tasks: list[Task]
-    prompts: list[Encoded]
-    prompt_vision: list[np.ndarray]
-    trajectories: list[list[Trajectory]]
-    store: EncodedPacks
-    times: dict[str, float]
-    sampled_tokens: int
-    image_token_id: int
-
-
-class Weights(NamedTuple):
-    """Parameters as rollouts read them: `sharding.rollout_params`."""
-
-    params: nnx.State
-
-
-class RolloutEngine:
-    """Runs rollouts of a fixed shape; all that is random is a function of (seed, task uid, rollout, token).
+class EngineShape(NamedTuple):
+    """The compiled shapes of an engine.
 
     Attributes:
-        look: what the policy is shown in place of an image (registry, entry, is it an observation?); None: the image.
-        stop: asked before every chunk of tokens; once it says True, rollouts are given up (`Stopped`).
+        slots: prompts in progress at a time.
+        group_size: rows of a prompt.
+        prompt_tokens, response_tokens: most tokens of a prompt, and of a row after its prompt.
+        observation_tokens: tokens appended in one call.
+        decode_chunk: tokens decoded before `Engine.step` returns.
     """
 
-    look: Callable[[ImageRegistry, ImageEntry, bool], Image.Image] | None = None
-    stop: Callable[[], bool] = staticmethod(lambda: False)
+    slots: int
+    group_size: int
+    prompt_tokens: int
+    response_tokens: int
+    observation_tokens: int
+    decode_chunk: int
 
-    def __init__(self, model: Model, processor: Processor, tools: ToolSet, cfg: Config):
-        self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
-        self.settings = tool_settings(cfg, processor)
-        self.compiled: set[tuple] = set()  # shapes of rollouts whose programs are compiled
-        self.system = tools.system_prompt(cfg.tools.system, self.settings)
-        markers = ("<|im_end|>", "<|endoftext|>", "</tool_call>")
-        stops = [ids for ids in (processor.encode(marker) for marker in markers) if len(ids) <= sampler.STOP_WIDTH]
-        self.opener, self.opened = ThreadPoolExecutor(cfg.tools.workers, "prompts"), {}  # prompts begun ahead, by task
-        self.stops = np.full((len(stops), sampler.STOP_WIDTH), -1, np.int32)
-        for row, ids in zip(self.stops, stops, strict=True):
-            row[-len(ids) :] = ids
 
-    # ---- prompts -------------------------------------------------------------------------------------------------
+class Request(NamedTuple):
+    """A prompt to continue.
 
-    def prepare(self, registry: ImageRegistry, number: int, observed: bool = False) -> PreparedImage:
-        """Image `number` in the size its registry says the policy sees. `observed`: a call shows it."""
-        entry = registry[number]
-        image = self.look(registry, entry, observed) if self.look else entry.image
-        return self.processor.prepare(image, min_pixels=entry.min_pixels, max_pixels=entry.max_pixels)
+    Attributes:
+        key: names the request to the caller.
+        stream: number below 2**31. Random numbers are a function of (seed, stream, row in the group, token).
+        temperature: of the sampled softmax; 0 takes the likeliest token.
+    """
 
-    def open_registry(self, task: Task) -> ImageRegistry:
-        """The given images of a task, numbered from 1, with the size the policy sees them at.
+    key: Hashable
+    prompt: Encoded
+    seed: int
+    stream: int
+    temperature: float = 1.0
+
+
+class Admitted(NamedTuple):
+    """A request in its slot: the numbers of its rows, and the feature row of every prompt token (-1: text; int32 [S])."""
+
+    key: Hashable
+    rows: range
+    vision: np.ndarray
+
+
+def quarters(slots: int, group_size: int) -> tuple[int, int]:
+    """Slots admitted at once (a divisor of `slots`) and rows observed at once (a multiple of `sampler.parts`): about a quarter
+    of either."""
+    parts = sampler.parts(slots)
+    return max(d for d in range(1, -(-slots // 4) + 1) if slots % d == 0), -(-slots * group_size // (4 * parts)) * parts
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self):
+        self.times: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str, wait=None) -> None:
+        """Add the time since the last lap to a phase, after waiting for the array `wait`."""
+        jax.block_until_ready(wait)
+        now = time.perf_counter()
+        self.times[name] = self.times.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+class Engine:
+    """Continuous decoding of many rows on the current mesh.
+
+    Use `submit` and `admit` to fill slots, `step` to decode, `append` to add an observation to rows that stopped, `cancel` to
+    stop rows, and `release` to take finished slots out. Most rows appended at once: `quarter`. While few rows are live, they
+    are decoded on a quarter or a sixteenth of the batch, and while responses are short, on the first half of their cache.
+    What a row samples depends on none of this.
+
+    Args:
+        params: as `sharding.rollout_params` gives them.
+        store: encodes the images.
+        stops: token ids at which a turn ends, int32 [n STOP_WIDTH], left-padded with -1.
+        warm: the programs of this shape and store were compiled before.
+    """
+
+    def __init__(
+        self, model: Model, params: nnx.State, store: FeatureStore, shape: EngineShape, stops: np.ndarray, *, warm: bool = False
+    ):
+        self.model, self.params, self.store, self.shape, self.stops = model, params, store, shape, stops
+        self.rows, self.parts = shape.slots * shape.group_size, sampler.parts(shape.slots)
+        self.admitted, self.quarter = quarters(shape.slots, shape.group_size)
+        least = max(-(-self.quarter // 4), min(2, self.quarter))  # one row is not worth its compilation
+        least = -(-least // self.parts) * self.parts
+        r = shape.response_tokens  # half of a short cache is not worth its compilation either
+        self.sizes, self.widths = sorted({least, self.quarter, self.rows}), sorted({-(-r // 2) if r >= 128 else r, r})
+        self.state = sampler.empty(model, shape.slots, shape.group_size, shape.prompt_tokens, r)
+        self.live, self.length, self.seen = np.zeros(self.rows, bool), np.zeros(self.rows, int), np.zeros(self.rows, int)
+        self.waiting: deque[Request] = deque()
+        self.encoded: deque[tuple[Request, np.ndarray]] = deque()
+        self.busy: dict[int, Request] = {}  # by slot
+        self.free = list(range(shape.slots))
+        self.clock = Clock()
+        if not warm:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Compile every shape that may come up, so that none is compiled later."""
+        self.store.compile()
+        for size, width in itertools.product(self.sizes, self.widths):
+            self._decode(np.zeros(0, int), size, width, 0)
+        self.clock.lap("compile", self.state.logits)
+
+    # ---- prompts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether prompts can be admitted: a quarter of the slots is free, or all of them."""
+        return len(self.free) >= self.admitted or not self.busy
+
+    @property
+    def hungry(self) -> bool:
+        """Whether another prompt is of use now: there is a slot for it, or room in the pack of images of those that wait."""
+        if not self.has_room or len(self.encoded) >= self.admitted:
+            return False
+        patches = [sum(len(image.patches) for image in request.prompt.images) for request in self.waiting]
+        return len(patches) < self.admitted or sum(patches) + max(patches) <= self.store.pack
+
+    def submit(self, request: Request) -> None:
+        """Queue a prompt.
 
         Raises:
-            ValueError: an image does not decode; the sentence names the task and the image.
+            ValueError: it is longer than `prompt_tokens`.
         """
-        cfg, s, registry = self.cfg.images, self.settings, ImageRegistry()
-        for number, data in enumerate(task.images, 1):
-            try:
-                image = to_rgb(Image.open(io.BytesIO(data)))
-                shown, low, high = fit_budget(
-                    (image.height, image.width), s.patch_factor, cfg.min_pixels, cfg.max_pixels, s.most_pixels
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(f"Task {task.uid}: Image {number} cannot be used ({error}); mend or drop it.") from error
-            registry.add(image, shown=shown, min_pixels=low, max_pixels=high)
-        return registry
+        if len(request.prompt.ids) > self.shape.prompt_tokens:
+            raise ValueError(f"A prompt of {len(request.prompt.ids)} tokens is longer than {self.shape.prompt_tokens}.")
+        self.waiting.append(request)
 
-    def open_task(self, task: Task) -> tuple[Encoded, ImageRegistry]:
-        """The prompt of a task, and a registry of its images.
+    def admit(self) -> list[Admitted]:
+        """Encode the images of queued prompts and prefill the first of them into free slots, a quarter of the slots at most."""
+        if len(self.encoded) < self.admitted and self.waiting:
+            self._encode_waiting()
+        slots = self.free[: min(self.admitted, len(self.encoded))]
+        if not slots:
+            return []
+        chosen = [self.encoded.popleft() for _ in slots]
+        self.free = self.free[len(slots) :]
+        self._prefill(slots, chosen)
+        g, found = self.shape.group_size, []
+        for slot, (request, vision) in zip(slots, chosen, strict=True):
+            self.busy[slot] = request
+            rows = range(slot * g, (slot + 1) * g)
+            self.live[rows], self.length[rows], self.seen[rows] = True, 0, 0
+            found.append(Admitted(request.key, rows, vision))
+        return found
 
-        Raises:
-            ValueError: the prompt does not fit `rollout.prompt_tokens`; the sentence names the task.
-        """
-        registry = self.open_registry(task)
-        text, parts = f"<|im_start|>system\n{self.system}{TURN_END}<|im_start|>user\n", []
-        for number in range(1, len(task.images) + 1):
-            parts += [f"{text}Image {number}: ", self.prepare(registry, number)]
-            text = "\n"
-        parts += [text, f"{task.question}{TURN_END}{ASSISTANT}"]  # two parts: a shared image list tokenises alone
-        try:
-            prompt = encode_parts(parts, self.processor)
-        except ValueError as error:
-            raise ValueError(f"Task {task.uid}: {error}") from error
-        if len(prompt.ids) > self.cfg.rollout.prompt_tokens:
-            raise ValueError(
-                f"Task {task.uid} needs {len(prompt.ids)} prompt tokens, more than rollout.prompt_tokens="
-                f"{self.cfg.rollout.prompt_tokens}; raise it, or lower images.max_pixels."
-            )
-        return prompt, registry
+    def _encode_waiting(self) -> None:
+        requests, self.waiting = list(self.waiting), deque()
+        first = iter(self.store.add([image for request in requests for image in request.prompt.images]))
+        for request in requests:
+            self.encoded.append((request, request.prompt.vision([next(first) for _ in request.prompt.images])))
+        self.clock.lap("vision", self.store.features)
 
-    def open_ahead(self, tasks: Sequence[Task]) -> None:
-        """Begins to open tasks, these very objects, that a later rollout of this process is of; one that fails says so then."""
-        self.opened = {id(task): self.opener.submit(self.open_task, task) for task in hosts.share(tasks)}
+    def _prefill(self, slots: list[int], chosen: list[tuple[Request, np.ndarray]]) -> None:
+        more = self.admitted - len(chosen)  # filled up with repeats that go nowhere
+        requests, vision = map(list, zip(*chosen, *chosen[:1] * more, strict=True))
+        prompts = [request.prompt for request in requests]
+        ids, positions, shown = pad_prompts(prompts, vision, self.shape.prompt_tokens)
 
-    # ---- the rollout ---------------------------------------------------------------------------------------------
+        def column(values: Iterable[int], dtype=np.int32):
+            return np.asarray([*values], dtype)
 
-    def weights(self, params: nnx.State) -> Weights:
-        """The copy that rollouts read; the parameters may change while it is read."""
-        return Weights(rollout_params(self.model.dtype, params))
-
-    def rollout(
-        self,
-        params: nnx.State | Weights,
-        tasks: Sequence[Task],
-        *,
-        group_size: int,
-        seed: int,
-        temperature: float = 1.0,
-        greedy: bool = False,
-        slots: int | None = None,
-        packs: int | None = None,
-    ) -> RolloutBatch:
-        """`group_size` rollouts of every task, until each has ended. Of several processes each runs its share, with its own
-        tools and images, on its own devices; they return the same batch, whose images only their own process has.
-
-        Args:
-            slots: groups in progress at a time (default: all tasks); a finished group's slot goes to the next task.
-            packs: see `FeatureStore` (default: `images.packs`).
-
-        Raises:
-            ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
-            Stopped: see `stop`.
-        """
-        params = (params if isinstance(params, Weights) else self.weights(params)).params
-        sampling = seed, temperature, greedy
-        if jax.process_count() == 1:
-            return self._rollout(params, tasks, group_size, sampling, slots or len(tasks), packs)
-        own, part, room = None, hosts.share(tasks), -(-(slots or len(tasks)) // jax.process_count())
-        params = hosts.own_copy(params)
-        with contextlib.suppress(Stopped), hosts.alone():
-            own = self._rollout(params, part, group_size, sampling, room, packs)
-        if any(hosts.gather(own is None)):
-            raise Stopped
-        return join_batches(own, tasks)
-
-    def _rollout(self, params, tasks, group_size: int, sampling, slots: int, packs: int | None) -> RolloutBatch:
-        """On the current mesh."""
-        frozen = self.cfg.model.freeze_vision and not self.cfg.lora.merger
-        store = FeatureStore(
-            self.model, params, self.cfg.images.pack_blocks, packs or self.cfg.images.packs, frozen=frozen
-        )
-        run = Schedule(self, params, store, list(tasks), group_size, slots, sampling)
-        run.to_the_end()
-        store.params = None  # it encodes no more: gathered parameters are not kept while training
-        done = run.done
-        count = sum(turn.stop - turn.start for group in done for t in group.trajectories for turn in t.turns)
-        return RolloutBatch(
-            list(tasks), [group.prompt for group in done], [group.vision for group in done],
-            [group.trajectories for group in done], store, run.clock.times, count, self.processor.image_token_id,
+        self.state = sampler.admit(
+            self.model, self.params, self.state, column([*slots, *[self.shape.slots] * more]), ids, positions, shown,
+            column(len(prompt.ids) for prompt in prompts), column(prompt.next_position for prompt in prompts),
+            column(request.stream for request in requests), column((r.seed % 2**32 for r in requests), np.uint32),
+            column((request.temperature for request in requests), np.float32), self.store.features,
         )  # fmt: skip
+        self.clock.lap("prefill", self.state.logits)
 
-    def end_turn(self, row: Row, ids: np.ndarray) -> str | None:
-        """Books the sampled tokens of a turn. The call that it makes, as text; None where the trajectory ended with it."""
-        text, length = self.processor.decode(ids), row.seen + len(ids)
-        row.turns.append(Turn(row.seen, length, text, None))
-        row.seen = length
-        row.positions.append(np.tile(row.position + np.arange(len(ids), dtype=np.int32), (3, 1)))
-        row.position += len(ids)
-        row.vision.append(np.full(len(ids), -1, np.int32))
-        row.kinds.append(token_kinds(ids, text, self.processor))
-        full = length >= self.cfg.rollout.response_tokens
-        if "<tool_call>" in text:
-            if full and not text.endswith("</tool_call>"):
-                row.end = EndReason.TRUNCATED
-            elif sum(turn.call is not None for turn in row.turns) >= self.cfg.tools.max_turns:
-                row.end = EndReason.OVER_TURNS
-            else:
-                return text
-        elif extract_answer(text) is not None:
-            row.end = EndReason.ANSWERED
-        else:
-            row.end = EndReason.TRUNCATED if full else EndReason.VOID
-        return None
+    # ---- tokens -------------------------------------------------------------------------------------------------------
 
-    def respond(self, row: Row, result) -> Encoded | None:
-        """Books a finished call; its observation, or None where the trajectory ends with it."""
-        row.turns[-1].call, seen = result, result.seen
-        result.seen = []  # pixels are not kept
-        if result.status == CallStatus.FAULT:
-            row.end, row.error = EndReason.FAULT, result.error
-            return None
-        if result.status == CallStatus.INVALID:
-            kinds = row.kinds[-1]
-            kinds[kinds == TokenKind.TOOL_CALL] = TokenKind.INVALID_CALL
-        else:
-            key = f"{result.name} {result.arguments}"
-            row.calls[key] = row.calls.get(key, 0) + 1
-            if row.calls[key] > self.cfg.tools.max_repeats:
-                row.end = EndReason.REPEATED
-                return None
-        text, parts = f"{TURN_END}<|im_start|>user\n<tool_response>\n", []
-        seen = iter(seen or [self.prepare(row.registry, number, observed=True) for number in result.images])
-        for part in result.parts:
-            if isinstance(part, str):
-                text += f"{part}\n"
-            else:
-                parts += [text, next(seen)]
-                text = "\n"
-        parts.append(f"{text}</tool_response>{TURN_END}{ASSISTANT}")
-        try:
-            encoded = encode_parts(parts, self.processor, row.position)
-        except ValueError as error:
-            raise ValueError(f"Task {row.task.uid}: {error}") from error
-        if row.seen + len(encoded.ids) >= self.cfg.rollout.response_tokens:
-            row.end = EndReason.TRUNCATED  # no room to say anything about it
-            return None
-        return encoded
+    def step(self) -> dict[int, np.ndarray]:
+        """Decode a chunk of tokens for all live rows. Returns the sampled ids of every row whose turn ended, by row."""
+        rows = np.flatnonzero(self.live)
+        if not len(rows):
+            return {}
+        longest = min(self.length[rows].max() + self.shape.decode_chunk, self.widths[-1])
+        size = next(size for size in self.sizes if len(self._places(rows, size)[1]) == len(rows))
+        self._decode(rows, size, next(width for width in self.widths if width >= longest), self.shape.decode_chunk)
+        ids, length, live = jax.device_get((self.state.ids, self.state.length, self.state.live))
+        self.clock.lap("decode")
+        turns = {b: ids[b, self.seen[b] : length[b]] for b in rows[~live[rows]].tolist()}
+        self.live, self.length = live.copy(), length.copy()
+        for b in turns:
+            self.seen[b] = length[b]
+        return turns
 
+    def append(self, observations: Mapping[int, Encoded]) -> dict[int, np.ndarray]:
+        """Append text and images to rows that stopped, at most `quarter` of them, in chunks of `observation_tokens`. The rows
+        decode again. Returns the feature row of every token appended (-1: text; int32 [S]), by row."""
+        first = iter(self.store.add([image for encoded in observations.values() for image in encoded.images]))
+        self.clock.lap("vision", self.store.features)
+        vision = {b: encoded.vision([next(first) for _ in encoded.images]) for b, encoded in observations.items()}
+        index, at = self._places(observations, self.quarter)
+        s, f = self.shape.observation_tokens, self.quarter
+        for begin in range(0, max(len(encoded.ids) for encoded in observations.values()), s):
+            ids, positions = np.zeros((f, s), np.int32), np.zeros((3, f, s), np.int32)
+            shown, count = np.full((f, s), -1, np.int32), np.zeros(f, np.int32)
+            for b, encoded in observations.items():
+                i = at[b]
+                c = count[i] = min(max(len(encoded.ids) - begin, 0), s)
+                ids[i, :c] = encoded.ids[begin : begin + c]
+                positions[:, i, :c] = encoded.positions[:, begin : begin + c]
+                shown[i, :c] = vision[b][begin : begin + c]
+            self.state = sampler.observe(
+                self.model, self.params, self.state, index, ids, positions, shown, count, self.store.features
+            )
+        for b, encoded in observations.items():
+            self.live[b] = True
+            self.length[b] = self.seen[b] = self.seen[b] + len(encoded.ids)
+        self.clock.lap("observe", self.state.logits)
+        return vision
 
-def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
-    """The batch of all `tasks`, of which this process has rolled out its share: the others' trajectories come without
-    images, and everybody's encoded images are stacked, on the current mesh. Pixels stay where they are."""
-    rows = max(hosts.gather(own.store.features.shape[0]))
-    features, first = hosts.stack_rows(own.store.features, rows)
+    def cancel(self, rows: Sequence[int]) -> None:
+        """Stop rows where they are. A slot whose rows are all cancelled can be released."""
+        self.state = sampler.stop(self.state, np.asarray([*rows, *[self.rows] * (self.rows - len(rows))], np.int32))
+        self.live[list(rows)] = False
 
-    def moved(vision):
-        return np.where(vision >= 0, vision + first, -1).astype(np.int32)
+    def release(self, slots: Iterable[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Free slots. Returns all ids and log-probabilities of each slot's rows, [G R] each, by slot."""
+        slots, g = list(slots), self.shape.group_size
+        if not slots:
+            return {}
+        ids, logprobs = jax.device_get((self.state.ids, self.state.logprobs))
+        for slot in slots:
+            del self.busy[slot]
+        self.free = sorted(self.free + slots)
+        return {slot: (ids[slot * g : (slot + 1) * g], logprobs[slot * g : (slot + 1) * g]) for slot in slots}
 
-    own.prompt_vision = [moved(vision) for vision in own.prompt_vision]
-    for t in (t for group in own.trajectories for t in group):
-        t.vision = moved(t.vision)
-    light = replace(
-        own, tasks=[], store=SimpleNamespace(**{name: getattr(own.store, name) for name in COUNTS}),
-        prompts=[prompt._replace(images=[]) for prompt in own.prompts],
-        trajectories=[[replace(t, registry=None, task=replace(t.task, images=())) for t in group] for group in own.trajectories],
-    )  # fmt: skip
-    everyone = hosts.gather(light)
-    everyone[jax.process_index()].trajectories = own.trajectories
+    def _decode(self, rows: np.ndarray, size: int, width: int, steps: int) -> None:
+        """Decode these rows among `size` on `width` tokens of the cache, until fewer rows would do."""
+        some = self._places(rows, size)[0] if size < self.rows else None
+        enough = max((s for s in self.sizes if s < min(size, len(rows))), default=0)
+        self.state = sampler.decode(self.model, width, self.params, self.state, some, self.stops, steps, enough)
 
-    def chain(name):
-        return [item for one in everyone for item in getattr(one, name)]
+    def _places(self, rows: Iterable[int], size: int) -> tuple[np.ndarray, dict[int, int]]:
+        """Rows among `size` as the sampler names them (`sampler.parts`), and where each stands; those that find no room, the
+        later ones, are left out."""
+        own, room = self.rows // self.parts, size // self.parts
+        index, at, taken = np.full(size, own, np.int32), {}, Counter()
+        for b in map(int, rows):
+            part = b // own
+            if taken[part] < room:
+                at[b] = part * room + taken[part]
+                index[at[b]] = b % own
+                taken[part] += 1
+        return index, at
 
-    store = EncodedPacks(own.store.model, features, own.store.pack, lanes=jax.process_count())
-    if not own.store.frozen:
-        store.packs = spread_packs(own.store)
-    for name in COUNTS:
-        setattr(store, name, sum(getattr(one.store, name) for one in everyone))
-    return RolloutBatch(
-        list(tasks), chain("prompts"), chain("prompt_vision"), chain("trajectories"), store,
-        {name: max(one.times.get(name, 0.0) for one in everyone) for name in everyone[0].times},
-        sum(one.sampled_tokens for one in everyone), own.image_token_id,
-    )  # fmt: skip
-
-
-def spread_packs(own: FeatureStore) -> list[tuple[jax.Array, ...]]:
-    """The n-th packs of all processes as one, each on its process's devices; a process that has fewer adds blank ones."""
-    most = max(hosts.gather(len(own.packs)))
-    packs = [*own.packs, *[own.blank(own.sizes[-1])] * (most - len(own.packs))]
-    shares = ways(GROUPS) // jax.process_count()
-    size = -(-own.sizes[-1] // shares) * shares * own.model.vision_block  # so that every device has as many blocks
-
-    def filled(x, value):
-        return hosts.spread(np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value))
-
-    return [(filled(patches, 0), filled(coords, 0), filled(image, -1)) for patches, coords, image in packs]
-
-
-def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:
-    """How tools show images, from the configuration and the model's patch geometry."""
-    t = cfg.tools
-    return ToolSettings(
-        coordinates=t.coordinates, patch_factor=processor.patch_size * processor.merge_size, low_pixels=t.low_pixels,
-        high_pixels=t.high_pixels, confirm_min_pixels=t.confirm_min_pixels, confirm_max_pixels=t.confirm_max_pixels,
-        min_box=t.min_box, max_images=t.max_images, most_pixels=cfg.images.vision_block * processor.patch_size**2,
-    )  # fmt: skip
+    def fitting(self, rows: Iterable[int]) -> list[int]:
+        """Return the first of these rows that one `append` takes: on a mesh, each device observes its own."""
+        return list(self._places(rows, self.quarter)[1])

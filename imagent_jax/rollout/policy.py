@@ -1,5 +1,6 @@
 """The policy of a configuration: model, parameters, processor, tools and rollout engine."""
 
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +14,7 @@ from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.sharding import shardings
-from imagent_jax.rollout.engine import RolloutEngine
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.tools import tools_by_name
 
 
@@ -33,7 +34,7 @@ class Policy:
         ValueError: bad settings, files or data; one sentence with the remedy.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, stop: threading.Event | None = None):
         self.cfg = cfg
         self.tools = tools_by_name(cfg.tools.names)
         folder = checkpoint.resolve(cfg.model.path)
@@ -50,7 +51,7 @@ class Policy:
                 merger=cfg.lora.merger, seed=cfg.run.seed,
             )  # fmt: skip
         self.params = jax.device_put(self.params, shardings(self.params, self.mesh))  # adapters follow what they adapt
-        self.engine = RolloutEngine(self.model, self.processor, self.tools, cfg)
+        self.collector = Collector(self.model, self.processor, self.tools, cfg, stop=stop)
 
     def test_tasks(self, count: int):
         """The first `count` held-out tasks."""

@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from imagent_jax.config import Config
+from imagent_jax.config import RolloutConfig
 from imagent_jax.data.pipeline import TaskIterator
-from imagent_jax.rollout.engine import RolloutBatch, RolloutEngine
+from imagent_jax.rollout.batch import RolloutBatch
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.types import Task
 
 
-class Ahead:
+class Prefetcher:
     """The rollouts of a run, step by step. While a step trains, the tasks of the next are read and their prompts prepared;
     with `rollout.overlap` their rollouts are sampled too, by the weights from before the update.
 
@@ -21,49 +22,62 @@ class Ahead:
     run that resumes from one of `run.checkpoint_every` goes on as it would have.
     """
 
-    def __init__(self, engine: RolloutEngine, iterator: TaskIterator, cfg: Config):
-        self.engine, self.iterator, self.cfg = engine, iterator, cfg
+    def __init__(self, collector: Collector, iterator: TaskIterator, cfg: RolloutConfig, seed: int):
+        self.collector, self.iterator, self.cfg, self.seed = collector, iterator, cfg, seed
         self.thread = ThreadPoolExecutor(1, "rollouts")
-        self.next: tuple[Any, Sequence[Task], Future | None] | None = None  # where it begins, its tasks, its rollouts
+        self.next: _Begun | None = None
 
     @property
     def place(self) -> Any:
         """The iterator's state before the first step that was not taken."""
-        return self.next[0] if self.next else self.iterator.get_state()
+        return self.next.place if self.next else self.iterator.get_state()
 
     def begin(self, step: int, params: nnx.State | None = None) -> None:
-        """Begins `step` (counted from 0): its prompts, and with `params` its rollouts."""
-        place, tasks, rollouts = self.iterator.get_state(), next(self.iterator), None
+        """Begin `step` (counted from 0): its prompts, and with `params` its rollouts."""
+        place, tasks = self.iterator.get_state(), next(self.iterator)
+        opened, rollouts = None, None
         if params is None:
-            self.engine.open_ahead(tasks)
+            opened = self.collector.open_in_background(tasks)
         else:
-            weights, mesh = self.engine.weights(params), jax.sharding.get_mesh()
-            rollouts = self.thread.submit(self._sample, step, tasks, weights, mesh)
-        self.next = place, tasks, rollouts
+            weights, mesh = self.collector.weights(params), jax.sharding.get_mesh()
+            rollouts = self.thread.submit(self._sample_on, mesh, step, tasks, weights)
+        self.next = _Begun(place, tasks, opened, rollouts)
 
     def take(self, step: int, params: nnx.State) -> tuple[RolloutBatch, int]:
-        """The rollouts of `step`, and by how many steps the weights that sampled them are old (0 or 1).
+        """Return the rollouts of `step`, and by how many steps the weights that sampled them are old (0 or 1).
 
         Raises:
-            Stopped: see `RolloutEngine.stop`; the step is not taken.
+            Stopped: see `Collector`; the step is not taken.
         """
         if self.next is None:
             self.begin(step)
-        _, tasks, rollouts = self.next
-        batch = rollouts.result() if rollouts else self._sample(step, tasks, self.engine.weights(params))
+        _, tasks, opened, rollouts = self.next
+        batch = rollouts.result() if rollouts else self._sample(step, tasks, self.collector.weights(params), opened)
         self.next = None
         return batch, int(rollouts is not None)
 
-    def _sample(self, step: int, tasks: Sequence[Task], weights, mesh=None) -> RolloutBatch:
-        r, seed = self.cfg.rollout, self.cfg.run.seed * 1_000_003 + step
-        if mesh is None:
-            return self.engine.rollout(weights, tasks, group_size=r.group_size, seed=seed, temperature=r.temperature)
-        with jax.set_mesh(mesh):  # another thread's, which has none
-            return self._sample(step, tasks, weights)
+    def _sample(self, step: int, tasks: Sequence[Task], weights, opened=None) -> RolloutBatch:
+        return self.collector.collect(
+            weights, tasks, group_size=self.cfg.group_size, seed=self.seed * 1_000_003 + step,
+            temperature=self.cfg.temperature, opened=opened,
+        )  # fmt: skip
+
+    def _sample_on(self, mesh, *args) -> RolloutBatch:
+        with jax.set_mesh(mesh):  # this thread has none
+            return self._sample(*args)
 
     def close(self) -> None:
-        """Gives up what was begun."""
-        if self.next and self.next[2]:
-            self.engine.stop = lambda: True
-            self.next[2].exception()
+        """Give up what was begun."""
+        if self.next and self.next.rollouts:
+            self.collector.stop.set()
+            self.next.rollouts.exception()
         self.thread.shutdown()
+
+
+class _Begun(NamedTuple):
+    """A step that was begun: where the iterator was, its tasks, its prompts and its rollouts in progress."""
+
+    place: Any
+    tasks: Sequence[Task]
+    opened: list[Future] | None
+    rollouts: Future | None

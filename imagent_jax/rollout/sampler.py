@@ -26,7 +26,7 @@ class SamplerState(NamedTuple):
 
     `ids` and `logprobs` are append-only and hold sampled and shown tokens alike; `length` is the number of tokens of
     a row, all of them in `cache`; `logits` are those of its next token; `position` is the next M-RoPE position; `key` is
-    the row's own random key.
+    the row's own random key; `temperature` that of its softmax (0: the likeliest token).
     """
 
     ids: Int[Array, "B R"]
@@ -36,6 +36,7 @@ class SamplerState(NamedTuple):
     live: Bool[Array, " B"]
     logits: Float[Array, "B V"]
     key: UInt32[Array, "B words"]
+    temperature: Float[Array, " B"]
     cache: ResponseCache
     prompt: PromptCache
     prompt_len: Int[Array, " S"]
@@ -53,6 +54,7 @@ def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, respons
         live=jnp.zeros(rows, bool),
         logits=jnp.zeros((rows, model.cfg.text.vocab_size), jnp.float32),
         key=jax.random.key_data(jax.random.split(jax.random.key(0), rows)),
+        temperature=jnp.ones(rows, jnp.float32),
         cache=empty_cache(model, ResponseCache, rows, response_tokens),
         prompt=empty_cache(model, PromptCache, slots, prompt_tokens),
         prompt_len=jnp.ones(slots, jnp.int32),
@@ -72,28 +74,29 @@ def _placed(state: SamplerState) -> SamplerState:
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def admit(
     model: Model, params: nnx.State, state: SamplerState, slots, ids, positions, vision, prompt_len, next_position, uids,
-    seed, features,
+    seeds, temperature, features,
 ) -> SamplerState:  # fmt: skip
     """Prefills A prompts, once each, into `slots` ([A]; S: none) and opens their G empty responses, all live.
 
     A row's key is a function of (seed, uid of its task, number of the rollout in its group).
-    Shapes: ids, vision [A P]; positions [3 A P]; prompt_len, next_position, uids [A]; features [F D].
+    Shapes: ids, vision [A P]; positions [3 A P]; prompt_len, next_position, uids, seeds, temperature [A]; features [F D].
     """
     with jax.named_scope("admit"):
         logits, prompt = prefill(model, params, ids, positions, vision, prompt_len, features)
         g = state.ids.shape[0] // state.prompt_len.shape[0]
         rows = (slots[:, None] * g + jnp.arange(g)).reshape(-1)
 
-        def fold(uid, rollout):
+        def fold(seed, uid, rollout):
             return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), uid), rollout)
 
-        keys = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(uids, jnp.arange(g))
+        keys = jax.vmap(jax.vmap(fold, (None, None, 0)), (0, 0, None))(seeds, uids, jnp.arange(g))
         return _placed(state._replace(
             length=_put(state.length, rows, 0),
             position=_put(state.position, rows, jnp.repeat(next_position, g)),
             live=_put(state.live, rows, True),
             logits=_put(state.logits, rows, jnp.repeat(logits, g, axis=0)),
             key=_put(state.key, rows, jax.random.key_data(keys.reshape(-1))),
+            temperature=_put(state.temperature, rows, jnp.repeat(temperature, g)),
             prompt=jax.tree.map(lambda kept, new: _put(kept, slots, new), state.prompt, prompt),
             prompt_len=_put(state.prompt_len, slots, prompt_len),
         ))  # fmt: skip
@@ -143,14 +146,11 @@ def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) ->
     return _within(put, state, rows, part)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def decode(
-    model: Model, greedy: bool, width: int, params: nnx.State, state: SamplerState, rows, stops, temperature, max_steps,
-    enough=0,
-) -> SamplerState:  # fmt: skip
-    """Samples up to `max_steps` tokens for every live row, or for those among `rows` ([F], see `parts`), from
-    softmax(logits / T), while more than `enough` of them are live. No response may come to hold more than `width` tokens
-    meanwhile (R: any).
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decode(model: Model, width: int, params: nnx.State, state: SamplerState, rows, stops, max_steps, enough=0) -> SamplerState:
+    """Sample up to `max_steps` tokens for every live row, or for those among `rows` ([F], see `parts`), from
+    softmax(logits / temperature), while more than `enough` of them are live. No response may come to hold more than `width`
+    tokens meanwhile (R: any).
 
     A row stops, inside the loop, when its last tokens equal one of `stops` ([n STOP_WIDTH], left-padded with -1) or
     its buffer is full. The random number of a token belongs to (row key, index of the token), so it depends on
@@ -159,7 +159,7 @@ def decode(
     with jax.named_scope("decode"):
         part = state if rows is None else take_rows(state, rows)
         first = ResponseCache(tuple(k[..., :width] for k in part.cache.k), tuple(v[..., :width, :] for v in part.cache.v))
-        done = _decode(model, greedy, params, part._replace(cache=first), stops, temperature, max_steps, enough)
+        done = _decode(model, params, part._replace(cache=first), stops, max_steps, enough)
         if width < state.ids.shape[1]:
             done = done._replace(cache=jax.tree.map(_write_first, part.cache, done.cache))
         return done if rows is None else put_rows(state, rows, done)
@@ -169,14 +169,15 @@ def _write_first(kept: Array, new: Array) -> Array:
     return jax.lax.dynamic_update_slice(kept, new, (0,) * kept.ndim)
 
 
-def _decode(model, greedy, params, state, stops, temperature, max_steps, enough):
+def _decode(model, params, state, stops, max_steps, enough):
     b, r = state.ids.shape
     rows, prompt, prompt_len = jnp.arange(b), state.prompt, state.prompt_len
-    keys = jax.random.wrap_key_data(state.key)
+    keys, greedy = jax.random.wrap_key_data(state.key), state.temperature == 0
+    scale = jnp.where(greedy, 1, state.temperature)[:, None]
 
     def step(carry):
         count, s = carry
-        token, logprob = draw(s.logits / temperature, None if greedy else jax.vmap(_uniform)(keys, s.length))
+        token, logprob = draw(s.logits / scale, jax.vmap(_uniform)(keys, s.length), greedy)
         at = jnp.where(s.live, s.length, r)  # r: out of the buffer, dropped
         ids = s.ids.at[rows, at].set(token, mode="drop")
         positions = jnp.broadcast_to(s.position[:, None], (3, b, 1))
@@ -198,10 +199,10 @@ def _decode(model, greedy, params, state, stops, temperature, max_steps, enough)
         )
         return count + 1, _placed(new)
 
-    bare = state._replace(key=(), prompt=(), prompt_len=())  # what the loop does not change stays outside of it
+    bare = state._replace(key=(), temperature=(), prompt=(), prompt_len=())  # what the loop does not change stays outside of it
     going = lambda carry: (carry[0] < max_steps) & (jnp.sum(carry[1].live) > enough)  # noqa: E731
     _, done = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), bare))
-    return done._replace(key=state.key, prompt=prompt, prompt_len=prompt_len)
+    return done._replace(key=state.key, temperature=state.temperature, prompt=prompt, prompt_len=prompt_len)
 
 
 def _uniform(key: Array, index: Array) -> Float[Array, "2"]:
@@ -209,8 +210,10 @@ def _uniform(key: Array, index: Array) -> Float[Array, "2"]:
     return jax.random.uniform(jax.random.fold_in(key, index), (2,))
 
 
-def draw(logits: Float[Array, "B V"], uniform: Float[Array, "B 2"] | None) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """A token of each row from softmax(logits), or the likeliest where `uniform` is None, and its log-probability.
+def draw(
+    logits: Float[Array, "B V"], uniform: Float[Array, "B 2"], greedy: Bool[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token of each row from softmax(logits), or the likeliest where `greedy`, and its log-probability.
 
     By inverse transform sampling (Devroye 1986, III.2): the first number chooses among blocks of tokens, the second a token
     of the block. That is two random numbers a token, where the Gumbel-max trick takes one for every word of the vocabulary.
@@ -218,9 +221,9 @@ def draw(logits: Float[Array, "B V"], uniform: Float[Array, "B 2"] | None) -> tu
     peak = logits.max(-1, keepdims=True)
     blocks = pad_to(logits, 1, BLOCK, -jnp.inf).reshape(len(logits), -1, BLOCK)
     sums = jnp.exp(blocks - peak[..., None]).sum(-1)
-    block = jnp.argmax(blocks.max(-1), axis=-1) if uniform is None else _invert(sums, uniform[:, 0])
+    block = jnp.where(greedy, jnp.argmax(blocks.max(-1), axis=-1), _invert(sums, uniform[:, 0]))
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    place = jnp.argmax(inside, axis=-1) if uniform is None else _invert(jnp.exp(inside - peak), uniform[:, 1])
+    place = jnp.where(greedy, jnp.argmax(inside, axis=-1), _invert(jnp.exp(inside - peak), uniform[:, 1]))
     logprob = jnp.take_along_axis(inside, place[:, None], axis=1) - peak - jnp.log(sums.sum(-1, keepdims=True))
     return (block * BLOCK + place).astype(jnp.int32), logprob[:, 0]
 
@@ -259,3 +262,9 @@ def observe(
             cache=cache,
         )
         return put_rows(state, rows, part)
+
+
+@partial(jax.jit, donate_argnums=0)
+def stop(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:
+    """Stop rows, by their number in the whole state (B: none), at the token they are at."""
+    return _placed(state._replace(live=_put(state.live, rows, False)))

@@ -15,7 +15,6 @@ from imagent_jax.model.processor import Processor
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.runs.folder import RunFolder
 from imagent_jax.scoring import score
-from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.types import ImageEntry, TokenKind, Trajectory
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}  # what browsers show
@@ -50,7 +49,7 @@ class TrajectoryLog:
             return
         records = []
         for n, group in enumerate(groups[: max(1, self.limit // len(groups[0]))]):
-            if group[0].registry is None:  # another process has its images
+            if group[0].images is None:  # another process has its images
                 break
             self.names.clear()
             for g, t in enumerate(group):
@@ -66,7 +65,7 @@ class TrajectoryLog:
             "rollout": t.rollout, "answer": t.answer, "right": right, "end": t.end.name, "error": t.error,
             "dropped": advantage is not None and not bool(self.trajectory[t.end]),
             "rewards": rewards, "advantage": advantage, "length": len(t.ids),
-            "images": self._images(t.task.images, t.registry),
+            "images": self._images(t.task.images, t.images),
             "turns": [{"text": turn.text, "call": turn.call and _call(turn.call)} for turn in t.turns],
             "tokens": self._tokens(t, advantage),
         }  # fmt: skip
@@ -105,10 +104,10 @@ class TrajectoryLog:
             self.pieces[token] = self.processor.decode([token])
         return self.pieces[token]
 
-    def _images(self, given: Sequence[bytes], registry: ImageRegistry) -> list[dict[str, Any]]:
-        return [_lineage(entry) | self._source(entry, given, registry) for entry in registry]
+    def _images(self, given: Sequence[bytes], images: Sequence[ImageEntry]) -> list[dict[str, Any]]:
+        return [_lineage(entry) | self._source(entry, given, images) for entry in images]
 
-    def _source(self, entry: ImageEntry, given: Sequence[bytes], registry: ImageRegistry) -> dict[str, str]:
+    def _source(self, entry: ImageEntry, given: Sequence[bytes], images: Sequence[ImageEntry]) -> dict[str, str]:
         """The file of an image; nothing for what its parent (and box) give again to the pixel."""
         if entry.number <= len(given):
             data = given[entry.number - 1]
@@ -116,7 +115,7 @@ class TrajectoryLog:
                 self.names[data] = self._save(data, entry.image)
             return {"file": self.names[data]}
         if entry.parent is not None:
-            parent = registry[entry.parent].image
+            parent = images[entry.parent - 1].image
             if entry.image is parent:
                 return {}
             if entry.box and entry.image.tobytes() == parent.crop(entry.box).tobytes():

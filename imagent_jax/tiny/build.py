@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from imagent_jax.chat import QWEN
 from imagent_jax.images.prepare import pack_images
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
@@ -54,8 +55,15 @@ SHAPES = {
 """By form of group, narrowest first."""
 
 
+def ids_of_ends(processor: Processor) -> tuple[int, int]:
+    """Token ids of the end of a text and of the end of a turn."""
+    (end_of_text,), (turn_close,) = processor.encode(QWEN.end_of_text), processor.encode(QWEN.turn_close)
+    return end_of_text, turn_close
+
+
 def architecture(processor: Processor, vocab_size: int) -> dict:
     """The tiny base's `config.json`: a real Qwen2-VL configuration."""
+    end_of_text, turn_close = ids_of_ends(processor)
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
@@ -76,9 +84,9 @@ def architecture(processor: Processor, vocab_size: int) -> dict:
             "rms_norm_eps": 1e-6,
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "bos_token_id": processor.endoftext_id,
-            "eos_token_id": processor.im_end_id,
-            "pad_token_id": processor.endoftext_id,
+            "bos_token_id": end_of_text,
+            "eos_token_id": turn_close,
+            "pad_token_id": end_of_text,
             "tie_word_embeddings": True,
         },
         "vision_config": {
@@ -236,7 +244,8 @@ def start(out: Path, seed: int):
     if not (out / "tokenizer.json").exists():
         build_tokenizer(out, corpus_texts(8000, seed))
     processor = Processor.from_pretrained(out)
-    ends = {"eos_token_id": processor.im_end_id, "pad_token_id": processor.endoftext_id, "do_sample": False}
+    end_of_text, turn_close = ids_of_ends(processor)
+    ends = {"eos_token_id": turn_close, "pad_token_id": end_of_text, "do_sample": False}
     (out / "generation_config.json").write_text(json.dumps(ends, indent=2))
     if (out / "model.safetensors").exists():
         return processor, *checkpoint.load(out, vision_block=BLOCK)

@@ -11,15 +11,17 @@ that helps to answer it: `solves` says which would, and `tests/test_tiny_corpus.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from imagent_jax.chat import QWEN, Call, answer_markup
 from imagent_jax.images.prepare import smart_resize
 from imagent_jax.tiny.world import COLOURS, Scene, Tag, make_scene
-from imagent_jax.tools import ImageRegistry, ToolSettings, format_call, tools_by_name
+from imagent_jax.tools import ImageRegistry, ToolSettings, tools_by_name
 
 THUMBNAIL = (3136, 4704)
 """Pixel budget of the images a question is asked of (least, most); the default run's own."""
@@ -28,7 +30,6 @@ BOX = 200
 """Side of a box around a tag, thousandths of the image's side."""
 STEP = 25
 """Boxes are written in multiples of this many thousandths."""
-TURN = "<|im_end|>\n<|im_start|>"
 FORMS = {"crop": 0.03, "thumbnail": 0.02, "crops": 0.25, "thumbnails": 0.15, "calls": 0.55}
 """Share of the groups of each form; all responses of a group have one form. "crop" and "thumbnail" are one image each."""
 FIRST_FORMS = {"crop": 0.42, "thumbnail": 0.42, "crops": 0.06, "thumbnails": 0.06, "calls": 0.04}
@@ -78,17 +79,20 @@ class PretrainGroup:
 
 def prompt_text(count: int) -> str:
     """System turn and the images of a user turn, exactly as a rollout renders them."""
-    lines = "".join(f"Image {n}: <image>\n" for n in range(1, count + 1))
-    system = TOOLS.system_prompt(SYSTEM, SETTINGS)
-    return f"<|im_start|>system\n{system}{TURN}user\n{lines}"
+    system = QWEN.system(SYSTEM, TOOLS.schemas(SETTINGS))
+    return _with_placeholders(QWEN.render_images(system, range(count)))
+
+
+def _with_placeholders(parts: Sequence[Any]) -> str:
+    return "".join(part if isinstance(part, str) else "<image>" for part in parts)
 
 
 def ask(question: str) -> Segment:
-    return Segment(f"{question}{TURN}assistant\n", False)
+    return Segment(question + QWEN.next_turn("assistant"), False)
 
 
 def say(text: str) -> Segment:
-    return Segment(f"{text}<|im_end|>", True)
+    return Segment(text + QWEN.turn_close, True)
 
 
 def box_of(tag: Tag) -> list[int]:
@@ -119,8 +123,8 @@ def look(rng, scenes: list[Scene]) -> tuple[str, str]:
     seen = [f"Image {n} {colour if scene.tag(colour) else 'no tag'}.\n" for n, scene in enumerate(scenes, 1)]
     if which:
         number = having[colour][0]
-        return f"Which image has {_a(colour)} tag?", f"{''.join(seen[:number])}<answer>Image {number}</answer>"
-    return f"How many images have {_a(colour)} tag?", f"{''.join(seen)}<answer>{len(having[colour])}</answer>"
+        return f"Which image has {_a(colour)} tag?", f"{''.join(seen[:number])}{answer_markup(f'Image {number}')}"
+    return f"How many images have {_a(colour)} tag?", f"{''.join(seen)}{answer_markup(len(having[colour]))}"
 
 
 def _names(scene: Scene) -> str:
@@ -216,7 +220,7 @@ def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
 
 def guess(rng, scenes: list[Scene]) -> tuple[str, str]:
     asked = unanswerable(rng, scenes)
-    return asked.question, f"<answer>{asked.answer([])}</answer>"
+    return asked.question, answer_markup(asked.answer([]))
 
 
 # ---- calls --------------------------------------------------------------------------------------------------------
@@ -257,8 +261,8 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
             name, arguments = "visual_confirmation", {"image": number, "label": tag.colour, "bbox_2d": box_of(tag)}
             reading = _reading(number, tag)
             seen.append((number, tag))
-        text = format_call(name, arguments)
-        result = TOOLS.execute(text, registry, SETTINGS)
+        text = QWEN.render_call(name, arguments)
+        result = TOOLS.execute(Call(name, arguments), registry, SETTINGS)
         cut = text.index(', "label"') if targets else len(text)  # which tag is chance: nothing to learn
         segments += [Segment(said + text[:cut], True), *([Segment(text[cut:], False)] if targets else [])]
         segments.append(observation(result.parts, registry))
@@ -266,11 +270,11 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
         if kind == "question" and usual and asked.settled(digits):
             break
     if kind == "question":
-        return [*segments, say(f"{said}<answer>{asked.answer(digits)}</answer>")]
+        return [*segments, say(f"{said}{answer_markup(asked.answer(digits))}")]
     segments.append(say(f"{said}Done."))
     if seen:
         question, _, answer = about(rng, seen)
-        segments += [Segment(f"\n<|im_start|>user\n{ask(question).text}", False), say(f"<answer>{answer}</answer>")]
+        segments += [Segment(f"\n{QWEN.begin_turn('user')}{ask(question).text}", False), say(answer_markup(answer))]
     return segments
 
 
@@ -289,11 +293,9 @@ def _targets(rng, scenes: list[Scene], leans: list[set]) -> tuple[list[int], lis
 
 def observation(parts: list[str | int], registry: ImageRegistry) -> Segment:
     """A tool's observation as a rollout renders it."""
-    lines = "".join(f"{part}\n" if isinstance(part, str) else "<image>\n" for part in parts)
     entries = [registry[part] for part in parts if not isinstance(part, str)]
     shown = tuple(ShownImage(e.image, e.min_pixels, e.max_pixels) for e in entries)
-    text = f"{TURN}user\n<tool_response>\n{lines}</tool_response>{TURN}assistant\n"
-    return Segment(text, False, shown)
+    return Segment(_with_placeholders(QWEN.render_observation(parts)), False, shown)
 
 
 # ---- crops: READ, ANSWER ------------------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ def _reading(number: int, tag: Tag | None) -> str:
 def answer_given(rng, shown: list[Tag | None]) -> tuple[str, str]:
     """A question in the world's words about crops that are given: what they show, then the answer."""
     question, evidence, answer = about(rng, [(n, tag) for n, tag in enumerate(shown, 1) if tag], len(shown))
-    return question, f"{evidence}<answer>{answer}</answer>"
+    return question, f"{evidence}{answer_markup(answer)}"
 
 
 def about(rng, seen: list[tuple[int, Tag]], images: int = 0) -> tuple[str, str, str]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from imagent_jax.chat import ANSWER_OPEN, QWEN
 from imagent_jax.config import Config
 from imagent_jax.model import checkpoint
 from imagent_jax.model.processor import Processor
-from imagent_jax.rollout.engine import RolloutEngine
-from imagent_jax.tiny.corpus import SETTINGS, STEP, THUMBNAIL, TOOLS, TURN, make_group
+from imagent_jax.rollout.collect import Collector
+from imagent_jax.tiny.corpus import SETTINGS, STEP, THUMBNAIL, TOOLS, make_group
 from imagent_jax.types import Task
 
 FORMS = ("crop", "crops", "thumbnail", "thumbnails")
@@ -23,9 +24,9 @@ def skill_task(rng: np.random.Generator, form: str, uid: str) -> Task:
     while True:
         group = make_group(rng, 1, form, "test")
         asked, said = (segment.text for segment in group.responses[0])
-        question, expected = asked.split(TURN)[0], said.removesuffix("<|im_end|>")
+        question, expected = asked.split(QWEN.turn_close)[0], said.removesuffix(QWEN.turn_close)
         skill = {"What": "read", "Where": "locate", "Name": "name"}.get(question.split()[0], "answer")
-        skill = "answer" if "<answer>" in expected else skill
+        skill = "answer" if ANSWER_OPEN in expected else skill
         if skill != "answer" or form == "crops" or " an " in question or " a " in question:  # a guess is no skill
             break
     images = []
@@ -38,9 +39,9 @@ def skill_task(rng: np.random.Generator, form: str, uid: str) -> Task:
 
 def right(expected: str, text: str) -> bool:
     """Whether the text of a turn answers what was expected; a box may be off by one `STEP` on every side."""
-    text = text.removesuffix("<|im_end|>").strip()
-    if "<answer>" in expected:
-        return expected.partition("<answer>")[2] == text.partition("<answer>")[2]
+    text = text.removesuffix(QWEN.turn_close).strip()
+    if ANSWER_OPEN in expected:
+        return expected.partition(ANSWER_OPEN)[2] == text.partition(ANSWER_OPEN)[2]
     if not expected.startswith("["):
         return text == expected.strip()
     try:
@@ -61,10 +62,10 @@ def measure(folder: Path, count: int = 256, seed: int = 0) -> dict[str, float]:
             rollout=dataclasses.replace(base.rollout, prompt_tokens=160, response_tokens=64),
         )
         model, params = checkpoint.load(folder, vision_block=cfg.images.vision_block)
-        engine = RolloutEngine(model, Processor.from_pretrained(folder), TOOLS, cfg)
+        collector = Collector(model, Processor.from_pretrained(folder), TOOLS, cfg)
         tasks = [skill_task(rng, form, f"{form}-{i}") for i in range(count)]
         for begin in range(0, count, 64):
-            rollout = engine.rollout(params, tasks[begin : begin + 64], group_size=1, seed=seed, greedy=True)
+            rollout = collector.collect(params, tasks[begin : begin + 64], group_size=1, seed=seed, temperature=0.0)
             for (trajectory,) in rollout.trajectories:
                 results[trajectory.task.kind].append(right(trajectory.task.answer, trajectory.turns[0].text))
     return {skill: round(float(np.mean(oks)), 3) for skill, oks in sorted(results.items())}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from imagent_jax.config.naming import import_path
-from imagent_jax.tools.calls import ParsedCall, format_call, parse_call
+from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.context import ToolContext, ToolSettings
 from imagent_jax.tools.pool import CallPool
 from imagent_jax.tools.protocol import ToolSet
@@ -19,14 +19,13 @@ __all__ = [
     "CallStatus",
     "ImageEntry",
     "ImageRegistry",
-    "ParsedCall",
     "Tool",
     "ToolContext",
     "ToolError",
     "ToolSet",
     "ToolSettings",
-    "format_call",
-    "parse_call",
+    "fault",
+    "invalid",
     "to_bbox",
     "to_pixels",
     "tool",

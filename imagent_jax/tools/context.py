@@ -7,8 +7,9 @@ from typing import Any
 
 from PIL import Image
 
+from imagent_jax.chat import Call, escape
 from imagent_jax.images.prepare import fit_budget
-from imagent_jax.tools.calls import ParsedCall, fault, invalid, plain
+from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool
 from imagent_jax.types import CallResult, CallStatus, ImageEntry, ToolError
@@ -128,7 +129,7 @@ class ToolContext:
 
 
 def run_call(
-    item: Tool, call: ParsedCall, registry: ImageRegistry, settings: ToolSettings
+    item: Tool, call: Call, registry: ImageRegistry, settings: ToolSettings
 ) -> tuple[CallResult, ImageRegistry]:
     """Run a checked call on `registry`, which it may extend. Returns the result and that registry; never raises."""
     try:
@@ -150,11 +151,11 @@ def observation_parts(returned: Any, registry: ImageRegistry, name: str) -> list
     parts: list[str | int] = []
     for item in items:
         if isinstance(item, str):
-            parts.append(plain(item))
+            parts.append(escape(item))
         elif type(item) is int:
             if not 1 <= item <= len(registry):
                 raise TypeError(f"tool {name} returned image number {item}, which is not registered")
-            parts += [plain(registry[item].describe()), item]
+            parts += [escape(registry[item].describe()), item]
         elif isinstance(item, Image.Image):
             raise TypeError(f"tool {name} returned a PIL image; return context.show(image, parent=...) instead")
         else:

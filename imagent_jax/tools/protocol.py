@@ -1,4 +1,4 @@
-"""The tool protocol: Qwen's call form in, text and numbered images out.
+"""The tool protocol: a call in, text and numbered images out.
 
 A call ends as one of three: EXECUTED; INVALID, the policy's mistake, answered with one short line it can act on; FAULT,
 the world's mistake (a bug in a tool, a timeout), which must never train.
@@ -8,33 +8,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from imagent_jax.tools.calls import ParsedCall, format_call, invalid, parse_call
-from imagent_jax.tools.context import ToolContext, ToolSettings, run_call
+from imagent_jax.chat import Call, MalformedCall
+from imagent_jax.tools.calls import invalid
+from imagent_jax.tools.context import ToolSettings, run_call
 from imagent_jax.tools.registry import ImageRegistry
-from imagent_jax.tools.schema import Tool, nearest, quote
-from imagent_jax.types import CallResult, CallStatus, ToolError
-
-__all__ = [
-    "CallResult",
-    "CallStatus",
-    "ParsedCall",
-    "ToolContext",
-    "ToolError",
-    "ToolSet",
-    "ToolSettings",
-    "format_call",
-    "parse_call",
-]
-
-_TOOLS_TEXT = (
-    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-_CALL_TEXT = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
-    "</tool_call>"
-)
+from imagent_jax.tools.schema import Tool, nearest
+from imagent_jax.types import CallResult, CallStatus, ToolError, quote
 
 
 class ToolSet:
@@ -67,39 +46,34 @@ class ToolSet:
         text = json.dumps([item.schema for item in self._tools.values()], ensure_ascii=False)
         return json.loads(text.replace("{coordinates}", words))
 
-    def system_prompt(self, base_text: str, settings: ToolSettings | None = None) -> str:
-        """`base_text` with the tools, as Qwen2.5's chat template writes a system turn; unchanged without tools."""
-        if not self._tools:
-            return base_text
-        lines = "".join("\n" + json.dumps(schema, ensure_ascii=False) for schema in self.schemas(settings))
-        return base_text + _TOOLS_TEXT + lines + _CALL_TEXT
+    def tool_of(self, call: Call | MalformedCall) -> Tool:
+        """Return the tool that a call names, after checking the arguments.
 
-    def prepare(self, action_text: str) -> tuple[Tool, ParsedCall] | CallResult:
-        """Read and check a call without running it: the tool and its arguments, or an INVALID result."""
-        call: ParsedCall | None = None
+        Raises:
+            ToolError: the call is malformed, there is no such tool, or the arguments do not fit its schema.
+        """
+        if isinstance(call, MalformedCall):
+            raise ToolError(call.error)
+        if call.name not in self._tools:
+            close = nearest(call.name, self._tools)
+            hint = f'did you mean "{close}"?' if close else f"tools are {', '.join(self._tools) or 'none'}"
+            raise ToolError(f"there is no tool {quote(call.name)}; {hint}")
         try:
-            call = parse_call(action_text)
-            if call.name not in self._tools:
-                close = nearest(call.name, self._tools)
-                hint = f'did you mean "{close}"?' if close else f"tools are {', '.join(self._tools) or 'none'}"
-                raise ToolError(f"there is no tool {quote(call.name)}; {hint}")
-            item = self._tools[call.name]
-            item.check(call.arguments)
-            return item, call
-        except ToolError as error:
-            return invalid(error, call)
+            self._tools[call.name].check(call.arguments)
         except RecursionError:
-            return invalid(ToolError("the arguments are nested too deeply"), call)
+            raise ToolError("the arguments are nested too deeply") from None
+        return self._tools[call.name]
 
-    def execute(self, action_text: str, registry: ImageRegistry, settings: ToolSettings) -> CallResult:
-        """Run the call in a turn's text. Never raises for what the policy wrote or a tool did.
+    def execute(self, call: Call | MalformedCall, registry: ImageRegistry, settings: ToolSettings) -> CallResult:
+        """Run a call. Never raises for what the policy wrote or a tool did.
 
         Images that the tool made join `registry` only when the call is EXECUTED.
         """
-        prepared = self.prepare(action_text)
-        if isinstance(prepared, CallResult):
-            return prepared
-        result, fork = run_call(*prepared, registry.fork(), settings)
+        try:
+            tool = self.tool_of(call)
+        except ToolError as error:
+            return invalid(error, call)
+        result, fork = run_call(tool, call, registry.fork(), settings)
         if result.status is CallStatus.EXECUTED:
             registry.adopt(fork)
         return result

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from imagent_jax.types import ToolError
+from imagent_jax.types import ToolError, quote
 
 _SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
 _EXPECTED = {"string": "a string", "integer": "an integer", "number": "a number", "boolean": "true or false",
@@ -143,14 +143,6 @@ def expected(schema: dict[str, Any]) -> str:
         items = f"{schema['items']['type']}s".replace("arrays", "lists")
         return f"a list of {schema['minItems']} {items}" if "minItems" in schema else f"a list of {items}"
     return _EXPECTED[kind]
-
-
-def quote(value: Any, limit: int = 24) -> str:
-    """A value as the policy wrote it, shortened to `limit` characters, printable on one line."""
-    text = value if isinstance(value, str) else repr(value)
-    text = "".join(char if char.isprintable() else " " for char in text)
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
-    return f'"{text}"' if isinstance(value, str) else text
 
 
 def nearest(name: str, names: Any) -> str | None:

@@ -1,0 +1,81 @@
+"""What a call of `Collector.collect` returns, and how the shares of several processes are joined."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+from imagent_jax.distributed import processes
+from imagent_jax.distributed.mesh import GROUPS, ways
+from imagent_jax.model.features import COUNTS, EncodedPacks, FeatureStore
+from imagent_jax.model.interleave import Encoded
+from imagent_jax.types import Task, Trajectory
+
+
+@dataclass
+class RolloutBatch:
+    """G trajectories per task, the encoded prompts and the encoded images behind both.
+
+    Attributes:
+        prompt_vision: feature row of every prompt token (-1: text), int32 [S] a task.
+        times: seconds by phase.
+    """
+
+    tasks: list[Task]
+    prompts: list[Encoded]
+    prompt_vision: list[np.ndarray]
+    trajectories: list[list[Trajectory]]
+    store: EncodedPacks
+    times: dict[str, float]
+    sampled_tokens: int
+    image_token_id: int
+
+
+def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
+    """Join the shares that all processes collected into the batch of all `tasks`. The trajectories of other processes come
+    without images; the encoded images of all are stacked on the current mesh. Pixels stay where they are."""
+    rows = max(processes.gather(own.store.features.shape[0]))
+    features, first = processes.stack_rows(own.store.features, rows)
+
+    def moved(vision):
+        return np.where(vision >= 0, vision + first, -1).astype(np.int32)
+
+    own.prompt_vision = [moved(vision) for vision in own.prompt_vision]
+    for t in (t for group in own.trajectories for t in group):
+        t.vision = moved(t.vision)
+    light = replace(
+        own, tasks=[], store=SimpleNamespace(**{name: getattr(own.store, name) for name in COUNTS}),
+        prompts=[prompt._replace(images=[]) for prompt in own.prompts],
+        trajectories=[[replace(t, images=None, task=replace(t.task, images=())) for t in group] for group in own.trajectories],
+    )  # fmt: skip
+    everyone = processes.gather(light)
+    everyone[jax.process_index()].trajectories = own.trajectories
+
+    def chain(name):
+        return [item for one in everyone for item in getattr(one, name)]
+
+    store = EncodedPacks(own.store.model, features, own.store.pack, lanes=jax.process_count())
+    if not own.store.frozen:
+        store.packs = spread_packs(own.store)
+    for name in COUNTS:
+        setattr(store, name, sum(getattr(one.store, name) for one in everyone))
+    return RolloutBatch(
+        list(tasks), chain("prompts"), chain("prompt_vision"), chain("trajectories"), store,
+        {name: max(one.times.get(name, 0.0) for one in everyone) for name in everyone[0].times},
+        sum(one.sampled_tokens for one in everyone), own.image_token_id,
+    )  # fmt: skip
+
+
+def spread_packs(own: FeatureStore) -> list[tuple[jax.Array, ...]]:
+    """Join the n-th packs of all processes, each on its process's devices. A process that has fewer adds blank ones."""
+    most = max(processes.gather(len(own.packs)))
+    packs = [*own.packs, *[own.blank(own.sizes[-1])] * (most - len(own.packs))]
+    shares = ways(GROUPS) // jax.process_count()
+    size = -(-own.sizes[-1] // shares) * shares * own.model.vision_block  # so that every device has as many blocks
+
+    def filled(x, value):
+        return processes.spread(np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value))
+
+    return [(filled(patches, 0), filled(coords, 0), filled(image, -1)) for patches, coords, image in packs]

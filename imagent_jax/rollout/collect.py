@@ -1,0 +1,310 @@
+"""Rollouts: tasks in, groups of trajectories out, for training and evaluation."""
+
+import contextlib
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from imagent_jax.chat import QWEN, Call, MalformedCall
+from imagent_jax.config import Config, ToolsConfig
+from imagent_jax.distributed import processes
+from imagent_jax.images.prepare import PreparedImage
+from imagent_jax.model.features import FeatureStore
+from imagent_jax.model.interleave import Encoded, encode_parts
+from imagent_jax.model.processor import Processor
+from imagent_jax.model.qwen2_vl import Model
+from imagent_jax.model.sharding import rollout_params
+from imagent_jax.rollout import sampler
+from imagent_jax.rollout.batch import RolloutBatch, join_batches
+from imagent_jax.rollout.engine import Engine, EngineShape, Request
+from imagent_jax.rollout.environment import ToolEnvironment
+from imagent_jax.rollout.episode import Episode, Rules
+from imagent_jax.tools import CallPool, ToolSet, ToolSettings, fault
+from imagent_jax.types import CallResult, Task, Trajectory
+
+
+class Stopped(Exception):
+    """Rollouts were given up because the collector was told to stop."""
+
+
+class Weights(NamedTuple):
+    """Parameters as rollouts read them: `sharding.rollout_params`."""
+
+    params: nnx.State
+
+
+class OpenedTask(NamedTuple):
+    """A task whose images are decoded and whose prompt is encoded."""
+
+    task: Task
+    prompt: Encoded
+    environment: ToolEnvironment
+
+
+class Collector:
+    """Collects rollouts of a policy. All that is random is a function of (seed, task uid, rollout, token).
+
+    Args:
+        environment: makes the environment of a task; called as `ToolEnvironment` is.
+        stop: once it is set, rollouts are given up (`Stopped`).
+    """
+
+    def __init__(
+        self, model: Model, processor: Processor, tools: ToolSet, cfg: Config, *,
+        environment: Callable[..., ToolEnvironment] = ToolEnvironment, stop: threading.Event | None = None,
+    ):  # fmt: skip
+        self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
+        self.stop = stop or threading.Event()
+        self.settings = tool_settings(cfg, processor)
+        self.environment = partial(environment, tools, self.settings, cfg.images)
+        self.chat = QWEN
+        limits = cfg.rollout.response_tokens, cfg.tools.max_turns, cfg.tools.max_repeats
+        self.rules = Rules(self.chat, processor, *limits)
+        self.system = self.chat.system(cfg.tools.system, tools.schemas(self.settings))
+        self.stops = stop_table(processor, self.chat.stop_strings)
+        self.openers = ThreadPoolExecutor(cfg.tools.workers, "prompts")
+        self.warm: set[tuple] = set()  # shapes whose programs are compiled
+
+    # ---- prompts ------------------------------------------------------------------------------------------------------
+
+    def open_task(self, task: Task) -> OpenedTask:
+        """Decode the images of a task and encode its prompt.
+
+        Raises:
+            ValueError: an image does not decode, or the prompt does not fit `rollout.prompt_tokens`; the task is named.
+        """
+        environment = self.environment()
+        environment.reset(task)
+        images = [self.rules.prepare(environment, entry, observed=False) for entry in environment.images]
+        try:
+            prompt = encode_parts(self.chat.render_task(self.system, task.question, images), self.processor)
+        except ValueError as error:
+            raise ValueError(f"Task {task.uid}: {error}") from error
+        if len(prompt.ids) > self.cfg.rollout.prompt_tokens:
+            raise ValueError(
+                f"Task {task.uid} needs {len(prompt.ids)} prompt tokens, more than rollout.prompt_tokens="
+                f"{self.cfg.rollout.prompt_tokens}; raise it, or lower images.max_pixels."
+            )
+        return OpenedTask(task, prompt, environment)
+
+    def open_in_background(self, tasks: Sequence[Task]) -> list[Future[OpenedTask]]:
+        """Open this process's share of tasks on threads. Errors surface when `collect` uses the task."""
+        return [self.openers.submit(self.open_task, task) for task in processes.share(tasks)]
+
+    # ---- rollouts -----------------------------------------------------------------------------------------------------
+
+    def weights(self, params: nnx.State) -> Weights:
+        """Return the copy of the parameters that rollouts read. The parameters may change while it is read."""
+        return Weights(rollout_params(self.model.dtype, params))
+
+    def collect(
+        self, params: nnx.State | Weights, tasks: Sequence[Task], *, group_size: int, seed: int, temperature: float = 1.0,
+        slots: int | None = None, packs: int | None = None, opened: Sequence[Future[OpenedTask]] | None = None,
+    ) -> RolloutBatch:  # fmt: skip
+        """Collect `group_size` rollouts of every task, each until it has ended. With several processes, each runs its share on
+        its own devices, with its own tools and images. All return the same batch; only the own process has a trajectory's
+        images.
+
+        Args:
+            temperature: of the sampled softmax; 0 takes the likeliest tokens.
+            slots: groups in progress at a time (default: all tasks); a finished group's slot goes to the next task.
+            packs: room for encoded images at first, see `FeatureStore` (default: `images.packs`).
+            opened: of `open_in_background(tasks)`, where that was called.
+        Raises:
+            ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
+            Stopped: `stop` was set.
+        """
+        params = (params if isinstance(params, Weights) else self.weights(params)).params
+        sampling, packs = (group_size, seed, temperature), packs or self.cfg.images.packs
+        if jax.process_count() == 1:
+            return self._collect(params, tasks, opened, slots or len(tasks), packs, sampling)
+        own, part, room = None, processes.share(tasks), -(-(slots or len(tasks)) // jax.process_count())
+        params = processes.own_copy(params)
+        with contextlib.suppress(Stopped), processes.alone():
+            own = self._collect(params, part, opened, room, packs, sampling)
+        if any(processes.gather(own is None)):
+            raise Stopped
+        return join_batches(own, tasks)
+
+    def _collect(self, params, tasks, opened, slots: int, packs: int, sampling: tuple[int, int, float]) -> RolloutBatch:
+        """Collect on the current mesh."""
+        r, (group_size, seed, temperature) = self.cfg.rollout, sampling
+        frozen = self.cfg.model.freeze_vision and not self.cfg.lora.merger
+        store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs, frozen=frozen)
+        shape = EngineShape(
+            slots, group_size, r.prompt_tokens, r.response_tokens, r.observation_tokens, r.decode_chunk
+        )
+        compiled = (shape, store.features.shape)
+        engine = Engine(self.model, params, store, shape, self.stops, warm=compiled in self.warm)
+        self.warm.add(compiled)
+        run = _Run(self, engine, tasks, opened, seed, temperature)
+        run.to_the_end()
+        store.params = None  # it encodes no more: gathered parameters are not kept while training
+        count = sum(turn.stop - turn.start for group in run.done for t in group.trajectories for turn in t.turns)
+        return RolloutBatch(
+            list(tasks), [group.prompt for group in run.done], [group.vision for group in run.done],
+            [group.trajectories for group in run.done], store, engine.clock.times, count, self.processor.image_token_id,
+        )  # fmt: skip
+
+
+@dataclass
+class Group:
+    """The rollouts of a task in their slot, and the trajectories that come of them."""
+
+    index: int
+    prompt: Encoded
+    vision: np.ndarray
+    episodes: list[Episode]
+    trajectories: list[Trajectory]
+
+
+class _Run:
+    """One call of `Collector.collect`: joins an engine and environments.
+
+    Slots are filled, rows decode a chunk of tokens, calls run on threads meanwhile, observations are appended, and a finished
+    group makes room for the next. What is done when depends on sampled tokens only, not on how long a tool took (up to
+    `tools.patience_s`), so that a run repeats to the bit.
+    """
+
+    def __init__(self, collector: Collector, engine: Engine, tasks, opened, seed: int, temperature: float):
+        self.collector, self.engine, self.tasks = collector, engine, list(tasks)
+        self.seed, self.temperature, self.futures = seed, temperature, opened
+        self.queue = deque(range(len(self.tasks)))
+        self.submitted: dict[int, OpenedTask] = {}
+        self.groups: dict[int, Group] = {}  # by slot
+        self.episodes: dict[int, Episode] = {}  # by row
+        self.done: list[Group] = [None] * len(self.tasks)
+        self.calls = PendingCalls(collector.rules, collector.cfg.tools)
+
+    def to_the_end(self) -> None:
+        while self.queue or self.submitted or self.groups:
+            self._fill()
+            while due := self.calls.due(self.engine):
+                self._respond(due)
+            if self.collector.stop.is_set():
+                raise Stopped
+            for row, ids in self.engine.step().items():
+                if (call := self.episodes[row].end_turn(ids)) is not None:
+                    self.calls.submit(row, self.episodes[row], call)
+            self._finish_groups()
+
+    def _fill(self) -> None:
+        """Open the next tasks as far as there is room for them."""
+        while self.engine.has_room and (self.queue or self.submitted):
+            while self.queue and self.engine.hungry:
+                self._submit(self.queue.popleft())
+            self.engine.clock.lap("prepare")
+            for key, rows, vision in self.engine.admit():
+                task, prompt, environment = self.submitted.pop(key)
+                episodes = [
+                    Episode(self.collector.rules, task, i, environment.fork(), prompt.next_position) for i in range(len(rows))
+                ]
+                self.groups[rows[0] // len(rows)] = Group(key, prompt, vision, episodes, [])
+                self.episodes |= dict(zip(rows, episodes, strict=True))
+
+    def _submit(self, index: int) -> None:
+        task = self.tasks[index]
+        opened = self.futures[index].result() if self.futures else self.collector.open_task(task)
+        self.submitted[index] = opened._replace(task=task)
+        stream = zlib.crc32(task.uid.encode()) >> 1
+        self.engine.submit(Request(index, opened.prompt, self.seed, stream, self.temperature))
+
+    def _respond(self, due: dict[int, tuple[CallResult, list[PreparedImage]]]) -> None:
+        """Give rows the results of their calls."""
+        responses = {row: self.episodes[row].respond(*result) for row, result in due.items()}
+        observations = {row: encoded for row, encoded in responses.items() if encoded is not None}
+        if observations:
+            for row, vision in self.engine.append(observations).items():
+                self.episodes[row].observe(observations[row], vision)
+
+    def _finish_groups(self) -> None:
+        """Take finished groups out of their slots."""
+        ended = [slot for slot, group in self.groups.items() if all(e.end is not None for e in group.episodes)]
+        for slot, (ids, logprobs) in self.engine.release(ended).items():
+            group = self.groups.pop(slot)
+            group.trajectories = [e.trajectory(ids[i], logprobs[i]) for i, e in enumerate(group.episodes)]
+            self.done[group.index] = group
+        self.engine.clock.lap("host")
+
+
+class PendingCalls:
+    """Calls in progress, by row, in the order in which they were made. Images that a call shows are prepared on its thread."""
+
+    def __init__(self, rules: Rules, cfg: ToolsConfig):
+        self.rules, self.timeout_s, self.patience_s = rules, cfg.timeout_s, cfg.patience_s
+        self.pool = CallPool(cfg.workers, cfg.timeout_s)
+        self.calling: dict[int, Call | MalformedCall] = {}
+        self.late: set[int] = set()  # rows whose calls were waited for in vain
+        self.results: dict[int, tuple[CallResult, list[PreparedImage]]] = {}
+
+    def submit(self, row: int, episode: Episode, call: Call | MalformedCall) -> None:
+        """Start a call."""
+        environment, prepare = episode.environment, self.rules.prepare
+
+        def seen(result: CallResult) -> tuple[CallResult, list[PreparedImage]]:
+            images = environment.images
+            return result, [prepare(environment, images[number - 1], observed=True) for number in result.images]
+
+        self.calling[row] = call
+        self.pool.submit(row, partial(environment.step, call), seen)
+
+    def due(self, engine: Engine) -> dict[int, tuple[CallResult, list[PreparedImage]]]:
+        """Return the results that rows get next: those that called first, as soon as they are a quarter of the batch or nothing
+        else is left to do. Their calls are waited for; while other rows could go on, only for `tools.patience_s`. What is
+        slower than that comes whenever it is there."""
+        self._poll()
+        waiting = [b for b in self.calling if b not in self.late or b in self.results]
+        if len(waiting) < engine.quarter and engine.live.any():
+            return {}
+        waiting = engine.fitting(waiting or self.calling)
+        give_up = time.perf_counter() + self.patience_s
+        while any(b not in self.results for b in waiting):
+            self._poll(0.1)
+            others = engine.live.any() or any(b in self.results for b in waiting)
+            if others and time.perf_counter() > give_up:
+                self.late.update(b for b in waiting if b not in self.results)
+                break
+        engine.clock.lap("tools")
+        due = {b: self.results.pop(b) for b in waiting if b in self.results}
+        for b in due:
+            del self.calling[b]
+        self.late.difference_update(due)
+        return due
+
+    def _poll(self, timeout_s: float = 0.0) -> None:
+        for row, result in self.pool.poll(timeout_s):
+            self.results[row] = (self._overdue(row), []) if result is None else result
+
+    def _overdue(self, row: int) -> CallResult:
+        call = self.calling[row]
+        name = call.name if isinstance(call, Call) else "reading a call"
+        return fault(f"{name} ran longer than {self.timeout_s:g} s", call)
+
+
+def stop_table(processor: Processor, strings: Sequence[str]) -> np.ndarray:
+    """Return the token ids at which a turn ends, int32 [n STOP_WIDTH], left-padded with -1."""
+    stops = [ids for ids in map(processor.encode, strings) if len(ids) <= sampler.STOP_WIDTH]
+    table = np.full((len(stops), sampler.STOP_WIDTH), -1, np.int32)
+    for row, ids in zip(table, stops, strict=True):
+        row[-len(ids) :] = ids
+    return table
+
+
+def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:
+    """How tools show images, from the configuration and the model's patch geometry."""
+    t = cfg.tools
+    return ToolSettings(
+        coordinates=t.coordinates, patch_factor=processor.patch_size * processor.merge_size, low_pixels=t.low_pixels,
+        high_pixels=t.high_pixels, confirm_min_pixels=t.confirm_min_pixels, confirm_max_pixels=t.confirm_max_pixels,
+        min_box=t.min_box, max_images=t.max_images, most_pixels=cfg.images.vision_block * processor.patch_size**2,
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""One trajectory in progress: its exact tokens turn by turn, and when it ends."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from imagent_jax.chat import Call, MalformedCall, QwenChat, extract_answer
+from imagent_jax.images.prepare import PreparedImage
+from imagent_jax.model.interleave import Encoded, encode_parts
+from imagent_jax.model.processor import Processor
+from imagent_jax.rollout.environment import ToolEnvironment
+from imagent_jax.types import CallResult, CallStatus, EndReason, ImageEntry, Task, TokenKind, Trajectory, Turn
+
+
+class Rules(NamedTuple):
+    """What all episodes of a run share: how text becomes tokens, and when an episode ends.
+
+    Attributes:
+        response_tokens: most tokens after the prompt.
+        max_turns: most calls.
+        max_repeats: how often the same call may be made.
+    """
+
+    chat: QwenChat
+    processor: Processor
+    response_tokens: int
+    max_turns: int
+    max_repeats: int
+
+    def prepare(self, environment: ToolEnvironment, entry: ImageEntry, observed: bool) -> PreparedImage:
+        """Return an image in the size at which the policy sees it. `observed`: a call shows it."""
+        return self.processor.prepare_to(environment.view(entry, observed), entry.shown)
+
+
+class Episode:
+    """One trajectory in progress. `end` is None until it has ended.
+
+    Args:
+        position: the M-RoPE position after the prompt.
+    """
+
+    def __init__(self, rules: Rules, task: Task, rollout: int, environment: ToolEnvironment, position: int):
+        self.rules, self.task, self.rollout, self.environment = rules, task, rollout, environment
+        self.turns: list[Turn] = []
+        self.kinds: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.vision: list[np.ndarray] = []
+        self.length, self.position = 0, position
+        self.executed: dict[str, int] = {}  # how often each call was executed
+        self.end: EndReason | None = None
+        self.error: str | None = None
+
+    def end_turn(self, ids: np.ndarray) -> Call | MalformedCall | None:
+        """Add the sampled tokens of a turn. Returns the call that it makes; None where the episode ended with it."""
+        chat, text = self.rules.chat, self.rules.processor.decode(ids)
+        self.turns.append(Turn(self.length, self.length + len(ids), text))
+        positions = np.tile(self.position + np.arange(len(ids), dtype=np.int32), (3, 1))
+        kinds = token_kinds(ids, text, self.rules.processor, chat)
+        self._add(kinds, positions, np.full(len(ids), -1, np.int32), self.position + len(ids))
+        full = self.length >= self.rules.response_tokens
+        if not chat.makes_call(text):
+            void = EndReason.TRUNCATED if full else EndReason.VOID
+            return self._finish(void if extract_answer(text) is None else EndReason.ANSWERED)
+        if full and not chat.is_complete(text):
+            return self._finish(EndReason.TRUNCATED)
+        if sum(turn.call is not None for turn in self.turns) >= self.rules.max_turns:
+            return self._finish(EndReason.OVER_TURNS)
+        return chat.parse(text)
+
+    def respond(self, result: CallResult, images: list[PreparedImage]) -> Encoded | None:
+        """Take the result of a call and the images that it shows, prepared. Returns the observation; None where the episode
+        ended with it.
+
+        Raises:
+            ValueError: placeholders and features do not match (promise 5; the task is named).
+        """
+        self.turns[-1].call = result
+        if result.status == CallStatus.FAULT:
+            self.error = result.error
+            return self._finish(EndReason.FAULT)
+        if result.status == CallStatus.INVALID:
+            kinds = self.kinds[-1]
+            kinds[kinds == TokenKind.TOOL_CALL] = TokenKind.INVALID_CALL
+        else:
+            key = f"{result.name} {result.arguments}"
+            self.executed[key] = self.executed.get(key, 0) + 1
+            if self.executed[key] > self.rules.max_repeats:
+                return self._finish(EndReason.REPEATED)
+        shown = iter(images)
+        parts = self.rules.chat.render_observation([part if isinstance(part, str) else next(shown) for part in result.parts])
+        try:
+            encoded = encode_parts(parts, self.rules.processor, self.position)
+        except ValueError as error:
+            raise ValueError(f"Task {self.task.uid}: {error}") from error
+        if self.length + len(encoded.ids) >= self.rules.response_tokens:
+            return self._finish(EndReason.TRUNCATED)  # no room to say anything about it
+        return encoded
+
+    def observe(self, encoded: Encoded, vision: np.ndarray) -> None:
+        """Add an observation, once it is appended; `vision` has the feature row of every token (int32 [S])."""
+        kinds = np.full(len(encoded.ids), TokenKind.OBSERVATION, np.uint8)
+        self._add(kinds, encoded.positions, vision, encoded.next_position)
+
+    def trajectory(self, ids: np.ndarray, logprobs: np.ndarray) -> Trajectory:
+        """Return the finished trajectory, given its row of the engine's buffers ([R] each)."""
+        kinds = np.concatenate(self.kinds)
+        return Trajectory(
+            task=self.task,
+            rollout=self.rollout,
+            ids=ids[: self.length].copy(),
+            logprobs=np.where(kinds == TokenKind.OBSERVATION, 0.0, logprobs[: self.length]).astype(np.float32),
+            kind=kinds,
+            positions=np.concatenate(self.positions, axis=1),
+            vision=np.concatenate(self.vision),
+            turns=self.turns,
+            end=self.end,
+            answer=extract_answer(self.turns[-1].text) if self.end == EndReason.ANSWERED else None,
+            images=self.environment.images,
+            error=self.error,
+        )
+
+    def _add(self, kinds: np.ndarray, positions: np.ndarray, vision: np.ndarray, position: int) -> None:
+        self.kinds.append(kinds)
+        self.positions.append(positions)
+        self.vision.append(vision)
+        self.length, self.position = self.length + len(kinds), position
+
+    def _finish(self, end: EndReason) -> None:
+        self.end = end
+        self.environment.close()
+
+
+def token_kinds(ids: np.ndarray, text: str, processor: Processor, chat: QwenChat) -> np.ndarray:
+    """Return the kind of every sampled token of a turn: TOOL_CALL from the call on, ANSWER for the answer, else TEXT."""
+    kinds = np.full(len(ids), TokenKind.TEXT, np.uint8)
+    if (span := chat.action_span(text)) is None:
+        return kinds
+    first, last = span
+    begin = _token_of(ids, first, processor)
+    if last is None:
+        kinds[begin:] = TokenKind.TOOL_CALL
+    else:
+        kinds[begin : _token_of(ids, last, processor, end=True) + 1] = TokenKind.ANSWER
+    return kinds
+
+
+def _token_of(ids: np.ndarray, marker: str, processor: Processor, end: bool = False) -> int:
+    """Index of the token with which `marker` begins (or ends) in the decoded text."""
+    low, high = 0, len(ids) - 1  # smallest prefix whose text holds the marker: its last token completes the marker
+    while low < high:
+        middle = (low + high) // 2
+        if marker in processor.decode(ids[: middle + 1]):
+            high = middle
+        else:
+            low = middle + 1
+    if end:
+        return low
+    first = low
+    while first > 0 and marker not in processor.decode(ids[first : low + 1]):
+        first -= 1
+    return first
