@@ -66,11 +66,11 @@ def script_calls() -> Counter:
     end, ended = Episode.end_turn, Counter()
 
     def end_turn(episode, ids):
-        action = end(episode, ids)
+        end(episode, ids)
         seed = zlib.crc32(f"{episode.task.uid}/{episode.rollout}".encode())
         full, calls = episode.length >= episode.rules.response_tokens, len(episode.turns) - 1
         if not full and calls < seed % (CALLS + 1):
-            episode.end = None
+            episode.end, episode.environment = None, episode.environment.fork()
             return call(len(episode.task.images), np.random.default_rng((seed, calls)))
         episode.end = episode.end or EndReason.VOID
         ended[calls] += 1

@@ -47,7 +47,7 @@ class ToolEnvironment:
     def fork(self) -> "ToolEnvironment":
         """Return an environment in the same state, for another trajectory of the task. Pixels are shared."""
         other = type(self).__new__(type(self))
-        other.__dict__ |= self.__dict__ | {"_registry": self._registry.fork(), "_lock": threading.Lock()}
+        other.__dict__ |= self.__dict__ | {"_registry": self._registry.fork(), "_closed": False, "_lock": threading.Lock()}
         return other
 
     @property
