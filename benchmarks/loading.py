@@ -23,20 +23,21 @@ def ours(folder: str, tokens: int) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from imagent_jax.model.qwen2_vl import Qwen2VL
+    from imagent_jax.model import checkpoint
     from imagent_jax.rollout import sampler
 
     start, memory = time.perf_counter(), PeakMemory()
-    model, params = Qwen2VL.from_pretrained(folder).split(dtype="bfloat16")
+    model, params = checkpoint.from_pretrained(folder).split(dtype="bfloat16")
     jax.block_until_ready(params)
     loaded, after = time.perf_counter(), memory.read()
     ids, n = jnp.array([PROMPT]), len(PROMPT)
     positions, text = jnp.broadcast_to(jnp.arange(n), (3, 1, n)), jnp.full((1, n), -1)
     features, length = jnp.zeros((1, model.cfg.text.hidden_size)), jnp.array([n])
     state, slot = sampler.empty(model, 1, 1, n, tokens), jnp.zeros(1, jnp.int32)
-    state = sampler.admit(model, params, state, slot, ids, positions, text, length, length, slot, 0, features)
+    drawn = slot.astype(jnp.uint32), jnp.zeros(1)
+    state = sampler.admit(model, params, state, slot, ids, positions, text, length, length, slot, *drawn, features)
     stops = jnp.full((1, sampler.STOP_WIDTH), -2)
-    state = sampler.decode(model, True, state.ids.shape[1], params, state, None, stops, 1.0, tokens)
+    state = sampler.decode(model, state.ids.shape[1], params, state, None, stops, tokens)
     out = np.asarray(state.ids[0]).tolist()
     return {"load_s": loaded - start, "after_loading": after, "decode_s": time.perf_counter() - loaded, "tokens": out}
 

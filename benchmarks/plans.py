@@ -83,33 +83,35 @@ def options(settings: dict) -> str:
 
 INTRO = """# Plans
 
-What runs need of slices that nobody has here, compiled ahead of time from shapes (`python -m imagent_jax.plan --help`).
-**No TPU was used for anything, and no figure is a time.** Memory is the compiler's account (arguments, temporaries,
-results, code), to which arrays that are alive beside a program are added by their shapes. Operations and bytes
-exchanged are counted in the programs; bounds on time follow from published figures of the chips.
-`python benchmarks/plans.py` writes the files in `benchmarks/results/` that `python benchmarks/plans.py --table` makes
-this page of. All but the tiny run were compiled before patches were bytes, since when the vision program's patches take
-an eighth, and before tokens were drawn by inverse transform, which makes fewer random numbers in the decode program.
+This page lists what runs need of TPU slices. The programs are compiled ahead of time, from shapes, without a TPU
+(`python -m imagent_jax.plan --help`). **No TPU was used, and no figure is a measured time.** Memory is the compiler's account:
+arguments, temporaries, results and code. Arrays that are alive beside a program are added by their shapes. Operations and
+exchanged bytes are counted in the programs. Lower bounds on time follow from published figures of the chips.
+`python benchmarks/plans.py` writes the files in `benchmarks/results/`. `python benchmarks/plans.py --table` writes this page
+from the files. All plans except the tiny one were compiled before two changes. Patches are now bytes, so the patches of the
+vision program take an eighth. Tokens are now drawn by inverse transform, so the decode program makes fewer random numbers.
 
 ## Memory
-GB (10^9 bytes) of one chip. "In all" is the fullest program with what is alive beside it; a bound is of an update of
-all groups.
+
+GB (10^9 bytes) of one chip. "In all" is the largest program with the arrays that are alive beside it. The lower bound on time
+is for an update of all groups.
 """
 
 
 BREAKS = """## What breaks first
-From the shapes, for Qwen2.5-VL-7B on more and more chips with `mesh.tensor` as it is:
 
-1. **The rollout's copy of the weights.** It is whole over `fsdp`, so more chips do not make it smaller: 16.6 GB in
-   bfloat16, divided by `mesh.tensor` alone, which is at most 4 (key heads): 4.2 of the 16 GB of a v5e chip at best, on
-   any slice.
-2. **Groups.** A chip takes part in an update with a whole group, so a micro-batch has as many groups as data x fsdp:
-   256 chips at `mesh.tensor=1` learn from 256 tasks at least in an update. The activations of one group (G responses
-   of R tokens, and the prompt) are a chip's least, and shrink with G, R and `mesh.tensor` only.
-3. **Gathers.** With the same work a chip (the table above) the operations of a chip do not grow, and what it receives
-   for a gradient is bounded: 53 GB on 8 chips, 59 on 32, and 88 to 89 from 64 on, where the compiler makes all-reduces
-   of all-gathers, which move twice the bytes. `mesh.data` above 1 would keep `fsdp` below 64.
-4. **Widths.** `fsdp` must divide the tower's 1280 = 256 x 5: 256 is the last power of two, though 512 divides 3584.
+From the shapes, for Qwen2.5-VL-7B on a growing number of chips with `mesh.tensor` unchanged:
+
+1. **The rollout's copy of the weights.** The copy is replicated over `fsdp`, so more chips do not make it smaller. It has
+   16.6 GB in bfloat16, divided only by `mesh.tensor`, which is at most 4 (the number of key heads). On any slice this is at
+   best 4.2 of the 16 GB of a v5e chip.
+2. **Groups.** A chip takes part in an update with a whole group, so a micro-batch has as many groups as data x fsdp. 256 chips
+   with `mesh.tensor=1` train on at least 256 tasks per update. The activations of one group (G responses of R tokens, and the
+   prompt) are the minimum for a chip. They shrink only with G, R and `mesh.tensor`.
+3. **Gathers.** With the same work per chip (the table above), the operations of a chip do not grow. The bytes that a chip
+   receives for a gradient are bounded: 53 GB on 8 chips, 59 GB on 32, and 88 to 89 GB from 64 on. From 64 chips on the compiler
+   turns all-gathers into all-reduces, which move twice the bytes. `mesh.data` above 1 would keep `fsdp` below 64.
+4. **Widths.** `fsdp` must divide the tower's width 1280 = 256 x 5. 256 is the largest power of two, although 512 divides 3584.
 """
 
 
@@ -156,7 +158,7 @@ def page() -> str:
             lines += [f"{name}: too small are {needs}.", ""]
     if hopeless := [name for name, p in plans.items() if not (p["fits"] or p["stopped"] or p.get("nearest"))]:
         lines += [f"None of the changes tried makes these fit: {', '.join(hopeless)}.", ""]
-    lines += ["## Programs", "Of one chip and one call. Received: bytes from other chips, at least.", ""]
+    lines += ["## Programs", "Figures of one chip and one call. Received: a lower bound on the bytes from other chips.", ""]
     figures = "arguments", "temporaries", "in all", "received", "TFLOP", "at least, s", "compiled in, s"
     cells = ([title, *program(c)] for title, p in named for c in p["costs"])
     lines += table(("plan", "program", *figures), cells, 2)

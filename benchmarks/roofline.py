@@ -39,7 +39,7 @@ from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import Model, create
 from imagent_jax.model.sharding import rollout_params
 from imagent_jax.rl.batch import GroupBatch
-from imagent_jax.rl.learner import Learner, Tables
+from imagent_jax.rl.learner import Learner
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rollout import sampler
@@ -123,14 +123,14 @@ def decode_seconds(model: Model, params, shape: Shape, repeats: int) -> list[flo
         return jax.block_until_ready(
             sampler.admit(
                 model, params, sampler.empty(model, n, g, p, r), slots, batch.prompt_ids, batch.prompt_positions,
-                batch.prompt_vision, batch.prompt_len, batch.prompt_len, slots, np.uint32(0), features,
+                batch.prompt_vision, batch.prompt_len, batch.prompt_len, slots, jnp.zeros(n, jnp.uint32), jnp.ones(n), features,
             )
         )  # fmt: skip
 
     for _ in range(repeats + 1):
         state = start()
         times += common.seconds(
-            lambda state=state: jax.block_until_ready(sampler.decode(model, False, r, params, state, None, stops, 1.0, r)), 1, 0
+            lambda state=state: jax.block_until_ready(sampler.decode(model, r, params, state, None, stops, r)), 1, 0
         )
     return [t / r for t in times[1:]]
 
@@ -143,7 +143,7 @@ def train_seconds(model: Model, params, shape: Shape, repeats: int) -> list[floa
         rollout=replace(cfg.rollout, groups=shape.n, group_size=shape.g, prompt_tokens=shape.p, response_tokens=shape.r),
         grpo=replace(cfg.grpo, minibatches=1, micro_groups=1),
     )
-    learner = Learner(model, cfg, make_optimizer(cfg.optim, 1000), Tables(*mask_tables(cfg.mask)[:2]))
+    learner = Learner(model, cfg, make_optimizer(cfg.optim, 1000), mask_tables(cfg.mask))
     learner.shapes = learner.shapes[-1:]  # every response is as long
     batch, store, kept = text_batch(model, shape), FeatureStore(model, params, 1, packs=1), [params, learner.init(params)]
 

@@ -21,7 +21,6 @@ def measure(size: str, prompt: int, group_size: int, repeats: int) -> dict:
     memory = common.PeakMemory()
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from roofline import decode_seconds, text_batch, train_seconds
     from train_step import Shape
 
@@ -43,7 +42,7 @@ def measure(size: str, prompt: int, group_size: int, repeats: int) -> dict:
         prefill += common.seconds(
             lambda state=state: jax.block_until_ready(sampler.admit(
                 model, weights, state, slots, batch.prompt_ids, batch.prompt_positions, batch.prompt_vision, batch.prompt_len,
-                batch.prompt_len, slots, np.uint32(0), features,
+                batch.prompt_len, slots, jnp.zeros(GROUPS, jnp.uint32), jnp.ones(GROUPS), features,
             ).logits), 1, 0,
         )  # fmt: skip
     decode = common.median(decode_seconds(model, params, shape, repeats))

@@ -162,7 +162,7 @@ class Ours:
         from imagent_jax.config import Config
         from imagent_jax.model import checkpoint
         from imagent_jax.model.attention import choose_attention, choose_dtype
-        from imagent_jax.rl.learner import Learner, Tables
+        from imagent_jax.rl.learner import Learner
         from imagent_jax.rl.mask import mask_tables
         from imagent_jax.rl.optim import make_optimizer
 
@@ -178,7 +178,7 @@ class Ours:
             folder, dtype=dtype, attention=choose_attention("auto", dtype), vision_block=64, logprob_chunk=4096
         )
         optimizer = make_optimizer(replace(cfg.optim, schedule="constant"), 1000)
-        self.learner = Learner(self.model, self.cfg, optimizer, Tables(*mask_tables(cfg.mask)[:2]))
+        self.learner = Learner(self.model, self.cfg, optimizer, mask_tables(cfg.mask))
         self.learner.shapes = self.learner.shapes[-1:]  # the batch fills the widest, so no other shape need be compiled
         self.state = self.learner.init(self.params)
 

@@ -1,4 +1,4 @@
-"""Scoring of answers: strict, and the same for rewards and for benchmarks."""
+"""Scoring of answers, used for rewards and for benchmarks alike."""
 
 import math
 import re
@@ -10,40 +10,40 @@ _NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces (SQuAD v1.1's evaluation, arXiv 1606.05250)."""
+    """Return text in lower case without punctuation and articles, with single spaces (SQuAD v1.1, arXiv 1606.05250)."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def _plain(text: str) -> str:
-    """Case, runs of white space and one final full stop aside."""
+    """Return text case-folded, with single spaces, without one final full stop."""
     return " ".join(text.split()).removesuffix(".").rstrip().casefold()
 
 
 def exact(prediction: str, answer: str) -> float:
-    """1 where both are the same but for case, white space and one final full stop.
+    """Return 1 if both texts are equal up to case, white space and one final full stop, else 0.
 
-    Stricter than SQuAD's (`exact_match`), which takes "3.5" for "35", "-5" for "5" and "the" for "A".
+    Stricter than SQuAD's `exact_match`, which accepts "3.5" for "35", "-5" for "5" and "the" for "A".
     """
     return float(_plain(prediction) == _plain(answer))
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1 where both are the same after `normalise`: the published exact match of SQuAD, reported beside `f1`."""
+    """Return 1 if both texts are equal after `normalise`, else 0: SQuAD's exact match, reported beside `f1`."""
     a, b = _or_plain(prediction, answer)
     return float(a == b)
 
 
 def _or_plain(prediction: str, answer: str) -> tuple[str, str]:
-    """Both normalised; left plain where normalising leaves nothing of the reference (the option "A", for one)."""
+    """Normalise both texts, or only `_plain` them if nothing of the reference would remain (as for the option "A")."""
     rule = normalise if normalise(answer) else _plain
     return rule(prediction), rule(answer)
 
 
 def choice(prediction: str, answer: str) -> float:
-    """1 where the same option is named: 'Image 2' or '2' for an image, 'B', '(b)', 'B)' or 'B.' for a letter.
+    """Return 1 if both texts name the same option, else 0.
 
-    Nothing else names an option, so text around one is wrong.
+    Accepted forms: 'Image 2' or '2' for an image; 'B', '(b)', 'B)' or 'B.' for a letter. Text around an option is wrong.
 
     Raises:
         ValueError: the reference names no option.
@@ -60,12 +60,13 @@ def _option(text: str) -> str | None:
 
 
 def number(prediction: str, answer: str) -> float:
-    """1 where both are the same number ('7' and '7.0'): whole numbers exactly, others to a relative 1e-6.
+    """Return 1 if both texts are the same number ('7' and '7.0'), else 0.
 
-    Thousands may have commas. No units, fractions or exponents; text around a number is wrong; no part is paid.
+    Integers must be equal, other numbers within a relative 1e-6. Thousands may have commas. Units, fractions, exponents and
+    text around a number are wrong.
 
     Raises:
-        ValueError: the reference is no number.
+        ValueError: the reference is not a number.
     """
     expected = _value(answer)
     if expected is None:
@@ -87,7 +88,7 @@ def _value(text: str) -> float | None:
 
 
 def f1(prediction: str, answer: str) -> float:
-    """Token F1 after `normalise` (SQuAD; the measure of the MAT benchmark, arXiv 2505.14246)."""
+    """Return token F1 after `normalise` (SQuAD; the measure of the MAT benchmark, arXiv 2505.14246)."""
     a, b = (text.split() for text in _or_plain(prediction, answer))
     return 2 * sum((Counter(a) & Counter(b)).values()) / max(len(a) + len(b), 1)
 
@@ -96,10 +97,10 @@ SCORERS = {"exact": exact, "choice": choice, "number": number, "f1": f1}
 
 
 def score(prediction: str | None, answer: str, answer_type: str) -> float:
-    """Score in 0..1. No answer, or a blank one, is wrong. A usable reference scores 1 against itself.
+    """Return the score of an answer in 0..1. A missing or blank answer scores 0; a valid reference scores 1 against itself.
 
     Raises:
-        ValueError: an unknown answer type, or a reference that is not of its type.
+        ValueError: unknown answer type, or the reference is not of this type.
     """
     if answer_type not in SCORERS:
         raise ValueError(f"There is no answer type {answer_type!r}; use one of {', '.join(SCORERS)}.")

@@ -7,12 +7,15 @@ Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wro
 `--run.resume true`.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from flax import nnx
@@ -20,205 +23,261 @@ from rich.console import Console
 
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
-from imagent_jax.distributed import processes as hosts
+from imagent_jax.distributed import processes
 from imagent_jax.distributed.processes import FAILED, RESTART
-from imagent_jax.evals.evaluate import comparison, evaluate
+from imagent_jax.evals.evaluate import HeldOut, comparison
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.sharding import gather_params
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.guards import watch
 from imagent_jax.rl.judge import judge
-from imagent_jax.rl.learner import Learner, Tables
+from imagent_jax.rl.learner import Learner
 from imagent_jax.rl.mask import dropped_shares, mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rl.rewards import reward_functions
 from imagent_jax.rollout.collect import Stopped
+from imagent_jax.rollout.metrics import rollout_metrics
 from imagent_jax.rollout.policy import Policy, training_mesh
 from imagent_jax.rollout.prefetch import Prefetcher
 from imagent_jax.runs.folder import RunFolder
 from imagent_jax.runs.interrupt import Interrupt
-from imagent_jax.runs.report import write_report
+from imagent_jax.runs.report import print_step, write_report
 from imagent_jax.runs.resources import CompileCounter, memory, use_compile_cache
 from imagent_jax.runs.trajectory_log import TrajectoryLog
 
 
-def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, float]:
-    """Runs the whole job on the current mesh (`jax.set_mesh`); returns the last evaluation ({}: stopped before). See
-    the module docstring.
+@dataclass
+class TrainState:
+    """What changes while a run trains.
+
+    Attributes:
+        step: updates done.
+        evaluations: metrics of the held-out evaluations before and after training, by name.
+        unlogged: metrics of the last step, until its evaluation is done.
+    """
+
+    params: nnx.State
+    opt_state: Any
+    step: int = 0
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    unlogged: dict[str, Any] | None = None
+
+
+class Run:
+    """The parts of a training run.
 
     Raises:
-        ValueError: see `Policy`, `RunFolder`.
+        ValueError: see `RunFolder`, `Policy`, `open_tasks`, `reward_functions`.
+    """
+
+    def __init__(self, cfg: Config, console: Console, interrupt: Interrupt):
+        self.cfg, self.console, self.interrupt, self.began = cfg, console, interrupt, time.perf_counter()
+        use_compile_cache(cfg.run.compile_cache)
+        console.print(
+            f"[bold]imagent-jax[/]: {cfg.run.steps} steps of {cfg.rollout.groups} tasks x {cfg.rollout.group_size} rollouts of "
+            f"{cfg.model.path} on {cfg.data.name}, {jax.sharding.get_mesh().size} {jax.devices()[0].platform} device(s)."
+        )
+        self.folder = folder = RunFolder(cfg)
+        if cfg.run.profile:
+            console.print(f"Step {cfg.run.profile} is traced into {folder.path}/profile, for Perfetto and XProf.")
+        files = "config.yaml, metrics.jsonl, trajectories/, checkpoints/"
+        console.print(f"Writes to {folder.path}: {files}. Ctrl-C saves and stops.")
+        with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
+            self.rewards = reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
+            self.policy = policy = Policy(cfg, interrupt.stop)
+            tasks, held_out = open_tasks(cfg.data, "train"), policy.test_tasks(cfg.eval.tasks)
+        folder.log_faults([*tasks.faults, *policy.test_faults])
+        self.log = TrajectoryLog(folder, policy.processor, cfg)
+        self.held_out = HeldOut(policy.collector, held_out, cfg, self.log, console)
+        optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
+        reference = policy.params if cfg.grpo.kl > 0 else None
+        self.learner = Learner(policy.model, cfg, optimizer, mask_tables(cfg.mask), reference)
+        iterator = task_iterator(tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
+        self.prefetcher = Prefetcher(policy.collector, iterator, cfg.rollout, cfg.run.seed)
+        self.history: list[dict[str, Any]] = []
+
+    # ---- the beginning --------------------------------------------------------------------------------------------------
+
+    def start(self) -> TrainState:
+        """Return the state of the newest checkpoint or a new one, after evaluating the base where that was not done."""
+        state = self._restore()
+        self.history = self.folder.history()
+        if "base" not in state.evaluations:
+            state.evaluations["base"] = base = self.held_out(state.params, self.cfg.eval.tasks, 0, "base")
+            self.folder.log({"step": 0, "time/evaluation": base["time/evaluation"]} | _prefixed("base", base))
+            if self.cfg.run.checkpoint_every:
+                self.save(state)
+        if state.unlogged is not None:
+            self.finish_step(state)
+        return state
+
+    def _restore(self) -> TrainState:
+        params = self.policy.params
+        trained, frozen = self.learner.split(params)
+        restored = self.folder.restore(trained, opt_state := self.learner.init(params))
+        if restored is None:
+            return TrainState(params, opt_state)
+        trained, opt_state, progress = restored
+        self.prefetcher.iterator.set_state(progress["iterator"])
+        self.console.print(f"Resumed after step {progress['step']}.")
+        kept = {name: progress[name] for name in ("step", "evaluations", "unlogged")}
+        return TrainState(nnx.merge_state(trained, frozen), opt_state, **kept)
+
+    # ---- in every step --------------------------------------------------------------------------------------------------
+
+    def asked(self) -> int:
+        """Return the signal that any process got; all stop after the same step."""
+        self.interrupt.asked = max(processes.gather(self.interrupt.asked))
+        return self.interrupt.asked
+
+    @contextlib.contextmanager
+    def traced(self, step: int) -> Iterator[None]:
+        """Trace a step where the settings say so."""
+        if step != self.cfg.run.profile:
+            yield
+            return
+        jax.profiler.start_trace(self.folder.path / "profile", create_perfetto_trace=True)
+        try:
+            yield
+        finally:
+            jax.profiler.stop_trace()
+
+    def prefetch(self, state: TrainState) -> None:
+        """Begin the step after the one that is about to be trained. Weights that a checkpoint will hold are not overtaken."""
+        following, every = state.step + 1, self.cfg.run.checkpoint_every
+        if following < self.cfg.run.steps:
+            saved = every and following % every == 0
+            self.prefetcher.begin(following, state.params if self.cfg.rollout.overlap and not saved else None)
+
+    def finish_step(self, state: TrainState) -> None:
+        """Evaluate where that is due, note what the guards warn of, and log the step.
+
+        Raises:
+            Stopped: by SIGTERM in the evaluation. The step stays unlogged until the run is resumed.
+        """
+        metrics, cfg, step = state.unlogged, self.cfg, state.step
+        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
+            metrics = metrics | _prefixed("eval", self.held_out(state.params, cfg.eval.during, step, f"step {step}"))
+        before = self.history[-1].get("warnings", {}) if self.history else {}
+        self.history.append(metrics)
+        if warnings := watch(self.history):
+            metrics["warnings"] = warnings
+        self.folder.log({"step": step} | metrics)
+        state.unlogged = None
+        print_step(self.console, metrics, step, cfg.run.steps, before)
+
+    def save_if_due(self, state: TrainState) -> None:
+        """Save a checkpoint every `run.checkpoint_every` steps."""
+        if self.cfg.run.checkpoint_every and state.step % self.cfg.run.checkpoint_every == 0:
+            self.save(state, self.history[-1].get("eval/accuracy"))
+
+    def save(self, state: TrainState, accuracy: float | None = None) -> None:
+        """Begin a checkpoint; see `RunFolder.save`."""
+        progress = {"step": state.step, "iterator": self.prefetcher.place, "evaluations": state.evaluations,
+                    "unlogged": state.unlogged}  # fmt: skip
+        self.folder.save(state.step, self.learner.split(state.params)[0], state.opt_state, progress, accuracy)
+
+    # ---- the end --------------------------------------------------------------------------------------------------------
+
+    def end(self, state: TrainState) -> dict[str, float]:
+        """Save, evaluate and export the model. Returns the last evaluation ({}: the run was stopped)."""
+        self.save(state)
+        self.folder.settle()
+        if self.asked():
+            self.prefetcher.close()
+            self._close()
+            self.console.print(f"Stopped after step {state.step}; continue with --run.resume true.")
+            return {}
+        state.evaluations["trained"] = trained = self.held_out(state.params, self.cfg.eval.tasks, state.step, "trained")
+        self.folder.log({"step": state.step, "time/total": time.perf_counter() - self.began} | _prefixed("final", trained))
+        self._export(state)
+        self._close()
+        names = ("base", "trained")
+        table = comparison({name: state.evaluations[name] for name in names}, f"{self.cfg.run.name}: {state.step} steps")
+        self.console.print(table)
+        path = self.folder.path
+        self.console.print(f"{time.perf_counter() - self.began:.0f} s in all. Model, metrics and checkpoints: {path}")
+        self.console.print(f"Report: {path}/report.html. Look at trajectories: python -m imagent_jax.view {path}")
+        return trained
+
+    def _export(self, state: TrainState) -> None:
+        """Write the trained model in Hugging Face's form, and its adapters in PEFT's."""
+        params, policy, path = state.params, self.policy, self.folder.path
+        if jax.process_count() > 1:
+            params = processes.own_copy(gather_params(params))
+        if processes.is_writer():
+            with processes.alone():
+                checkpoint.save(path / "model", *lora.merge(policy.model, params), source=policy.folder)
+                if self.cfg.lora.on:
+                    lora.save(path / "adapter", policy.model, params, base=self.cfg.model.path)
+
+    def _close(self) -> None:
+        self.folder.close()
+        if processes.is_writer():
+            write_report(self.folder.path)
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, float]:
+    """Run the whole job on the current mesh (`jax.set_mesh`).
+
+    Returns:
+        The last evaluation ({}: the run was stopped before).
+    Raises:
+        ValueError: bad settings, files or data; see `Run`.
         Stopped: by SIGTERM, in an evaluation before or after training, where all that can be saved is.
     """
-    began, compiles = time.perf_counter(), CompileCounter()
-    use_compile_cache(cfg.run.compile_cache)
-
-    # ---- what this run is ---------------------------------------------------------------------------------------
-    console.print(
-        f"[bold]imagent-jax[/]: {cfg.run.steps} steps of {cfg.rollout.groups} tasks x {cfg.rollout.group_size} rollouts of "
-        f"{cfg.model.path} on {cfg.data.name}, {jax.sharding.get_mesh().size} {jax.devices()[0].platform} device(s)."
-    )
-    folder = RunFolder(cfg)
-    if cfg.run.profile:
-        console.print(f"Step {cfg.run.profile} is traced into {folder.path}/profile, for Perfetto and XProf.")
-    console.print(f"Writes to {folder.path}: config.yaml, metrics.jsonl, trajectories/, checkpoints/. Ctrl-C saves and stops.")
-    with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
-        reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
-        parts = Policy(cfg, interrupt.stop)
-        train_tasks, test_tasks = open_tasks(cfg.data, "train"), parts.test_tasks(cfg.eval.tasks)
-    folder.log_faults([*train_tasks.faults, *parts.test_faults])
-    log = TrajectoryLog(folder, parts.processor, cfg)
-    params = parts.params
-    optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
-    action, trajectory, _ = mask_tables(cfg.mask)
-    reference = params if cfg.grpo.kl > 0 else None
-    learner = Learner(parts.model, cfg, optimizer, Tables(action, trajectory), reference)
-    opt_state = learner.init(params)
-    iterator = task_iterator(train_tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
-    step, evaluations, unlogged = 0, {}, None  # unlogged: metrics of the last step, until they are complete
-    trained, frozen = learner.split(params)
-    if restored := folder.restore(trained, opt_state):
-        trained, opt_state, progress = restored
-        params = nnx.merge_state(trained, frozen)
-        step, evaluations, unlogged = (progress[key] for key in ("step", "evaluations", "unlogged"))
-        iterator.set_state(progress["iterator"])
-        console.print(f"Resumed after step {step}.")
-    ahead, history = Prefetcher(parts.collector, iterator, cfg.rollout, cfg.run.seed), folder.history()
-
-    def held_out(count: int, name: str) -> dict[str, float]:
-        start = time.perf_counter()
-        with console.status(f"Evaluating on {min(count, len(test_tasks))} held-out tasks"):
-            metrics, trajectories = evaluate(
-                parts.collector, params, test_tasks[:count], groups=cfg.eval.groups, seed=cfg.eval.seed,
-                greedy=cfg.eval.greedy, temperature=cfg.rollout.temperature,
-            )  # fmt: skip
-        log.write(step, [[t] for t in trajectories], name=name)
-        metrics["time/evaluation"] = time.perf_counter() - start
-        console.print(
-            f"{name}: {100 * metrics['accuracy']:.1f} % of {len(trajectories)} held-out tasks right, "
-            f"{metrics['tools/calls']:.2f} calls a task ({metrics['time/evaluation']:.0f} s)"
-        )
-        return metrics
-
-    def asked() -> int:
-        """The signal that any process got; all stop after the same step."""
-        interrupt.asked = max(hosts.gather(interrupt.asked))
-        return interrupt.asked
-
-    def save(accuracy: float | None = None) -> None:
-        progress = {"step": step, "iterator": ahead.place, "evaluations": evaluations, "unlogged": unlogged}
-        folder.save(step, learner.split(params)[0], opt_state, progress, accuracy)
-
-    def book(metrics: dict[str, float]) -> dict[str, float]:
-        """Evaluates where that is due, notes what the guards warn of, and logs the step."""
-        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
-            metrics = metrics | {f"eval/{k}": v for k, v in held_out(cfg.eval.during, f"step {step}").items()}
-        history.append(metrics)
-        if warnings := watch(history):
-            metrics["warnings"] = warnings
-        folder.log({"step": step} | metrics)
-        return metrics
-
-    if "base" not in evaluations:
-        evaluations["base"] = held_out(cfg.eval.tasks, "base")
-        folder.log({"step": 0, "time/evaluation": evaluations["base"]["time/evaluation"]}
-                   | {f"base/{k}": v for k, v in evaluations["base"].items()})  # fmt: skip
-        if cfg.run.checkpoint_every:
-            save()
-    if unlogged is not None:
-        book(unlogged)
-        unlogged = None
-
-    # ---- the loop -----------------------------------------------------------------------------------------------
-    while step < cfg.run.steps and not asked():
-        if traced := step + 1 == cfg.run.profile:
-            jax.profiler.start_trace(folder.path / "profile", create_perfetto_trace=True)
-        start, compiled = time.perf_counter(), compiles.count
+    compiles = CompileCounter()
+    run = Run(cfg, console, interrupt)
+    state = run.start()
+    while state.step < cfg.run.steps and not run.asked():
         try:
-            rollout, staleness = ahead.take(step, params)
-        except Stopped:
-            if traced:
-                jax.profiler.stop_trace()
-            break
-        sampled = time.perf_counter()
-        rewards, advantages, scored, metrics = judge(cfg, rollout)
-        batch = pack_batch(rollout, rewards, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
-        if step + 1 < cfg.run.steps:
-            saved = cfg.run.checkpoint_every and (step + 1) % cfg.run.checkpoint_every == 0
-            ahead.begin(step + 1, params if cfg.rollout.overlap and not saved else None)
-        trained_from = time.perf_counter()
-        params, opt_state, learned = learner.update(params, opt_state, batch, rollout.store)
-        step += 1
+            with run.traced(state.step + 1):
+                start, compiled = time.perf_counter(), compiles.count
+                rollout, staleness = run.prefetcher.take(state.step, state.params)
+                sampled = time.perf_counter()
 
-        now, phases = time.perf_counter(), {} if staleness else rollout.times
-        if traced:
-            jax.profiler.stop_trace()
-        metrics |= learned | dropped_shares(batch, cfg.mask) | memory()
-        metrics |= {f"time/{name}": seconds for name, seconds in phases.items()}
-        metrics |= {
-            "time/wait": sampled - start - sum(phases.values()),  # for another process, or for what was begun ahead
-            "time/judge": trained_from - sampled,
-            "time/train": now - trained_from,
-            "time/step": now - start,
-            "time/total": now - began,
-            "rollout/staleness": staleness,
-            "rollout/tokens_per_second": rollout.sampled_tokens / sum(rollout.times.values()),
-            "vision/encoded": rollout.store.encoded,
-            "vision/shown": rollout.store.shown,
-            "vision/waste": 1 - rollout.store.patches / max(1, rollout.store.packed),
-            "compile/count": compiles.count - compiled,
-        }
-        log.write(step, rollout.trajectories, scored, advantages)
-        unlogged, said = metrics, history[-1].get("warnings", {}) if history else {}
-        try:
-            metrics, unlogged = book(metrics), None
+                judged = judge(cfg, rollout, run.rewards)
+                batch = pack_batch(
+                    rollout, judged.rewards, judged.advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens
+                )
+                run.prefetch(state)
+                packed = time.perf_counter()
+
+                update = run.learner.update(state.params, state.opt_state, batch, rollout.store)
+                state.params, state.opt_state, learned = update
+                state.step += 1
+                trained = time.perf_counter()
+
+            phases = {} if staleness else rollout.times
+            state.unlogged = judged.metrics | learned | dropped_shares(batch, cfg.mask) | memory() | rollout_metrics(rollout) | {
+                **{f"time/{name}": seconds for name, seconds in phases.items()},
+                "time/wait": sampled - start - sum(phases.values()),  # for another process, or for what was begun ahead
+                "time/judge": packed - sampled,
+                "time/train": trained - packed,
+                "time/step": trained - start,
+                "time/total": trained - run.began,
+                "rollout/staleness": staleness,
+                "compile/count": compiles.count - compiled,
+            }  # fmt: skip
+            run.log.write(state.step, rollout.trajectories, judged.parts, judged.advantages)
+            run.finish_step(state)
         except Stopped:
             break
-        console.print(
-            f"step {step:4d}/{cfg.run.steps}  reward {metrics['reward/total']:.3f}  right {100 * metrics['accuracy']:5.1f} %  "
-            f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
-            f"{metrics['time/step']:.1f} s (rollout {sampled - start:.1f}, train {metrics['time/train']:.1f})"
-        )
-        for name, sentence in metrics.get("warnings", {}).items():
-            if name not in said:
-                console.print(f"[yellow]warning[/] ({name}): {sentence}")
-        if cfg.run.checkpoint_every and step % cfg.run.checkpoint_every == 0:
-            save(metrics.get("eval/accuracy"))
-
-    # ---- the end ------------------------------------------------------------------------------------------------
-    save()
-    folder.settle()
-    if asked():
-        ahead.close()
-        folder.close()
-        if hosts.is_writer():
-            write_report(folder.path)
-        console.print(f"Stopped after step {step}; continue with --run.resume true.")
-        return {}
-    evaluations["trained"] = final = held_out(cfg.eval.tasks, "trained")
-    folder.log({"step": step, "time/total": time.perf_counter() - began} | {f"final/{k}": v for k, v in final.items()})
-    if jax.process_count() > 1:
-        params = hosts.own_copy(gather_params(params))
-    folder.close()
-    if hosts.is_writer():
-        with hosts.alone():
-            checkpoint.save(folder.path / "model", *lora.merge(parts.model, params), source=parts.folder)
-            if cfg.lora.on:
-                lora.save(folder.path / "adapter", parts.model, params, base=cfg.model.path)
-        write_report(folder.path)
-    console.print(comparison({"base": evaluations["base"], "trained": final}, f"{cfg.run.name}: {step} steps"))
-    console.print(f"{time.perf_counter() - began:.0f} s in all. Model, metrics and checkpoints: {folder.path}")
-    console.print(f"Report: {folder.path}/report.html. Look at trajectories: python -m imagent_jax.view {folder.path}")
-    return final
+        run.save_if_due(state)
+    return run.end(state)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit codes are those of the module docstring."""
     cfg, watcher, code = parse_args(argv), None, FAILED
     try:
-        watcher = hosts.start(cfg.distributed)
+        watcher = processes.start(cfg.distributed)
         with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
-            final = train(cfg, Console(quiet=not hosts.is_writer()), interrupt)
+            final = train(cfg, Console(quiet=not processes.is_writer()), interrupt)
             code = RESTART if not final and interrupt.asked == signal.SIGTERM else 0
     except Stopped:
         print("Stopped by SIGTERM; start again with --run.resume true.", file=sys.stderr)
@@ -229,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if watcher is None:
             raise
         traceback.print_exc()
-        watcher.fail(hosts.LONG_GRACE)
+        watcher.fail(processes.LONG_GRACE)
     except KeyboardInterrupt:  # the second Ctrl-C: at once
         if watcher is None:
             raise

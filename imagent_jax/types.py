@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from imagent_jax.scoring import score
 
 ANSWER_TYPES = ("exact", "choice", "number", "f1")
 
@@ -164,6 +167,20 @@ class Trajectory:
     answer: str | None
     images: Sequence[ImageEntry] | None = field(repr=False, default=())
     error: str | None = None
+
+    @cached_property
+    def score(self) -> float:
+        """How right the answer is, 0 to 1, by the task's own kind of scoring.
+
+        Raises:
+            ValueError: the task's reference is not of its answer type.
+        """
+        return score(self.answer, self.task.answer, self.task.answer_type)
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is wholly right."""
+        return self.score == 1.0
 
     def _calls(self, status: CallStatus) -> int:
         return sum(turn.call is not None and turn.call.status == status for turn in self.turns)

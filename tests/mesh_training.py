@@ -29,7 +29,7 @@ from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import abstract
 from imagent_jax.model.sharding import LOGICAL_TO_MESH, shardings
 from imagent_jax.rl.batch import GroupBatch, place_groups, take_groups
-from imagent_jax.rl.learner import Learner, Tables, accumulate, group_normalisers
+from imagent_jax.rl.learner import Learner, accumulate, group_normalisers
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.runs.folder import RunFolder
@@ -111,7 +111,7 @@ class Case:
             adapters, base = nnx.split_state(params, nnx.LoRAParam, ...)  # fresh, half of their gradients are zero
             params = nnx.merge_state(jax.tree.map(lambda x: x + 0.1, adapters), base)
         self.params = jax.device_put(params, None if self.mesh is None else shardings(params, self.mesh))
-        tables = Tables(*mask_tables(cfg.mask)[:2])
+        tables = mask_tables(cfg.mask)
         reference = self.params if cfg.grpo.kl else None
         self.learner = Learner(self.model, cfg, make_optimizer(cfg.optim, 10), tables, reference)
         self.learner.shapes, self.learner.warm = [(R, N // 2)], True  # one shape to compile

@@ -20,7 +20,7 @@ from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.interleave import Encoded
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.qwen2_vl import Model, abstract
-from imagent_jax.rl.rewards import score_trajectory
+from imagent_jax.rl.rewards import reward_functions, score_trajectory
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.episode import Episode
 from imagent_jax.rollout.metrics import summarise
@@ -166,7 +166,7 @@ def make_run(folder: Path, steps: int = 3):
     for step in range(1, steps + 1):
         asked = tasks[2 * step - 2 : 2 * step]
         groups = [[play(collector, t, g, texts) for g, texts in enumerate(scripts(t))] for t in asked]
-        rewards = [[score_trajectory(t, cfg.reward) for t in group] for group in groups]
+        rewards = [[score_trajectory(t, reward_functions(cfg.reward)) for t in group] for group in groups]
         totals = np.asarray([[r["total"] for r in group] for group in rewards])
         advantages = (totals - totals.mean(1, keepdims=True)) / totals.std(1, keepdims=True)
         log.write(step, groups, rewards, advantages)

@@ -14,9 +14,9 @@ from scripted_run import ANSWER, play, scripts
 
 from imagent_jax.config import Config, MaskConfig, read_args
 from imagent_jax.evals import ablate
-from imagent_jax.rl.learner import Tables, batch_loss
+from imagent_jax.rl.learner import batch_loss
 from imagent_jax.rl.loss import PRESETS
-from imagent_jax.rl.mask import mask_tables, two_level_mask
+from imagent_jax.rl.mask import MaskTables, mask_tables, two_level_mask
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.tiny.world import task_at
 from imagent_jax.types import TokenKind
@@ -64,8 +64,8 @@ def test_observations_train_only_where_they_are_kept(parts, batch, rollout, conf
     trained = {}
     for choice in ("drop", "keep"):
         mask_cfg = MaskConfig(observations=choice, drop_truncated=False, drop_over_turns=False, drop_repeated=False)
-        tables = Tables(*map(jnp.asarray, mask_tables(mask_cfg)[:2]))
-        trained[choice] = np.asarray(two_level_mask(batch.kind, batch.end, batch.advantages, *tables))
+        tables = MaskTables(*map(jnp.asarray, mask_tables(mask_cfg)))
+        trained[choice] = np.asarray(two_level_mask(batch.kind, batch.end, batch.advantages, *tables[:2]))
         if choice == "keep":
             old = jnp.asarray(batch.logprobs) - 0.5 * shown
             loss = jax.jit(batch_loss, static_argnums=(0, 1))

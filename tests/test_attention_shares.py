@@ -122,7 +122,7 @@ def test_the_compiled_program_without_the_hook_is_unchanged(pair):
 
 
 def test_every_token_has_its_source(parts, rollout):
-    im_start = parts.processor.im_start_id
+    im_start = parts.processor.encode("<|im_start|>")[0]
     n, g = next((n, g) for n, group in enumerate(rollout.trajectories) for g, t in enumerate(group) if t.executed_calls)
     prompt, t = rollout.prompts[n], rollout.trajectories[n][g]
     source = job.sources_of(rollout, n, g, np.flatnonzero(prompt.ids == im_start)[1])
@@ -157,7 +157,7 @@ def test_one_image_is_what_a_question_names_however_often(tasks):
 
 
 def test_shares_of_more_rollouts_than_a_call_takes_are_those_of_each_alone(parts, rollout, config):
-    user = [np.flatnonzero(prompt.ids == parts.processor.im_start_id)[1] for prompt in rollout.prompts]
+    user = [np.flatnonzero(prompt.ids == parts.processor.encode("<|im_start|>")[0])[1] for prompt in rollout.prompts]
     width = config.rollout.prompt_tokens + config.rollout.response_tokens
     found = job.shares_of(parts.model, parts.params, rollout, width, user)
     done = [(n, t) for n, group in enumerate(rollout.trajectories) for t in group]
@@ -185,7 +185,7 @@ def test_shares_are_averaged_over_tokens_by_source_by_position_and_by_turn(parts
     def turn(start, stop):
         return SimpleNamespace(start=start, stop=stop)
 
-    ids, asked = np.array([parts.processor.im_start_id, 7, 8, parts.processor.im_start_id, 9]), []
+    ids, asked = np.array([parts.processor.encode("<|im_start|>")[0], 7, 8, parts.processor.encode("<|im_start|>")[0], 9]), []
     done = [SimpleNamespace(executed_calls=2, turns=[turn(0, 2), turn(5, 6)]),
             SimpleNamespace(executed_calls=1, turns=[turn(0, 2)])]  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_shares_are_averaged_over_tokens_by_source_by_position_and_by_turn(parts
         def __init__(self, model, processor, tools, cfg):
             asked.append(([tool.name for tool in tools], cfg.tools.names))
 
-        def rollout(self, params, tasks, **options):
+        def collect(self, params, tasks, **options):
             asked.append(options)
             return SimpleNamespace(trajectories=[[t] for t in done], prompts=[SimpleNamespace(ids=ids)] * 2)
 
@@ -233,7 +233,7 @@ def test_the_command_passes_its_options_on(parts, monkeypatch, tmp_path, capsys)
         position = {name: [x] for name, x in shares.items()} | {"rollouts": [1]}
         return {"calls": 1.0, "all": shares, "turn": {}, "position": position}
 
-    monkeypatch.setattr(job, "load", {"a base": parts}.get)
+    monkeypatch.setattr(job, "load_policy", {"a base": (parts, None)}.get)
     monkeypatch.setattr(job, "measure", measure)
     options = ["--tasks", "3", "--seed", "5", "--out", str(tmp_path / "a.png"), "--json", str(tmp_path / "b.json")]
     assert job.main(["a base", *options]) == 0
@@ -267,7 +267,7 @@ def test_a_run_is_measured_at_its_newest_checkpoint(parts, tmp_path):
         trained = nnx.State({"text": jax.tree.map(lambda x, step=step: x + step, parts.params["text"])})
         runs.save(step, trained, {"count": jnp.zeros(3)}, {"step": step})
     runs.close()
-    loaded = job.load(str(tmp_path / "one")).params
+    loaded = job.load_policy(str(tmp_path / "one"))[0].params
     np.testing.assert_array_equal(loaded["text"]["norm"][...], parts.params["text"]["norm"][...] + 5)
     np.testing.assert_array_equal(loaded["vision"]["patch_embed"][...], parts.params["vision"]["patch_embed"][...])
 

@@ -37,7 +37,7 @@ def true(parts, run):
 
 
 def right(done):
-    return np.asarray(job.answered_right(done))
+    return np.asarray([t.right for t in done])
 
 
 def environment_of(collector, task, control=None, done=(), seed=0):

@@ -43,7 +43,7 @@ def done():
 
 
 def test_every_figure_of_a_summary(done):
-    assert job.answered_right(done) == [True, True, False, False, False, True, False, False]
+    assert [t.right for t in done] == [True, True, False, False, False, True, False, False]
     ends = {"answered": 6 / 8, "truncated": 1 / 8, "over_turns": 0.0, "void": 0.0, "repeated": 0.0, "fault": 1 / 8}
     assert job.summarise(done) == pytest.approx({
         "accuracy": 3 / 8, "accuracy/count": 2 / 5, "accuracy/colour": 1 / 3,

@@ -24,6 +24,7 @@ from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import score_jit
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import dropped_shares, mask_tables, two_level_mask
+from imagent_jax.rl.rewards import reward_functions
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.metrics import call_metrics
 from imagent_jax.runs.reader import RunLog
@@ -62,7 +63,7 @@ def step(parts, cfg, rollout, temperature=1.0, params=None):
         temperature: at which the sampler says its tokens were sampled; the trainer takes 1.
         params: of the policy, which sampled the tokens too.
     """
-    paid, advantages, _, metrics = job.judge(cfg, rollout)
+    paid, advantages, _, metrics = job.judge(cfg, rollout, reward_functions(cfg.reward))
     batch = pack_batch(rollout, paid, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
     of_batch = partial(score_jit, parts.model, params or parts.params, batch, rollout.store.features)
     logprobs, entropy = of_batch(temperature=1.0)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "imagent_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
-    "types", "images", "scoring", "config", "distributed", "model", "chat", "data", "tools", "rollout", "rl", "runs", "evals",
+    "scoring", "types", "images", "config", "distributed", "model", "chat", "data", "tools", "rollout", "rl", "runs", "evals",
     "curation", "serving", "planner", "tiny",
 )  # fmt: skip
 """From the lowest to the highest. A room imports rooms below it only; the files beside the rooms may import all."""

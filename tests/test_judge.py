@@ -10,6 +10,7 @@ from scripted_run import finished
 
 from imagent_jax.model.features import EncodedPacks
 from imagent_jax.rl.judge import judge
+from imagent_jax.rl.rewards import reward_functions
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.metrics import call_metrics, summarise
 from imagent_jax.types import CallResult, CallStatus, EndReason, Task
@@ -26,6 +27,11 @@ TOTALS = [[2.5, 0.625, 0.0, 0.375], [2.75, 0.125, 2.25, 0.875]]
 
 def said(answer):
     return f"<answer>{answer}</answer><|im_end|>"
+
+
+def judged(cfg, rolled):
+    """`judge` with the rewards of a configuration."""
+    return judge(cfg, rolled, reward_functions(cfg.reward))
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def settings(**sections):
 
 
 def test_a_rollout_whose_reward_fails_faults_and_leaves_the_others_as_without_it(rolled):
-    rewards, advantages, parts, _ = judge(settings(), rolled)
+    rewards, advantages, parts, _ = judged(settings(), rolled)
     np.testing.assert_array_equal(rewards, np.float32(TOTALS))
     ends = [[t.end for t in group] for group in rolled.trajectories]
     assert ends[0] == [EndReason.ANSWERED, EndReason.ANSWERED, EndReason.FAULT, EndReason.VOID]
@@ -81,7 +87,7 @@ def test_a_rollout_whose_reward_fails_faults_and_leaves_the_others_as_without_it
 
 
 def test_without_the_deviation_advantages_are_rewards_less_their_mean(rolled):
-    _, advantages, _, metrics = judge(settings(grpo={"normalise_std": False}), rolled)
+    _, advantages, _, metrics = judged(settings(grpo={"normalise_std": False}), rolled)
     np.testing.assert_allclose(advantages[1], TOTALS[1] - np.mean(TOTALS[1]), rtol=1e-6)
     three = np.delete(TOTALS[0], 2)
     np.testing.assert_allclose(advantages[0], [*(three - three.mean())[:2], 0, three[2] - three.mean()], rtol=1e-6)
@@ -90,8 +96,8 @@ def test_without_the_deviation_advantages_are_rewards_less_their_mean(rolled):
 
 @pytest.mark.parametrize("name, group, counted", [("truncated", 1, [0, 2, 3]), ("void", 0, [0, 1])])
 def test_an_end_that_does_not_count_is_compared_with_those_that_do(rolled, name, group, counted):
-    _, whole, _, _ = judge(settings(), rolled)
-    _, advantages, _, _ = judge(settings(mask={f"count_{name}": False}), rolled)
+    _, whole, _, _ = judged(settings(), rolled)
+    _, advantages, _, _ = judged(settings(mask={f"count_{name}": False}), rolled)
     totals = np.asarray(TOTALS[group])
     expected = (totals - totals[counted].mean()) / totals[counted].std()
     faulted = np.asarray([t.end == EndReason.FAULT for t in rolled.trajectories[group]])
@@ -100,7 +106,7 @@ def test_an_end_that_does_not_count_is_compared_with_those_that_do(rolled, name,
 
 
 def test_every_metric_of_a_judged_batch(rolled):
-    metrics = judge(settings(), rolled)[3]
+    metrics = judged(settings(), rolled)[3]
     flat = [t for group in rolled.trajectories for t in group]
     deviations = [np.std(np.delete(TOTALS[0], 2)), np.std(TOTALS[1])]
     own = {
@@ -117,5 +123,5 @@ def test_every_metric_of_a_judged_batch(rolled):
 
 def test_a_group_without_spread_is_flat(rolled):
     rolled.trajectories[1] = [finished(B, [said("red")], "red") for _ in range(4)]
-    _, advantages, _, metrics = judge(settings(), rolled)
+    _, advantages, _, metrics = judged(settings(), rolled)
     assert metrics["groups/flat"] == 0.5 and not advantages[1].any() and advantages[0].any()

@@ -25,8 +25,8 @@ from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import create, embed, encode_images, logits
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import GroupBatch, micro_batches, micro_shapes, take_groups
-from imagent_jax.rl.learner import Learner, Tables
-from imagent_jax.rl.mask import mask_tables
+from imagent_jax.rl.learner import Learner
+from imagent_jax.rl.mask import MaskTables, mask_tables
 from imagent_jax.rollout import sampler
 from imagent_jax.types import EndReason, TokenKind
 
@@ -244,7 +244,7 @@ def test_two_updates_are_those_done_by_hand(toy, case):
     trained = nnx.LoRAParam if cfg.lora.on else nnx.Not(nnx.PathContains("vision")) if cfg.model.freeze_vision else ...
     reference = shifted(params, 8)
     batch = sampled_by(model, params, made_batch(), cfg)
-    trainer = Learner(model, cfg, OPTIMIZER, Tables(*mask_tables(cfg.mask)[:2]), reference if cfg.grpo.kl else None)
+    trainer = Learner(model, cfg, OPTIMIZER, mask_tables(cfg.mask), reference if cfg.grpo.kl else None)
     ours, expected = copied(params), params
     state, hand_state = trainer.init(ours), OPTIMIZER.init(nnx.split_state(params, trained, ...)[0])
     hand = ByHand(cfg, model, params, batch, reference)
@@ -264,12 +264,13 @@ def test_sampler_and_trainer_agree_at_a_temperature_other_than_one(toy):
     """Tokens, their log-probabilities, and the ratio of the first update."""
     cfg, (model, params), seed = config_of("temperature"), toy, 5
     batch, store = made_batch(), store_of(model, params)
+    drawn = np.full(N, seed, np.uint32), np.full(N, cfg.rollout.temperature, np.float32)
     state = sampler.admit(
         model, params, sampler.empty(model, N, G, P, R), np.arange(N), batch.prompt_ids, batch.prompt_positions,
-        batch.prompt_vision, batch.prompt_len, batch.prompt_len, np.arange(N), np.uint32(seed), store.features,
+        batch.prompt_vision, batch.prompt_len, batch.prompt_len, np.arange(N), *drawn, store.features,
     )  # fmt: skip
     never = np.array([[-1] * (sampler.STOP_WIDTH - 1) + [VOCAB]], np.int32)
-    state = sampler.decode(model, False, R, params, state, None, never, cfg.rollout.temperature, R)
+    state = sampler.decode(model, R, params, state, None, never, R)
     batch = dataclasses.replace(
         batch, response_ids=np.asarray(state.ids).reshape(N, G, R), logprobs=np.asarray(state.logprobs).reshape(N, G, R),
         response_vision=np.full((N, G, R), -1, np.int32), response_len=np.full((N, G), R, np.int32),
@@ -281,7 +282,7 @@ def test_sampler_and_trainer_agree_at_a_temperature_other_than_one(toy):
     for n, g, r in np.ndindex(N, G, R):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), n), g), r)
         assert batch.response_ids[n, g, r] == inverse_transform(scaled[n, g, r], jax.random.uniform(key, (2,)))
-    trainer = Learner(model, cfg, OPTIMIZER, Tables(*mask_tables(cfg.mask)[:2]))
+    trainer = Learner(model, cfg, OPTIMIZER, mask_tables(cfg.mask))
     ours = copied(params)
     metrics = trainer.update(ours, trainer.init(ours), batch, store)[2]
     assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-5) and abs(metrics["kl/sampler"]) < 1e-8
@@ -293,7 +294,7 @@ def test_the_first_update_alone_compiles_every_shape_of_a_micro_batch(toy, monke
     cfg, (model, params), ran, accumulate = config_of("temperature"), toy, [], learner.accumulate
     monkeypatch.setattr(learner, "accumulate", lambda *args: (ran.append(args[7].kind.shape), accumulate(*args))[1])
     batch = take_groups(made_batch(), np.array([3, 3, 3, 3]), R)  # all of them short
-    trainer = Learner(model, cfg, OPTIMIZER, Tables(*mask_tables(cfg.mask)[:2]))
+    trainer = Learner(model, cfg, OPTIMIZER, mask_tables(cfg.mask))
     params = copied(params)
     state = trainer.init(params)
     for _ in range(2):
@@ -301,7 +302,7 @@ def test_the_first_update_alone_compiles_every_shape_of_a_micro_batch(toy, monke
     short, long = (2, G, 3), (2, G, 6)
     assert ran == [short, long, short, short, short, short]
     updated = copied(toy[1])
-    trainer = Learner(model, cfg, OPTIMIZER, Tables(*mask_tables(cfg.mask)[:2]))
+    trainer = Learner(model, cfg, OPTIMIZER, mask_tables(cfg.mask))
     trainer.warm, state = True, trainer.init(updated)
     for _ in range(2):
         updated, state, _ = trainer.update(updated, state, batch, store_of(model, updated))
@@ -312,7 +313,7 @@ def test_the_reference_is_a_copy_of_the_starting_policy(toy):
     """The first update donates the parameters that it was given."""
     cfg, (model, params) = config_of("kl"), toy
     ours = copied(params)
-    trainer = Learner(model, cfg, OPTIMIZER, Tables(*mask_tables(cfg.mask)[:2]), ours)
+    trainer = Learner(model, cfg, OPTIMIZER, mask_tables(cfg.mask), ours)
     for leaf in jax.tree.leaves(ours):
         leaf.delete()
     assert furthest(trainer.reference, params) == 0
@@ -322,7 +323,7 @@ def test_what_is_trained_follows_from_adapters_and_the_frozen_tower(toy):
     model, params = lora.attach(*toy, rank=2, alpha=1.0, targets=("q_proj",), merger=True)
 
     def names(**sections) -> set[str]:
-        trainer = Learner(model, small_config(**sections), OPTIMIZER, Tables(None, None))
+        trainer = Learner(model, small_config(**sections), OPTIMIZER, MaskTables(None, None, None))
         return {".".join(map(str, path)) for path, _ in nnx.to_flat_state(trainer.split(params)[0])}
 
     every = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}

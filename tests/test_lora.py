@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from types import SimpleNamespace
 
 import hf_oracle
 import jax
@@ -24,7 +23,7 @@ from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.qwen2_vl import encode_images
 from imagent_jax.model.sharding import shardings
 from imagent_jax.rl.batch import GroupBatch, pack_batch
-from imagent_jax.rl.learner import Learner, Tables, batch_loss, group_normalisers, score
+from imagent_jax.rl.learner import Learner, batch_loss, group_normalisers, score
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rollout.collect import Collector
@@ -247,7 +246,7 @@ CFG = small_config(
     lora=MERGER_TOO | {"targets": list(lora.TARGETS)}, optim={"warmup_steps": 0}, rollout={"response_tokens": 6},
     grpo={"clip_low": 0.99, "clip_high": 1e6},  # nothing is clipped, so every token has a gradient
 )  # fmt: skip
-TABLES = Tables(*mask_tables(CFG.mask)[:2])
+TABLES = mask_tables(CFG.mask)
 
 
 def store_of(model, params) -> FeatureStore:
@@ -363,7 +362,7 @@ def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merge
     )  # fmt: skip
     assert job.main([*flags, "--run.name=whole"]) == 0
     with monkeypatch.context() as patch:
-        interrupt, save = SimpleNamespace(asked=0), job.RunFolder.save
+        interrupt, save = job.Interrupt(), job.RunFolder.save
 
         def stop(self, step, *rest):
             save(self, step, *rest)

@@ -13,7 +13,7 @@ from imagent_jax.model.features import EncodedPacks
 from imagent_jax.model.interleave import Encoded
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, learning_groups, micro_batches, micro_shapes, pack_batch, take_groups
-from imagent_jax.rl.learner import Learner, Tables
+from imagent_jax.rl.learner import Learner
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.types import EndReason, Task, TokenKind, Trajectory
@@ -172,7 +172,7 @@ def test_an_update_does_not_depend_on_how_it_is_cut(parts, config, batch, rollou
         changed = {"micro_groups": micro, "minibatches": 1, "level": level}
         cfg = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, **changed),
                                   rollout=dataclasses.replace(config.rollout, groups=5))  # fmt: skip
-        trainer = Learner(parts.model, cfg, optax.sgd(0.1), Tables(*mask_tables(cfg.mask)[:2]))
+        trainer = Learner(parts.model, cfg, optax.sgd(0.1), mask_tables(cfg.mask))
         trainer.warm, trainer.shapes = True, trainer.shapes[-1:]
         cut.clear()
         params = jax.tree.map(lambda x: x.copy(), parts.params)

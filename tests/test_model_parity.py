@@ -249,13 +249,13 @@ def started(model, params, prompts, images):
     slots = np.arange(len(prompts))
     state = sampler.admit(
         model, params, sampler.empty(model, len(prompts), ROWS, 64, 192), slots, p.ids, p.positions, p.vision, p.length,
-        p.following, slots, 0, features,
+        p.following, slots, slots.astype(np.uint32), np.zeros(len(prompts), np.float32), features,
     )  # fmt: skip
     return state, p, features, first[count:]
 
 
 def decode(model, params, state, steps, rows=None):
-    return sampler.decode(model, True, state.ids.shape[1], params, state, rows, NEVER, 1.0, steps)
+    return sampler.decode(model, state.ids.shape[1], params, state, rows, NEVER, steps)
 
 
 @pytest.mark.slow(60)

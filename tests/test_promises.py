@@ -17,7 +17,7 @@ from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.text import REMAT_POLICIES
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
-from imagent_jax.rl.learner import Tables, batch_loss, score
+from imagent_jax.rl.learner import batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rollout import engine, sampler
@@ -248,7 +248,7 @@ def test_a_quarter_of_slots_and_rows(slots, group_size, expected):
 @pytest.fixture(scope="module")
 def gradient(parts, config, rollout, batch):
     """The gradient of the text parameters with respect to a batch whose advantages are given per token."""
-    tables = Tables(*mask_tables(config.mask)[:2])
+    tables = mask_tables(config.mask)
     text = {"text": parts.params["text"]}
     frozen = {"vision": parts.params["vision"]}
     from flax import nnx
@@ -456,7 +456,7 @@ def test_groups_without_spread_are_left_out_and_change_nothing(parts, config, ba
     monkeypatch.setattr(learner, "accumulate", lambda *args: (ran.append(args[7].prompt_len.shape[0]), accumulate(*args))[1])
 
     def updated():
-        trainer = learner.Learner(parts.model, cfg, optax.sgd(0.1), Tables(*mask_tables(cfg.mask)[:2]))
+        trainer = learner.Learner(parts.model, cfg, optax.sgd(0.1), mask_tables(cfg.mask))
         trainer.warm = True
         ran.clear()
         params = jax.tree.map(jnp.copy, parts.params)

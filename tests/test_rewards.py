@@ -45,7 +45,7 @@ TABLE = [  # trajectory, answer, format, tool_gain
 
 @pytest.mark.parametrize("t, answer, form, gain", TABLE)
 def test_rewards_and_their_weighted_sum(t, answer, form, gain):
-    scored = score_trajectory(t, CFG)
+    scored = score_trajectory(t, reward_functions(CFG))
     total = scored.pop("total")
     assert scored == {"answer": answer, "format": form, "tool_gain": gain}
     assert total == pytest.approx(answer + 0.1 * form + 0.2 * gain)
@@ -65,7 +65,7 @@ def mine(monkeypatch):
 
 
 def test_a_reward_of_ones_own_is_named_by_its_path(mine):
-    scored = score_trajectory(trajectory("7"), RewardConfig(custom=("my_rewards:short",)))
+    scored = score_trajectory(trajectory("7"), reward_functions(RewardConfig(custom=("my_rewards:short",))))
     assert scored["my_rewards:short"] == 0.5 and scored["total"] == pytest.approx(1.6)
 
 
@@ -78,10 +78,10 @@ FAILURES = {
 @pytest.mark.parametrize("name, error", FAILURES.items())
 def test_a_reward_that_fails_is_a_fault_and_says_why(mine, name, error):
     t = trajectory("7", calls=[RAN])
-    scored = score_trajectory(t, RewardConfig(custom=(f"my_rewards:{name}",)))
+    scored = score_trajectory(t, reward_functions(RewardConfig(custom=(f"my_rewards:{name}",))))
     assert scored["fault"] is True and error in t.error
     t.error = "the tool died"
-    score_trajectory(t, RewardConfig(custom=(f"my_rewards:{name}",)))
+    score_trajectory(t, reward_functions(RewardConfig(custom=(f"my_rewards:{name}",))))
     assert t.error == "the tool died"
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +25,14 @@ from scripted_run import play, scripts
 from imagent_jax import train as job
 from imagent_jax.config import Config, read_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
+from imagent_jax.evals import evaluate as evaluation
 from imagent_jax.model import checkpoint
 from imagent_jax.rl import guards
+from imagent_jax.rl.rewards import reward_functions
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.collect import Collector
+from imagent_jax.rollout.episode import Episode
+from imagent_jax.rollout.policy import model_settings
 from imagent_jax.rollout.prefetch import Prefetcher
 from imagent_jax.runs import export
 from imagent_jax.runs.reader import phases
@@ -85,7 +90,7 @@ class Watched:
             self._spy(patch, job.RunFolder, "save", self.saves, lambda folder, step, params, state, progress, accuracy=None: {
                 "step": step, "progress": json.loads(json.dumps(progress)), "accuracy": accuracy})  # fmt: skip
             self._spy(patch, job, "make_optimizer", self.optimizers, lambda cfg, updates: {"cfg": cfg, "updates": updates})
-            self._spy(patch, job, "judge", self.judged, lambda cfg, rollout: {})
+            self._spy(patch, job, "judge", self.judged, lambda cfg, rollout, functions: {})
             self._spy(patch, jax.profiler, "start_trace", self.traced, lambda *_, **__: {"updates": len(self.updates)})
             if strike:
                 log = job.RunFolder.log
@@ -171,7 +176,7 @@ def test_held_out_tasks_are_the_first_of_the_test_split(whole):
     assert [sum((roll["tasks"] for roll in whole.evaluations), [])] == [sum((held_out[:n] for _, n in asked), [])]
     for stem, count in asked:
         assert [record["task"] for record in whole.logged(stem)] == held_out[:count]
-    assert all(roll["slots"] == 2 and roll["packs"] == 128 and roll["temperature"] == 0.9 for roll in whole.evaluations)
+    assert all(roll["slots"] == 2 and roll["packs"] == 128 and roll["temperature"] == 0.0 for roll in whole.evaluations)
     assert ["eval/accuracy" in record for record in whole.steps] == [False, True, False, False]
     for record, prefix, stem in ((whole.records[0], "base", asked[0][0]), (whole.steps[1], "eval", asked[1][0]),
                                  (whole.records[-1], "final", asked[2][0])):  # fmt: skip
@@ -196,8 +201,7 @@ def test_training_tasks_are_of_the_training_split_in_the_order_of_the_seeds(whol
 def test_every_step_samples_by_a_seed_of_its_own_and_evaluations_by_theirs(whole, untrained):
     assert [roll["seed"] for roll in whole.training] == [5 * 1_000_003 + step for step in range(4)]
     assert {roll["seed"] for roll in [*whole.evaluations, *untrained.evaluations]} == {77}
-    assert {(roll["group_size"], roll["temperature"], roll.get("greedy", False)) for roll in whole.training} == {(4, 0.9, False)}
-    assert {roll["greedy"] for roll in whole.evaluations} == {True}
+    assert {(roll["group_size"], roll["temperature"]) for roll in whole.training} == {(4, 0.9)}
 
 
 def tokens(records):
@@ -441,14 +445,14 @@ def test_with_overlap_a_run_stopped_in_an_evaluation_resumes_to_the_same_bits(tm
     assert [save["step"] for save in whole.saves] == [0, 2, 4, 4] and whole.checkpoints == {"4"}
     assert ["time/decode" in record for record in whole.steps] == [True, False, True, False]
     assert all(record["rollout/tokens_per_second"] > 0 and record["time/wait"] >= 0 for record in whole.steps)
-    evaluate = job.evaluate
+    evaluate = evaluation.evaluate
 
     def struck(engine, params, tasks, **how):
         if len(tasks) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(engine, params, tasks, **how)
 
-    monkeypatch.setattr(job, "evaluate", struck)
+    monkeypatch.setattr(evaluation, "evaluate", struck)
     begun = Watched(tmp_path, data, "cut", *flags)
     monkeypatch.undo()
     assert begun.code == job.RESTART and [record["step"] for record in begun.records] == [0, 1] and begun.checkpoints == {"2"}
@@ -458,8 +462,9 @@ def test_with_overlap_a_run_stopped_in_an_evaluation_resumes_to_the_same_bits(tm
 
 
 def test_sigterm_in_the_first_evaluation_asks_for_a_restart(tmp_path, data, monkeypatch, capsys):
-    evaluate = job.evaluate
-    monkeypatch.setattr(job, "evaluate", lambda *args, **how: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*args, **how))[1])
+    evaluate = evaluation.evaluate
+    kill = partial(os.kill, os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **how: (kill(), evaluate(*args, **how))[1])
     run = Watched(tmp_path, data, "early")
     assert run.code == job.RESTART == 75 and not (run.path / "metrics.jsonl").exists()
     assert capsys.readouterr().err == "Stopped by SIGTERM; start again with --run.resume true.\n"
@@ -492,7 +497,7 @@ def test_what_is_no_fault_of_the_input_is_not_taken_for_one(monkeypatch, error):
 
 def test_random_sizes_counts_and_turns_compile_nothing_and_bad_rows_are_left_out(tmp_path, monkeypatch):
     """The short form of benchmarks/endurance.py: 30 tasks of 1 to 8 images, rollouts of 0 to 6 calls, from JSON Lines."""
-    monkeypatch.setattr(Collector, "end_turn", Collector.end_turn)  # which the script replaces
+    monkeypatch.setattr(Episode, "end_turn", Episode.end_turn)  # which the script replaces
     write = endurance.write_tasks
 
     def with_bad_rows(folder, count):
@@ -548,14 +553,15 @@ def fails_or_pays(t):
 @pytest.mark.parametrize("normalise_std", [True, False])
 def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
     cfg = small_config(
-        tools={"max_turns": 3}, rollout={"prompt_tokens": 512, "response_tokens": 512}, mask={"count_repeated": False},
+        tools={"max_turns": 3}, rollout={"prompt_tokens": 512, "response_tokens": 512},
+        mask={"count_repeated": False, "drop_repeated": False},
         reward={"answer": 3.0, "custom": [f"{__name__}:fails_or_pays"]}, grpo={"normalise_std": normalise_std},
     )  # fmt: skip
     engine = Collector(parts.model, parts.processor, parts.tools, cfg)
     tasks = [task_at(3, "train", i) for i in range(2)]
     groups = [[play(engine, task, g, texts) for g, texts in enumerate(scripts(task)[:7])] for task in tasks]
     assert groups[0][6].end == EndReason.VOID
-    rewards, advantages, scored, metrics = job.judge(cfg, Batch(trajectories=groups))
+    rewards, advantages, scored, metrics = job.judge(cfg, Batch(trajectories=groups), reward_functions(cfg.reward))
     right = [True, False, True, True, True, False, False]
     for group, paid, gained, scores in zip(groups, rewards, advantages, scored, strict=True):
         assert (
@@ -687,14 +693,14 @@ def test_the_model_takes_its_settings_and_the_platform_those_that_are_automatic(
     cfg = small_config(model={"remat": "full", "logprob_chunk": 77}, images={"vision_block": 128})
     expected = {"remat": "full", "logprob_chunk": 77, "vision_block": 128}
     for platform, dtype, attention in (("cpu", "float32", "xla"), ("gpu", "bfloat16", "cudnn"), ("tpu", "bfloat16", "splash")):
-        assert job.model_settings(cfg, platform) == expected | {"dtype": dtype, "attention": attention}
+        assert model_settings(cfg, platform) == expected | {"dtype": dtype, "attention": attention}
     told = small_config(model={"dtype": "float32", "attention": "xla"})
-    assert job.model_settings(told, "tpu").items() >= {"dtype": "float32", "attention": "xla"}.items()
+    assert model_settings(told, "tpu").items() >= {"dtype": "float32", "attention": "xla"}.items()
 
 
 def test_overlap_is_for_one_device_and_the_mesh_is_what_was_asked_for(monkeypatch):
     two, checked = [jax.devices()[0]] * 2, []
-    monkeypatch.setattr(job.hosts, "check_mesh", checked.append)
+    monkeypatch.setattr(job.processes, "check_mesh", checked.append)
     mesh = job.training_mesh(small_config(mesh={"data": -1}), two)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1} and checked == [mesh]
     assert dict(job.training_mesh(small_config(mesh={"fsdp": 2}), two).shape)["fsdp"] == 2

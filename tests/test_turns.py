@@ -9,7 +9,7 @@ import pytest
 import yaml
 from scripted_run import ANSWER, crop, play, scripted_collector, see
 
-from imagent_jax.chat import QWEN, extract_answer
+from imagent_jax.chat import QWEN, Call, extract_answer
 from imagent_jax.config import Config
 from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.positions import mrope_positions
@@ -311,6 +311,12 @@ def test_a_call_that_ends_after_its_episode_changes_nothing(collector_of, task):
     other = environment.fork()
     other.step(QWEN.parse(A))
     assert (len(environment.images), len(other.images)) == (3, 4) and environment.images[0] is other.images[0]
+
+
+def test_arguments_too_deep_to_be_quoted_are_refused(collector_of, task):
+    nested = functools.reduce(lambda inner, _: [inner], range(5000), 1)
+    result = collector_of().open_task(task).environment.step(Call("visual_reflection", {"images": nested}))
+    assert result.status is CallStatus.INVALID and result.parts == ["Error: the arguments are nested too deeply"]
 
 
 def test_the_end_of_an_episode_closes_its_environment(collector_of, processor, task):

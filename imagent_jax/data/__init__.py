@@ -1,1 +1,1 @@
-"""Tasks from the formats people bring, and pipelines over them."""
+"""Tasks: data formats, and pipelines over them."""

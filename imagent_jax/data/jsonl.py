@@ -1,12 +1,12 @@
 """Tasks from JSON Lines files with image paths.
 
-One object a line:
+One object per line:
 
     {"uid": "q1", "question": "Which image has a dog?", "images": ["a.jpg", "b.png"], "answer": "Image 2",
      "answer_type": "choice", "kind": "animals"}
 
-`images` are paths relative to the file's own folder, or absolute. `uid` (default: file name and line), `answer_type`
-(default "exact") and `kind` are optional; any other key is kept in `Task.meta`.
+`images` are paths, absolute or relative to the file's folder. `uid` (default: file name and line), `answer_type` (default
+"exact") and `kind` are optional; other keys are kept in `Task.meta`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from imagent_jax.types import ANSWER_TYPES, Task
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A row that cannot be used: the file, its line (from 1) and what is wrong, with the remedy."""
+    """An invalid row: file, line (from 1), and the reason with a remedy."""
 
     path: str
     line: int
@@ -38,10 +38,10 @@ class Fault:
 
 
 class JsonlTasks(Sequence[Task]):
-    """The usable rows of a file as tasks; the bytes of images are read when a task is.
+    """The valid rows of a file as tasks. Image bytes are read when a task is accessed.
 
     Attributes:
-        faults: the rows left out, in the order of the file. Empty unless faults are skipped.
+        faults: omitted rows, in file order; empty unless `skip_bad`.
     """
 
     def __init__(self, rows: Sequence[tuple[Task, tuple[pathlib.Path, ...]]], faults: Sequence[Fault] = ()):
@@ -63,20 +63,20 @@ class JsonlTasks(Sequence[Task]):
 
 
 def read_jsonl(path: str | os.PathLike, *, skip_bad: bool = False, workers: int = 8) -> JsonlTasks:
-    """Reads and checks a file: every row is parsed and every image decoded once, before anything is trained.
+    """Read and check a file: every row is parsed and every image is decoded once.
 
     Args:
         path: the JSON Lines file; blank lines are ignored.
-        skip_bad: leave rows with faults out and list them in the result's `faults`.
+        skip_bad: omit invalid rows and list them in the result's `faults`.
         workers: threads that decode images.
 
     Returns:
-        A sequence of tasks with random access.
+        A random-access sequence of tasks.
 
     Raises:
-        ValueError: the file is missing or has no usable row; or, unless `skip_bad`, the first fault: a line that is
-            not a JSON object, a row without question, answer or images, an unknown answer type, a uid that occurred
-            before, an image that is missing or does not decode.
+        ValueError: the file is missing or has no valid row; or, unless `skip_bad`, the first invalid row: not a JSON object,
+            missing question, answer or images, unknown answer type, duplicate uid, or an image that is missing or does not
+            decode.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
@@ -113,7 +113,7 @@ def open_split(cfg: DataConfig, split: str) -> JsonlTasks:
 
 
 class _RowError(Exception):
-    """What is wrong with a row, and the remedy."""
+    """Reason why a row is invalid, with a remedy."""
 
 
 def _parse_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
@@ -124,7 +124,7 @@ def _parse_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _task_of(text: bytes, path: pathlib.Path, line: int) -> tuple[Task, tuple[pathlib.Path, ...]]:
-    """The task of a line, still without image bytes, and the paths of its images."""
+    """Return the task of a line, without image bytes, and the paths of its images."""
     try:
         row = json.loads(text)
     except ValueError as error:
@@ -151,7 +151,7 @@ def _task_of(text: bytes, path: pathlib.Path, line: int) -> tuple[Task, tuple[pa
 
 
 def _image_fault(path: pathlib.Path) -> str | None:
-    """None if the file decodes completely, else what is wrong with it."""
+    """Return None if the file decodes completely, else the reason."""
     if not path.is_file():
         return f"the image {path} does not exist; add the file or correct the path"
     try:

@@ -1,4 +1,4 @@
-"""From settings to tasks: random access to a split, and an iterator over batches that can be saved and resumed."""
+"""Data pipeline: random access to a split's tasks, and a resumable iterator over batches."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from imagent_jax.types import Task
 
 SPLITS = ("train", "test")
 SOURCES = {"tiny_world": "imagent_jax.tiny.tasks:open_split", "jsonl": "imagent_jax.data.jsonl:open_split"}
-"""Function of each data set, called with the settings and the split. Imported when it is asked for."""
+"""Data sets: import path of the function that opens a split from the settings; imported on use."""
 
 
 def open_tasks(cfg: DataConfig, split: str) -> Sequence[Task]:
-    """Return the tasks of a split, with random access.
+    """Return the tasks of a split as a random-access sequence.
 
-    Attribute `faults` of the result lists the rows left out (`cfg.skip_bad`).
+    The attribute `faults` of the result lists omitted rows (`cfg.skip_bad`).
 
     Raises:
-        ValueError: an unknown split or data set, a missing file, or bad rows (`data.jsonl.read_jsonl`).
+        ValueError: unknown split or data set, missing file, or invalid rows (`data.jsonl.read_jsonl`).
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; use one of {', '.join(SPLITS)}.")
@@ -31,7 +31,7 @@ def open_tasks(cfg: DataConfig, split: str) -> Sequence[Task]:
 
 
 class TaskIterator(Iterator[list[Task]]):
-    """An endless iterator over batches of tasks. Its state is a small JSON-serialisable dict."""
+    """An endless iterator over batches of tasks. Its state is a small JSON-serialisable dictionary."""
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator = iterator
@@ -40,35 +40,35 @@ class TaskIterator(Iterator[list[Task]]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """The place in the series: an iterator over the same tasks, batch and seed goes on from here."""
+        """Return the position in the series; an iterator with the same tasks, batch and seed can continue from it."""
         return self._iterator.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to the place that `get_state` named."""
+        """Move to the position returned by `get_state`."""
         self._iterator.set_state(state)
 
 
 def task_iterator(tasks: Sequence[Task], batch: int, seed: int, *, prefetch: int = 4, threads: int = 2) -> TaskIterator:
-    """Batches of tasks without end, shuffled by `seed` anew in each epoch.
+    """Return an endless iterator over batches of tasks, reshuffled in each epoch.
 
-    The series is a function of `tasks`, `batch` and `seed` alone. Every task occurs once in an epoch; a batch may
-    reach over the end of one.
+    The series depends on `tasks`, `batch` and `seed` only. Every task occurs once per epoch. A batch may contain tasks of two
+    epochs.
 
     Args:
         tasks: random-access tasks.
-        batch: tasks in a batch.
+        batch: tasks per batch.
         seed: any integer.
-        prefetch: batches read ahead.
-        threads: threads that read.
+        prefetch: batches to read ahead.
+        threads: reader threads.
 
     Raises:
-        ValueError: `batch` below 1, or no tasks.
+        ValueError: `batch` is below 1, or there are no tasks.
     """
     if batch < 1:
         raise ValueError(f"A batch needs at least one task; got {batch}.")
     if not len(tasks):
         raise ValueError("There are no tasks to iterate over; add rows to the data set.")
     series = grain.MapDataset.source(tasks).shuffle(seed=seed % 2**32).repeat()
-    dataset = series.batch(batch, drop_remainder=True, batch_fn=list)  # of an endless series; grain's ceil overflows at 1
+    dataset = series.batch(batch, drop_remainder=True, batch_fn=list)  # endless: grain's ceil overflows without it
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return TaskIterator(iter(dataset.to_iter_dataset(options)))

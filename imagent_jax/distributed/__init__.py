@@ -1,1 +1,1 @@
-"""Several processes as one job: the device mesh, starting, noticing an end, and exchanging data."""
+"""Multi-process jobs: device mesh, start-up, detection of dead processes, and data exchange."""

@@ -1,6 +1,6 @@
-"""The device mesh, and how code says in passing where its arrays go.
+"""The device mesh and sharding constraints inside jitted code.
 
-What is said in passing is about the current mesh (`jax.set_mesh`). On one device, and without a mesh, it says nothing.
+Constraints refer to the current mesh (`jax.set_mesh`). On one device, or without a mesh, they are no-ops.
 """
 
 import math
@@ -12,16 +12,17 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, PartitionSpec, get_abstract_mesh
 
 GROUPS = ("data", "fsdp")
-"""The mesh axes that groups are split over, prompts and responses together."""
+"""Mesh axes over which groups are split, prompts together with their responses."""
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over the first data * fsdp * tensor devices; -1 takes what is left.
+    """Create a mesh with axes data, fsdp and tensor over the first data * fsdp * tensor devices.
 
     Args:
-        devices: default all of `jax.devices()`.
+        data, fsdp, tensor: axis sizes; at most one may be -1, which takes all remaining devices.
+        devices: default: all of `jax.devices()`.
     Raises:
-        ValueError: the sizes do not divide the number of devices.
+        ValueError: invalid sizes, or the sizes do not divide the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -35,39 +36,40 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
             f"product divides {len(devices)}, or -1 for one axis."
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-    # `jax.make_mesh` refuses, on some TPUs, axes that are not products of the slice's own: 8 x 8 on 4 x 4 x 4
+    # on some TPUs `jax.make_mesh` rejects axes that are no products of the physical axes: 8 x 8 on 4 x 4 x 4
     placed = create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
     return Mesh(placed, tuple(sizes), (AxisType.Auto,) * 3)
 
 
 def several_devices() -> bool:
-    """Whether the current mesh has more than one device."""
+    """Return whether the current mesh has more than one device."""
     return get_abstract_mesh().size > 1
 
 
 def ways(axes: str | Sequence[str] | None) -> int:
-    """Over how many devices the current mesh splits what is over `axes`."""
+    """Return the number of shards into which the current mesh splits an array axis that is sharded over `axes`."""
     sizes = get_abstract_mesh().shape
     return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def fitting(x: jax.Array | jax.ShapeDtypeStruct, *axes: str | tuple[str, ...] | None) -> PartitionSpec:
-    """`PartitionSpec(*axes)` for `x`, less what does not divide: such an axis of `x` stays whole."""
+    """Return `PartitionSpec(*axes)` for `x`, with None for every axis of `x` whose size is not divisible."""
     return PartitionSpec(*(axis if n % ways(axis) == 0 else None for n, axis in zip(x.shape, axes, strict=False)))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """`x`, its leading axes split over `axes` as far as they divide, the others whole."""
+    """Constrain the leading axes of `x` to be sharded over `axes`. Axes of indivisible size and all others are replicated."""
     return jax.lax.with_sharding_constraint(x, fitting(x, *axes)) if several_devices() else x
 
 
 def locally(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] = ()) -> Callable:
-    """`function` run by every device on its own part (`jax.shard_map`): for work that needs no other device's part, where the
-    compiler could not tell, or would exchange more than it must.
+    """Run `function` on every device's own shard (`jax.shard_map`). Without several devices, return `function` itself.
+
+    Use it where no device needs another device's shard but the compiler cannot infer that.
 
     Args:
-        inputs, outputs: their `PartitionSpec`s (see `fitting`); what is whole on the way in has its gradient summed once.
-        axes: mesh axes that this is about, the others being the compiler's; default all.
+        inputs, outputs: `PartitionSpec`s (see `fitting`). Gradients of replicated inputs are summed over devices once.
+        axes: mesh axes handled manually, the others by the compiler; default: all.
     """
     if ways(axes or tuple(get_abstract_mesh().shape)) == 1:
         return function

@@ -1,7 +1,7 @@
-"""Several processes, one job: JAX's multi-controller runtime, and what its processes tell each other.
+"""Multi-process jobs: JAX's multi-controller runtime, process supervision and exchange of data between processes.
 
-Every process runs the same program over one mesh of all devices. Updates are made by all together; rollouts, tools and images
-are each process's own, on its own devices. With one process everything here is nothing.
+Every process runs the same program over one mesh of all devices. All processes perform an update together. Each process
+runs its own rollouts, tools and image preparation on its own devices. With a single process, all functions here are no-ops.
 """
 
 import contextlib
@@ -31,23 +31,27 @@ from imagent_jax.distributed import watcher
 from imagent_jax.distributed.mesh import GROUPS
 
 RESTART = 75
-"""Exit code of a process that was stopped from outside and should be started again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a process that was stopped from outside and should be restarted (EX_TEMPFAIL of sysexits.h)."""
 FAILED = 2
-"""Exit code after a sentence about what is wrong: to start again would not help."""
+"""Exit code after an error that was printed as one sentence; a restart would fail again."""
 GRACE, LONG_GRACE = 3.0, 40.0
-"""Seconds to learn that another process has died, or its machine, before an error here is taken for this process's own."""
+"""Seconds to wait, after an error in this process, for a report that another process (GRACE) or its machine (LONG_GRACE) died."""
 T = TypeVar("T")
 
 
-# ---- starting, and noticing an end -------------------------------------------------------------------------------------
+# ---- start-up and supervision ------------------------------------------------------------------------------------------
 
 
 def start(cfg: DistributedConfig) -> "Watch | None":
-    """Joins the processes of the job, where there are several: those that `cfg` names, or that the cluster does (TPU VMs,
-    Slurm, Open MPI). To be called before any computation.
+    """Join the processes of a multi-process job. Call it before any JAX computation.
 
+    Args:
+        cfg: coordinator, number of processes and index of this process. Unset fields are detected from the cluster (TPU VMs,
+            Slurm, Open MPI).
+    Returns:
+        The supervision thread; None for a job of one process.
     Raises:
-        ValueError: they did not find each other.
+        ValueError: the processes could not connect to each other.
     """
     named = {
         "coordinator_address": cfg.coordinator or None, "num_processes": cfg.num_processes or None,
@@ -73,13 +77,14 @@ def _in_cluster() -> bool:
 
 
 class Watch(threading.Thread):
-    """Ends this process once another process of the job has ended before its time, which `watcher.py` notices and says.
+    """Thread that ends this process when another process of the job has died, as reported by `watcher.py`.
 
-    Process 0 is linked with each of the others. The death of a process closes its links at once; that of a machine is found
-    by TCP within 30 seconds. JAX's heartbeats take longer, and collectives of some backends wait for ever.
+    Process 0 is linked to every other process by TCP. The death of a process closes its links at once. The death of a machine
+    is detected by TCP keep-alive within 30 seconds. JAX's own heartbeats take longer, and some backends' collectives block
+    forever.
 
     Args:
-        coordinator: host:port; default this machine's own address, as process 0 sees it.
+        coordinator: "host:port" of process 0; default: the address of process 0's outgoing network interface.
     """
 
     def __init__(self, coordinator: str = ""):
@@ -111,10 +116,10 @@ class Watch(threading.Thread):
             [sys.executable, "-I", "-S", watcher.__file__, json.dumps(names), str(process)], pass_fds=list(names),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        for link in links:  # it has them now
+        for link in links:  # the watcher inherited the sockets
             link.close()
-        libc = ctypes.CDLL(None)  # JAX aborts at once where it loses process 0; `run` shall be first
-        libc.signal(signal.SIGABRT, libc.sleep)  # for as many seconds as the signal's number, 6
+        libc = ctypes.CDLL(None)  # JAX aborts when process 0 is lost: delay SIGABRT until `run` has ended this process
+        libc.signal(signal.SIGABRT, libc.sleep)  # sleep(signal number): 6 seconds
         self.start()
 
     def run(self) -> None:
@@ -122,17 +127,20 @@ class Watch(threading.Thread):
         if word == b"died\n":
             os._exit(RESTART)
         if word:
-            time.sleep(GRACE)  # this process may have the same to say
+            time.sleep(GRACE)  # time to print the error of this process
             os._exit(FAILED)
 
     def close(self) -> None:
-        """Policy from the others in peace, once all have done their work."""
+        """Leave the job normally, after all processes have finished."""
         barrier("done")
         self._say(b"bye")
 
     def fail(self, grace: float = GRACE) -> None:
-        """Ends this process, whose reason is said, and so the others: JAX's own end would wait for them. Where it turns out that
-        another has died, `run` ends it for that."""
+        """End this process, whose error was already printed, and thereby the job. JAX's own shutdown would wait for the others.
+
+        Args:
+            grace: seconds to wait first. If another process is reported dead meanwhile, `run` ends this process instead.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(grace)
@@ -147,57 +155,57 @@ class Watch(threading.Thread):
 
 
 def _address() -> str:
-    """This machine's address as others see it."""
+    """Return the address of this machine's outgoing network interface."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing; the route to the outside tells the address
+        probe.connect(("192.0.2.1", 9))  # UDP connect sends nothing; it selects the outgoing interface
         return probe.getsockname()[0]
 
 
-# ---- what processes tell each other ------------------------------------------------------------------------------------
+# ---- exchange between processes ----------------------------------------------------------------------------------------
 
 
 def is_writer() -> bool:
-    """Whether this is the process that writes logs."""
+    """Return whether this process writes logs (process 0 only)."""
     return jax.process_index() == 0
 
 
 def gather(value: T) -> list[T]:
-    """What every process has given, in the order of processes."""
+    """Return the values given by all processes, ordered by process index. `value` must be picklable."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
-    padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)  # few sizes to compile
+    padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)  # powers of two bound the number of compiled sizes
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def barrier(name: str) -> None:
-    """Waits for all processes."""
+    """Wait until all processes have reached this barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of what is to be done, in one piece."""
+    """Return this process's contiguous part of `items`."""
     own, count = jax.process_index(), jax.process_count()
     return items[len(items) * own // count : len(items) * (own + 1) // count]
 
 
 def join(parts: list[T]) -> list[T]:
-    """All processes' parts, in the order of `share`."""
+    """Concatenate the parts of all processes, in the order of `share`."""
     return [item for part in gather(parts) for item in part]
 
 
-# ---- the mesh, and a process's part of it ------------------------------------------------------------------------------
+# ---- this process's part of the mesh -----------------------------------------------------------------------------------
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Every process must own as much of the mesh as any other, and whole copies of what `tensor` splits.
+    """Check that the mesh covers all devices and that no `tensor` group crosses a process boundary.
 
     Raises:
-        ValueError: it does not.
+        ValueError: either condition is violated.
     """
     if jax.process_count() == 1:
         return
@@ -210,7 +218,7 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def _blocks(mesh: Mesh) -> np.ndarray:
-    """The devices of each process, [processes, devices of one], in the order of the mesh."""
+    """Return the devices of each process, [processes, devices per process], in mesh order."""
     count, tensor = jax.process_count(), mesh.shape["tensor"]
     blocks = mesh.devices.reshape(count, -1)
     alone = all(len({device.process_index for device in block}) == 1 for block in blocks)
@@ -222,19 +230,19 @@ def _blocks(mesh: Mesh) -> np.ndarray:
 
 
 def own_mesh() -> Mesh:
-    """This process's part of the current mesh, groups over `data`: its rollouts run on it."""
+    """Return the mesh of this process's devices, with groups split over `data`. Rollouts of this process run on it."""
     mesh = get_mesh()
     own = next(block for block in _blocks(mesh) if block[0].process_index == jax.process_index())
     return Mesh(own.reshape(-1, 1, mesh.shape["tensor"]), mesh.axis_names, axis_types=(AxisType.Auto,) * 3)
 
 
 def alone() -> contextlib.AbstractContextManager:
-    """For what a process computes by itself: within, the current mesh is `own_mesh`."""
+    """Return a context manager that makes `own_mesh` the current mesh, for computations of this process alone."""
     return jax.set_mesh(own_mesh()) if jax.process_count() > 1 else contextlib.nullcontext()
 
 
 def own_copy(tree: Any) -> Any:
-    """Arrays that every process holds whole (`gather_params`) on `own_mesh`; nothing moves."""
+    """Return arrays that are replicated over all processes (`gather_params`) as arrays on `own_mesh`, without any transfer."""
     mesh = own_mesh()
 
     def one(x):
@@ -245,8 +253,14 @@ def own_copy(tree: Any) -> Any:
 
 
 def stack_rows(x: jax.Array, count: int) -> tuple[jax.Array, int]:
-    """Rows that each process has on its own mesh, [F D] with F at most `count`, as one array [processes * count, D] on the
-    current mesh, whole on every device, moved by one compiled program; and where this process's rows begin."""
+    """Stack the rows of all processes into one replicated array. One compiled program moves the rows.
+
+    Args:
+        x: this process's rows on its own mesh, [F D].
+        count: rows per process in the result; F <= `count`, and missing rows are zeros.
+    Returns:
+        Array [processes * count, D], replicated over the current mesh, and the index of this process's first row.
+    """
     mesh, own = get_mesh(), own_mesh()
     blocks = _blocks(mesh)
     by_process = NamedSharding(Mesh(blocks, ("process", "device")), PartitionSpec("process"))
@@ -263,7 +277,14 @@ def _same(x):
 
 
 def spread(x: np.ndarray) -> jax.Array:
-    """Rows of every process, as many of each, as one array [processes * B, ...] on the current mesh, each process's on its
-    own devices, over `data` and `fsdp`; their number must divide so."""
+    """Concatenate equally many rows of every process into one array on the current mesh.
+
+    Each process's rows stay on its own devices, split over `data` and `fsdp`, which must divide the number of rows.
+
+    Args:
+        x: rows of this process, [B, ...].
+    Returns:
+        Array [processes * B, ...].
+    """
     place = NamedSharding(get_mesh(), PartitionSpec(GROUPS))
     return jax.make_array_from_process_local_data(place, x, (jax.process_count() * len(x), *x.shape[1:]))

@@ -1,9 +1,13 @@
-"""Beside every process of a job of several (`hosts.Watch` starts it): says who has ended before its time.
+"""Sidecar process: detects that another process of the job has died (started by `distributed.processes.Watch`).
 
-A process of its own, for where process 0 is lost JAX aborts the others within a moment. It needs nothing but Python.
-Arguments: the names at the other ends of its sockets, by file descriptor, in JSON. Its standard input is its process's: "bye" is
-an end in peace, "failed" one that the process has given the reason of, no more input is a death. Once another has ended without
-peace it writes "failed" or "died" to standard output.
+The watcher is a separate process because JAX aborts the other processes shortly after process 0 is lost. It uses only
+Python's standard library.
+
+Arguments: a JSON object that maps each socket's file descriptor to the name of the process at its other end; the index of
+the own process.
+Standard input, written by the own process: "bye" for a normal exit, "failed" for an exit whose reason was already printed.
+End of input without either means that the own process has died.
+Standard output: "failed" or "died" when another process has ended without a normal exit.
 """
 
 import contextlib
@@ -17,13 +21,19 @@ import time
 
 PEACE, SAID_WHY = b"\0", b"\1"
 LINGER = 5.0
-"""Seconds to learn who ended first, once one's own process has."""
+"""Seconds to wait, after the death of the own process, for a report about which process ended first."""
 
 
 def watch(links: dict[socket.socket, str], leader: bool) -> tuple[str, bool] | None:
-    """The name of the process that has ended before its time, and whether it has said why; None after an end in peace.
+    """Wait for the end of the job and return which process failed.
 
-    The leader (process 0) is linked to all others and tells them; the others are linked to it alone.
+    The leader (process 0) is linked to all other processes and relays their messages. The others are linked to the leader only.
+
+    Args:
+        links: socket to each linked process, and the name of that process.
+        leader: whether the own process is process 0.
+    Returns:
+        The name of the process that ended abnormally and whether the process printed its reason; None after a normal end.
     """
     own, until = True, None
     while links:
@@ -56,7 +66,7 @@ def watch(links: dict[socket.socket, str], leader: bool) -> tuple[str, bool] | N
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of a terminal; the process decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal signals the whole process group; the own process decides
         signal.signal(number, signal.SIG_IGN)
     names = json.loads(sys.argv[1])
     ended = watch({socket.socket(fileno=int(fd)): name for fd, name in names.items()}, leader=sys.argv[2] == "0")

@@ -1,1 +1,1 @@
-"""Evaluation on held-out tasks, controls, ablations and where attention goes."""
+"""Evaluation on held-out tasks: metrics, controls, ablations and attention by source."""

@@ -1,10 +1,11 @@
 """Ablations: `python -m imagent_jax.ablate [FILE.yaml ...] [--seeds 0 1 2] [--out FOLDER] [--section.key VALUE ...]`.
 
-Each file holds what a variant changes (configs/ablations/*.yaml, the default); its first line, a comment, says what it is.
-`full.yaml` beside it is read first, so that all variants share its settings. Every variant is trained once a seed, each run a
-process of its own, and leaves `<variant>.json` in FOLDER (benchmarks/results/ablations); runs found there are not repeated, so
-a command that was stopped goes on where it was. At the end, and alone with `--table`, a table of means with 95 % intervals over
-seeds (Student's t) is printed and written with a figure (ablations.md, ablations.png) into docs/.
+Each file holds the settings that a variant changes (default: configs/ablations/*.yaml); the comment on its first line is the
+variant's title. `full.yaml` in the same folder is read first, so that all variants share its settings. Every variant is trained
+once per seed, each run in a separate process, and recorded in `<variant>.json` in FOLDER (benchmarks/results/ablations).
+Recorded runs are skipped, so an interrupted command continues where it stopped. At the end, or alone with `--table`, a table
+of means with 95 % confidence intervals over seeds (Student's t) is printed and written with a figure (ablations.md,
+ablations.png) to docs/.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import numpy as np
 import scipy.stats
 
 from imagent_jax.config import read_args
-from imagent_jax.rl.rewards import answer
 from imagent_jax.types import Trajectory
 
 CURVES = ("accuracy", "reward/total", "tools/used_rate", "tools/invalid", "mask/dropped_tokens", "length")
@@ -32,19 +32,19 @@ COLUMNS = {
     "dropped tokens, %": lambda run: 100 * float(np.mean(run["curves"]["mask/dropped_tokens"])),
     "tokens": lambda run: run["final"]["length"],
 }
-"""What the table shows of a run; "on the way" and "dropped" are means over the training steps."""
+"""Columns of the table; "on the way" and "dropped" are means over the training steps."""
 
 
 def gain_for_any_call(t: Trajectory) -> float:
-    """The tool-use gain without its condition: 0.2 for a right answer after any call, executed or not."""
-    return 0.2 * float(t.executed_calls + t.invalid_calls > 0 and answer(t) == 1.0)
+    """Return 0.2 for a right answer after any call, executed or not: the tool-use gain without its condition."""
+    return 0.2 * float(t.executed_calls + t.invalid_calls > 0 and t.right)
 
 
 def title_of(file: Path) -> str:
-    """The comment on the first line.
+    """Return the comment on the first line of a variant's file.
 
     Raises:
-        ValueError: there is no such file, or its first line is no comment.
+        ValueError: no such file, or its first line is not a comment.
     """
     if not file.is_file():
         raise ValueError(f"There is no ablation {file}; name a YAML file of what the variant changes.")
@@ -55,10 +55,10 @@ def title_of(file: Path) -> str:
 
 
 def train_once(file: Path, seed: int, overrides: Sequence[str]) -> dict:
-    """One run in a process of its own; the figures of its metrics.jsonl.
+    """Train one run in a separate process; return the figures of its metrics.jsonl.
 
     Raises:
-        RuntimeError: it failed; its own message stands above.
+        RuntimeError: the run failed; its own message was printed before.
     """
     shared = file.with_name("full.yaml")
     configs = [*([shared] if shared.is_file() and shared != file else []), file]
@@ -83,7 +83,7 @@ def train_once(file: Path, seed: int, overrides: Sequence[str]) -> dict:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval by Student's t (NaN for one value)."""
+    """Return the mean and half the width of its 95 % confidence interval by Student's t (NaN for one value)."""
     n = len(values)
     if n < 2:
         return float(np.mean(values)), math.nan
@@ -91,7 +91,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(results: Sequence[dict]) -> str:
-    """A Markdown table, a variant a row: mean ± half-width over its seeds."""
+    """Return a Markdown table with one variant per row: mean ± half-width over its seeds."""
     lines = ["| variant | seeds | " + " | ".join(COLUMNS) + " |", "|---|---" + "|---" * len(COLUMNS) + "|"]
     for result in results:
         cells = []
@@ -103,7 +103,7 @@ def table(results: Sequence[dict]) -> str:
 
 
 def plot(results: Sequence[dict], path: Path) -> None:
-    """Final accuracy with intervals, and the way there: means over seeds, smoothed over five steps."""
+    """Plot final accuracy with intervals, and training curves: means over seeds, smoothed over five steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,7 +120,7 @@ def plot(results: Sequence[dict], path: Path) -> None:
         for i, result in enumerate(results):
             curve = np.mean([run["curves"][name] for run in result["runs"]], axis=0)
             smooth = np.convolve(curve, np.ones(5) / 5, mode="valid") if len(curve) > 5 else curve
-            axis.plot(smooth, "-" if i < 10 else "--", label=result["variant"])  # there are ten colours
+            axis.plot(smooth, "-" if i < 10 else "--", label=result["variant"])  # matplotlib has ten colours
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     curves[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -130,7 +130,7 @@ def plot(results: Sequence[dict], path: Path) -> None:
 
 
 def write_table(results_folder: Path, docs: Path) -> None:
-    """`ablations.md`, its table between the two markers replaced, and `ablations.png`, from all results.
+    """Write `ablations.md`, replacing the table between its two markers, and `ablations.png`, from all results.
 
     Raises:
         ValueError: there are no results.
@@ -148,7 +148,7 @@ def write_table(results_folder: Path, docs: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Options of the command, and the settings that every run is given.
+    """Return the options of this command, and the settings that every run is given.
 
     Raises:
         ValueError: see `config.read_args`.
@@ -166,7 +166,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 after one sentence about bad input."""
+    """Run the command: exit code 0, or 2 after one sentence about bad input."""
     try:
         args, overrides = parse(argv)
         titles = {file: title_of(file) for file in args.files}

@@ -1,9 +1,9 @@
-"""Where an agent looks as it writes: `python -m imagent_jax.attention RUN_OR_BASE [--tasks N] [--out F.png]`.
+"""Attention by source during generation: `python -m imagent_jax.attention RUN_OR_BASE [--tasks N] [--out F.png]`.
 
-Held-out tasks are answered with tools and without, with all their images and with the one they ask about, and the
-attention of every generated token is divided over what stands before it: mean over heads, layers and rollouts. What is
-measured follows Figure 1 of IMAgent (arXiv 2512.08980): attention to images fades as the output grows, and looking
-again brings it back.
+Held-out tasks are answered under four conditions: with and without tools, and with all images or only the one that the
+question names. The attention of every generated token is divided over the sources of preceding tokens, as a mean over heads,
+layers and rollouts. The measure follows Figure 1 of IMAgent (arXiv 2512.08980): attention to images decays with output
+length, and showing an image again restores it.
 """
 
 import argparse
@@ -18,38 +18,39 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 
 from imagent_jax.chat import QWEN
-from imagent_jax.config import Config, MeshConfig, load_config
 from imagent_jax.model.qwen2_vl import attention_by_source
-from imagent_jax.rl.learner import trained_filter
 from imagent_jax.rl.mask import IS_ACTION
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.policy import Policy
-from imagent_jax.runs.folder import checkpoint_folder, load_params
+from imagent_jax.runs.loading import load_policy
 from imagent_jax.tools import tools_by_name
 from imagent_jax.types import Task
 
 SOURCES = ("instructions", "question", "given images", "observation images", "observation text", "earlier output")
-ROWS = 8  # sequences measured at once
+ROWS = 8  # sequences per measurement
 
 
 def sources_of(rollout: RolloutBatch, n: int, g: int, user: int) -> np.ndarray:
-    """Index in `SOURCES` of every token of rollout `g` of task `n`, prompt and response; at `user` its turn begins."""
+    """Return the index in `SOURCES` of every token of rollout `g` of task `n`, prompt and response.
+
+    Args:
+        user: index of the prompt token at which the user's turn begins.
+    """
     prompt, t = rollout.prompts[n], rollout.trajectories[n][g]
     given = np.where(rollout.prompt_vision[n] >= 0, 2, np.where(np.arange(len(prompt.ids)) < user, 0, 1))
     return np.concatenate([given, np.where(IS_ACTION[t.kind], 5, np.where(t.vision >= 0, 3, 4))])
 
 
 def shares_of(model, params, rollout: RolloutBatch, width: int, user: Sequence[int]) -> list[np.ndarray]:
-    """The shares of every generated token of every trajectory, in order, mean over layers: a list of float32[t, C].
+    """Return the attention shares of every generated token by trajectory, mean over layers: a list of float32 [t, C].
 
     Args:
-        width: room for a prompt and a response, tokens.
-        user: where the user's turn, images and question, begins in each prompt.
+        width: maximum tokens of a prompt and its response.
+        user: index, per prompt, of the token at which the user's turn (images and question) begins.
     """
     measure, found = jax.jit(attention_by_source, static_argnums=0), []
     rows = [(n, g) for n, group in enumerate(rollout.trajectories) for g in range(len(group))]
@@ -73,7 +74,7 @@ def shares_of(model, params, rollout: RolloutBatch, width: int, user: Sequence[i
 
 
 def about_one_image(task: Task) -> Task | None:
-    """The same question with only the image that it names, as Image 1; None where it names none or several."""
+    """Return the same question with only the image that it names, as Image 1; None if it does not name exactly one."""
     named = set(re.findall(r"Image (\d+)", task.question))
     if len(named) != 1 or not 1 <= (number := int(named.pop())) <= len(task.images):
         return None
@@ -82,10 +83,10 @@ def about_one_image(task: Task) -> Task | None:
 
 
 def measure(parts: Policy, tasks: Sequence[Task], tools: bool, seed: int) -> dict[str, Any]:
-    """One condition: rollouts of `tasks`, and the shares by source, by generated position and by turn.
+    """Measure one condition: sample rollouts of `tasks` and return attention shares by source, by position and by turn.
 
-    Without tools the system text has none, a call is refused, and nothing is shown again. A position counts where at
-    least a tenth of the rollouts reaches it; `rollouts` says how many do.
+    Without tools, the system text lists none, calls are refused, and no image is shown again. Only positions reached by at
+    least a tenth of the rollouts are included; `rollouts` holds how many reach each.
     """
     cfg = parts.cfg if tools else replace(parts.cfg, tools=replace(parts.cfg.tools, names=()))
     collector = Collector(parts.model, parts.processor, tools_by_name(cfg.tools.names), cfg)
@@ -115,7 +116,7 @@ def _columns(rows: Sequence[np.ndarray]) -> dict[str, list[float]]:
 
 
 def plot(conditions: dict[str, Any], title: str, out: Path) -> None:
-    """One panel a condition: shares by generated position, stacked; the title says how many calls a task it had."""
+    """Plot one panel per condition: stacked shares by generated position, with the calls per task in the title."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,23 +139,8 @@ def plot(conditions: dict[str, Any], title: str, out: Path) -> None:
     plt.close(figure)
 
 
-def load(name: str) -> Policy:
-    """The parts of a run at its newest checkpoint, with its own settings, or of a base: "tiny", a folder, a hub id.
-
-    Raises:
-        ValueError: see `runs.load_params` and `Policy`.
-    """
-    run = Path(name)
-    if not (run / "config.yaml").is_file():
-        return Policy(Config.from_dict({"model": {"path": name}}))
-    parts = Policy(cfg := replace(load_config(run / "config.yaml"), mesh=MeshConfig()))
-    trained, frozen = nnx.split_state(parts.params, trained_filter(cfg), ...)
-    parts.params = nnx.merge_state(load_params(checkpoint_folder(cfg.run, run), trained)[0], frozen)
-    return parts
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 after one sentence about bad input."""
+    """Run the command: exit code 0, or 2 after one sentence about bad input."""
     parser = argparse.ArgumentParser(prog="python -m imagent_jax.attention", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="RUN_OR_BASE", help="folder of a run or of a model, a hub id, or 'tiny'")
     parser.add_argument("--tasks", type=int, default=64, help="held-out tasks that ask about one image (default: 64)")
@@ -164,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console, out = Console(), args.json or args.out.with_suffix(".json")
     try:
-        began, parts = time.perf_counter(), load(args.model)
+        began, (parts, _) = time.perf_counter(), load_policy(args.model)
         pairs = [(task, one) for task in parts.test_tasks(20 * args.tasks) if (one := about_one_image(task))]
         if not pairs:
             raise ValueError(f"No held-out task of {parts.cfg.data.name} names one image, such as 'Image 2'.")

@@ -1,4 +1,4 @@
-"""Controls of an evaluation: what accuracy is left where the agent is shown something else than it asked to see."""
+"""Controls of an evaluation: accuracy when the agent is shown other images than those it requested."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,16 +14,19 @@ CONTROLS = {"shuffle": "a random other image in place of every one a tool shows"
 
 
 class BlankEnvironment(ToolEnvironment):
-    """All images are grey."""
+    """Environment in which all images are grey."""
 
     def view(self, entry: ImageEntry, observed: bool) -> Image.Image:
         return Image.new("RGB", entry.image.size, (128, 128, 128))
 
 
 class ShuffledEnvironment(ToolEnvironment):
-    """Every image that a call shows gives way to one of `pool`, (task, image), that the agent saw in another task.
+    """Environment in which every image shown by a call is replaced by a random image that the agent saw in another task.
 
     The choice depends on `seed` and on the replaced pixels, not on the order of the rollouts.
+
+    Args:
+        pool: images to draw from, each with the fingerprint of its task.
     """
 
     def __init__(self, *args, pool: Sequence[tuple[int, Image.Image]], seed: int):
@@ -40,13 +43,13 @@ class ShuffledEnvironment(ToolEnvironment):
 
 
 def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[..., ToolEnvironment]:
-    """Return the environment of a control of `CONTROLS`. Sizes and token counts stay what they were.
+    """Return the environment of a control in `CONTROLS`. Image sizes and token counts do not change.
 
     Args:
-        done: the trajectories of the true evaluation; `shuffle` draws from the images that their calls showed.
-        seed: of that draw.
+        done: trajectories of the normal evaluation; `shuffle` draws from the images that their calls showed.
+        seed: seed of that draw.
     Raises:
-        ValueError: there is no such control.
+        ValueError: unknown control.
     """
     if control not in CONTROLS:
         raise ValueError(f"There is no control {control!r}; choose {' or '.join(CONTROLS)}.")
@@ -61,5 +64,5 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[
 
 
 def fingerprint(images: Sequence[ImageEntry]) -> int:
-    """Tell tasks apart by the pixels of their first image."""
+    """Return a checksum of the first image's pixels, which identifies a task."""
     return zlib.crc32(images[0].image.tobytes())

@@ -1,11 +1,12 @@
 """Evaluation on held-out tasks: `python -m imagent_jax.evaluate --model.path FOLDER_OR_HUB_ID`.
 
-`--control shuffle` and `--control blank` evaluate once more with something taken away (`evals.controls`); what they
-leave is reported beside the true accuracy.
+`--control shuffle` and `--control blank` evaluate again without information from images (`evals.controls`) and report that
+accuracy beside the normal one.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 import jax
@@ -17,8 +18,9 @@ from imagent_jax.config import Config, parse_args
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
 from imagent_jax.rollout.collect import Collector
-from imagent_jax.rollout.metrics import answered_right, call_metrics, summarise
+from imagent_jax.rollout.metrics import call_metrics, summarise
 from imagent_jax.rollout.policy import Policy
+from imagent_jax.runs.trajectory_log import TrajectoryLog
 from imagent_jax.types import Task, Trajectory
 
 
@@ -26,9 +28,9 @@ def evaluate(
     collector: Collector, params, tasks: Sequence[Task], *, groups: int, seed: int, greedy: bool, temperature: float,
     progress=None,
 ) -> tuple[dict[str, float], list[Trajectory]]:  # fmt: skip
-    """One rollout of every task, `groups` at a time."""
+    """Sample one rollout of every task, `groups` tasks at a time; return metrics and trajectories."""
     done: list[Trajectory] = []
-    for begin in range(0, len(tasks), 4 * groups):  # bounds the room for encoded images
+    for begin in range(0, len(tasks), 4 * groups):  # bounds the memory for encoded images
         out = collector.collect(
             params, tasks[begin : begin + 4 * groups], group_size=1, seed=seed, temperature=0.0 if greedy else temperature,
             slots=groups, packs=4 * collector.cfg.images.packs,
@@ -39,8 +41,31 @@ def evaluate(
     return summarise(done) | call_metrics([[t] for t in done], collector.tools.names), done
 
 
+class HeldOut:
+    """Evaluates a policy on a run's held-out tasks, logs the trajectories and prints the accuracy."""
+
+    def __init__(self, collector: Collector, tasks: Sequence[Task], cfg: Config, log: TrajectoryLog, console: Console):
+        self.collector, self.tasks, self.cfg, self.log, self.console = collector, tasks, cfg, log, console
+
+    def __call__(self, params, count: int, step: int, name: str) -> dict[str, float]:
+        """Return metrics of the first `count` tasks."""
+        began, tasks, cfg = time.perf_counter(), self.tasks[:count], self.cfg.eval
+        with self.console.status(f"Evaluating on {len(tasks)} held-out tasks"):
+            metrics, trajectories = evaluate(
+                self.collector, params, tasks, groups=cfg.groups, seed=cfg.seed, greedy=cfg.greedy,
+                temperature=self.cfg.rollout.temperature,
+            )  # fmt: skip
+        self.log.write(step, [[t] for t in trajectories], name=name)
+        metrics["time/evaluation"] = time.perf_counter() - began
+        self.console.print(
+            f"{name}: {100 * metrics['accuracy']:.1f} % of {len(trajectories)} held-out tasks right, "
+            f"{metrics['tools/calls']:.2f} calls a task ({metrics['time/evaluation']:.0f} s)"
+        )
+        return metrics
+
+
 def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
-    """A table of evaluation figures, one column an evaluation."""
+    """Return a table of evaluation metrics, one column per evaluation."""
     table = Table(title=title)
     table.add_column("held-out")
     for name in columns:
@@ -55,7 +80,7 @@ def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Options of the command, and the configuration of all others (`config.parse_args`)."""
+    """Return the options of this command, and the configuration from all other options (`config.parse_args`)."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--control", action="append", choices=CONTROLS, default=[])
     chosen, rest = options.parse_known_args(argv)
@@ -63,7 +88,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; prints the table of one model on the held-out split, and what the controls say."""
+    """Run the command: print metrics of one model on the held-out split, and the warnings of its controls."""
 
     chosen, cfg = parse(argv)
     console = Console()
@@ -89,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     columns = {name: metrics for name, (metrics, _) in results.items()}
     console.print(comparison(columns, f"{cfg.model.path} on {cfg.data.name}"))
-    true, *others = (np.asarray(answered_right(done)) for _, done in results.values())
+    true, *others = (np.asarray([t.right for t in done]) for _, done in results.values())
     for control, right in zip(list(results)[1:], others, strict=True):
         if warning := looks_unused(true, right, CONTROLS[control]):
             console.print(f"[yellow]warning[/] ({control}): {warning}")

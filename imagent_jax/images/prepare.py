@@ -1,4 +1,4 @@
-"""Image preparation: Qwen2-VL's resize and patches, in PIL and NumPy. Patches stay bytes: the vision tower normalises them."""
+"""Image preparation: Qwen2-VL's resize and patches with PIL and NumPy. Patches stay uint8; the vision tower normalises them."""
 
 import json
 import math
@@ -14,8 +14,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class PreparedImage(NamedTuple):
-    """An image as the vision tower takes it: `patches` uint8[n, channels * patch_size**2] in 2x2 merge order, `grid` (h, w) in
-    patches, `size` (height, width) in pixels."""
+    """An image cut into patches for the vision tower.
+
+    Attributes:
+        patches: uint8 [n, channels * patch_size**2], in 2x2 merge order.
+        grid: (h, w) in patches.
+        size: (height, width) in pixels.
+    """
 
     patches: np.ndarray
     grid: tuple[int, int]
@@ -25,8 +30,10 @@ class PreparedImage(NamedTuple):
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
 ) -> tuple[int, int]:
-    """The (height, width) an image is shown at: multiples of `factor`, `min_pixels` to `max_pixels` in all, about the
-    same aspect. Equals transformers' function of the same name.
+    """Return the (height, width) to which an image is resized, with about the same aspect ratio.
+
+    Both sides are multiples of `factor`, and their product lies in `min_pixels` to `max_pixels`. Equals transformers' function of
+    the same name.
 
     Raises:
         ValueError: the longer side is more than 200 times the shorter.
@@ -49,9 +56,13 @@ def smart_resize(
 def fit_budget(
     size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int, most_pixels: int
 ) -> tuple[tuple[int, int], int, int]:
-    """The size at which an image of `size` (height, width) is shown, and the budget that gives it: the one asked for, but
-    lowered where `smart_resize` would go beyond `most_pixels`, as it does for long strips and for what it enlarges.
+    """Return the (height, width) at which an image is shown, and the pixel budget (min_pixels, max_pixels) that gives this size.
 
+    The budget is lowered where `smart_resize` would exceed `most_pixels`, as with long strips and enlarged images.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        most_pixels: upper limit of the shown area, in pixels.
     Raises:
         ValueError: see `smart_resize`.
     """
@@ -62,7 +73,7 @@ def fit_budget(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, transparency laid over white (as transformers does); orientation tags are not applied."""
+    """Return the image in RGB, with transparency composed over white (as transformers does). EXIF orientation is not applied."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
@@ -72,7 +83,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def prepare_image(
     image: Image.Image, *, min_pixels: int, max_pixels: int, patch_size: int = 14, merge_size: int = 2
 ) -> PreparedImage:
-    """An image within a pixel budget. With `vision.normalise`, equals transformers' `Qwen2VLImageProcessorPil`.
+    """Resize an image to a pixel budget and cut it into patches.
+
+    With `vision.normalise`, equals transformers' `Qwen2VLImageProcessorPil`.
 
     Raises:
         ValueError: see `smart_resize`.
@@ -82,7 +95,7 @@ def prepare_image(
 
 
 def prepare_to(image: Image.Image, size: tuple[int, int], *, patch_size: int, merge_size: int) -> PreparedImage:
-    """An image of a given (height, width), multiples of `patch_size * merge_size`: bicubic resize on uint8, flattened patches."""
+    """Resize an image (bicubic, uint8) to (height, width), multiples of `patch_size * merge_size`, and cut it into patches."""
     image, (height, width) = to_rgb(image), size
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -93,19 +106,19 @@ def prepare_to(image: Image.Image, size: tuple[int, int], *, patch_size: int, me
 
 
 def patch_coords(grid: tuple[int, int], merge: int = 2) -> np.ndarray:
-    """(h, w) of every patch, int32[n, 2], in the order of `prepare_image`'s patches."""
+    """Return the (h, w) of every patch, int32 [n, 2], in the patch order of `prepare_image`."""
     h, w = grid
     at = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), axis=-1).astype(np.int32)
     return at.reshape(h // merge, merge, w // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
 
 
 def pack_images(images: Sequence[PreparedImage], block: int, n_blocks: int, merge: int = 2):
-    """Packs images into `n_blocks` blocks of `block` patches; no image straddles a block.
+    """Pack images into `n_blocks` blocks of `block` patches; no image crosses a block boundary.
 
     Returns:
-        patches uint8[M, ...], coords int32[M, 2], image_id int32[M] (-1 padding), and the first patch row of each image.
+        patches uint8 [M, ...], coords int32 [M, 2], image_id int32 [M] (-1: padding), and the first patch row of each image.
     Raises:
-        ValueError: they do not fit; the sentence names the setting.
+        ValueError: the images do not fit; the message names the setting to change.
     """
     m, c = block * n_blocks, images[0].patches.shape[1] if images else 588
     patches, coords, image_id = np.zeros((m, c), np.uint8), np.zeros((m, 2), np.int32), np.full(m, -1, np.int32)
@@ -126,10 +139,10 @@ def pack_images(images: Sequence[PreparedImage], block: int, n_blocks: int, merg
 
 
 def image_settings(folder: Path, default: dict | None = None) -> dict:
-    """The image settings of a folder, in either file Hugging Face writes them to.
+    """Return the image settings of a folder, from either file in which Hugging Face stores them.
 
     Raises:
-        ValueError: one cannot be read, or it has neither and there is no `default`.
+        ValueError: a file is unreadable, or both are missing and there is no `default`.
     """
     older, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     for path in (older, newer):

@@ -1,12 +1,12 @@
-"""The attention seam: every attention of the model goes through `attention` (training, prompts, vision) or, for tokens
-appended to a cache, `attend_two_part`. Softmax is in float32 everywhere.
+"""Attention: one interface for all backends. Softmax is computed in float32.
 
-`q` has Q heads, `k` and `v` K heads with Q = K * (Q // K); query head i reads key head i // (Q // K).
+Training, prefill and the vision tower call `attention`. Decoding, which appends tokens to a cache, calls `attend_two_part`.
+`q` has Q heads, `k` and `v` have K heads, and K divides Q; query head i reads key head i // (Q // K).
 
-Backends of `attention`: `xla` is the oracle and runs anywhere; `cudnn` is NVIDIA's fused kernel; `splash` is the Pallas TPU
-kernel (`splash_interpret`: the same kernel in Pallas' interpreter, slow, on any machine). None of them needs a gradient
-through a merge by log-sum-exp: jax's fused kernels return that statistic without its gradient, so each backend computes
-the two-part softmax as one (`_cudnn`, `splash.splash_attention`).
+Backends of `attention`: `xla` is the reference and runs anywhere; `cudnn` is NVIDIA's fused kernel; `splash` is the Pallas TPU
+kernel (`splash_interpret`: the same kernel in Pallas' interpreter, slow, on any machine). Every backend computes one softmax
+over [shared | own] keys (`_cudnn`, `splash.splash_attention`). None merges two partial softmaxes by log-sum-exp, because jax's
+fused kernels return the log-sum-exp without its gradient.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ from imagent_jax.model.params import pad_to
 
 
 class Causal(NamedTuple):
-    """Right-padded sequences: a token sees itself and what precedes it; `length` are real (None: all)."""
+    """Causal mask of right-padded sequences; `length` tokens are real (None: all)."""
 
     length: Int[Array, "*b"] | None = None
 
@@ -34,7 +34,7 @@ class Causal(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Packs of pieces in any order: a token sees the tokens of its own id, before and after it; -1 is padding."""
+    """Block-diagonal mask: a token attends, in both directions, to the tokens with its own id; id -1 is padding."""
 
     ids: Int[Array, "*b S"]
 
@@ -46,7 +46,7 @@ class Packed(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Keys that all G rows of a group see besides their own: those of its prompt, of which `length` are real."""
+    """Prompt keys and values of a group, to which all its G rows attend besides their own; `length` are real."""
 
     k: Float[Array, "N P K H"]
     v: Float[Array, "N P K H"]
@@ -54,16 +54,21 @@ class Shared(NamedTuple):
 
 
 def choose_dtype(setting: str, platform: str | None = None) -> str:
-    """The compute dtype for `model.dtype` on a platform (default: of the attached devices): where 'auto', bfloat16 on
-    accelerators, float32 on CPU."""
+    """Return the compute dtype for `model.dtype`; "auto" is float32 on CPU and bfloat16 on accelerators.
+
+    Args:
+        platform: default: that of the attached devices.
+    """
     return ("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16") if setting == "auto" else setting
 
 
 def choose_attention(setting: str, dtype: str, platform: str | None = None) -> str:
-    """The backend for `model.attention` on a platform (default: of the attached devices).
+    """Return the backend for `model.attention`.
 
+    Args:
+        platform: default: that of the attached devices.
     Raises:
-        ValueError: the backend asked for cannot run here.
+        ValueError: the requested backend does not run on this platform or with this dtype.
     """
     platform = platform or jax.default_backend()
     if setting == "auto":
@@ -84,15 +89,16 @@ def attention(
     shared: Shared | None = None,
     backend: str = "xla",
 ) -> Float[Array, "*b S Q H"]:
-    """Self-attention of a sequence, and to the keys its group shares; softmax(q k^T / sqrt(H)) v.
+    """Compute softmax(q k^T / sqrt(H)) v over a sequence's own keys and, if given, its group's shared keys.
 
-    Whatever stands at padding of `q`, `k`, `v` and `shared`, NaN included, reaches no output and no gradient; outputs and
-    gradients at padding are zero.
+    Values at padding positions of `q`, `k`, `v` and `shared`, NaN included, affect no output and no gradient. Outputs and
+    gradients at padding positions are zero.
 
     Args:
-        mask: who sees whom in the sequence.
-        shared: with it, q is [N G S Q H], `mask` is `Causal`, and every row also sees its group's real shared keys, which
-            are stored and read once per group. Equal to attention over [shared | own] of every row.
+        mask: which tokens of the sequence attend to which.
+        shared: prompt keys and values. Then q is [N G S Q H], `mask` is `Causal`, and the result equals attention over
+            [shared | own] of every row. The shared keys are stored and read once per group.
+        backend: see the module's docstring.
     """
     real = mask.real(q.shape[-3])[..., None, None]
     q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
@@ -105,7 +111,7 @@ def attention(
 
 
 def _spec(x: Array) -> PartitionSpec:
-    """On a mesh every device attends alone: its groups (the first axis of all inputs) and its heads (the last but one)."""
+    """Return the sharding of an input: the first axis (groups) over `GROUPS`, the last but one (heads) over `tensor`."""
     return fitting(x, GROUPS, *(None,) * (x.ndim - 3), "tensor") if x.ndim > 3 else fitting(x, GROUPS)
 
 
@@ -113,7 +119,7 @@ def _below(length: Int[Array, "*b"], tokens: int) -> Bool[Array, "*b S"]:
     return jnp.arange(tokens) < length[..., None]
 
 
-# ---- XLA: the oracle ------------------------------------------------------------------------------------------------
+# ---- XLA: the reference ---------------------------------------------------------------------------------------------
 
 
 def _xla(q, k, v, mask, shared):
@@ -124,14 +130,14 @@ def _xla(q, k, v, mask, shared):
 
 
 def _heads_first(x: Array, kv_heads: int) -> Array:
-    """[*b S Q H] -> [*b K S*q H]: the queries that share a key head become rows of one matrix."""
+    """[*b S Q H] -> [*b K S*q H]: the queries that share a key head become the rows of one matrix."""
     *lead, s, heads, width = x.shape
     grouped = x.reshape(*lead, s, kv_heads, heads // kv_heads, width)
     return jnp.moveaxis(grouped, -3, -4).reshape(*lead, kv_heads, s * (heads // kv_heads), width)
 
 
 def _tokens_first(x: Array, s: int) -> Array:
-    """The inverse: [*b K S*q H] -> [*b S Q H]."""
+    """Inverse of `_heads_first`: [*b K S*q H] -> [*b S Q H]."""
     *lead, kv_heads, rows, width = x.shape
     split = x.reshape(*lead, kv_heads, s, rows // s, width)
     return jnp.moveaxis(split, -4, -3).reshape(*lead, s, kv_heads * (rows // s), width)
@@ -154,7 +160,11 @@ def _values(weights: Array, v: Array) -> Array:
 def attend(
     q: Float[Array, "*b S Q H"], k: Float[Array, "*b T K H"], v: Float[Array, "*b T K H"], mask: Bool[Array, "*#b S T"]
 ) -> Float[Array, "*b S Q H"]:
-    """Plain masked attention; every query must see at least one key."""
+    """Compute masked attention. Every query must attend to at least one key.
+
+    Args:
+        mask: True where query S attends to key T.
+    """
     k, v = cached(k, v)
     logits = _logits(_heads_first(q, k.shape[-3]), k, mask[..., None, :, None, :])
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
@@ -168,7 +178,7 @@ def _flat(x: Array) -> Array:
 
 
 def cached(k: Float[Array, "*b T K H"], v: Float[Array, "*b T K H"]) -> tuple[Float[Array, "*b K H T"], Float[Array, "*b K T H"]]:
-    """Keys and values in the layouts that attention's two matrix products read, so that a cache is read without copies."""
+    """Return keys and values in the cache's layout, which both matrix products of attention read without a copy."""
     return jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -2, -3)
 
 
@@ -181,10 +191,13 @@ def attend_two_part(
     own_v: Float[Array, "N G K R H"],
     own_mask: Bool[Array, "*b S R"],
 ) -> Float[Array, "N G S Q H"]:
-    """Responses over their group's shared prompt keys and over their own keys (see `cached`), merged by log-sum-exp.
+    """Compute attention of responses over their group's prompt keys and their own keys, in the layout of `cached`.
 
-    The G rows of a group enter one matrix product with the prompt keys, which are stored and read once per group.
-    Equal to attention over the concatenation [prompt | own] of every row. `own_mask` broadcasts to [N G S R].
+    The softmax has one maximum and one sum over both parts; it equals attention over [prompt | own] of every row. The G rows
+    of a group enter one matrix product with the prompt keys, which are stored and read once per group.
+
+    Args:
+        own_mask: True where a query attends to an own key; broadcast to [N G S R].
     """
     n, g, s, heads, width = q.shape
     kv = own_k.shape[2]
@@ -205,17 +218,19 @@ def attend_two_part(
 
 
 _QUERIES = 256
-"""Queries whose softmax `attention_shares` holds at one time."""
+"""Number of queries per block in `attention_shares`."""
 
 
 def attention_shares(
     q: Float[Array, "N S Q H"], k: Float[Array, "N S K H"], length: Int[Array, " N"], source: Bool[Array, "N S C"]
 ) -> Float[Array, "N S C"]:
-    """How the causal attention of every token divides over C sources of keys; mean over the heads, 0 at padding.
+    """Return the share of every token's causal attention that goes to each of C sources of keys.
+
+    Shares are means over the heads, and 0 at padding. They sum to 1 if every token belongs to one source.
 
     Args:
-        length: real tokens of a row, the others stand on the right.
-        source: which tokens are of which source. Where each is of one, the shares of a token sum to 1.
+        length: real tokens per row; padding is on the right.
+        source: True where token S belongs to source C.
     """
     n, s, heads, width = q.shape
     keys, source = cached(k, k)[0], source.astype(jnp.float32)
@@ -237,9 +252,9 @@ def attention_shares(
 
 
 def _cudnn(q, k, v, mask, shared, implementation="cudnn"):
-    """`jax.nn.dot_product_attention`: causal without a mask array where there is padding on the right only, else with one.
+    """Compute attention by `jax.nn.dot_product_attention`; an explicit mask array is used for `Packed` and `shared` only.
 
-    With `shared`, the G rows of a group become heads of one sequence, so that one mask [S, P + S] serves them all.
+    With `shared`, the G rows of a group become heads of one sequence, so that one mask [S, P + S] serves all rows.
     """
     if shared is None:
         *lead, s, _, _ = q.shape
@@ -276,14 +291,14 @@ def _cudnn(q, k, v, mask, shared, implementation="cudnn"):
 
 
 _CUDNN = 64
-"""Sequences with a mask array are filled up to a multiple of this (cuDNN's mask needs even lengths; tiles are of 64)."""
+"""Sequences with a mask array are padded to a multiple of this (cuDNN's masks need even lengths; its tiles have 64)."""
 
 
-# ---- choice ---------------------------------------------------------------------------------------------------------
+# ---- backends -------------------------------------------------------------------------------------------------------
 
 
 def _splash(q, k, v, mask, shared, interpret=False):
-    from imagent_jax.model.splash import splash_attention  # imports Pallas, which no other backend needs
+    from imagent_jax.model.splash import splash_attention  # lazy: only this backend needs Pallas
 
     packed = mask.ids if isinstance(mask, Packed) else None
     return splash_attention(q, k, v, packed, shared, interpret=interpret)

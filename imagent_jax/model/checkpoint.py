@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints in and out: one table from our parameters to their tensors, both name styles.
+"""Hugging Face checkpoints: loading, saving, and one table from our parameters to their tensors.
 
-A parameter of stacked layers, [L, ...], is one tensor a layer in the files. Loading copies, for every device, just the slice
-it holds out of the mapped files; saving gathers one tensor at a time. Neither ever has the model in host memory.
+A parameter of stacked layers, [L, ...], is one tensor per layer in the files. Loading copies only each device's shard from
+memory-mapped files; saving gathers one tensor at a time. Neither holds the whole model in host memory.
 """
 
 import json
@@ -28,7 +28,7 @@ from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.qwen2_vl import Model, Qwen2VL, abstract
 from imagent_jax.model.sharding import check_heads, shardings
 
-# parameter -> tensor name ({} is the layer), and whether the matrix is stored transposed ([out, in])
+# parameter -> tensor name ({}: layer index), and whether the matrix is stored transposed ([out, in])
 _TEXT_LAYER = {
     "input_norm": ("input_layernorm.weight", False),
     "post_norm": ("post_attention_layernorm.weight", False),
@@ -58,11 +58,11 @@ TENSORS: dict[str, tuple[str, bool]] = {
     **{f"vision.merge_fc{i + 1}": (f"model.visual.merger.mlp.{2 * i}.weight", True) for i in (0, 1)},
     **{f"vision.merge_fc{i + 1}_bias": (f"model.visual.merger.mlp.{2 * i}.bias", False) for i in (0, 1)},
 }
-"""Every parameter of either family by dotted path, and its tensor in a Hugging Face checkpoint (newer name style)."""
+"""Tensor name in a Hugging Face checkpoint (newer name style) of every parameter of either family, by dotted path."""
 
 
 def older_name(name: str) -> str:
-    """The name the hub's own files use: `model.layers.*` and `visual.*`."""
+    """Return the name used in the hub's files: `model.layers.*` and `visual.*`."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
@@ -70,17 +70,17 @@ COMPANIONS = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
 )  # fmt: skip
-"""What makes weights and config.json a complete checkpoint: tokenizer, processor and generation settings."""
+"""Files of a complete checkpoint besides weights and config.json: tokenizer, processor and generation settings."""
 
 EMBEDDED = {"tiny": "imagent_jax.tiny.base:base_folder"}
-"""Models that come with the package: the function that says where the files are. Imported when it is asked for."""
+"""Models shipped with the package: import path of the function that returns the model's folder, imported on use."""
 
-_ROWS = 256  # rows of a stored matrix copied at once
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+_ROWS = 256  # rows of a stored matrix copied per read
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' dtype names
 
 
 class Tensor(NamedTuple):
-    """A tensor to be written: its form now, its content when its turn comes."""
+    """A tensor to be written: shape and dtype, and a function that returns its content on demand."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -92,10 +92,10 @@ class Tensor(NamedTuple):
 
 
 def resolve(path: str | Path, weights: bool = True) -> Path:
-    """A local folder for "tiny", a folder or a hub id (downloaded by huggingface_hub, resumable; only the files needed).
+    """Return a local folder for "tiny", a folder, or a hub id (downloaded by huggingface_hub, resumable, needed files only).
 
     Raises:
-        ValueError: neither a folder nor a reachable hub id.
+        ValueError: neither a folder nor a hub id that can be downloaded.
     """
     if str(path) in EMBEDDED:
         return import_path(EMBEDDED[str(path)], "model.path")()
@@ -110,11 +110,11 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
 
 
 def _flat(params: nnx.State) -> dict[str, Any]:
-    """Values by dotted path."""
+    """Return parameter values by dotted path."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(params)}
 
 
-# ---- in -------------------------------------------------------------------------------------------------------------
+# ---- loading --------------------------------------------------------------------------------------------------------
 
 
 def _open(path: Path):
@@ -125,7 +125,7 @@ def _open(path: Path):
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """File, shape and dtype of every tensor of a folder, from a single file or a sharded index (headers only)."""
+    """Return file, shape and dtype of every tensor in a folder, from a single file or a sharded index; reads headers only."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
         paths = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
@@ -144,10 +144,10 @@ def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
 
 
 def _match(folder: Path, stored: Mapping[str, tuple], shapes: nnx.State) -> dict[str, list[tuple[Path, str]]]:
-    """File and tensor names of every parameter, one a layer.
+    """Return file and tensor name of every parameter, one pair per layer.
 
     Raises:
-        ValueError: missing, extra or mis-shaped tensors, by name.
+        ValueError: missing, unexpected or mis-shaped tensors, by name.
     """
     stored = {name.replace("model.model.", "model."): (name, *rest) for name, rest in stored.items()}
     sources, faults = {}, []
@@ -168,7 +168,7 @@ def _match(folder: Path, stored: Mapping[str, tuple], shapes: nnx.State) -> dict
             if shape != want:
                 faults.append(f"{asked} has shape {shape}, expected {want}")
             sources[key].append((path, own_name))
-    faults += [f"unexpected {name}" for name, *_ in stored.values() if name != "lm_head.weight"]  # stored although tied
+    faults += [f"unexpected {name}" for name, *_ in stored.values() if name != "lm_head.weight"]  # stored though tied
     if faults:
         listed = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise ValueError(f"{folder}: the weights do not fit config.json: {listed}.")
@@ -176,20 +176,20 @@ def _match(folder: Path, stored: Mapping[str, tuple], shapes: nnx.State) -> dict
 
 
 def _copy(out: np.ndarray, tensor, index: tuple[slice, ...], transposed: bool) -> None:
-    """Copies the slice `index` of a stored tensor into `out`, transposed and cast on the way, by blocks of rows."""
+    """Copy the slice `index` of a stored tensor into `out` in blocks of rows, transposing and casting if needed."""
     if transposed:
         out, index = out.T, index[::-1]
     shape, (rows, *rest) = tensor.get_shape(), index
     start, stop, _ = rows.indices(shape[0])
     for i in range(start, stop, _ROWS):
         block = slice(i, min(i + _ROWS, stop))
-        folded = len(shape) > out.ndim  # the patch embedding, a convolution in the files
+        folded = len(shape) > out.ndim  # the patch embedding is a convolution in the files
         part = tensor[block].reshape(block.stop - i, -1)[:, *rest] if folded else tensor[(block, *rest)]
         out[i - start : block.stop - start] = part
 
 
 def _read(key: str, sources: list[tuple[Path, str]], leaf, index: tuple[slice, ...]) -> np.ndarray:
-    """The slice `index` of a parameter (`leaf`: its shape and dtype). The files are mapped for as long as this takes."""
+    """Return the slice `index` of a parameter (`leaf`: shape and dtype). Files are memory-mapped during the call only."""
     name, transposed = TENSORS[key]
     out = np.empty([len(range(n)[part]) for n, part in zip(leaf.shape, index, strict=True)], leaf.dtype)
     parts, within, sources = (out, index[1:], sources[index[0]]) if "{}" in name else (out[None], index, sources)
@@ -201,9 +201,9 @@ def _read(key: str, sources: list[tuple[Path, str]], leaf, index: tuple[slice, .
 
 
 def _place(read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    """A parameter on its devices. The host holds one shard at a time, read once however many devices keep it.
+    """Return a parameter on its devices. The host holds one shard at a time; replicated shards are read once.
 
-    (`jax.make_array_from_callback` would ask for every shard before it places the first.)
+    (`jax.make_array_from_callback` requests every shard before it places the first.)
     """
     if sharding is None:
         return jax.device_put(read((slice(None),) * len(shape)), may_alias=False).block_until_ready()
@@ -220,16 +220,16 @@ def _place(read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ..
 def load(
     folder: str | Path, *, param_dtype="float32", mesh: Mesh | None = None, progress: bool = False, **settings
 ) -> tuple[Model, nnx.State]:
-    """A model and its parameters from a folder in Hugging Face's form.
+    """Load a model and its parameters from a folder in Hugging Face's format.
 
     Args:
         param_dtype: storage dtype of the parameters; None: as in the files.
-        mesh: where they go (`sharding.make_mesh`), each device its slice; default whole, on the default device.
-        progress: show a bar on the terminal.
+        mesh: mesh over which the parameters are sharded (`distributed.mesh.make_mesh`); default: the default device.
+        progress: show a progress bar on the terminal.
         settings: fields of `Model`.
     Raises:
-        ValueError: no or another architecture's config, unreadable files, missing, extra or mis-shaped tensors (named),
-            a mesh that does not divide the model. All of it before the first weight is read.
+        ValueError: missing config, unsupported architecture, unreadable files, missing, unexpected or mis-shaped tensors (named),
+            or a mesh that does not divide the model. All checks run before the first weight is read.
     """
     folder = Path(folder)
     cfg = Qwen2VLConfig.from_folder(folder)
@@ -255,12 +255,12 @@ def load(
 
 
 def from_pretrained(path: str | Path, *, mesh: Mesh | None = None, dtype=None, progress: bool = True) -> Qwen2VL:
-    """Load the modules of a folder in Hugging Face's form, or of a hub id, which is downloaded.
+    """Load a model from a folder in Hugging Face's format or from a hub id, which is downloaded.
 
     Args:
-        mesh: devices to split the parameters over (`distributed.mesh.make_mesh`); default the default device.
-        dtype: storage dtype of the parameters; default as in the files.
-        progress: show a bar on the terminal.
+        mesh: mesh over which the parameters are sharded (`distributed.mesh.make_mesh`); default: the default device.
+        dtype: storage dtype of the parameters; default: as in the files.
+        progress: show a progress bar on the terminal.
     Raises:
         ValueError: no such model, or see `load`.
     """
@@ -268,18 +268,18 @@ def from_pretrained(path: str | Path, *, mesh: Mesh | None = None, dtype=None, p
     return model.bind(params)
 
 
-# ---- out ------------------------------------------------------------------------------------------------------------
+# ---- saving ---------------------------------------------------------------------------------------------------------
 
 
 def _gather(value: jax.Array, layer: int | None, transposed: bool, tensor: Tensor) -> np.ndarray:
-    """One tensor on the host, whole, whatever devices and processes hold its parts."""
+    """Return one tensor on the host, assembled from the shards of all devices and processes."""
     one = value if layer is None else value[layer]
     one = (one.T if transposed else one).astype(tensor.dtype)
     return np.asarray(one if one.is_fully_addressable else process_allgather(one, tiled=True)).reshape(tensor.shape)
 
 
 def to_tensors(model: Model, params: nnx.State, dtype=None) -> dict[str, Tensor]:
-    """Hugging Face tensors (newer names) of the parameters, cast to `dtype` if given; each is made when it is read."""
+    """Return the parameters as Hugging Face tensors (newer names), cast to `dtype` if given. Each is gathered when it is read."""
     tensors, vision = {}, model.cfg.vision
     for key, value in _flat(params).items():
         name, transposed = TENSORS[key]
@@ -294,7 +294,7 @@ def to_tensors(model: Model, params: nnx.State, dtype=None) -> dict[str, Tensor]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file, one tensor in memory at a time (safetensors' own writer wants all of them at once)."""
+    """Write a safetensors file with one tensor in memory at a time (safetensors' own writer needs all of them)."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     names = {dtype: name for name, dtype in _DTYPES.items()}
     for name, tensor in tensors.items():
@@ -318,21 +318,23 @@ def save(
     max_shard_size: int | str = "5GB",
     older_names: bool = True,
 ) -> None:
-    """Writes a folder that Hugging Face loads: config, safetensors (sharded with an index when large), and the tokenizer,
-    processor and generation settings. Weights of an earlier save in that folder are replaced, once the new are complete.
+    """Write a folder that Hugging Face loads: config, safetensors, tokenizer, processor and generation settings.
+
+    Large weights are sharded with an index. Weights of an earlier save in the folder are replaced only after all new files are
+    complete. All processes must call this function; process 0 writes.
 
     Args:
-        source: folder of those settings; default the one the model was loaded from.
-        dtype: of the stored tensors; default the parameters' own.
-        max_shard_size: most bytes of a weight file, a number or such as "5GB".
-        older_names: name tensors as the hub's files and transformers' own saves do (`model.layers.*`, `visual.*`), not as
-            its modules are named now.
+        source: folder of the tokenizer and processor files; default: the folder the model was loaded from.
+        dtype: dtype of the stored tensors; default: that of the parameters.
+        max_shard_size: maximum bytes per weight file, a number or a string such as "5GB".
+        older_names: use the tensor names of the hub's files (`model.layers.*`, `visual.*`), not those of transformers' current
+            modules.
     """
     folder, source = Path(folder), Path(source or model.cfg.folder or folder)
     tensors = to_tensors(model, params, dtype)
     if older_names:
         tensors = {older_name(name): tensor for name, tensor in tensors.items()}
-    if jax.process_index() > 0:  # the first process writes; the others hold parts of what it gathers
+    if jax.process_index() > 0:  # process 0 writes; the others take part in gathering
         for tensor in tensors.values():
             tensor.read()
         return
@@ -354,11 +356,11 @@ def save(
         index.write_text(json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, indent=2))
     else:
         index.unlink(missing_ok=True)
-    for path in folder.glob("model*.safetensors"):  # of an earlier save: a reader would take them for these
+    for path in folder.glob("model*.safetensors"):  # weights of an earlier save, which a reader would load
         if path.name not in plan.filename_to_tensors:
             path.unlink()
     hf = json.loads(model.cfg.hf) | {"dtype": next(iter(tensors.values())).dtype.name}
-    if "torch_dtype" in hf:  # its older name
+    if "torch_dtype" in hf:  # older name of dtype
         hf["torch_dtype"] = hf["dtype"]
     hf["architectures"] = [model.cfg.architecture]
     (folder / "config.json").write_text(json.dumps(hf, indent=2))

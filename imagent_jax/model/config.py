@@ -8,7 +8,7 @@ from typing import Any
 from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD, image_settings
 
 ARCHITECTURES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
-"""The families this implementation computes: `model_type` and architecture, as `config.json` names them."""
+"""Supported families: `model_type` and architecture as in `config.json`."""
 
 PUBLISHED = {
     ("qwen2_vl", 1536, 28): "Qwen2-VL-2B",
@@ -19,15 +19,16 @@ PUBLISHED = {
     ("qwen2_5_vl", 5120, 64): "Qwen2.5-VL-32B",
     ("qwen2_5_vl", 8192, 80): "Qwen2.5-VL-72B",
 }
-"""Published sizes by family, width and layers of the decoder."""
+"""Published sizes by family, decoder width and number of decoder layers."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: patches of `patch_size` pixels, `depth` blocks of width `embed_dim`, merged 2x2 into `hidden_size`.
+    """The vision tower: patches of `patch_size` pixels, `depth` blocks of width `embed_dim`, 2x2 merge into `hidden_size`.
 
-    Qwen2-VL: LayerNorm, a quick-GELU MLP, every block sees the whole image. Qwen2.5-VL (`gated`): RMSNorm, a SwiGLU MLP
-    with biases; a block sees its window of `window_size` pixels only, those in `full_attention_blocks` the whole image.
+    Qwen2-VL: LayerNorm, a quick-GELU MLP, and full attention over an image in every block. Qwen2.5-VL (`gated`): RMSNorm and a
+    SwiGLU MLP with biases; attention covers the whole image in `full_attention_blocks`, and windows of `window_size` pixels in
+    the other blocks.
     """
 
     depth: int
@@ -57,17 +58,17 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """C: values in one flattened patch (channels x frames x height x width)."""
+        """C: values of one flattened patch (channels x frames x height x width)."""
         return self.temporal_patch_size * self.patch_bytes
 
     @property
     def merge_unit(self) -> int:
-        """Patches merged into one language-model token."""
+        """Patches merged into one decoder token."""
         return self.spatial_merge_size**2
 
     @property
     def window_side(self) -> int:
-        """Patches along a window's side, a multiple of `spatial_merge_size`; 0 where no block attends by windows."""
+        """Patches along a window's side, a multiple of `spatial_merge_size`; 0 without windowed attention."""
         return self.window_size // self.patch_size // self.spatial_merge_size * self.spatial_merge_size
 
 
@@ -93,7 +94,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Qwen2VLConfig:
-    """Text and vision configuration, the ids of the vision markers, and the `config.json` (`hf`) and folder they came from."""
+    """Configuration of the decoder and the vision tower, and the token ids of the vision markers.
+
+    Attributes:
+        hf: the `config.json` as read.
+        folder: the folder it was read from.
+    """
 
     text: TextConfig
     vision: VisionConfig
@@ -106,23 +112,23 @@ class Qwen2VLConfig:
 
     @property
     def architecture(self) -> str:
-        """The class of transformers that computes this model."""
+        """Name of the model's class in transformers."""
         return ARCHITECTURES[self.model_type]
 
     @property
     def name(self) -> str:
-        """The published size, such as "Qwen2.5-VL-7B", or the family with "of another size"."""
+        """Name of the published size, such as "Qwen2.5-VL-7B"; for other sizes, the family with "of another size"."""
         size = PUBLISHED.get((self.model_type, self.text.hidden_size, self.text.num_layers))
         return size or {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}[self.model_type] + " of another size"
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "Qwen2VLConfig":
-        """From the dictionary of a `config.json`, in the hub's older flat form or the newer one with `text_config`.
+        """Return the configuration of a parsed `config.json`, in the hub's older flat form or the newer form with `text_config`.
 
-        What a file leaves out of its `vision_config` has the default of transformers, as the hub's large sizes rely on.
+        Keys missing in `vision_config` take the defaults of transformers, on which the hub's large sizes rely.
 
         Raises:
-            ValueError: another architecture, or a setting this implementation does not honour (named in the sentence).
+            ValueError: another architecture, or an unsupported setting (named in the message).
         """
         family = hf.get("model_type")
         names = hf.get("architectures") or [ARCHITECTURES.get(family)]
@@ -174,10 +180,10 @@ class Qwen2VLConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Qwen2VLConfig":
-        """From a folder that holds `config.json`; the normalisation of images is that of its image settings, where it has any.
+        """Return the configuration of a folder with a `config.json`. Image mean and std come from its image settings, if any.
 
         Raises:
-            ValueError: no such file, one that cannot be read, or see `from_hf`.
+            ValueError: the file is missing or unreadable, or see `from_hf`.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
@@ -194,10 +200,12 @@ class Qwen2VLConfig:
 
 
 def _vision(hf: dict[str, Any], gated: bool) -> VisionConfig:
-    """The `vision_config` of either family; `hidden_size` means the decoder's width in Qwen2-VL, the tower's in Qwen2.5-VL.
+    """Return the vision configuration of either family.
+
+    `hidden_size` is the decoder's width in Qwen2-VL's file and the tower's width in Qwen2.5-VL's file.
 
     Raises:
-        ValueError: windows that hold no merged patch.
+        ValueError: a window is smaller than a merge unit.
     """
     width = hf.get("hidden_size", 3584)
     if gated:

@@ -1,4 +1,4 @@
-"""Encoded images of one rollout, kept by content: showing an image again costs no vision compute."""
+"""Features of the images of one rollout, cached by image content: an image shown again is not encoded again."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,12 @@ from imagent_jax.model.qwen2_vl import Model, encode_images
 
 @partial(jax.jit, static_argnums=0, static_argnames=("lanes", "rows"), donate_argnums=2)
 def _encode_into(model: Model, params: nnx.State, buffer, row, patches, coords, image, lanes=1, rows=0):
-    """Writes a pack's features at `row` of `buffer`: `rows` (0: all) of each of its `lanes`, which lie one after another."""
+    """Encode a pack and write its features at `row` of `buffer`, lane by lane.
+
+    Args:
+        lanes: number of equal parts of the pack and of the buffer, stored one after another.
+        rows: rows to write per lane; 0: all.
+    """
     features = encode_images(model, params, patches, coords, image)
     features = features.reshape(lanes, -1, features.shape[-1])[:, : rows or None]
     by_lane = jax.lax.dynamic_update_slice(buffer.reshape(lanes, -1, buffer.shape[-1]), features, (0, row, 0))
@@ -26,7 +31,7 @@ def _encode_into(model: Model, params: nnx.State, buffer, row, patches, coords, 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _pull_back(model: Model, trained, params: nnx.State, patches, coords, image, cotangent):
-    """Gradient of the tower's `trained` parameters (a filter), given the gradient of one pack's features."""
+    """Return the gradient of the tower's `trained` parameters (an nnx filter), given the gradient of one pack's features."""
     vision, frozen = nnx.split_state(params["vision"], trained, ...)
 
     def encode(vision):
@@ -38,31 +43,33 @@ def _pull_back(model: Model, trained, params: nnx.State, patches, coords, image,
 
 @partial(jax.jit, static_argnames=("lanes", "rows", "size"))
 def _rows_of(features, row, lanes, rows, size):
-    """What `_encode_into` wrote at `row`, as the features of a pack: `size` rows a lane, filled up with zeros."""
+    """Return what `_encode_into` wrote at `row`, zero-padded to the shape of a pack's features (`size` rows per lane)."""
     part = jax.lax.dynamic_slice_in_dim(features.reshape(lanes, -1, features.shape[-1]), row, rows, axis=1)
     return jnp.pad(part, ((0, 0), (0, size - rows), (0, 0))).reshape(lanes * size, -1)
 
 
 COUNTS = ("encoded", "shown", "patches", "packed")
-"""What a `FeatureStore` counts."""
+"""Names of the counters of a `FeatureStore`."""
 
 
 class EncodedPacks:
-    """Packs of images whose features can be had again under other parameters, and differentiated, with the same row numbers.
+    """Packs of images that can be encoded again with other parameters, and differentiated, with unchanged feature rows.
 
     Args:
-        lanes: a pack has as many parts of `pack` patches (filled up to equal lengths), and so has `features`, one after another.
+        features: Float[Array, "F D"].
+        pack: patches per lane of a pack.
+        lanes: number of equal parts of each pack and of `features`, stored one after another.
     """
 
     def __init__(self, model: Model, features: jax.Array, pack: int, lanes: int = 1):
         self.model, self.features, self.pack, self.lanes = model, features, pack, lanes
-        self.packs: list[tuple] = []  # patches, coordinates, image numbers
+        self.packs: list[tuple] = []  # patches, coordinates, image ids
 
     def _rows(self, patches: int) -> int:
         return patches // self.model.cfg.vision.merge_unit
 
     def _again(self) -> Iterator[tuple[int, int, int, tuple]]:
-        """Of every pack in a lane: its first row, how many rows are used, how many there are; and its arrays."""
+        """Yield for every pack: its first row in a lane, used rows, total rows, and its arrays."""
         row = 0
         for pack in self.packs:
             size = self._rows(len(pack[0])) // self.lanes
@@ -71,17 +78,18 @@ class EncodedPacks:
             row += rows
 
     def encode_again(self, params: nnx.State) -> jax.Array:
-        """The features of every pack under other parameters, same rows."""
+        """Return the features of every pack under other parameters, in the same rows."""
         features = jnp.zeros_like(self.features)
         for row, rows, size, pack in self._again():
             features = _encode_into(self.model, params, features, row, *pack, lanes=self.lanes, rows=rows % size)
         return features
 
     def gradient(self, params: nnx.State, cotangent: jax.Array, trained=...) -> nnx.State:
-        """Gradient of the tower's parameters, given that of the features ([F D]); each image once.
+        """Return the gradient of the vision tower's parameters. Every image is differentiated once.
 
         Args:
-            trained: an nnx filter, which of the parameters.
+            cotangent: gradient of the features, [F D].
+            trained: nnx filter that selects the parameters.
         """
         total = jax.tree.map(jnp.zeros_like, nnx.split_state(params["vision"], trained, ...)[0])
         for row, rows, size, pack in self._again():
@@ -91,24 +99,25 @@ class EncodedPacks:
 
 
 class FeatureStore(EncodedPacks):
-    """Feature rows of every distinct image shown during a rollout, on the device.
+    """Features of all distinct images shown during a rollout, on the device.
 
-    Images are packed into blocks of `model.vision_block` patches, first fit with the largest first, and blocks into packs of
-    `pack_blocks`, one compiled shape. There is room for `packs` packs at first. The rows of the packs follow each other.
+    Images are packed, largest first, into the first block of `model.vision_block` patches with room. `pack_blocks` blocks form a
+    pack, the unit of encoding with one compiled shape. The rows of successive packs follow each other.
 
     Args:
-        frozen: no gradient will be asked for. Then what does not fill a pack (seven eighths of it) goes into packs of a quarter
-            of its blocks, and of one.
+        packs: initial capacity in packs.
+        frozen: the vision tower is not trained. Remaining blocks that fill less than 7/8 of a pack then go into smaller packs, of
+            a quarter of `pack_blocks` and of one block.
 
     Attributes:
-        features: Float[Array, "F D"], F grows by doubling.
-        encoded: distinct images encoded so far; shown: images asked for so far; patches, packed: patches of images, and
-            places for patches, encoded so far (also metrics).
+        features: Float[Array, "F D"]; F doubles when the rows are exhausted.
+        encoded: distinct images encoded; shown: images requested; patches: patches of encoded images; packed: patch slots of
+            encoded packs, padding included. All four are also metrics.
     """
 
     def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4, frozen: bool = False):
         size, width = pack_blocks * model.vision_block, model.cfg.text.hidden_size
-        place = jax.tree.leaves(params)[0].sharding  # where `_encode_into` leaves them: one type, compiled for once
+        place = jax.tree.leaves(params)[0].sharding  # the sharding `_encode_into` returns, so that it compiles once
         whole = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else None
         features = jnp.zeros((packs * size // model.cfg.vision.merge_unit, width), model.dtype, device=whole)
         super().__init__(model, features, size)
@@ -118,27 +127,27 @@ class FeatureStore(EncodedPacks):
         self._first: dict[tuple, int] = {}
 
     def compile(self) -> None:
-        """Compiles every shape; nothing is in the store yet."""
+        """Compile every pack shape. Call it on an empty store."""
         for size in self.sizes:
             self.features = _encode_into(self.model, self.params, self.features, 0, *self.blank(size))
 
     def blank(self, blocks: int) -> tuple[np.ndarray, ...]:
-        """A pack without images."""
+        """Return a pack without images."""
         none = PreparedImage(np.zeros((0, self.model.cfg.vision.patch_bytes), np.uint8), (0, 0), (0, 0))
         return pack_images([none], self.model.vision_block, blocks)[:-1]
 
     def add(self, images: Sequence[PreparedImage]) -> list[int]:
-        """Encodes what is new among `images`; returns the first feature row of each.
+        """Encode the images that are not yet stored; return the first feature row of each image.
 
         Raises:
-            ValueError: an image has more patches than a block holds.
+            ValueError: an image has more patches than a block.
         """
         block = self.model.vision_block
         keys = [(image.grid, hashlib.blake2b(image.patches.tobytes(), digest_size=16).digest()) for image in images]
         fresh = {key: image for key, image in zip(keys, images, strict=True) if key not in self._first}
         self.shown, self.encoded = self.shown + len(images), self.encoded + len(fresh)
         blocks, room = [], []
-        for key, image in sorted(fresh.items(), key=lambda item: -len(item[1].patches)):  # equal sizes keep their order
+        for key, image in sorted(fresh.items(), key=lambda item: -len(item[1].patches)):  # stable for equal sizes
             count = len(image.patches)
             if count > block:
                 raise ValueError(
@@ -157,7 +166,7 @@ class FeatureStore(EncodedPacks):
         return [self._first[key] for key in keys]
 
     def _encode(self, pairs: Sequence[tuple], size: int) -> None:
-        """A pack of `size` blocks."""
+        """Encode a pack of `size` blocks."""
         cfg, images = self.model.cfg.vision, [image for _, image in pairs]
         *pack, first = pack_images(images, self.model.vision_block, size, cfg.spatial_merge_size)
         row, end = self._rows(self.packed), self._rows(self.packed + len(pack[0]))

@@ -11,8 +11,16 @@ from imagent_jax.model.processor import Processor
 
 
 class Encoded(NamedTuple):
-    """Text and images as the policy sees them: `image_index` is the ordinal, within `images`, of the image a
-    placeholder belongs to (-1: text), `image_offset` its feature row within that image."""
+    """Encoded text and images.
+
+    Attributes:
+        ids: token ids, int32 [S].
+        positions: M-RoPE positions, int32 [3 S].
+        next_position: position after the last token.
+        image_index: index into `images` of each placeholder's image, -1 for text, int32 [S].
+        image_offset: feature row within that image, int32 [S].
+        images: prepared images, in order.
+    """
 
     ids: np.ndarray  # int32 [S]
     positions: np.ndarray  # int32 [3 S]
@@ -22,7 +30,11 @@ class Encoded(NamedTuple):
     images: list[PreparedImage]
 
     def vision(self, first_rows: Sequence[int]) -> np.ndarray:
-        """Feature row of every token (-1: text), given the first row of each image. int32 [S]."""
+        """Return the feature row of every token (-1: text), int32 [S].
+
+        Args:
+            first_rows: first feature row of each image.
+        """
         if not self.images:
             return np.full(len(self.ids), -1, np.int32)
         first = np.asarray(first_rows, np.int32)[np.maximum(self.image_index, 0)]
@@ -30,10 +42,10 @@ class Encoded(NamedTuple):
 
 
 def encode_parts(parts: Sequence[str | PreparedImage], processor: Processor, start: int = 0) -> Encoded:
-    """Token ids, M-RoPE positions from `start` on, and image placement of interleaved text and images.
+    """Encode interleaved text and images as token ids, M-RoPE positions from `start` on, and image placement.
 
     Raises:
-        ValueError: placeholders and features do not match (promise 5).
+        ValueError: image placeholders and features do not match (promise 5).
     """
     ids: list[int] = []
     images = [part for part in parts if not isinstance(part, str)]
@@ -52,7 +64,12 @@ def encode_parts(parts: Sequence[str | PreparedImage], processor: Processor, sta
 
 
 def pad_prompts(prompts: Sequence[Encoded], vision: Sequence[np.ndarray], width: int):
-    """Right-padded ids [N P], positions [3 N P] and feature rows [N P] (-1) of the prompts."""
+    """Return right-padded token ids [N P], positions [3 N P] and feature rows [N P] (padding: -1) of prompts.
+
+    Args:
+        vision: feature row of every token, by prompt.
+        width: P.
+    """
     n = len(prompts)
     ids, positions, rows = np.zeros((n, width), np.int32), np.zeros((3, n, width), np.int32), np.full((n, width), -1)
     for k, (prompt, index) in enumerate(zip(prompts, vision, strict=True)):

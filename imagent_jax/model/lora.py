@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on the decoder's matrices and the vision merger's, in PEFT's files.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of the decoder's matrices and the vision merger, in PEFT's file format.
 
-A matrix `q` [L in out] is adapted by two parameters beside it, `q_lora_a` [L in r] and `q_lora_b` [L r out], of type
-`nnx.LoRAParam` and in float32 whatever the base is stored in; `params.linear` adds their path to the product. So an adapted
-`(model, params)` goes wherever a plain one does, and `nnx.split_state(params, nnx.LoRAParam, ...)` parts adapters from base.
+A matrix `q` [L in out] is adapted by two parameters of the same module, `q_lora_a` [L in r] and `q_lora_b` [L r out], of type
+`nnx.LoRAParam` and dtype float32 regardless of the base's dtype. `params.linear` adds their product. An adapted
+`(model, params)` is used like a plain one; `nnx.split_state(params, nnx.LoRAParam, ...)` separates adapters from the base.
 """
 
 import functools
@@ -22,15 +22,19 @@ from imagent_jax.model.checkpoint import TENSORS, older_name
 from imagent_jax.model.qwen2_vl import Model
 
 TARGETS = {f"{name}_proj": f"text.layers.{name}" for name in (*"qkvo", "gate", "up", "down")}
-"""What can be adapted in every decoder layer: the name of Hugging Face's module, and our parameter."""
+"""Adaptable matrices of every decoder layer: name of Hugging Face's module -> path of our parameter."""
 MERGER = {f"merger.mlp.{2 * i}": f"vision.merge_fc{i + 1}" for i in (0, 1)}
-"""The same in the vision merger, all of it or nothing."""
-PREFIX = "base_model.model."  # of every tensor name in PEFT's files
+"""Adaptable matrices of the vision merger, adapted all or none: name of Hugging Face's module -> path of our parameter."""
+PREFIX = "base_model.model."  # prefix of every tensor name in PEFT's files
 _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out")
 
 
 def check_targets(targets: Sequence[str], merger: bool = False) -> None:
-    """Raises ValueError where a target does not exist (the valid names are given), or where there is none at all."""
+    """Check the names of the matrices to adapt.
+
+    Raises:
+        ValueError: an unknown target (the message lists the valid names), or nothing to adapt.
+    """
     if wrong := [name for name in targets if name not in TARGETS]:
         raise ValueError(f"there is no target {wrong[0]!r}; choose from {', '.join(TARGETS)}.")
     if not targets and not merger:
@@ -40,12 +44,13 @@ def check_targets(targets: Sequence[str], merger: bool = False) -> None:
 def attach(
     model: Model, params: nnx.State, *, rank: int, alpha: float, targets: Sequence[str], merger: bool = False, seed: int = 0
 ) -> tuple[Model, nnx.State]:
-    """The model with fresh adapters, which change nothing yet: A is uniform in ±1/sqrt(in), as in PEFT, and B is zero.
+    """Return the model with new adapters. A is uniform in ±1/sqrt(in), as in PEFT, and B is zero, so outputs do not change.
 
     Args:
         rank, alpha: the product A B is scaled by alpha / rank.
         targets: names in `TARGETS`.
         merger: adapt the vision merger too.
+        seed: seed of A.
     Raises:
         ValueError: see `check_targets`.
     """
@@ -59,7 +64,7 @@ def attach(
 
 
 def merge(model: Model, params: nnx.State) -> tuple[Model, nnx.State]:
-    """The plain model whose matrices are base + scale A B, in the base's dtype; a model without adapters as it is."""
+    """Return the plain model with matrices base + scale A B in the base's dtype. A model without adapters is unchanged."""
     root = model.bind(params)
     for key, a, b in _adapters(root):
         owner, name = _place(root, key)
@@ -77,10 +82,10 @@ def _merged(base, a, b, scale):
 
 
 def save(folder: str | Path, model: Model, params: nnx.State, base: str = "") -> None:
-    """Writes the adapters alone, as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+    """Write the adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        base: what the adapters belong to (a folder or a hub id), noted in the config.
+        base: base model of the adapters (a folder or a hub id), recorded in the config.
     """
     folder, tensors, names = Path(folder), {}, []
     for key, a, b in _adapters(model.bind(params)):
@@ -105,11 +110,11 @@ def save(folder: str | Path, model: Model, params: nnx.State, base: str = "") ->
 
 
 def load(folder: str | Path, model: Model, params: nnx.State) -> tuple[Model, nnx.State]:
-    """The model with the adapters of a folder in PEFT's form; older tensor names are understood too.
+    """Return the model with the adapters of a folder in PEFT's format. Older tensor names are supported.
 
     Raises:
-        ValueError: no such folder or file, a variant of LoRA that is not plain, or tensors that are missing, of another
-            shape, or of modules that `TARGETS` and `MERGER` do not name.
+        ValueError: missing folder or file, a LoRA variant other than plain LoRA, or tensors that are missing, mis-shaped, or of
+            modules not in `TARGETS` and `MERGER`.
     """
     folder = Path(folder).expanduser()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -149,7 +154,7 @@ def load(folder: str | Path, model: Model, params: nnx.State) -> tuple[Model, nn
 
 
 def _place(root: nnx.Module, key: str) -> tuple[nnx.Module, str]:
-    """The module that owns a parameter, and the attribute."""
+    """Return the module that owns a parameter, and the attribute's name."""
     *path, name = key.split(".")
     return functools.reduce(getattr, path, root), name
 
@@ -166,7 +171,7 @@ def _put(root: nnx.Module, key: str, a, b, scale: float) -> None:
 
 
 def _adapters(root: nnx.Module) -> Iterator[tuple[str, nnx.LoRAParam, nnx.LoRAParam]]:
-    """Path of every adapted matrix, its A and its B."""
+    """Yield the path of every adapted matrix, its A and its B."""
     for key in (TARGETS | MERGER).values():
         owner, name = _place(root, key)
         if hasattr(owner, f"{name}_lora_a"):
@@ -183,12 +188,12 @@ def _split(model: Model, root: nnx.Module) -> tuple[Model, nnx.State]:
 
 
 def _module(key: str) -> str:
-    """Hugging Face's name of the module of a matrix ({} is the layer)."""
+    """Return Hugging Face's module name of a matrix ({}: layer index)."""
     return TENSORS[key][0].removesuffix(".weight")
 
 
 def _pattern(names: Sequence[str]) -> str:
-    """PEFT's `target_modules` as an expression: names alone would also match towers that call their own matrices so."""
+    """Return PEFT's `target_modules` as a regular expression; plain names would also match the tower's matrices."""
     layers = "|".join(name for name in names if name in TARGETS)
     parts = [rf".*\.layers\.\d+\.\w+\.({layers})"] if layers else []
     return "|".join(parts + [rf".*\.{re.escape(name)}" for name in names if name in MERGER])

@@ -1,4 +1,4 @@
-"""One declaration per parameter: shape, dtype, logical axes (see `sharding`) and initialiser."""
+"""Parameter declarations: shape, dtype, logical axes (see `sharding`) and initialiser in one place."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,19 +12,19 @@ from imagent_jax.model.sharding import LOGICAL_TO_MESH
 
 
 class Maker:
-    """Declares parameters: `make(shape, axes)` gives an `nnx.Param` that knows its logical axes.
+    """Declares parameters: `make(shape, axes)` returns an `nnx.Param` with its logical axes as metadata.
 
     Args:
-        rngs: source of keys for the initialisers.
+        rngs: random keys of the initialisers.
         dtype: storage dtype of every parameter.
-        layers: leading axis of stacked layers, or None for a single one.
+        layers: number of stacked layers (a leading axis), or None for a single layer.
     """
 
     def __init__(self, rngs: nnx.Rngs, dtype, layers: int | None = None):
         self.rngs, self.dtype, self.layers = rngs, dtype, layers
 
     def __call__(self, shape: Sequence[int], axes: Sequence[str], init: Callable | None = None) -> nnx.Param:
-        """A parameter of `shape`; by default normal with deviation 1/sqrt(inputs), where axis -2 counts inputs."""
+        """Return a parameter of `shape`. The default initialiser is normal with standard deviation shape[-2] ** -0.5."""
         init = init or nnx.initializers.normal(shape[-2] ** -0.5)
         if self.layers is not None:
             shape, axes = (self.layers, *shape), ("layers", *axes)
@@ -38,8 +38,10 @@ class Maker:
 
 
 def weights(module: nnx.Module, dtype) -> dict[str, jax.Array | tuple[jax.Array, ...]]:
-    """The module's own parameters by attribute name, times their `scale` if they have one, cast to the compute dtype. Those of
-    layers are stacked, or a tuple (`sharding.rollout_params`)."""
+    """Return the module's own parameters by attribute name, cast to the compute dtype and multiplied by their `scale`, if any.
+
+    Values of layers are stacked arrays, or tuples of arrays (`sharding.rollout_params`).
+    """
 
     def cast(param: nnx.Param):
         scale = param.get_metadata().get("scale")
@@ -49,13 +51,15 @@ def weights(module: nnx.Module, dtype) -> dict[str, jax.Array | tuple[jax.Array,
 
 
 def layer_of(w: dict[str, jax.Array | tuple[jax.Array, ...]], index: int) -> dict[str, jax.Array]:
-    """One layer of `weights`."""
+    """Return one layer of `weights`."""
     return {name: x[index] for name, x in w.items()}
 
 
 def gathered(module: nnx.Module, w: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """One layer of the module's `weights` as the layer uses them: whole over the mesh's `fsdp`, so that weights travel, not
-    activations. The gradient is summed over the devices of groups before it is split again."""
+    """Return one layer of `weights` replicated over `fsdp`: weights are communicated, not activations.
+
+    The gradient is summed over the data-parallel devices before it is sharded again.
+    """
 
     def axes(name):
         return (None if LOGICAL_TO_MESH[a] == "fsdp" else LOGICAL_TO_MESH[a] for a in places[name] if a != "layers")
@@ -65,14 +69,14 @@ def gathered(module: nnx.Module, w: dict[str, jax.Array]) -> dict[str, jax.Array
 
 
 def pad_to(x: Array, axis: int, multiple: int, value=0) -> Array:
-    """`x` with `axis` filled up to a multiple."""
+    """Pad `axis` of `x` at its end to a multiple of `multiple`, with `value`."""
     width = [(0, 0)] * x.ndim
     width[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, width, constant_values=value)
 
 
 def linear(w: dict[str, jax.Array], name: str, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
-    """`x @ w[name]`, plus the low-rank path of its adapter where there is one (`model.lora`)."""
+    """Return `x @ w[name]`, plus the adapter's low-rank product if there is one (`model.lora`)."""
     y = x @ w[name]
     if f"{name}_lora_a" in w:
         y = y + (x @ w[f"{name}_lora_a"]) @ w[f"{name}_lora_b"]

@@ -1,4 +1,4 @@
-"""M-RoPE positions of interleaved text and images, on the host."""
+"""M-RoPE positions of interleaved text and images, computed on the host."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,16 @@ import numpy as np
 def mrope_positions(
     ids: np.ndarray, image_token_id: int, grids: Sequence[tuple[int, int]], merge: int = 2, start: int = 0
 ) -> tuple[np.ndarray, int]:
-    """(t, h, w) positions, int32[3, S], counted from `start`, and the position after the last token.
+    """Return (t, h, w) positions, int32 [3, S], counted from `start`, and the position after the last token.
 
-    Text counts up by one in all three; an image shares one t and spreads h and w over its merged grid; what follows
-    continues after the largest. Equals transformers' `Qwen2VLModel.get_rope_index` for images.
+    Text increments all three components by one per token. An image has one t, and h and w run over its merged grid. The next
+    text starts after the largest position of the image. Equals transformers' `Qwen2VLModel.get_rope_index` for images.
 
+    Args:
+        grids: (h, w) of each image in patches.
+        merge: patches along a side of a merge unit.
     Raises:
-        ValueError: the placeholders in `ids` are not exactly those of `grids`, in order.
+        ValueError: the placeholders in `ids` do not match `grids`.
     """
     ids = np.asarray(ids)
     places = np.flatnonzero(ids == image_token_id)

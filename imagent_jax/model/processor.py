@@ -1,4 +1,4 @@
-"""Tokenizer and image settings of a checkpoint, read from its Hugging Face files, without torch."""
+"""Tokenizer and image settings of a checkpoint, read from its Hugging Face files without torch."""
 
 from pathlib import Path
 
@@ -15,14 +15,18 @@ _FIXED = {
 
 
 class Processor:
-    """Text to ids and images to patches as transformers' own processor of the checkpoint does, but that patches stay bytes
-    (`vision.normalise`)."""
+    """Converts text to token ids and images to patches.
+
+    Equals transformers' processor of the checkpoint, except that patches stay uint8; `vision.normalise` normalises them later.
+    """
 
     def __init__(self, tokenizer, settings: dict):
-        """Args: `settings` is the content of a `preprocessor_config.json`.
+        """Check the image settings and look up the vision markers.
 
+        Args:
+            settings: content of a `preprocessor_config.json`.
         Raises:
-            ValueError: an image setting this implementation does not honour, or a tokenizer without Qwen's markers.
+            ValueError: an unsupported image setting, or a tokenizer without Qwen's vision markers.
         """
         self.tokenizer = tokenizer
         for name, honoured in _FIXED.items():
@@ -46,11 +50,11 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Processor":
-        """From a folder with tokenizer files and `preprocessor_config.json` (or the newer `processor_config.json`).
+        """Return the processor of a folder with tokenizer files and `preprocessor_config.json` (or `processor_config.json`).
 
         Raises:
-            ValueError: one of them is missing or cannot be read (named), the tokenizer does not belong to the folder's
-                config.json (where there is one), or see `__init__`.
+            ValueError: a file is missing or unreadable (named), the tokenizer does not match the folder's config.json (if it
+                exists), or see `__init__`.
         """
         folder = Path(folder)
         settings = image_settings(folder)
@@ -81,25 +85,25 @@ class Processor:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; markers in the text become their ids, nothing is added."""
+        """Return token ids. Markers in the text become single tokens; no special tokens are added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids) -> str:
-        """Text of token ids, markers included, nothing cleaned up."""
+        """Return the text of token ids, markers included, without cleanup of spaces."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def prepare(self, image: Image.Image, min_pixels: int | None = None, max_pixels: int | None = None) -> PreparedImage:
-        """An image within a pixel budget (default: the checkpoint's own)."""
+        """Resize an image to a pixel budget (default: the checkpoint's) and cut it into patches."""
         return prepare_image(
             image, min_pixels=min_pixels or self.min_pixels, max_pixels=max_pixels or self.max_pixels,
             patch_size=self.patch_size, merge_size=self.merge_size,
         )  # fmt: skip
 
     def prepare_to(self, image: Image.Image, size: tuple[int, int]) -> PreparedImage:
-        """An image of a given (height, width)."""
+        """Resize an image to a given (height, width) and cut it into patches."""
         return prepare_to(image, size, patch_size=self.patch_size, merge_size=self.merge_size)
 
     def image_ids(self, grid: tuple[int, int]) -> list[int]:
-        """Vision start, one placeholder for each merged patch, vision end."""
+        """Return the token ids of an image: vision start, one placeholder per merge unit, vision end."""
         count = grid[0] * grid[1] // self.merge_size**2
         return [self.vision_start_id, *[self.image_token_id] * count, self.vision_end_id]

@@ -1,4 +1,4 @@
-"""The published sizes of both families, so that a model's shapes are known without its files and without a network."""
+"""Published model sizes of both families: shapes are known without checkpoint files and without a network."""
 
 from imagent_jax.model.config import Qwen2VLConfig
 
@@ -14,7 +14,7 @@ _TOWER_LARGE = {
     "spatial_patch_size": 14,
     "tokens_per_second": 2,
 }
-SIZES = {  # width, MLP, layers, query heads, key heads, vocabulary, tied, tower
+SIZES = {  # width, MLP width, layers, query heads, key heads, vocabulary, tied embeddings, tower
     "Qwen2-VL-2B": (1536, 8960, 28, 12, 2, 151936, True, _TOWER_2),
     "Qwen2-VL-7B": (3584, 18944, 28, 28, 4, 152064, False, _TOWER_2),
     "Qwen2-VL-72B": (8192, 29568, 80, 64, 8, 152064, False, _TOWER_2),
@@ -23,12 +23,11 @@ SIZES = {  # width, MLP, layers, query heads, key heads, vocabulary, tied, tower
     "Qwen2.5-VL-32B": (5120, 27648, 64, 40, 8, 152064, False, _TOWER_LARGE),
     "Qwen2.5-VL-72B": (8192, 29568, 80, 64, 8, 152064, False, _TOWER_LARGE),
 }
-"""By name, from the `config.json` of each on the hub; tests hold them to transformers' shapes and parameter counts."""
+"""Sizes by name, from the `config.json` files on the hub. Tests compare them with transformers' shapes and parameter counts."""
 
 
 def hub_config(name: str) -> dict:
-    """The `config.json` of a size in the hub's flat form; the large sizes leave out what has the default of
-    transformers."""
+    """Return the `config.json` of a size in the hub's flat form. Large sizes omit keys that equal transformers' defaults."""
     width, mlp, layers, heads, kv_heads, vocab, tied, tower = SIZES[name]
     newer = "2.5" in name
     return {
@@ -44,10 +43,10 @@ def hub_config(name: str) -> dict:
 
 
 def published_config(path: str) -> Qwen2VLConfig:
-    """Of a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct".
+    """Return the configuration of a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct".
 
     Raises:
-        ValueError: it is none of `SIZES`.
+        ValueError: the id is not in `SIZES`.
     """
     name = path.rpartition("/")[2].removesuffix("-Instruct")
     if name not in SIZES:

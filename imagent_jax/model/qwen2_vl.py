@@ -1,6 +1,6 @@
 """Qwen2-VL: vision tower and decoder as one model, and the pure functions that training and sampling call.
 
-A model is split once into `(graphdef, params)`; every function below takes both and is safe under `jax.jit`.
+A model is split once into a static `Model` and its parameters. Every function below takes both and works under `jax.jit`.
 """
 
 from functools import partial
@@ -19,9 +19,10 @@ from imagent_jax.model.vision import VisionTower
 
 
 class Qwen2VL(nnx.Module):
-    """The modules and their parameters: random at first, or a checkpoint's.
+    """Modules of a model with their parameters, randomly initialised or from a checkpoint.
 
-    `model, params = checkpoint.from_pretrained("Qwen/Qwen2-VL-7B-Instruct", mesh=mesh).split(remat="full")`
+    Example:
+        model, params = checkpoint.from_pretrained("Qwen/Qwen2-VL-7B-Instruct", mesh=mesh).split(remat="full")
     """
 
     def __init__(self, cfg: Qwen2VLConfig, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -30,13 +31,17 @@ class Qwen2VL(nnx.Module):
         self.text = Decoder(cfg.text, rngs, dtype)
 
     def split(self, **settings) -> "tuple[Model, nnx.State]":
-        """What the functions below take. `settings` are fields of `Model`; by default it computes in the parameters' dtype."""
+        """Return the static `Model` and the parameters that the functions below take.
+
+        Args:
+            settings: fields of `Model`; the compute dtype defaults to the parameters' dtype.
+        """
         graphdef, params = nnx.split(self)
         return Model(graphdef, self.cfg, **{"dtype": self.text.embed[...].dtype.name} | settings), params
 
 
 class Model(NamedTuple):
-    """What stays fixed while parameters change: the definition and how to compute (hashable, a static argument)."""
+    """Static part of a model: module definition and compute settings (hashable, a static argument of `jax.jit`)."""
 
     graphdef: nnx.GraphDef
     cfg: Qwen2VLConfig
@@ -57,7 +62,7 @@ def encode_images(
     coords: Int[Array, "M 2"],
     image: Int[Array, " M"],
 ) -> Float[Array, "F D"]:
-    """Features of a pack of images (F = M / 4); see `VisionTower`."""
+    """Return the features of a pack of images (F = M / 4); see `VisionTower`."""
     with jax.named_scope("vision"):
         return model.bind(params).vision(
             patches, coords, image, block=model.vision_block, dtype=model.dtype, remat=model.remat != "none",
@@ -68,7 +73,7 @@ def encode_images(
 def embed(
     model: Model, params: nnx.State, ids: Int[Array, "*b S"], vision: Int[Array, "*b S"], features: Float[Array, "F D"]
 ) -> Float[Array, "*b S D"]:
-    """Token embeddings, with feature row `vision[...]` in place of every image placeholder (-1: text)."""
+    """Return token embeddings, with feature row `vision[...]` in place of every image placeholder (-1: text)."""
     table = constrain(jnp.asarray(model.bind(params).text.embed[...], model.dtype), "tensor")
     shown = features.astype(table.dtype)[jnp.maximum(vision, 0)]
     return jnp.where((vision >= 0)[..., None], shown, table[ids])
@@ -83,7 +88,7 @@ def prefill(
     prompt_len: Int[Array, " N"],
     features: Float[Array, "F D"],
 ) -> tuple[Float[Array, "N V"], PromptCache]:
-    """Prompts, once per group: logits after the last prompt token (float32) and the prompt cache."""
+    """Run the prompts, once per group; return the logits after the last prompt token (float32) and the prompt cache."""
     with jax.named_scope("prefill"):
         text = model.bind(params).text
         hidden, cache = text.prefill(embed(model, params, ids, vision, features), positions, prompt_len, model.attention)
@@ -101,7 +106,7 @@ def attention_by_source(
     features: Float[Array, "F D"],
     source: Bool[Array, "N S C"],
 ) -> Float[Array, "L N S C"]:
-    """How the attention of every token of whole sequences divides over C sources, by layer; see `attention_shares`."""
+    """Return the share of every token's attention that goes to each of C sources, by layer; see `attention_shares`."""
     text = model.bind(params).text
     return text.prefill(embed(model, params, ids, vision, features), positions, length, model.attention, source)[1]
 
@@ -119,7 +124,11 @@ def extend(
     cache: ResponseCache,
     features: Float[Array, "F D"] | None = None,
 ) -> tuple[Float[Array, "B V"], ResponseCache]:
-    """Appends `count[b] <= S` tokens to response row b at index `start[b]`: logits after its last one (float32)."""
+    """Append `count[b] <= S` tokens to response row b, from index `start[b]` on.
+
+    Returns:
+        Logits after the last appended token of each row (float32), and the cache.
+    """
     text = model.bind(params).text
     plain = features is None
     x = jnp.asarray(text.embed[...], model.dtype)[ids] if plain else embed(model, params, ids, vision, features)
@@ -129,14 +138,14 @@ def extend(
 
 
 def empty_cache(model: Model, kind: type, rows: int, length: int):
-    """A `PromptCache` or `ResponseCache` (`kind`) of zeros for `rows` sequences of up to `length` tokens."""
+    """Return a zero `PromptCache` or `ResponseCache` (`kind`) for `rows` sequences of up to `length` tokens."""
     t = model.cfg.text
     shapes = (rows, t.num_kv_heads, t.head_dim, length), (rows, t.num_kv_heads, length, t.head_dim)
     return kind(*(tuple(jnp.zeros(shape, model.dtype) for _ in range(t.num_layers)) for shape in shapes))
 
 
 def logits(hidden: Float[Array, "*b D"], head: Float[Array, "D V"]) -> Float[Array, "*b V"]:
-    """Logits in float32, whatever the compute dtype: sums and results of the product are never rounded to bfloat16."""
+    """Return logits in float32 for any compute dtype; products are accumulated and returned without rounding to bfloat16."""
     return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
 
@@ -147,9 +156,9 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int = 2048,
 ) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
-    """Log-probability of every target and entropy (nats) of every distribution, softmax(hidden @ head / temperature).
+    """Compute the log-probability of every target and the entropy (nats) of every softmax(hidden @ head / temperature).
 
-    [T, V] never exists: logits live for one chunk of tokens at a time, in both passes.
+    Memory: logits exist for `chunk` tokens at a time in the forward and the backward pass, never as [T, V].
     """
     total = hidden.shape[0]
     chunk = min(chunk, total)
@@ -182,7 +191,11 @@ def response_logprobs(
     temperature: float = 1.0,
     response_len: Int[Array, "N G"] | None = None,
 ) -> tuple[Float[Array, "N G R"], Float[Array, "N G R"]]:
-    """The training forward: log-probability and entropy of every response token given what precedes it."""
+    """Run the training forward pass: log-probability and entropy of every response token given the preceding tokens.
+
+    Args:
+        response_len: real tokens of each response; None: all.
+    """
     with jax.named_scope("two_streams"):
         text = model.bind(params).text
         prompt, hidden = text.two_streams(
@@ -204,19 +217,19 @@ def response_logprobs(
             values = token_logprobs(hidden.reshape(-1, d), head, targets.reshape(-1), temperature, model.logprob_chunk)
             return tuple(x.reshape(targets.shape) for x in values)
 
-        rows = fitting(response_ids, GROUPS)  # chunks are of one device's tokens: the head is gathered, and summed into, once
+        rows = fitting(response_ids, GROUPS)  # per-device chunks: the head is gathered, and its gradient reduced, once
         return locally(own_tokens, (rows, rows, PartitionSpec()), (rows, rows), GROUPS)(
             before, response_ids, text.head(model.dtype)
         )
 
 
 def create(cfg: Qwen2VLConfig, seed: int = 0, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:
-    """A model with random parameters. `settings` are fields of `Model`."""
+    """Return a model with random parameters. `settings` are fields of `Model`."""
     graphdef, params = nnx.split(jax.jit(partial(Qwen2VL, cfg, dtype=param_dtype))(rngs=nnx.Rngs(seed)))
     return Model(graphdef, cfg, **settings), params
 
 
 def abstract(cfg: Qwen2VLConfig, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:
-    """The same, with shapes and dtypes in place of arrays."""
+    """Return a model as `create` does, with `jax.ShapeDtypeStruct`s in place of arrays."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Qwen2VL(cfg, nnx.Rngs(0), param_dtype)))
     return Model(graphdef, cfg, **settings), params

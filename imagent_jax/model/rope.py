@@ -1,4 +1,4 @@
-"""Rotary embeddings: M-RoPE of the decoder and the 2-D rotary embedding of the vision tower."""
+"""Rotary embeddings: the decoder's M-RoPE and the vision tower's 2-D rotary embedding."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -11,7 +11,7 @@ def _frequencies(width: int, theta: float) -> Float[Array, " half"]:
 def mrope(
     positions: Int[Array, "3 *b S"], head_dim: int, theta: float, section: tuple[int, int, int]
 ) -> tuple[Float[Array, "*b S H"], Float[Array, "*b S H"]]:
-    """Cosines and sines for (t, h, w) positions: the first `section[0]` frequencies follow t, then h, then w.
+    """Return cosines and sines of (t, h, w) positions: the first `section[0]` frequencies use t, the next h, the last w.
 
     Equals `Qwen2VLRotaryEmbedding` of transformers (arXiv 2409.12191, section 2.1).
     """
@@ -23,7 +23,7 @@ def mrope(
 
 
 def rope_2d(coords: Int[Array, "*b 2"], head_dim: int, theta: float) -> tuple[Float[Array, "*b H"], Float[Array, "*b H"]]:
-    """Cosines and sines for patch coordinates (h, w). Equals `Qwen2VLVisionRotaryEmbedding` of transformers."""
+    """Return cosines and sines of patch coordinates (h, w). Equals `Qwen2VLVisionRotaryEmbedding` of transformers."""
     angles = coords[..., None].astype(jnp.float32) * _frequencies(head_dim // 2, theta)  # [*b 2 H/4]
     half = angles.reshape(*coords.shape[:-1], head_dim // 2)
     full = jnp.concatenate([half, half], axis=-1)
@@ -31,7 +31,7 @@ def rope_2d(coords: Int[Array, "*b 2"], head_dim: int, theta: float) -> tuple[Fl
 
 
 def rotate(x: Float[Array, "*b S X H"], cos: Float[Array, "*b S H"], sin: Float[Array, "*b S H"]) -> Array:
-    """Rotates every head (axis -2) of `x`; computed in float32, returned in `x`'s dtype."""
+    """Apply a rotary embedding to every head (axis -2) of `x`, computed in float32 and returned in the dtype of `x`."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return (x * cos[..., None, :] + rotated * sin[..., None, :]).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Where parameters live: one table from their logical axes to mesh axes, and the copies that are whole over `fsdp`."""
+"""Parameter sharding: one table from logical axes to mesh axes, and copies replicated over `fsdp`."""
 
 import math
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
     "norm": None,
     "rank": None,
 }
-"""Where each logical axis of a parameter lives on the mesh (None: replicated)."""
+"""Mesh axis of each logical parameter axis (None: replicated)."""
 
 
 def check_heads(cfg: Qwen2VLConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Attention is split by whole heads.
+    """Check that attention can be split by whole heads.
 
     Raises:
         ValueError: `mesh.tensor` does not divide the heads of the decoder or of the vision tower.
@@ -46,20 +46,21 @@ def check_heads(cfg: Qwen2VLConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def shardings(params: Any, mesh: Mesh | AbstractMesh, whole: Sequence[str] = ()) -> Any:
-    """The `NamedSharding` of every leaf of a tree: a parameter's, or that of a moment kept for it, by `LOGICAL_TO_MESH`;
-    anything else (the optimizer's count) is replicated.
+    """Return the `NamedSharding` of every leaf by `LOGICAL_TO_MESH`: of parameters, and of optimizer moments like them.
+
+    Leaves without logical axes (the optimizer's step count) are replicated.
 
     Args:
-        whole: mesh axes that nothing is split over.
+        whole: mesh axes over which nothing is split.
     Raises:
-        ValueError: a parameter's axis does not divide by its mesh axis (both named).
+        ValueError: a parameter axis is not divisible by its mesh axis; the message names both.
     """
 
     def one(path, param):
         if not isinstance(param, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
         logical_axes, value, apart = param.get_metadata()["logical_axes"], param.get_value(), None
-        if isinstance(value, tuple):  # layers apart
+        if isinstance(value, tuple):  # unstacked layers
             logical_axes, value, apart = logical_axes[1:], value[0], len(value)
         spec = tuple(None if LOGICAL_TO_MESH[a] in whole else LOGICAL_TO_MESH[a] for a in logical_axes)
         for size, logical, axis in zip(value.shape, logical_axes, spec, strict=True):
@@ -75,11 +76,11 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh, whole: Sequence[str] = ())
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-# ---- said in passing, about the current mesh ---------------------------------------------------------------------------
+# ---- sharding constraints on the current mesh --------------------------------------------------------------------------
 
 
 def constrain_params(params: Any, whole: Sequence[str] = ()) -> Any:
-    """Parameters, or what is kept for each of them, where `shardings` says."""
+    """Constrain parameters, or trees of the same structure, to `shardings` on the current mesh."""
     if not several_devices():
         return params
     return jax.lax.with_sharding_constraint(params, shardings(params, get_abstract_mesh(), whole))
@@ -89,18 +90,21 @@ _gather = jax.jit(partial(constrain_params, whole=("fsdp",)))
 
 
 def gather_params(params: nnx.State) -> nnx.State:
-    """Parameters whole over `fsdp`. One compiled program moves them, where any moves."""
+    """Return the parameters replicated over `fsdp`. One compiled program moves them; without `fsdp` nothing moves."""
     return _gather(params) if get_abstract_mesh().shape.get("fsdp", 1) > 1 else params
 
 
 @partial(jax.jit, static_argnums=0)
 def rollout_params(dtype: str, params: nnx.State) -> nnx.State:
-    """The copy of the parameters that rollouts read, once a token: whole over `fsdp`, in the compute dtype (to which every use
-    of them casts), the decoder's layers apart, as not every backend reads a layer of stacked ones without copying it."""
+    """Return the copy of the parameters that decoding reads: replicated over `fsdp` and cast to the compute dtype.
+
+    LoRA parameters keep their dtype, because they are scaled before they are cast. The decoder's layers are unstacked, since some
+    backends copy a layer of a stacked array on every read.
+    """
 
     def cast(path, param):
         value = param.get_value()
-        if not isinstance(param, nnx.LoRAParam):  # what is scaled first, is cast then
+        if not isinstance(param, nnx.LoRAParam):  # scaled first, cast afterwards
             value = value.astype(dtype)
         return param.replace(tuple(value) if path[:2] == ("text", "layers") else value)
 

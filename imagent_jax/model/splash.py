@@ -1,4 +1,4 @@
-"""Attention by the Pallas splash kernel (TPU): the backend `splash` of `attention`."""
+"""The `splash` backend of `attention`: the Pallas splash-attention kernel for TPUs."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,13 +12,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from imagent_jax.model.params import pad_to
 
 BLOCKS = (512, 256, 128)
-"""Tokens of a tile of queries or keys; the first that divides their number."""
+"""Candidate tile sizes of queries and keys, in tokens; the first that divides the sequence is used."""
 _LANES = 128
 
 
 @dataclass(frozen=True)
 class _GroupMask(splash_mask.Mask):
-    """Queries of G rows of S tokens over [P shared | G x S own keys]: all of the shared keys, and causally a row's own."""
+    """Mask of G rows of S queries over [P shared | G x S own keys]: all shared keys, and causally the row's own keys."""
 
     p: int
     g: int
@@ -33,7 +33,7 @@ class _GroupMask(splash_mask.Mask):
         k, k_end, shape = k - self.p, k_end - self.p, (q_end - q, k_end - k)
         same_row = q // self.s == (q_end - 1) // self.s == max(k, 0) // self.s == (k_end - 1) // self.s
         if k_end <= 0 or (k >= 0 and same_row and q >= k_end - 1):
-            return _uniform(shape, True)  # without looking: a sequence of 10^5 tokens has 10^5 blocks
+            return _uniform(shape, True)  # without building the block: a sequence of 10^5 tokens has 10^5 blocks
         if k >= 0 and (q_end <= k or k_end <= q // self.s * self.s):
             return _uniform(shape, False)
         q, k = np.arange(q, q_end)[:, None], np.arange(k, k_end)[None, :]
@@ -47,7 +47,7 @@ def _uniform(shape: tuple[int, int], value: bool) -> np.ndarray:
 
 @lru_cache
 def _splash_kernel(mask: _GroupMask | int, heads: int, interpret: bool):
-    """The kernel for a static mask (an int: all of that many tokens see each other)."""
+    """Return the kernel for a static mask (an int: full attention among that many tokens)."""
     mask = splash_mask.FullMask((mask, mask)) if isinstance(mask, int) else mask
     bq, bk = (next(b for b in BLOCKS if n % b == 0) for n in mask.shape)
     blocks = splash.BlockSizes(
@@ -61,11 +61,16 @@ def _splash_kernel(mask: _GroupMask | int, heads: int, interpret: bool):
 
 
 def splash_attention(q, k, v, packed, shared, *, interpret: bool = False):
-    """`attention` by the splash kernel; `packed` are the ids of `Packed`, None for `Causal`.
+    """Compute `attention` by the splash kernel.
 
-    The rows of a group are one sequence to the kernel: G rows of queries over [shared | own keys of all rows]. A static
-    mask says who sees whom, blocks that nobody sees cost nothing, and segment ids hide padding. So shared keys exist once,
-    and their gradient is summed over the group inside the kernel.
+    All rows of a group form one sequence of the kernel: G rows of queries over [shared | own keys of all rows]. A static mask
+    restricts who attends to whom, fully masked blocks are skipped, and segment ids mask padding. The shared keys thus exist once,
+    and the kernel sums their gradient over the group.
+
+    Args:
+        packed: ids of `Packed`, or None for `Causal`.
+        shared: see `attention`.
+        interpret: run in Pallas' interpreter.
     """
     if shared is None:
         q, k, v = (x[..., None, :, :, :] for x in (q, k, v))  # G = 1

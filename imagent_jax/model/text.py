@@ -1,4 +1,4 @@
-"""The decoder, in two streams: prompts shared by a group, and the group's responses that attend to them."""
+"""The decoder, with two streams: prompts, shared by a group, and the group's responses, which attend to the prompts."""
 
 from functools import partial
 from typing import NamedTuple
@@ -23,32 +23,32 @@ REMAT_POLICIES = {
 
 
 UNROLLED = 8
-"""Training unrolls at most so many layers, which is faster; more are one loop, whose compilation does not grow with them."""
+"""Training unrolls up to this many layers, which is faster; more layers become one loop, whose compile time is constant."""
 
 
 class PromptCache(NamedTuple):
-    """Keys and values of the prompts by layer, written once per group; layouts as in `attention.cached`."""
+    """Keys and values of the prompts by layer, stored once per group, in the layout of `attention.cached`."""
 
     k: tuple[Float[Array, "N K H P"], ...]
     v: tuple[Float[Array, "N K P H"], ...]
 
 
 class ResponseCache(NamedTuple):
-    """Keys and values of the responses by layer, one row a rollout (row = group * G + rollout)."""
+    """Keys and values of the responses by layer, one row per rollout (row = group * G + rollout)."""
 
     k: tuple[Float[Array, "B K H R"], ...]
     v: tuple[Float[Array, "B K R H"], ...]
 
 
 def rms_norm(x, scale, eps: float):
-    """RMSNorm over the last axis in float32."""
+    """Return RMSNorm over the last axis, computed in float32."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
     return y.astype(x.dtype) * scale
 
 
 class DecoderLayers(nnx.Module):
-    """All decoder layers, stacked on a leading `layers` axis."""
+    """Parameters of all decoder layers, stacked on a leading `layers` axis."""
 
     def __init__(self, cfg: TextConfig, rngs: nnx.Rngs, dtype):
         d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
             self.lm_head = make((cfg.hidden_size, cfg.vocab_size), ("embed", "vocab"))
 
     def head(self, dtype) -> Float[Array, "D V"]:
-        """The output projection (the embedding transposed where tied)."""
+        """Return the output projection (the transposed embedding if tied)."""
         w = self.embed[...].T if self.cfg.tie_word_embeddings else self.lm_head[...]
         return jnp.asarray(w, dtype)
 
@@ -105,9 +105,10 @@ class Decoder(nnx.Module):
         backend: str = "xla",
         source: Bool[Array, "N P C"] | None = None,
     ) -> tuple[Float[Array, "N P D"], PromptCache | Float[Array, "L N P C"]]:
-        """Prompts alone: final hidden states (before the head, after the norm) and their cache.
+        """Run the prompts alone; return the final hidden states (after the norm, before the head) and the prompt cache.
 
-        With `source`, every layer's `attention_shares` in place of the cache; without it they are in no program.
+        Args:
+            source: if given, every layer's `attention_shares` [L N P C] is returned in place of the cache.
         """
         rope, dtype = self._rope(positions), x.dtype
 
@@ -134,10 +135,10 @@ class Decoder(nnx.Module):
         prompt_len: Int[Array, " N"],
         cache: ResponseCache,
     ) -> tuple[Float[Array, "B S D"], ResponseCache]:
-        """S more tokens of every response row, written into its cache from index `start[b]` on.
+        """Append S tokens to every response row, from cache index `start[b]` on; return hidden states and cache.
 
-        Tokens that do not fit the cache are dropped; what a row writes past its real tokens is overwritten by the
-        next call before anything can see it.
+        Tokens beyond the cache's length are dropped. Cache entries of padding tokens are overwritten by the next call before any
+        query attends to them.
         """
         rope, (b, s, _), dtype = self._rope(positions), x.shape, x.dtype
         n, r = prompt_len.shape[0], cache.k[0].shape[-1]
@@ -149,7 +150,7 @@ class Decoder(nnx.Module):
         def split(t):
             return t.reshape(n, g, *t.shape[1:])
 
-        for i in range(self.cfg.num_layers):  # unrolled: every layer's cache is an array of its own, updated in place
+        for i in range(self.cfg.num_layers):  # unrolled: every layer's cache is a separate array, updated in place
             w = layer_of(layers, i)
             q, k, v = self._qkv(w, x, rope)
             keys.append(cache.k[i].at[rows, :, :, index].set(k, mode="drop"))
@@ -170,9 +171,13 @@ class Decoder(nnx.Module):
         remat: str = "none",
         backend: str = "xla",
     ) -> tuple[Float[Array, "N P D"], Float[Array, "N G R D"]]:
-        """The training forward: prompts once, [N P], and responses, [N G R], through each layer together.
+        """Run the training forward pass: prompts [N, P] once, and responses [N, G, R], through each layer together.
 
-        Equal to running every [prompt | response] row alone. Padding is on the right of both streams.
+        Equals running every [prompt | response] row alone. Both streams are right-padded.
+
+        Args:
+            prompt_len, response_len: real tokens (response_len None: all).
+            remat: name in `REMAT_POLICIES`.
         """
         rope_prompt, rope, dtype = self._rope(prompt_positions), self._rope(positions), x.dtype
 

@@ -1,4 +1,4 @@
-"""The vision tower over packed patches: image sizes and counts are data, never static arguments."""
+"""The vision tower over packed patches. Image sizes and counts are data, not static arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from imagent_jax.model.text import rms_norm
 
 
 def layer_norm(x, scale, bias, eps: float = 1e-6):
-    """LayerNorm over the last axis in float32."""
+    """Return LayerNorm over the last axis, computed in float32."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
@@ -23,8 +23,10 @@ def layer_norm(x, scale, bias, eps: float = 1e-6):
 
 
 def normalise(cfg: VisionConfig, patches: UInt8[Array | np.ndarray, "*b bytes"]) -> Float[Array, "*b C"]:
-    """Patches as the tower reads them, float32: less the mean, over the deviation, of a channel; a still image fills every
-    frame. Equals transformers' processor within rounding."""
+    """Return patches normalised per channel, (x / 255 - mean) / std, in float32, repeated over the temporal patch axis.
+
+    Equals transformers' processor within rounding.
+    """
     std = 255 * np.asarray(cfg.image_std)
     scale, shift = (x.astype(np.float32)[:, None, None] for x in (1 / std, np.asarray(cfg.image_mean) / std * 255))
     x = patches.reshape(*patches.shape[:-1], cfg.in_channels, 1, -1).astype(jnp.float32) * scale - shift
@@ -32,12 +34,12 @@ def normalise(cfg: VisionConfig, patches: UInt8[Array | np.ndarray, "*b bytes"])
 
 
 def _norm(cfg: VisionConfig, x, w, name: str):
-    """RMSNorm where the tower is gated, else LayerNorm, with the parameters `name` of `w`."""
+    """Apply RMSNorm if the tower is gated, else LayerNorm, with the parameters `name` of `w`."""
     return rms_norm(x, w[name], 1e-6) if cfg.gated else layer_norm(x, w[name], w[f"{name}_bias"])
 
 
 def _feed_forward(cfg: VisionConfig, h, w):
-    """SwiGLU where the tower is gated, else quick GELU."""
+    """Apply SwiGLU if the tower is gated, else quick GELU."""
     if cfg.gated:
         return (jax.nn.silu(h @ w["gate"] + w["gate_bias"]) * (h @ w["up"] + w["up_bias"])) @ w["down"] + w["down_bias"]
     h = h @ w["fc1"] + w["fc1_bias"]
@@ -47,9 +49,17 @@ def _feed_forward(cfg: VisionConfig, h, w):
 def window_order(
     coords: Int[Array, "*b S 2"], image: Int[Array, "*b S"], side: int, unit: int
 ) -> tuple[Int[Array, "*b U"], Int[Array, "*b S 3"]]:
-    """The order of a block's merge units (U = S / `unit`) window by window, and the window (image, row, column) of
-    every patch in that order. A window is `side` x `side` patches, fewer at the right and lower edges of an image;
-    within one the units keep their order. As `get_vision_window_index` of transformers, but from data."""
+    """Return the merge units of a block sorted by window, and each patch's window in that order.
+
+    A window is `side` x `side` patches, fewer at the right and lower edges of an image. Units keep their order within a window.
+    Equals `get_vision_window_index` of transformers, computed from data.
+
+    Args:
+        side: patches along a window's side.
+        unit: patches per merge unit.
+    Returns:
+        Order of the U = S / `unit` merge units, and the window (image, row, column) of every patch in that order.
+    """
     window = jnp.concatenate([image[..., None], coords // side], axis=-1)
     units = window[..., ::unit, :]
     order = jnp.lexsort((units[..., 2], units[..., 1], units[..., 0]), axis=-1)
@@ -57,7 +67,7 @@ def window_order(
 
 
 def reorder(x: Shaped[Array, "*b S D"], order: Int[Array, "*b U"], unit: int = 1) -> Shaped[Array, "*b S D"]:
-    """`x` with its rows, in groups of `unit`, put into `order`."""
+    """Return `x` with its rows, in groups of `unit`, permuted by `order`."""
     *lead, s, d = x.shape
     grouped = x.reshape(*lead, s // unit, unit * d)
     return jnp.take_along_axis(grouped, order[..., None], axis=-2).reshape(x.shape)
@@ -70,10 +80,10 @@ def attend_windows(
     window: Int[Array, "B S 3"],
     area: int,
 ) -> Float[Array, "B S X H"]:
-    """Attention within windows of at most `area` patches, each window's patches next to one another.
+    """Compute attention within windows of at most `area` patches. The patches of a window are adjacent.
 
-    Cut into tiles of `area` patches, a window lies in one tile or two neighbours: a tile's queries see the keys of the
-    tile before, their own and the one after, 3 * `area` for a query, whatever the sizes of images and blocks.
+    The sequence is cut into tiles of `area` patches, so that a window lies in one tile or in two adjacent tiles. The queries of a
+    tile attend to the keys of the previous, the own and the next tile under a mask: 3 * `area` keys per query for any image size.
     """
     b, s = window.shape[:2]
     tiles = -(-s // area)
@@ -92,7 +102,7 @@ def attend_windows(
 
 
 class VisionBlocks(nnx.Module):
-    """All blocks, stacked on a leading `layers` axis."""
+    """Parameters of all blocks, stacked on a leading `layers` axis."""
 
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, dtype):
         d, hidden = cfg.embed_dim, cfg.intermediate_size
@@ -112,12 +122,11 @@ class VisionBlocks(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patches -> features in the decoder's width, one per 2x2 patches.
+    """Vision transformer from patches to features of the decoder's width, one feature per 2x2 patches.
 
     Equals `Qwen2VisionTransformerPretrainedModel` of transformers or, gated, `Qwen2_5_VisionTransformerPretrainedModel`.
-    A window of 112 pixels is 64 patches: a windowed block gives each patch 192 keys to weigh in place of the block's
-    2560 at 640 features an image. Per patch, at width 1280 and a SwiGLU of 3420, that is 1 MFLOP in place of 13, beside
-    39 for the block's matrices.
+    Windowed attention cost: a window of 112 pixels has 64 patches, so a patch attends to 192 keys (`attend_windows`) instead of
+    2560 at 640 features per image. At width 1280 that is 1 MFLOP per patch instead of 13; the block's matrices cost 39.
     """
 
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, dtype):
@@ -143,15 +152,18 @@ class VisionTower(nnx.Module):
         remat: bool = False,
         backend: str = "xla",
     ) -> Float[Array, "F D"]:
-        """Encodes a pack of images.
+        """Encode a pack of images.
 
         Args:
-            patches: as `images.prepare_image` gives them, images one after another.
+            patches: as `images.prepare_image` returns them, images one after another.
             coords: (h, w) of every patch in its image.
-            image: id of the image a patch belongs to, -1 for padding. Patches see their own image only.
-            block: attention is computed within consecutive blocks of this many patches; no image straddles one.
+            image: id of each patch's image, -1 for padding. Patches attend to their own image only.
+            block: patches per attention block; no image crosses a block boundary.
+            dtype: compute dtype.
+            remat: recompute the layers in the backward pass.
+            backend: see `attention`.
         Returns:
-            One feature per 4 patches (F = M / 4), in the order of the patches; padding gives finite garbage.
+            One feature per 4 patches (F = M / 4), in the order of the patches; padding gives finite, meaningless features.
         Raises:
             ValueError: M is not a multiple of `block`.
         """

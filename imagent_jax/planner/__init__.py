@@ -1,1 +1,1 @@
-"""Will a run fit a slice: shapes, programs compiled ahead of time, memory and collectives."""
+"""Memory and communication planning: compile a run's programs ahead of time, from shapes alone."""

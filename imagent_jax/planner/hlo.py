@@ -1,8 +1,8 @@
-"""What a program exchanges, read from its compiled text, and what it computes, from its traced form.
+"""Communication of a compiled program (from its HLO text) and FLOPs of a traced program (from its jaxpr).
 
-The text names every collective once; one in a loop runs as often as the loop does, which the text says
-(`known_trip_count`, or, for TPUs, a condition that compares with a constant). A loop of unknown length (decoding, which
-ends when every row has) counts once: a token.
+The HLO text contains every collective once. A collective inside a loop is multiplied by the trip count, which the text gives
+as `known_trip_count` or, on TPUs, as a comparison with a constant. A loop of unknown length counts once: the decode loop,
+which stops when all rows have stopped, is thus counted for one token.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # others end in their number of bits: s32, u8, s4
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # other names end in their number of bits: s32, u8, s4
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
@@ -26,8 +26,14 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 class Collective(NamedTuple):
-    """One kind of collective among groups of `size` devices: how often it runs, and bytes of the whole arrays it
-    makes."""
+    """All collectives of one kind and group size: number of executions and total bytes of the unsharded arrays.
+
+    Attributes:
+        kind: one of `KINDS`.
+        size: devices per group.
+        count: executions.
+        bytes: total bytes of the unsharded arrays.
+    """
 
     kind: str
     size: int
@@ -36,16 +42,19 @@ class Collective(NamedTuple):
 
     @property
     def wire(self) -> float:
-        """Bytes a device must receive, at least: its peers' parts (n - 1 of n), twice for a sum that all then hold."""
+        """Lower bound on the bytes a device receives: (size - 1) / size of the array, twice that for an all-reduce."""
         if self.kind == "collective-permute":
             return self.bytes
         return self.bytes * (2 if self.kind == "all-reduce" else 1) * (self.size - 1) / self.size
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program (`compiled.as_text()`), as one device runs them, by kind and size of group.
+    """Return the collectives that one device runs, grouped by kind and group size.
 
-    `bytes` are of the whole array: an all-gather's result, a reduce-scatter's operand, what a sum or an exchange holds.
+    `bytes` counts unsharded arrays: the result of an all-gather, the operand of a reduce-scatter, the array of an all-reduce.
+
+    Args:
+        text: HLO text of a compiled program (`compiled.as_text()`).
     """
     computations, entry = _computations(text)
     found: dict[tuple[str, int], list[int]] = {}
@@ -55,7 +64,7 @@ def collectives(text: str) -> list[Collective]:
         for line in computations.get(name, ()):
             if (match := _COLLECTIVE.search(line)) and (size := _group_size(line)) > 1:
                 channel = _CHANNEL.search(line)
-                if channel is None or channel[0] not in seen:  # a fused one can stand where it begins and where it ends
+                if channel is None or channel[0] not in seen:  # a fused collective can appear at its start and at its end
                     seen.update([channel[0]] if channel else ())
                     whole = _bytes(match[1], started=bool(match[3])) * (size if match[2] == "reduce-scatter" else 1)
                     total = found.setdefault((match[2], size), [0, 0])
@@ -70,7 +79,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation by name, and the name of the first to run."""
+    """Return the lines of every computation by name, and the name of the entry computation."""
     parts, entry, name = {}, "", ""
     for line in text.splitlines():
         if head := _HEAD.match(line):
@@ -82,7 +91,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often the `while` of a line runs; 1 where that is not known."""
+    """Return the trip count of the `while` on a line, 1 if it is unknown."""
     if known := _TRIPS.search(line):
         return int(known[1])
     condition = "\n".join(computations.get(re.search(r"condition=%?([\w.\-]+)", line)[1], ()))
@@ -93,7 +102,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _bytes(shapes: str, started: bool) -> int:
-    """Bytes of an array or of a tuple of arrays; of a started exchange, (operands, results, ...), the largest array."""
+    """Return the bytes of an array or a tuple of arrays; for an asynchronous start (operands, results, ...), of the largest."""
     sizes = [
         math.prod(map(int, filter(None, dims.split(",")))) * (_BITS.get(kind) or int(re.search(r"\d+", kind)[0])) // 8
         for kind, dims in _ARRAY.findall(shapes)
@@ -102,30 +111,31 @@ def _bytes(shapes: str, started: bool) -> int:
 
 
 def _group_size(line: str) -> int:
-    """Devices of a replica group: `{{0,1},{2,3}}`, `[groups,size]<=[...]` or `mesh['a'=2,'b'=4] {'b'}`; of a
-    permutation,
-    2 (who sends, who receives)."""
+    """Return the devices per replica group: `{{0,1},{2,3}}`, `[groups,size]<=[...]` or `mesh['a'=2,'b'=4] {'b'}`.
+
+    A permutation has size 2 (sender and receiver).
+    """
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # a part of an axis: 'a':(before)size
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # part of an axis: 'a':(before)size
         return math.prod(int(part or sizes[axis]) for axis, part in parts)
     return 2 if "source_target_pairs=" in line else 1
 
 
-# ---- operations ------------------------------------------------------------------------------------------------------
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
 def matrix_flops(jaxpr, pairs: Callable[[int, int], float]) -> float:
-    """Operations of the matrix products of a traced program on all chips together, recomputation included.
+    """Return the FLOPs of all matrix products of a traced program, summed over all chips, recomputation included.
 
-    A loop of unknown length counts once. A kernel's products count for the pairs of query and key it must look at.
+    A loop of unknown length counts once. The products of an attention kernel count only for unmasked query-key pairs.
 
     Args:
-        pairs: the number of those for a kernel of so many queries and keys.
+        pairs: number of unmasked pairs of a kernel, from its numbers of queries and keys (`kernel_pairs`).
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -162,8 +172,11 @@ def _count_dots(jaxpr) -> int:
 
 
 def kernel_pairs(group_size: int, vision: bool) -> Callable[[int, int], float]:
-    """Pairs of query and key in an attention kernel: vision all to all; a prompt causal; with more keys than queries, G
-    responses that see the prompt, and each itself."""
+    """Return a function that counts the unmasked query-key pairs of an attention kernel.
+
+    Vision attention is bidirectional. A prompt is causal. With more keys than queries, the queries are G responses; each sees the
+    whole prompt and, causally, itself.
+    """
 
     def pairs(queries: int, keys: int) -> float:
         g, own = (group_size, queries / group_size) if keys > queries else (1, queries)

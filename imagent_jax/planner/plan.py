@@ -1,21 +1,20 @@
-"""Whether a run fits its chips, before there is a chip: `python -m imagent_jax.plan --topology v5e:4x4 [--config
-FILE.yaml] ...`.
+"""Check whether a run fits its chips without the chips: `python -m imagent_jax.plan --topology v5e:4x4 [--config FILE.yaml] ...`.
 
-Compiles the programs of a step (those `train.py` runs, no copies) ahead of time, from shapes alone: no weight is made,
-and nothing but jax and libtpu is needed, no TPU and no network. Says what a chip holds, exchanges and computes, and,
-where it holds too much, the nearest change of settings that fits, found by compiling it. Exit code 0: fits, 1: does
-not, 2: bad input.
+Compiles the programs of a training step (the same functions that `train.py` runs) ahead of time, from shapes alone. No
+weights are created, and neither a TPU nor a network is needed, only jax and libtpu. Reports memory, communication and FLOPs
+per chip. If the memory does not suffice, searches for the smallest change of settings that fits and compiles it.
+Exit code 0: fits, 1: does not fit, 2: bad input.
 
     --topology v5e:4x4    CHIP:SHAPE; a TPU without a shape (v5p): the smallest slice that fits; cpu:8 or h100:8:
-                          simulated by XLA's CPU backend, whose temporaries are not those of a GPU
-    --memory GB           of a chip, in place of the published figure
-    --scale 8,16,32       the same work a chip on slices of so many chips: bytes exchanged and FLOPs
-    --json FILE           all figures, as JSON
-    --no-remedy           do not look for changes that fit
-    --only NAME,NAME      these programs of a step alone ("arrays": none); then "fits" is said of them
+                          simulated by XLA's CPU backend, whose temporaries differ from those of a GPU
+    --memory GB           memory per chip, in place of the published figure
+    --scale 8,16,32       constant work per chip on slices of these numbers of chips: bytes exchanged and FLOPs
+    --json FILE           write all figures as JSON
+    --no-remedy           do not search for changes that fit
+    --only NAME,NAME      compile only these programs of a step ("arrays": none); "fits" then refers to these programs
 
-Bounds on time are what the published figures of a chip allow at best (`CHIPS`), never a time: FLOPs at the peak rate,
-arguments and results once through HBM, collectives at the full rate of the links; the slowest of the three.
+Time bounds are lower bounds from a chip's published peak figures (`CHIPS`), not predictions: the largest of FLOPs at the peak
+rate, arguments and results moved once through HBM, and collectives at the full link rate.
 """
 
 import argparse
@@ -42,7 +41,7 @@ from imagent_jax.rollout.policy import training_mesh
 
 @dataclass
 class Plan:
-    """What the programs of a step take on a topology. GB below are 10^9 bytes, all figures of one chip."""
+    """Memory, communication and FLOPs of the programs of a step on a topology. Figures are per chip; GB below are 10^9 bytes."""
 
     topology: str
     chips: int
@@ -50,9 +49,9 @@ class Plan:
     memory: float
     settings: dict[str, Any]
     arrays: dict[str, int]
-    least: int  # bytes of arrays that are alive together, before any program
+    least: int  # bytes of the arrays that are alive at the same time, without any program
     costs: list[Cost]
-    stopped: bool = False  # there are programs that were not compiled
+    stopped: bool = False  # some programs were not compiled
 
     @property
     def peak(self) -> Cost:
@@ -63,7 +62,7 @@ class Plan:
         return self.peak.total <= self.memory and not any(c.refused for c in self.costs)
 
     def bound(self, *names: str) -> float:
-        """Seconds a step takes at least in some programs, as often as it calls them."""
+        """Return the lower bound, in seconds, on the time a step spends in the named programs, over all their calls."""
         return sum(c.bound_s * c.calls for c in self.costs if c.name in names)
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,17 +77,17 @@ ASPECTS = (
 
 
 def hold(cfg: Config, topology: str, memory: float | None = None) -> tuple[Held, Chip]:
-    """What a run holds on a topology, and its chip (of `memory` bytes, where given).
+    """Return the arrays of a run on a topology and the chip, whose memory is `memory` bytes if given.
 
     Raises:
-        ValueError: bad topology, model or mesh.
+        ValueError: unknown topology, unknown model or invalid mesh.
     """
     chip, devices = open_topology(topology)
     return Held(cfg, training_mesh(cfg, devices), chip.platform), chip._replace(memory=memory or chip.memory)
 
 
 def least(held: Held) -> int:
-    """Bytes of the arrays that are alive together in a chip, rolling out or learning; known before compiling."""
+    """Return the bytes per chip of the arrays alive at the same time, maximum over rollout and update; needs no compilation."""
     both = held.params, held.opt_state, held.features, held.reference
     return max(chip_bytes(both, held.sampled, held.state), chip_bytes(both, held.total))
 
@@ -97,14 +96,15 @@ def make_plan(
     cfg: Config, topology: str, memory: float | None = None, *, only: Sequence[str] = (), first: Sequence[str] = (),
     give_up: bool = False, say: Callable[[str], None] = lambda line: None,
 ) -> Plan:  # fmt: skip
-    """Compiles the programs of a step.
+    """Compile the programs of a step and return their costs.
 
     Args:
-        only: names of programs (default: all); first: those to begin with.
-        give_up: stop at the first that does not fit.
-        say: hears of every program that was compiled.
+        memory: bytes per chip; default: the published figure.
+        only: names of programs to compile (default: all); first: names of programs to compile first.
+        give_up: stop at the first program that does not fit.
+        say: called with one line of text per compiled program.
     Raises:
-        ValueError: see `hold`.
+        ValueError: unknown program name, or see `hold`.
     """
     held, chip = hold(cfg, topology, memory)
     arrays = {
@@ -135,15 +135,17 @@ def make_plan(
     return plan
 
 
-# ---- what would fit --------------------------------------------------------------------------------------------------
+# ---- search for settings that fit ------------------------------------------------------------------------------------
 
 TRIES = 8
-"""Combinations of changes that are compiled, at most."""
+"""Maximum number of combinations of changes that are compiled."""
 
 
 def changes(cfg: Config, mesh: dict[str, int]) -> list[tuple[str, dict[str, Any]]]:
-    """Single changes that take less memory, dearest last: the phase of a step that they help ("" both), and the
-    settings."""
+    """Return single changes of settings that reduce memory, cheapest first.
+
+    Each change has the phase that it helps ("rollout", "update" or "" for both) and its settings by dotted name.
+    """
     shards, devices, g, r = (
         mesh["data"] * mesh["fsdp"],
         mesh["data"] * mesh["fsdp"] * mesh["tensor"],
@@ -170,10 +172,10 @@ def changes(cfg: Config, mesh: dict[str, int]) -> list[tuple[str, dict[str, Any]
 
 
 def changed(cfg: Config, settings: dict[str, Any]) -> Config:
-    """The configuration with some settings by dotted name.
+    """Return the configuration with some settings replaced, by dotted name.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: the settings contradict each other.
     """
     values = cfg.to_dict()
     for name, value in settings.items():
@@ -183,8 +185,13 @@ def changed(cfg: Config, settings: dict[str, Any]) -> Config:
 
 
 def nearest(cfg: Config, plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, Plan | None, int]:
-    """The fewest `changes` with which a plan that does not fit does, and its plan; None: none of those tried. Combinations
-    whose arrays alone are too much are not compiled; at most `TRIES` others are; their number comes last."""
+    """Search for the smallest combination of `changes` with which a plan fits.
+
+    Combinations whose arrays alone exceed the memory are not compiled. At most `TRIES` combinations are compiled.
+
+    Returns:
+        The settings and their plan (None if no compiled combination fits), and the number of compiled combinations.
+    """
     phases = {c.phase for c in plan.costs if c.refused or c.total > plan.memory}
     worst = [c.name for c in sorted(plan.costs, key=lambda c: -c.total) if c.refused or c.total > plan.memory]
     singles, tried = changes(cfg, plan.mesh), 0
@@ -213,17 +220,17 @@ def nearest(cfg: Config, plan: Plan, say: Callable[[str], None]) -> tuple[dict[s
 
 
 def options(settings: dict[str, Any]) -> str:
-    """Settings as they stand on a command line."""
+    """Return settings as command-line options."""
     return " ".join(
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()
     )
 
 
 def resized(cfg: Config, chips: int, fixed: int) -> Config:
-    """The run for another number of chips, the work a chip as it was: the mesh's `fsdp` grows, and groups with it.
+    """Return the run for another number of chips with constant work per chip: the mesh's `fsdp` and the groups grow together.
 
     Args:
-        fixed: chips of `cfg`.
+        fixed: number of chips of `cfg`.
     """
 
     def times(n: int) -> int:
@@ -239,11 +246,13 @@ def resized(cfg: Config, chips: int, fixed: int) -> Config:
 def smallest_slice(
     cfg: Config, kind: str, memory: float | None, only: Sequence[str], say: Callable[[str], None]
 ) -> tuple[Config, Plan, dict[str, int]]:  # fmt: skip
-    """The plan on the smallest of `SLICES` of a chip that fits, else on the last, the groups raised to a multiple of
-    the mesh; and the bytes of a chip on the slices before it.
+    """Find the smallest of `SLICES` on which the run fits. The number of groups is rounded up to a multiple of the mesh.
 
     Args:
+        kind: name of the chip.
         only: see `make_plan`.
+    Returns:
+        Configuration and plan on that slice (on the largest if none fits), and the bytes per chip on the smaller slices.
     """
     ruled_out = {}
     for shape in SLICES[kind]:
@@ -271,7 +280,7 @@ def smallest_slice(
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Prints a plan as a table."""
+    """Print a plan as a table."""
     shape = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     held = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in plan.arrays.items() if size)
     console.print(
@@ -307,10 +316,10 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def scale(cfg: Config, kind: str, counts: Sequence[int], memory: float | None, say) -> list[Plan]:
-    """Decoding and the gradient with the same work a chip, on slices of so many chips.
+    """Return plans of decoding and of the gradient with constant work per chip, on slices of `counts` chips.
 
     Raises:
-        ValueError: there is no such slice.
+        ValueError: no slice has this number of chips.
     """
     sizes = {int(np.prod([int(n) for n in shape.split("x")])): shape for shape in SLICES.get(kind, ())}
     if unknown := [n for n in counts if n not in sizes and kind in SLICES]:
@@ -326,6 +335,7 @@ def scale(cfg: Config, kind: str, counts: Sequence[int], memory: float | None, s
 
 
 def show_scale(plans: Sequence[Plan], console: Console) -> None:
+    """Print plans of `scale` as a table of bytes received, FLOPs and memory per chip."""
     table = Table(title="the same work a chip: what it receives a call, by kind, and computes")
     for i, name in enumerate(("chips", "program", "GB received", "TFLOP", "GB held", "exchanges")):
         table.add_column(name, justify="right" if i != 5 else "left")
@@ -339,7 +349,7 @@ def show_scale(plans: Sequence[Plan], console: Console) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """Options of the command, and the configuration of all others (`config.read_args`).
+    """Return the options of this command, and the configuration from all other options (`config.read_args`).
 
     Raises:
         ValueError: see `config.read_args`.
@@ -357,12 +367,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: exit code 0 (fits), 1 (does not), or 2 after one sentence about bad input."""
+    """Run the command: exit code 0 (fits), 1 (does not fit), or 2 after one sentence about bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     console = Console()
     console.width = max(console.width, 120)
     say = partial(console.print, style="dim", highlight=False)
-    jax.config.update("jax_platforms", "cpu")  # chips that are there are left alone
+    jax.config.update("jax_platforms", "cpu")  # attached accelerators stay unused
     try:
         own, cfg = parse(argv)
         memory = own.memory and own.memory * 1e9

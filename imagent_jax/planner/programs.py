@@ -1,4 +1,4 @@
-"""What a run holds on a topology's chips and what its programs need, from shapes alone: see `imagent_jax.plan`."""
+"""Arrays that a run holds on a topology and the costs of its programs, from shapes alone; see `imagent_jax.plan`."""
 
 import contextlib
 import os
@@ -35,8 +35,7 @@ from imagent_jax.rollout.policy import model_settings
 
 
 class Chip(NamedTuple):
-    """Published figures: bytes of memory, bfloat16 FLOP/s, bytes/s of memory, bytes/s a chip can receive from its
-    peers."""
+    """Published figures of a chip: memory in bytes, bfloat16 FLOP/s, HBM bytes/s, and bytes/s received from other chips."""
 
     platform: str
     memory: float
@@ -53,24 +52,25 @@ CHIPS = {
     "h200": Chip("gpu", 141e9, 989e12, 4800e9, 450e9),
     "cpu": Chip("cpu", 0, 0, 0, 0),
 }
-"""TPUs: cloud.google.com/tpu/docs/v5e, /v5p and /v6e ("16 GB, 819 GBps, 197 TFLOPs, 1600 Gbps" and so on; of the
-figures given
-for v6e at different times, the higher). GPUs: NVIDIA's data sheets of the SXM models, dense bfloat16, half of NVLink's
-two-way figure. GB are 10^9 bytes, the stricter reading. cpu: the memory of this machine, shared out; no bounds."""
+"""Chips by name. GB are 10^9 bytes, the stricter reading.
+
+TPUs: cloud.google.com/tpu/docs/v5e, /v5p and /v6e ("16 GB, 819 GBps, 197 TFLOPs, 1600 Gbps" and so on; where published
+figures for v6e differ, the higher). GPUs: NVIDIA's data sheets of the SXM models, dense bfloat16, half of NVLink's
+bidirectional figure. cpu: the memory of this machine divided by the number of devices; no time bounds."""
 
 SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
 }
-"""Slices by number of chips, 4 to 256."""
+"""Slice shapes by chip, 4 to 256 chips, smallest first."""
 
 
 def open_topology(name: str) -> tuple[Chip, Sequence[jax.Device]]:
-    """The chip and the devices of a topology such as "v5e:4x4" or "cpu:8".
+    """Return the chip and the devices of a topology such as "v5e:4x4" or "cpu:8".
 
     Raises:
-        ValueError: there is no such chip or shape.
+        ValueError: unknown chip or shape.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not shape:
@@ -82,8 +82,8 @@ def open_topology(name: str) -> tuple[Chip, Sequence[jax.Device]]:
     if chip.platform == "tpu":
         from jax.experimental import topologies
 
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles: there is no device to lock,
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # and no machine to ask what it is
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # only compilation: no device to lock
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # and no TPU metadata server
         try:
             return chip, topologies.get_topology_desc(name, "tpu").devices
         except Exception as error:
@@ -91,7 +91,7 @@ def open_topology(name: str) -> tuple[Chip, Sequence[jax.Device]]:
             raise ValueError(
                 f"There is no topology {name!r}: {reason}; {kind} has {', '.join(SLICES[kind])}."
             ) from None
-    with contextlib.suppress(ValueError, RuntimeError):  # no number, or devices are open already: so many as there are
+    with contextlib.suppress(ValueError, RuntimeError):  # not a number, or the backend is initialised
         jax.config.update("jax_num_cpu_devices", int(shape))
     devices = jax.devices("cpu")
     if not shape.isdigit() or not 1 <= int(shape) <= len(devices):
@@ -103,31 +103,33 @@ def open_topology(name: str) -> tuple[Chip, Sequence[jax.Device]]:
     return chip, devices[: int(shape)]
 
 
-# ---- what a run holds ------------------------------------------------------------------------------------------------
+# ---- arrays of a run -------------------------------------------------------------------------------------------------
 
 
 def placed(shapes: Any, where: Any) -> Any:
-    """Shapes with the shardings of a tree like them."""
+    """Return `shapes` with the shardings of a tree of the same structure."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def _another(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """An array as large, which is alive beside it."""
+    """Return a distinct array of the same shape, dtype and sharding, alive at the same time."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def chip_bytes(*trees: Any) -> int:
-    """Bytes that a chip holds of the arrays of some trees, each array once; host arrays count as nothing."""
+    """Return the bytes per chip of the arrays in some trees. An array that occurs twice counts once; host arrays count zero."""
     leaves = {id(x): x for x in jax.tree.leaves(trees) if getattr(x, "sharding", None) is not None}
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves.values())
 
 
 class Held:
-    """What a run of `cfg` holds on a mesh, in shapes and shardings: parameters (and as rollouts hold them), optimizer
-    state, rollout state, image features, gradients and a micro-batch.
+    """Shapes and shardings of everything a run of `cfg` holds on a mesh.
+
+    These are: parameters, the rollout's copy of the parameters, optimizer state, sampler state, image features, gradients and
+    a micro-batch.
 
     Raises:
-        ValueError: the model is not known, or does not divide over the mesh.
+        ValueError: unknown model, or the model is not divisible over the mesh.
     """
 
     def __init__(self, cfg: Config, mesh: Mesh, platform: str):
@@ -135,7 +137,7 @@ class Held:
         size = model_config(cfg.model.path)
         check_heads(size, mesh)
         self.settings = model_settings(cfg, platform)
-        if platform == "gpu":  # no CPU compiles cuDNN's kernels
+        if platform == "gpu":  # cuDNN's kernels do not compile on a CPU
             self.settings["attention"] = "xla"
         with self.on_mesh():
             self.model, shapes = abstract(size, jnp.dtype(cfg.model.param_dtype), **self.settings)
@@ -164,8 +166,7 @@ class Held:
         return self.cfg.images.pack_blocks * self.cfg.images.vision_block
 
     def on_mesh(self):
-        """The mesh as what the model says in passing is about; abstract, so that nothing is put on chips that are not
-        there."""
+        """Return a context manager that makes the abstract mesh current: nothing is placed on devices that do not exist."""
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
     def on(self, x, *axes) -> jax.ShapeDtypeStruct:
@@ -186,17 +187,17 @@ class Held:
         sizes = {"N": n, "G": r.group_size, "P": r.prompt_tokens, "R": r.response_tokens, "3": 3}
         made = {}
         for f in (f for f in fields(GroupBatch) if f.default is MISSING):
-            kind = get_args(f.type)[0]  # of NumPy's and JAX's arrays alike
+            kind = get_args(f.type)[0]  # first alternative of NumPy's and JAX's array types
             shape = [sizes[d] for d in kind.dim_str.split()]
             made[f.name] = jax.ShapeDtypeStruct(shape, kind.dtypes[0], sharding=group_sharding(self.mesh, f.name))
         return GroupBatch(**made)
 
 
 def model_config(path: str) -> Qwen2VLConfig:
-    """Of `model.path`: a folder's, the tiny base's, or a published size's.
+    """Return the model configuration for `model.path`: a folder, the tiny base or a published size.
 
     Raises:
-        ValueError: none of these.
+        ValueError: `path` is none of these.
     """
     if path in EMBEDDED or Path(path).expanduser().is_dir():
         return Qwen2VLConfig.from_folder(resolve(path))
@@ -207,8 +208,14 @@ def model_config(path: str) -> Qwen2VLConfig:
 
 
 class Program(NamedTuple):
-    """A jitted function of the run with its arguments, the first of which are static, what is alive beside them, and
-    how often a step calls it."""
+    """A jitted function of the run with its arguments.
+
+    Attributes:
+        static: static arguments, which come before `args`.
+        alive: arrays that are alive during the call besides the arguments.
+        calls: calls per step.
+        phase: "rollout" or "update".
+    """
 
     name: str
     function: Any
@@ -216,11 +223,11 @@ class Program(NamedTuple):
     args: tuple
     alive: tuple
     calls: int
-    phase: str  # which changes of settings may help: "rollout" or "update"
+    phase: str  # "rollout" or "update": selects the changes of settings that may help
 
 
 def programs(held: Held) -> Iterator[Program]:
-    """What a step runs, in its order; decoding in tokens, at most as many as a response holds."""
+    """Yield the programs of a step in execution order. `calls` of decoding counts tokens, at most the response length."""
     cfg, model, r = held.cfg, held.model, held.cfg.rollout
     with held.on_mesh():
         admitted, few = quarters(r.groups, r.group_size)
@@ -261,7 +268,7 @@ def programs(held: Held) -> Iterator[Program]:
             yield Program(name, score, (model,), args, learning, micro // cfg.grpo.epochs, "update")
     accumulate = (
         held.trained, held.frozen, held.total, held.features, held.batch,
-        learner.Tables(*mask_tables(cfg.mask)[:2]), np.float32(1),
+        mask_tables(cfg.mask), np.float32(1),
         logprobs if cfg.grpo.kl else None, logprobs if cfg.grpo.recompute else None,
     )  # fmt: skip
     yield Program("train", learner.accumulate, (model, cfg, held.learns), accumulate, learning, micro, "update")
@@ -275,22 +282,21 @@ def programs(held: Held) -> Iterator[Program]:
     yield Program("apply", learner.apply_gradients, (held.optimizer,), apply, learning, updates, "update")
 
 
-# ---- what a program needs --------------------------------------------------------------------------------------------
+# ---- cost of a program -----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Cost:
-    """Of one program, for a chip: bytes it holds, exchanges, operations, seconds to compile here, and the bound on its
-    time."""
+    """Cost of one program per chip: bytes held and exchanged, FLOPs, lower bound on the time, and compile time here (seconds)."""
 
     name: str
     phase: str
     calls: int
     arguments: int = 0
     temporaries: int = 0
-    resident: int = 0  # alive beside its arguments
+    resident: int = 0  # alive during the call, not among the arguments
     total: int = 0
-    refused: bool = False  # the compiler's own limit; then `total` is what it said it needs
+    refused: bool = False  # rejected by the compiler for its size; `total` is then the size it reported
     wire: float = 0.0
     flops: float = 0.0
     bound_s: float = 0.0
@@ -299,7 +305,7 @@ class Cost:
 
 
 def cost(held: Held, program: Program, chip: Chip) -> Cost:
-    """Compiles a program and reads what the compiler says of it."""
+    """Compile a program and return the cost that the compiler reports."""
     found = Cost(program.name, program.phase, program.calls)
     with held.on_mesh():
         trace = program.function if isinstance(program.function, partial) else program.function.trace
@@ -335,8 +341,7 @@ def cost(held: Held, program: Program, chip: Chip) -> Cost:
 
 
 def _needed(message: str, kept: int) -> int:
-    """Bytes that a program the compiler refuses would take, from what it says: all of them, or the temporaries
-    alone."""
+    """Return the bytes of a program that the compiler rejected, parsed from its message: the total, or the temporaries alone."""
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     if match := re.search(r"temporaries \(([\d.]+)([KMGT]?)", message):
         return kept + int(float(match[1]) * unit[match[2]])

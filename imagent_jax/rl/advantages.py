@@ -12,14 +12,15 @@ def group_advantages(
     eps: float = 1e-6,
     fault: Bool[np.ndarray, "N G"] | None = None,
 ) -> tuple[Float32[np.ndarray, "N G"], dict[str, float]]:
-    """Reward less the group's mean, divided by the group's deviation where `normalise_std`.
+    """Return group-relative advantages: reward minus the group's mean, divided by its standard deviation if `normalise_std`.
 
     Args:
-        counted: rollouts that enter mean and (population) deviation; the others are still compared with them.
-        eps: a group whose counted rewards deviate no more than this gets zeros.
-        fault: rollouts the world failed. They never count and get 0; so do rewards that are not finite.
+        rewards: [N G].
+        counted: rollouts that enter mean and (population) standard deviation; the others still get an advantage.
+        eps: a group whose counted rewards have at most this standard deviation gets zeros.
+        fault: rollouts that failed on an environment error. They never count and get 0, as do non-finite rewards.
     Returns:
-        Advantages, and metrics: `groups/flat`, the share of groups without spread; `groups/std`, their mean deviation.
+        Advantages, and metrics: `groups/flat`, share of groups without spread; `groups/std`, mean standard deviation.
     """
     rewards = np.asarray(rewards, np.float64)
     usable = np.isfinite(rewards) if fault is None else np.isfinite(rewards) & ~np.asarray(fault, bool)

@@ -1,4 +1,4 @@
-"""The unit of training, `GroupBatch`, and how trajectories are packed into it."""
+"""`GroupBatch`, the unit of training, and packing of trajectories into batches and micro-batches."""
 
 import math
 from collections.abc import Sequence
@@ -19,37 +19,37 @@ from imagent_jax.types import TokenKind, Trajectory
 AnyArray = jax.Array | np.ndarray
 
 
-@no_type_check  # as a tree it may hold anything in place of its arrays: shapes, shardings
+@no_type_check  # as a pytree it may hold shapes or shardings in place of arrays
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupBatch:
-    """The unit of training, arrays of NumPy or JAX. Responses are right-padded with kind PAD.
+    """The unit of training: arrays of NumPy or JAX. Responses are right-padded with kind PAD.
 
-    N groups, G rollouts a group, P prompt tokens, R response tokens, F merged features.
+    N groups, G rollouts per group, P prompt tokens, R response tokens, F merged features.
     """
 
     prompt_ids: Int32[AnyArray, "N P"]
     prompt_positions: Int32[AnyArray, "3 N P"]
     prompt_len: Int32[AnyArray, " N"]
-    prompt_vision: Int32[AnyArray, "N P"]  # feature row, -1 for text
+    prompt_vision: Int32[AnyArray, "N P"]  # feature row, -1: text
     response_ids: Int32[AnyArray, "N G R"]
     response_positions: Int32[AnyArray, "3 N G R"]
     response_len: Int32[AnyArray, "N G"]
     response_vision: Int32[AnyArray, "N G R"]
     kind: UInt8[AnyArray, "N G R"]
-    logprobs: Float32[AnyArray, "N G R"]  # the sampler's
+    logprobs: Float32[AnyArray, "N G R"]  # of the sampler
     end: UInt8[AnyArray, "N G"]
     rewards: Float32[AnyArray, "N G"]
     advantages: Float32[AnyArray, "N G"]
-    features: Float[AnyArray, "F D"] | None = None  # already encoded, for a frozen tower
+    features: Float[AnyArray, "F D"] | None = None  # precomputed, for a frozen tower
 
 
 def pack_batch(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.ndarray, prompt_tokens: int,
                response_tokens: int) -> GroupBatch:  # fmt: skip
-    """The batch of a rollout: [N, P] prompts, [N, G, R] responses, rewards and advantages [N, G].
+    """Pack a rollout into a batch: prompts [N, P], responses [N, G, R], rewards and advantages [N, G].
 
     Raises:
-        ValueError: placeholders and feature rows differ for a trajectory (promise 5; the task is named).
+        ValueError: image placeholders and feature rows of a trajectory differ (promise 5; the message names the task).
     """
     ids, positions, vision = pad_prompts(rollout.prompts, rollout.prompt_vision, prompt_tokens)
     groups = rollout.trajectories
@@ -84,10 +84,10 @@ def pack_batch(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.ndarra
 
 
 def check_images(trajectories: Sequence[Trajectory], image_token_id: int) -> None:
-    """Every placeholder has a feature row, and every feature row a placeholder (promise 5).
+    """Check that every image placeholder has a feature row and every feature row a placeholder (promise 5).
 
     Raises:
-        ValueError: they differ; the sentence names the task and both counts.
+        ValueError: the counts differ; the message names the task and both counts.
     """
     for t in trajectories:
         placeholders = int(np.sum((t.ids == image_token_id) & (t.kind == TokenKind.OBSERVATION)))
@@ -99,11 +99,10 @@ def check_images(trajectories: Sequence[Trajectory], image_token_id: int) -> Non
 
 
 def micro_shapes(cfg: Config) -> list[tuple[int, int]]:
-    """The compiled shapes of a micro-batch, narrowest first: width of its responses (multiples of R / `grpo.widths`), and its
-    groups.
+    """Return the compiled shapes of a micro-batch, narrowest first: (response width, number of groups).
 
-    None holds more tokens than `grpo.micro_groups` groups (made a multiple of the mesh's data x fsdp) with responses of R
-    tokens, P + G R each: where responses are short there are two, four or more times as many groups.
+    Widths are multiples of R / `grpo.widths`. No shape holds more tokens than `grpo.micro_groups` groups (rounded up to a
+    multiple of the mesh's data x fsdp) of P + G R tokens each. Narrower shapes hold two, four or more times as many groups.
     """
     r, shards = cfg.rollout, ways(GROUPS)
     widths = sorted({-(-i * r.response_tokens // cfg.grpo.widths) for i in range(1, cfg.grpo.widths + 1)})
@@ -118,16 +117,21 @@ def micro_shapes(cfg: Config) -> list[tuple[int, int]]:
 def micro_batches(
     batch: GroupBatch, index: np.ndarray, shapes: Sequence[tuple[int, int]], updates: int
 ) -> list[list[tuple[np.ndarray, GroupBatch]]]:
-    """Groups `index` of the batch, at least `updates` of them, in micro-batches of `shapes` (`micro_shapes`) with the groups
-    they are of, dealt to as many updates.
+    """Split groups `index` of the batch into micro-batches and deal them to `updates` updates.
 
-    Groups of like length are together. Where there are too few for a shape, it is filled up with groups that train nothing.
+    Groups of similar length share a micro-batch. A micro-batch with too few groups is padded with groups that are masked.
+
+    Args:
+        index: groups to use, at least `updates`.
+        shapes: see `micro_shapes`.
+    Returns:
+        Per update, its micro-batches, each with the indices of its groups.
     """
     longest = batch.response_len.max(axis=1)
     left, parts = sorted(index, key=lambda i: -longest[i]), []
     while left:
         width, size = next(shape for shape in shapes if shape[0] >= longest[left[0]])
-        taken = np.asarray(left[: min(size, len(index) // updates)])  # at most an update's share: none goes without
+        taken = np.asarray(left[: min(size, len(index) // updates)])  # at most an update's share, so that no update is empty
         parts.append((taken, take_groups(batch, taken, width, size)))
         left = left[len(taken) :]
     dealt = [[] for _ in range(updates)]
@@ -137,13 +141,16 @@ def micro_batches(
 
 
 def learning_groups(batch: GroupBatch, least: int) -> np.ndarray:
-    """Indices of the groups that have an advantage, filled up with others to `least`. Groups without one have no gradient."""
+    """Return the indices of the groups with a nonzero advantage, extended by others to at least `least` groups.
+
+    Groups without a nonzero advantage have no gradient.
+    """
     idle = ~np.any(batch.advantages, axis=1)
     return np.argsort(idle, kind="stable")[: max(least, int((~idle).sum()))]
 
 
 def take_groups(batch: GroupBatch, index: np.ndarray, width: int, size: int | None = None) -> GroupBatch:
-    """Groups `index` of the batch, responses cut to `width` tokens; up to `size` filled up with groups that train nothing."""
+    """Return groups `index` of the batch with responses cut to `width` tokens, padded with masked groups to `size`."""
     fields, more = {}, (size or len(index)) - len(index)
     for name, value in vars(batch).items():
         if value is None:
@@ -157,18 +164,18 @@ def take_groups(batch: GroupBatch, index: np.ndarray, width: int, size: int | No
 
 
 def place_groups(batch: GroupBatch) -> GroupBatch:
-    """The batch on the current mesh (`jax.set_mesh`), each device with its groups; without a mesh as it is."""
+    """Return the batch sharded by groups over the current mesh; unchanged without a mesh."""
     mesh = get_mesh()
     if mesh.empty:
         return batch
     fields = {name: value for name, value in vars(batch).items() if value is not None}
     places = {name: group_sharding(mesh, name) for name in fields}
-    shapes = {name: value.shape for name, value in fields.items()}  # every process has the whole, and places its part
+    shapes = {name: value.shape for name, value in fields.items()}  # every process holds the whole batch and places its part
     return GroupBatch(**jax.make_array_from_process_local_data(places, fields, shapes))
 
 
 def group_sharding(mesh: Mesh, name: str) -> NamedSharding:
-    """Where a field of a `GroupBatch` lives: by groups over `GROUPS`."""
+    """Return the sharding of a field of `GroupBatch`: groups over `GROUPS`."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * _group_axis(name), GROUPS))
 
 

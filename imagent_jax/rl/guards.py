@@ -1,9 +1,8 @@
-"""Guards against collapse and hacking: figures of tool use, and warnings in plain words, both pure functions.
+"""Guards: warnings about collapse of the policy and about reward hacking.
 
-A guard takes the metrics of all steps so far, oldest first, and returns a sentence or None. It compares the last
-`WINDOW` steps with the first ones, or with a limit; the defaults of its arguments are what the main job uses. Each has
-been seen to be needed: tools are given up while they help, a bonus is collected by calls that show nothing, entropy or
-the clipped share runs away.
+A guard is a pure function from the metrics of all steps so far, oldest first, to a sentence or None. It compares the last
+`WINDOW` steps with the first `WINDOW` steps or with a limit. The default arguments are those used in training. They detect:
+the policy stops using tools that help, collects the tool bonus with useless calls, or its entropy or clipped share diverges.
 """
 
 import math
@@ -14,32 +13,36 @@ import numpy as np
 from jaxtyping import Bool
 
 Metrics = dict[str, Any]
-"""Numbers by name; `warnings` is a dictionary of sentences."""
+"""Metrics of a step by name; `warnings` is a dictionary of sentences."""
 History = Sequence[Metrics]
 
 WINDOW = 10
-"""Steps whose mean a guard looks at."""
+"""Number of steps over which a guard averages."""
 
 
-# ---- what is watched -----------------------------------------------------------------------------------------------
+# ---- guards ---------------------------------------------------------------------------------------------------------
 
 
 def watch(history: History) -> dict[str, str]:
-    """The warnings that hold after the last step of `history` (metrics of all steps so far), by guard."""
+    """Return the warnings that hold after the last step of `history` (metrics of all steps so far), by name of the guard."""
     said = {name: guard(history) for name, guard in GUARDS.items()} if history else {}
-    if said.get("calls_invalid"):  # names the cause: refused calls, their repeats and their extra turns are what is masked
+    if said.get("calls_invalid"):  # the cause of `mostly_masked`: refused calls, their repeats and extra turns are masked
         said["mostly_masked"] = None
     return {name: sentence for name, sentence in said.items() if sentence}
 
 
 def tools_abandoned(history: History, fall: float = 0.5, gain: float = 0.05) -> str | None:
-    """Far fewer rollouts call a tool than once did, though those that do are more often right than their groups.
+    """Warn if far fewer rollouts call a tool than earlier, although tool calls raise accuracy within groups.
 
-    Who calls in vain, refused or struck by a fault, has not given tools up.
+    Failed calls, refused or ended by an error, still count as tool use.
+
+    Args:
+        fall: warn below this fraction of the highest earlier rate.
+        gain: minimum mean of `tools/gain`.
     """
     rates = [r["tools/used_rate"] for r in history]
     height = max((np.mean(rates[i : i + WINDOW]) for i in range(len(rates) - 2 * WINDOW + 1)), default=0.0)
-    gains = [r["tools/gain"] for r in history if "tools/gain" in r][-WINDOW:]  # none where nobody calls any more
+    gains = [r["tools/gain"] for r in history if "tools/gain" in r][-WINDOW:]  # absent in steps without calls
     now = np.mean(rates[-WINDOW:])
     vain = [v for r in history[-WINDOW:] for k, v in r.items() if k.startswith("tools/calls/") and not k.endswith("/executed")]
     if gains and height > 0.1 and now + sum(vain) / WINDOW < fall * height and np.mean(gains) > gain:
@@ -51,7 +54,7 @@ def tools_abandoned(history: History, fall: float = 0.5, gain: float = 0.05) -> 
 
 
 def bonus_unearned(history: History) -> str | None:
-    """The tool bonus was paid to more rollouts than were right after an executed call."""
+    """Warn if more rollouts received the tool bonus than were right after an executed call."""
     paid, earned = (history[-1].get(key, 0.0) for key in ("reward/tool_gain", "tools/earned"))
     if paid > earned + 1e-6:
         return (
@@ -62,7 +65,7 @@ def bonus_unearned(history: History) -> str | None:
 
 
 def bonus_without_gain(history: History, rise: float = 0.1, share: float = 0.25) -> str | None:
-    """More tool bonus is earned than at first, and accuracy has not risen by `share` of that."""
+    """Warn if the tool bonus has risen by more than `rise` while accuracy rose by less than `share` of that."""
     if len(history) < 2 * WINDOW:
         return None
     (bonus, before), (accuracy, at_first) = (_now_and_first(history, key) for key in ("tools/earned", "accuracy"))
@@ -75,7 +78,7 @@ def bonus_without_gain(history: History, rise: float = 0.1, share: float = 0.25)
 
 
 def entropy_away(history: History, low: float = 0.1, high: float = 2.0, good: float = 0.8) -> str | None:
-    """Entropy falls below `low` times the first, though fewer than `good` are right, or rises above `high` times it."""
+    """Warn if entropy falls below `low` times its first value while accuracy is below `good`, or exceeds `high` times it."""
     if len(history) < 2 * WINDOW:
         return None
     now, first = _now_and_first(history, "entropy")
@@ -87,7 +90,7 @@ def entropy_away(history: History, low: float = 0.1, high: float = 2.0, good: fl
 
 
 def clip_away(history: History, limit: float = 0.2) -> str | None:
-    """The clip stops more than `limit` of the trained tokens."""
+    """Warn if more than `limit` of the trained tokens are clipped."""
     clipped = _mean(history, "clip/low") + _mean(history, "clip/high")
     if clipped > limit:
         return f"{_percent(clipped)} of the trained tokens are clipped: steps too large, or sampler and trainer differ."
@@ -95,7 +98,7 @@ def clip_away(history: History, limit: float = 0.2) -> str | None:
 
 
 def length_growth(history: History, growth: float = 1.5, gain: float = 0.05) -> str | None:
-    """The policy writes `growth` times as much as at first, and is not right more often by `gain`."""
+    """Warn if sampled length has grown by the factor `growth` while accuracy rose by less than `gain`."""
     if len(history) < 2 * WINDOW:
         return None
     (now, first), (accuracy, at_first) = (_now_and_first(history, key) for key in ("length/sampled", "accuracy"))
@@ -108,14 +111,14 @@ def length_growth(history: History, growth: float = 1.5, gain: float = 0.05) -> 
 
 
 def groups_flat(history: History, limit: float = 0.9) -> str | None:
-    """More than `limit` of the groups have no spread of rewards, so that nothing is learnt from them."""
+    """Warn if more than `limit` of the groups have no spread of rewards, and therefore no gradient."""
     if len(history) >= WINDOW and (flat := _mean(history, "groups/flat")) > limit:
         return f"{_percent(flat)} of the groups have no spread of rewards and teach nothing: too easy, or too hard."
     return None
 
 
 def mostly_masked(history: History, limit: float = 0.5) -> str | None:
-    """The mask drops more than `limit` of the sampled tokens."""
+    """Warn if the mask drops more than `limit` of the sampled tokens."""
     if (dropped := _mean(history, "mask/dropped_tokens")) > limit:
         reasons = {k.rpartition("/")[2]: _mean(history, k) for k in history[-1] if k.startswith("mask/dropped_tokens/")}
         reason = max(reasons, key=reasons.get, default="unknown").replace("_", " ")
@@ -124,12 +127,12 @@ def mostly_masked(history: History, limit: float = 0.5) -> str | None:
 
 
 def calls_invalid(history: History, limit: float = 0.5) -> str | None:
-    """More than `limit` of a tool's calls are refused as invalid."""
+    """Warn if more than `limit` of a tool's calls are refused as invalid."""
     return _bad_calls(history, "invalid", limit, "are refused as invalid; look at what the tool says to them")
 
 
 def calls_faulted(history: History, limit: float = 0.02) -> str | None:
-    """More than `limit` of a tool's calls end with a fault of the world."""
+    """Warn if more than `limit` of a tool's calls fail on an environment error."""
     return _bad_calls(history, "faulted", limit, "end with a fault of the world; the trajectories' `error` says which")
 
 
@@ -141,13 +144,14 @@ GUARDS: dict[str, Callable[[History], str | None]] = {
 
 
 def looks_unused(right: Bool[np.ndarray, " T"], control: Bool[np.ndarray, " T"], what: str) -> str | None:
-    """A warning where a control that takes something away (`what`, in words) leaves the agent about as good.
+    """Return a warning if accuracy does not drop under a control, else None.
+
+    A sign test compares the tasks that are right in only one of the two evaluations: the agent must win by more than two
+    standard deviations of a fair coin.
 
     Args:
-        right, control: whether each task was answered right, truly and under the control.
-
-    The tasks that only one of the two gets right are compared by a sign test: the agent must win by more than two
-    standard deviations of a fair coin.
+        right, control: whether each task was answered right in the normal evaluation and under the control.
+        what: description of the control.
     """
     won, lost = int(np.sum(right & ~control)), int(np.sum(control & ~right))
     if won - lost > 2 * math.sqrt(won + lost):
@@ -170,7 +174,7 @@ def _bad_calls(history: History, status: str, limit: float, words: str) -> str |
 
 
 def _mean(history: History, key: str) -> float:
-    """Mean over the last `WINDOW` steps (fewer at first)."""
+    """Return the mean over the last `WINDOW` steps (over all, if there are fewer)."""
     return float(np.mean([r.get(key, 0.0) for r in history[-WINDOW:]]))
 
 

@@ -1,4 +1,4 @@
-"""The policy loss. GRPO, Dr.GRPO, DAPO and GSPO are settings of one function."""
+"""The policy loss: GRPO, Dr.GRPO, DAPO and GSPO as settings of one function."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings by published name: arXiv 2402.03300, 2503.20783, 2503.14476 (token level, clip-higher), 2507.18071."""
 
 LOG_LIMIT = 20.0
-"""Differences of log-probabilities are cut to ±20 before `exp`: an overflow would make even a clipped gradient NaN."""
+"""Log-ratios are clipped to ±20 before `exp`: an overflow would turn even a clipped token's gradient into NaN."""
 
 
 def loss_normaliser(mask: Bool[Array, "N G R"], *, cfg: GRPOConfig) -> Float[Array, " N"]:
-    """What each group adds to the loss's denominator; sum it over the groups of an update before its first gradient."""
+    """Return each group's contribution to the loss's denominator. Sum it over all groups of an update."""
     if cfg.level == "token":
         return mask.sum((1, 2)).astype(jnp.float32)
     if cfg.level == "sequence":
@@ -41,21 +41,21 @@ def policy_loss(
     importance: Float[Array, "N G R"] | None = None,
     entropy: Float[Array, "N G R"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Clipped policy-gradient loss of one micro-batch: a sum over kept tokens divided by `normaliser`.
+    """Return the clipped policy-gradient loss of one micro-batch: a weighted sum over kept tokens divided by `normaliser`.
 
     Args:
-        logprobs: of the response tokens under the parameters being trained.
-        old_logprobs: the sampler's, of the same tokens; the ratio is against them.
+        logprobs: log-probabilities of the response tokens under the current parameters.
+        old_logprobs: log-probabilities under the sampler, the denominator of the ratio.
         advantages: one per rollout, or one per token.
-        mask: tokens that train. Whatever stands elsewhere, NaN included, changes neither loss nor gradient.
-        normaliser: `loss_normaliser` summed over the whole update, so that losses and gradients of micro-batches add
-            up exactly.
-        ref_logprobs: of the reference policy; adds `cfg.kl` times the k3 estimate of the KL per token.
-        importance: weights for stale or low-precision samples, exp(trainer's at the start - sampler's), truncated at
-            `cfg.importance_cap`; with them, `old_logprobs` are the trainer's at the start.
+        mask: tokens that train. Values of other tokens, NaN included, affect neither loss nor gradient.
+        normaliser: `loss_normaliser` summed over the whole update, so that losses and gradients of micro-batches sum exactly.
+        ref_logprobs: log-probabilities under the reference policy; adds `cfg.kl` times the k3 estimate of the KL per token.
+        importance: weights exp(trainer's log-probability before the update - sampler's), truncated at `cfg.importance_cap`, that
+            correct stale or low-precision samples. `old_logprobs` are then the trainer's before the update.
+        entropy: entropy per token, for metrics only.
     Returns:
-        The loss, and metrics weighted as its tokens are. They add up over micro-batches too; `finish_metrics` of the
-        sums gives means.
+        The loss, and metrics with the token weights of the loss. Both sum over micro-batches; `finish_metrics` of the sums gives
+        means.
     """
     dtype = jnp.promote_types(logprobs.dtype, jnp.float32)
 
@@ -66,7 +66,7 @@ def policy_loss(
     advantage = kept(advantages if advantages.ndim == mask.ndim else advantages[..., None])
     length = jnp.maximum(mask.sum(-1, keepdims=True), 1).astype(dtype)
     log_ratio = logprobs - old
-    if cfg.ratio == "sequence":  # GSPO-token: the value of the sequence's ratio, a gradient through each token
+    if cfg.ratio == "sequence":  # GSPO-token: value of the sequence's ratio, gradient through each token
         mean_ratio = jax.lax.stop_gradient(log_ratio.sum(-1, keepdims=True) / length)
         log_ratio = mean_ratio + (logprobs - jax.lax.stop_gradient(logprobs))
     ratio = _exp(log_ratio)
@@ -89,9 +89,9 @@ def policy_loss(
 
 
 def finish_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Means from metrics of `policy_loss` summed over all micro-batches of an update.
+    """Return means from metrics of `policy_loss` that were summed over the micro-batches of an update.
 
-    The weights of a batch sum to one at level token and sequence, so only level constant changes by it.
+    The weights of a batch sum to one at the levels token and sequence, so only the level constant is rescaled.
     """
     weight = metrics["loss/weight"]
     return {k: v if k == "loss/weight" else v / jnp.where(weight > 0, weight, 1) for k, v in metrics.items()}
@@ -102,5 +102,5 @@ def _exp(x: Float[Array, "N G R"]) -> Float[Array, "N G R"]:
 
 
 def _k3(x: Float[Array, "N G R"]) -> Float[Array, "N G R"]:
-    """exp(x) - x - 1: unbiased and never negative (Schulman, "Approximating KL divergence", 2020)."""
+    """Return exp(x) - x - 1, an unbiased, nonnegative KL estimate (Schulman, "Approximating KL divergence", 2020)."""
     return _exp(x) - x - 1

@@ -1,7 +1,9 @@
 """The two-level mask: two boolean look-up tables and one boolean tensor operation.
 
-Our reading of the action-trajectory two-level mask of IMAgent (arXiv 2512.08980), which publishes no formula.
+Our interpretation of the action-trajectory two-level mask of IMAgent (arXiv 2512.08980), which publishes no formula.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +16,22 @@ from imagent_jax.types import EndReason, TokenKind
 IS_ACTION = np.array([kind not in (TokenKind.OBSERVATION, TokenKind.PAD) for kind in TokenKind])
 
 
-def mask_tables(cfg: MaskConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The look-up tables of a configuration.
+class MaskTables(NamedTuple):
+    """Look-up tables of the two-level mask.
 
-    Returns:
-        action bool[2, 6]: may a token of this kind train, where its advantage is (0) not positive, (1) positive;
-        trajectory bool[6]: may a trajectory that ended so train;
-        counted bool[6]: does it count in its group's mean and deviation (FAULT never does).
+    Attributes:
+        action: bool [2, 6]; whether a token of this kind trains if its advantage is (0) not positive, (1) positive.
+        trajectory: bool [6]; whether a trajectory with this end reason trains.
+        counted: bool [6]; whether it counts in its group's mean and standard deviation (FAULT never does).
     """
+
+    action: np.ndarray
+    trajectory: np.ndarray
+    counted: np.ndarray
+
+
+def mask_tables(cfg: MaskConfig) -> MaskTables:
+    """Return the look-up tables of a configuration."""
     action = np.tile(IS_ACTION, (2, 1))
     action[:, TokenKind.OBSERVATION] = cfg.observations == "keep"
     if cfg.invalid_call != "keep":
@@ -32,7 +42,7 @@ def mask_tables(cfg: MaskConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         trajectory[reason] = not getattr(cfg, f"drop_{reason.name.lower()}")
         counted[reason] = getattr(cfg, f"count_{reason.name.lower()}")
     trajectory[EndReason.FAULT] = counted[EndReason.FAULT] = False
-    return action, trajectory, counted
+    return MaskTables(action, trajectory, counted)
 
 
 def two_level_mask(
@@ -42,16 +52,16 @@ def two_level_mask(
     action_table: Bool[AnyArray, "2 kinds"],
     trajectory_table: Bool[AnyArray, " ends"],
 ) -> Bool[Array, "N G R"]:
-    """Which tokens train: `action_table[advantage > 0, kind] & trajectory_table[end]`."""
+    """Return which tokens train: `action_table[advantage > 0, kind] & trajectory_table[end]`."""
     positive = (advantages > 0).astype(jnp.int32)[..., None]
     return jnp.asarray(action_table)[positive, kind] & jnp.asarray(trajectory_table)[end][..., None]
 
 
 def dropped_shares(batch: GroupBatch, cfg: MaskConfig) -> dict[str, float]:
-    """Metrics: shares of the sampled tokens and of the trajectories that the mask drops, in all and by reason.
+    """Return metrics: shares of the sampled tokens and of the trajectories that the mask drops, in total and by reason.
 
-    A reason is `invalid_call`, or an end that drops its trajectory; a token dropped for both counts under both.
-    `mask/observation_tokens` is the share of observations among all tokens of the responses.
+    A reason is `invalid_call` or an end reason whose trajectories are dropped. A token dropped for two reasons counts under both.
+    `mask/observation_tokens` is the share of observation tokens among all response tokens.
     """
     action, trajectory, _ = mask_tables(cfg)
     kind, end = np.asarray(batch.kind), np.asarray(batch.end)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warm-up, schedule and global-norm clipping, all of it optax."""
+"""The optimizer: AdamW with warm-up, schedule and global-norm clipping, from optax."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from imagent_jax.config import OptimConfig
 
 
 def matrices(params: Any) -> Any:
-    """Which parameters weight decay touches: those with two axes or more, the stack of layers not counted.
+    """Return which parameters have weight decay: those with at least two axes, not counting the axis of stacked layers.
 
-    A norm or a bias of stacked layers is [layers, width], yet no matrix; `logical_axes` of an `nnx.Variable` tells.
+    Stacked norms and biases are [layers, width] and have no decay; the `logical_axes` of an `nnx.Variable` identify them.
     """
 
     def one(leaf):
@@ -25,10 +25,10 @@ def matrices(params: Any) -> Any:
 
 
 def make_optimizer(cfg: OptimConfig, total_updates: int) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm.
+    """Return AdamW after clipping by global norm.
 
-    The rate warms up linearly to `learning_rate`, then stays or falls as a cosine to zero at `total_updates`; weight
-    decay is of `matrices` only.
+    The learning rate warms up linearly to `learning_rate`, then is constant or follows a cosine to zero at `total_updates`.
+    Weight decay applies to `matrices` only.
     """
     warmup = min(cfg.warmup_steps, max(total_updates - 1, 0))
     if cfg.schedule == "cosine":

@@ -1,4 +1,4 @@
-"""Rewards: small named functions of a trajectory, summed by weight."""
+"""Rewards: named functions of a trajectory, combined as a weighted sum."""
 
 import math
 import traceback
@@ -7,36 +7,35 @@ from collections.abc import Callable
 from imagent_jax.chat import well_formed_answer
 from imagent_jax.config import RewardConfig
 from imagent_jax.config.naming import import_path
-from imagent_jax.scoring import score
 from imagent_jax.types import EndReason, Trajectory
 
 Reward = Callable[[Trajectory], float]
 
 
 def answer(t: Trajectory) -> float:
-    """1 for a right answer, by the task's own kind of scoring (F1 gives parts)."""
-    return score(t.answer, t.task.answer, t.task.answer_type)
+    """Return the answer's score in 0..1 by the task's answer type (only F1 gives partial credit)."""
+    return t.score
 
 
 def well_formed(t: Trajectory) -> float:
-    """1 for a trajectory without invalid calls that ends with its only answer, not blank, and a stop."""
+    """Return 1 if the trajectory has no invalid call and ends with exactly one answer, not blank, and a stop; else 0."""
     text = "".join(turn.text for turn in t.turns)
     return float(t.end == EndReason.ANSWERED and well_formed_answer(text) and t.invalid_calls == 0)
 
 
 def tool_gain(t: Trajectory) -> float:
-    """1 for a right answer after at least one executed call (the tool-use reward gain)."""
-    return float(t.executed_calls > 0 and answer(t) == 1.0)
+    """Return 1 for a right answer after at least one executed call (the tool-use reward gain), else 0."""
+    return float(t.executed_calls > 0 and t.right)
 
 
 REWARDS: dict[str, Reward] = {"answer": answer, "format": well_formed, "tool_gain": tool_gain}
 
 
 def custom_reward(path: str) -> Reward:
-    """The function at 'package.module:function'.
+    """Import the reward function at 'package.module:function'.
 
     Raises:
-        ValueError: it cannot be imported, or is no function.
+        ValueError: the path cannot be imported or is not a function.
     """
     function = import_path(path, "reward.custom")
     if not callable(function):
@@ -45,7 +44,7 @@ def custom_reward(path: str) -> Reward:
 
 
 def reward_functions(cfg: RewardConfig) -> dict[str, tuple[float, Reward]]:
-    """Weight and function of every reward, by name. Call it once at the start: a bad path is refused there.
+    """Return weight and function of every reward, by name. Call it at start-up, so that invalid paths fail early.
 
     Raises:
         ValueError: see `custom_reward`.
@@ -54,13 +53,12 @@ def reward_functions(cfg: RewardConfig) -> dict[str, tuple[float, Reward]]:
     return named | {path: (1.0, custom_reward(path)) for path in cfg.custom}
 
 
-def score_trajectory(t: Trajectory, cfg: RewardConfig) -> dict[str, float]:
-    """Every reward by name and their weighted `total`.
+def score_trajectory(t: Trajectory, functions: dict[str, tuple[float, Reward]]) -> dict[str, float]:
+    """Return every reward by name and their weighted sum, `total`.
 
-    A reward that raises, or is no finite number, is a fault of the world: the result has `fault` set (and zeros, which
-    must neither train nor count), and `t.error` says what happened unless it already held an earlier error.
+    A reward that raises or is not finite is an environment error: the result then has `fault` set and zero rewards, which must
+    neither train nor count. `t.error` is set to the traceback unless it holds an earlier error.
     """
-    functions = reward_functions(cfg)
     try:
         parts = {name: float(function(t)) for name, (_, function) in functions.items()}
         for name, value in parts.items():

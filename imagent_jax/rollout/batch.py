@@ -1,4 +1,4 @@
-"""What a call of `Collector.collect` returns, and how the shares of several processes are joined."""
+"""The result of `Collector.collect`, and joining of the results of several processes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +16,10 @@ from imagent_jax.types import Task, Trajectory
 
 @dataclass
 class RolloutBatch:
-    """G trajectories per task, the encoded prompts and the encoded images behind both.
+    """G trajectories per task, the encoded prompts and the encoded images of both.
 
     Attributes:
-        prompt_vision: feature row of every prompt token (-1: text), int32 [S] a task.
+        prompt_vision: feature row of every prompt token (-1: text), int32 [S] per task.
         times: seconds by phase.
     """
 
@@ -34,8 +34,11 @@ class RolloutBatch:
 
 
 def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
-    """Join the shares that all processes collected into the batch of all `tasks`. The trajectories of other processes come
-    without images; the encoded images of all are stacked on the current mesh. Pixels stay where they are."""
+    """Join the rollouts of all processes into the batch of all `tasks`.
+
+    Trajectories of other processes come without images. The features of all processes are stacked on the current mesh; pixels
+    are not transferred.
+    """
     rows = max(processes.gather(own.store.features.shape[0]))
     features, first = processes.stack_rows(own.store.features, rows)
 
@@ -69,11 +72,11 @@ def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
 
 
 def spread_packs(own: FeatureStore) -> list[tuple[jax.Array, ...]]:
-    """Join the n-th packs of all processes, each on its process's devices. A process that has fewer adds blank ones."""
+    """Join the n-th packs of all processes, each sharded over its process's devices. Processes with fewer packs add blanks."""
     most = max(processes.gather(len(own.packs)))
     packs = [*own.packs, *[own.blank(own.sizes[-1])] * (most - len(own.packs))]
     shares = ways(GROUPS) // jax.process_count()
-    size = -(-own.sizes[-1] // shares) * shares * own.model.vision_block  # so that every device has as many blocks
+    size = -(-own.sizes[-1] // shares) * shares * own.model.vision_block  # equally many blocks per device
 
     def filled(x, value):
         return processes.spread(np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value))

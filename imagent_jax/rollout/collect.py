@@ -5,7 +5,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from imagent_jax.rollout.engine import Engine, EngineShape, Request
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.episode import Episode, Rules
 from imagent_jax.tools import CallPool, ToolSet, ToolSettings, fault
-from imagent_jax.types import CallResult, Task, Trajectory
+from imagent_jax.types import CallResult, Task, Trajectory, Turn
 
 
 class Stopped(Exception):
@@ -136,25 +136,60 @@ class Collector:
             raise Stopped
         return join_batches(own, tasks)
 
-    def _collect(self, params, tasks, opened, slots: int, packs: int, sampling: tuple[int, int, float]) -> RolloutBatch:
-        """Collect on the current mesh."""
-        r, (group_size, seed, temperature) = self.cfg.rollout, sampling
-        frozen = self.cfg.model.freeze_vision and not self.cfg.lora.merger
+    def stream(
+        self, params: nnx.State | Weights, task: Task, *, seed: int = 0, temperature: float = 1.0
+    ) -> Iterator[Turn | Trajectory]:
+        """Run one rollout of a task. Yields every turn once its call is answered, and at the end the trajectory.
+
+        Raises:
+            ValueError: see `open_task`.
+        """
+        params = (params if isinstance(params, Weights) else self.weights(params)).params
+        engine, opened = self._engine(params, 1, 1, self.cfg.images.packs), self.open_task(task)
+        engine.submit(Request(0, opened.prompt, seed, stream_of(task), temperature))
+        engine.admit()
+        episode = Episode(self.rules, task, 0, opened.environment, opened.prompt.next_position)
+        calls = PendingCalls(self.rules, self.cfg.tools)
+        while episode.end is None:
+            for row, ids in engine.step().items():
+                if (call := episode.end_turn(ids)) is not None:
+                    calls.submit(row, episode, call)
+            for row, result in calls.due(engine).items():
+                if (encoded := episode.respond(*result)) is not None:
+                    episode.observe(encoded, engine.append({row: encoded})[row])
+                yield episode.turns[-1]
+        if episode.turns[-1].call is None:
+            yield episode.turns[-1]
+        ids, logprobs = engine.release([0])[0]
+        yield episode.trajectory(ids[0], logprobs[0])
+
+    def _engine(self, params, slots: int, group_size: int, packs: int) -> Engine:
+        """Return an engine on the current mesh. The first of its shape compiles its programs."""
+        r, frozen = self.cfg.rollout, self.cfg.model.freeze_vision and not self.cfg.lora.merger
         store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs, frozen=frozen)
-        shape = EngineShape(
-            slots, group_size, r.prompt_tokens, r.response_tokens, r.observation_tokens, r.decode_chunk
-        )
+        shape = EngineShape(slots, group_size, r.prompt_tokens, r.response_tokens, r.observation_tokens, r.decode_chunk)
         compiled = (shape, store.features.shape)
         engine = Engine(self.model, params, store, shape, self.stops, warm=compiled in self.warm)
         self.warm.add(compiled)
+        return engine
+
+    def _collect(self, params, tasks, opened, slots: int, packs: int, sampling: tuple[int, int, float]) -> RolloutBatch:
+        """Collect on the current mesh."""
+        group_size, seed, temperature = sampling
+        engine = self._engine(params, slots, group_size, packs)
         run = _Run(self, engine, tasks, opened, seed, temperature)
         run.to_the_end()
-        store.params = None  # it encodes no more: gathered parameters are not kept while training
+        engine.store.params = None  # it encodes no more: gathered parameters are not kept while training
         count = sum(turn.stop - turn.start for group in run.done for t in group.trajectories for turn in t.turns)
         return RolloutBatch(
             list(tasks), [group.prompt for group in run.done], [group.vision for group in run.done],
-            [group.trajectories for group in run.done], store, engine.clock.times, count, self.processor.image_token_id,
+            [group.trajectories for group in run.done], engine.store, engine.clock.times, count, self.processor.image_token_id,
         )  # fmt: skip
+
+
+def stream_of(task: Task) -> int:
+    """Return the number of a task's stream of random numbers, below 2**31."""
+    return zlib.crc32(task.uid.encode()) >> 1
 
 
 @dataclass
@@ -216,8 +251,7 @@ class _Run:
         task = self.tasks[index]
         opened = self.futures[index].result() if self.futures else self.collector.open_task(task)
         self.submitted[index] = opened._replace(task=task)
-        stream = zlib.crc32(task.uid.encode()) >> 1
-        self.engine.submit(Request(index, opened.prompt, self.seed, stream, self.temperature))
+        self.engine.submit(Request(index, opened.prompt, self.seed, stream_of(task), self.temperature))
 
     def _respond(self, due: dict[int, tuple[CallResult, list[PreparedImage]]]) -> None:
         """Give rows the results of their calls."""

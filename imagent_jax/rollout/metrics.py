@@ -1,4 +1,4 @@
-"""Metrics of trajectories: accuracy, ends, and use of tools."""
+"""Metrics of trajectories: accuracy, end reasons and tool use."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -6,18 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from imagent_jax.scoring import score
+from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.types import CallStatus, EndReason, Trajectory
 
 
-def answered_right(trajectories: Sequence[Trajectory]) -> list[bool]:
-    """Whether each trajectory's answer is wholly right."""
-    return [score(t.answer, t.task.answer, t.task.answer_type) == 1.0 for t in trajectories]
-
-
 def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Accuracy (also by question kind), tool-call rates and end reasons of a set of trajectories; shares in 0..1."""
-    n, right = len(trajectories), answered_right(trajectories)
+    """Return accuracy (also by question kind), tool-call rates and end reasons of trajectories, as shares in 0..1."""
+    n, right = len(trajectories), [t.right for t in trajectories]
     by_kind, ends = defaultdict(list), Counter(t.end for t in trajectories)
     for t, ok in zip(trajectories, right, strict=True):
         by_kind[t.task.kind].append(ok)
@@ -38,13 +33,14 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -> dict[str, Any]:
-    """What groups of rollouts say about their use of tools.
+    """Return metrics of tool use.
 
     Returns:
-        `tools/calls/<tool>/<executed|invalid|faulted>`: calls a rollout (`unknown`: no tool of `tools` could be read);
-        `tools/earned`: share of the rollouts right after at least one executed call, all that a tool bonus may pay;
-        `length/sampled`: mean of the tokens the policy chose; and, where a group has rollouts with and without an
-        executed call, `tools/gain`: how much more often those with one are right, mean over such groups, -1 to 1.
+        `tools/calls/<tool>/<executed|invalid|faulted>`: calls per rollout (`unknown`: the name is unreadable or not in `tools`).
+        `tools/earned`: share of the rollouts that are right after at least one executed call, the maximum a tool bonus may pay.
+        `length/sampled`: mean number of tokens sampled by the policy.
+        `tools/gain`: accuracy of rollouts with an executed call minus that of rollouts without, mean over the groups that have
+        both, -1 to 1; absent if no group has both.
     """
     flat = [t for group in groups for t in group]
     names = {CallStatus.EXECUTED: "executed", CallStatus.INVALID: "invalid", CallStatus.FAULT: "faulted"}
@@ -54,9 +50,20 @@ def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -
     result = {f"tools/calls/{tool}/{name}": counts[tool, name] / len(flat) for tool, name in pairs}
     right, used = (
         [np.asarray([f(t) for t in group], bool) for group in groups]
-        for f in (lambda t: score(t.answer, t.task.answer, t.task.answer_type) == 1.0, lambda t: t.executed_calls > 0)
+        for f in (lambda t: t.right, lambda t: t.executed_calls > 0)
     )
     result["tools/earned"] = float(np.mean(np.concatenate([r & u for r, u in zip(right, used, strict=True)])))
     result["length/sampled"] = float(np.mean([sum(turn.stop - turn.start for turn in t.turns) for t in flat]))
     gains = [r[u].mean() - r[~u].mean() for r, u in zip(right, used, strict=True) if u.any() and not u.all()]
     return result | ({"tools/gain": float(np.mean(gains))} if gains else {})
+
+
+def rollout_metrics(rollout: RolloutBatch) -> dict[str, float]:
+    """Return metrics of a rollout's work: tokens per second, images encoded and shown, share of padding in image packs."""
+    store = rollout.store
+    return {
+        "rollout/tokens_per_second": rollout.sampled_tokens / sum(rollout.times.values()),
+        "vision/encoded": store.encoded,
+        "vision/shown": store.shown,
+        "vision/waste": 1 - store.patches / max(1, store.packed),
+    }

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from imagent_jax.config import Config
@@ -19,7 +20,11 @@ from imagent_jax.tools import tools_by_name
 
 
 def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | int]:
-    """The fields of `Model` for a configuration on a platform (default: of the attached devices)."""
+    """Return the fields of `Model` for a configuration.
+
+    Args:
+        platform: default: that of the attached devices.
+    """
     dtype = choose_dtype(cfg.model.dtype, platform)
     return {
         "dtype": dtype, "remat": cfg.model.remat, "vision_block": cfg.images.vision_block,
@@ -28,10 +33,10 @@ def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | 
 
 
 class Policy:
-    """Model, processor, tools, data and rollout engine of a configuration: what training and evaluation share.
+    """Model, processor, tools and rollout engine of a configuration, shared by training and evaluation.
 
     Raises:
-        ValueError: bad settings, files or data; one sentence with the remedy.
+        ValueError: invalid settings, files or data; the message is one sentence with a remedy.
     """
 
     def __init__(self, cfg: Config, stop: threading.Event | None = None):
@@ -50,23 +55,28 @@ class Policy:
                 self.model, self.params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
                 merger=cfg.lora.merger, seed=cfg.run.seed,
             )  # fmt: skip
-        self.params = jax.device_put(self.params, shardings(self.params, self.mesh))  # adapters follow what they adapt
+        self.replace_params(self.params)  # adapters are sharded like their matrices
         self.collector = Collector(self.model, self.processor, self.tools, cfg, stop=stop)
 
+    def replace_params(self, params: nnx.State) -> None:
+        """Use other parameters of the same model, placed on the policy's mesh."""
+        self.params = jax.device_put(params, shardings(params, self.mesh))
+
     def test_tasks(self, count: int):
-        """The first `count` held-out tasks."""
+        """Return the first `count` held-out tasks."""
         tasks = open_tasks(self.cfg.data, "test")
         self.test_faults = tasks.faults
         return [tasks[i] for i in range(min(count, len(tasks)))]
 
 
 def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `cfg.mesh`, over whose data and fsdp axes rollouts and micro-batches are split by groups.
+    """Return the mesh of `cfg.mesh`. Rollouts and micro-batches are split by groups over its data and fsdp axes.
 
     Args:
-        devices: default all of `jax.devices()`.
+        devices: default: all of `jax.devices()`.
     Raises:
-        ValueError: its sizes do not divide the devices, or do not suit the processes, or it overlaps on several devices.
+        ValueError: the axis sizes do not divide the devices or do not suit the processes, or `rollout.overlap` is set with
+            several devices.
     """
     mesh = make_mesh(**vars(cfg.mesh), devices=devices)
     hosts.check_mesh(mesh)

@@ -1,4 +1,4 @@
-"""What of the next step is done while this one trains."""
+"""Prefetch: work on the next step while the current step trains."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +15,12 @@ from imagent_jax.types import Task
 
 
 class Prefetcher:
-    """The rollouts of a run, step by step. While a step trains, the tasks of the next are read and their prompts prepared;
-    with `rollout.overlap` their rollouts are sampled too, by the weights from before the update.
+    """Provides the rollouts of a run, step by step. While a step trains, the tasks of the next step are read and preprocessed.
 
-    A rollout is a function of the seed, the step and the weights. Weights that a checkpoint holds are never overtaken, so a
-    run that resumes from one of `run.checkpoint_every` goes on as it would have.
+    With `rollout.overlap`, the rollouts of the next step are sampled too, with the weights from before the update.
+
+    Rollouts depend on the seed, the step and the weights only. They are not sampled past a checkpoint's weights, so a run resumed
+    from a checkpoint of `run.checkpoint_every` continues as the original run.
     """
 
     def __init__(self, collector: Collector, iterator: TaskIterator, cfg: RolloutConfig, seed: int):
@@ -29,11 +30,11 @@ class Prefetcher:
 
     @property
     def place(self) -> Any:
-        """The iterator's state before the first step that was not taken."""
+        """The iterator's state before the first step that has not been taken."""
         return self.next.place if self.next else self.iterator.get_state()
 
     def begin(self, step: int, params: nnx.State | None = None) -> None:
-        """Begin `step` (counted from 0): its prompts, and with `params` its rollouts."""
+        """Start preprocessing the tasks of `step` (counted from 0), and with `params` also sampling its rollouts."""
         place, tasks = self.iterator.get_state(), next(self.iterator)
         opened, rollouts = None, None
         if params is None:
@@ -44,7 +45,7 @@ class Prefetcher:
         self.next = _Begun(place, tasks, opened, rollouts)
 
     def take(self, step: int, params: nnx.State) -> tuple[RolloutBatch, int]:
-        """Return the rollouts of `step`, and by how many steps the weights that sampled them are old (0 or 1).
+        """Return the rollouts of `step`, and the age, in updates, of the weights that sampled them (0 or 1).
 
         Raises:
             Stopped: see `Collector`; the step is not taken.
@@ -63,11 +64,11 @@ class Prefetcher:
         )  # fmt: skip
 
     def _sample_on(self, mesh, *args) -> RolloutBatch:
-        with jax.set_mesh(mesh):  # this thread has none
+        with jax.set_mesh(mesh):  # the current mesh is thread-local
             return self._sample(*args)
 
     def close(self) -> None:
-        """Give up what was begun."""
+        """Stop work in progress and end the thread."""
         if self.next and self.next.rollouts:
             self.collector.stop.set()
             self.next.rollouts.exception()
@@ -75,7 +76,7 @@ class Prefetcher:
 
 
 class _Begun(NamedTuple):
-    """A step that was begun: where the iterator was, its tasks, its prompts and its rollouts in progress."""
+    """A started step: iterator state before it, its tasks, its preprocessed prompts and its rollouts in progress."""
 
     place: Any
     tasks: Sequence[Task]

@@ -1,6 +1,8 @@
-"""The jitted side of rollouts: slots of groups, prefill of prompts, the decode loop, and observations appended to the kept
-cache. Every function takes the whole state and gives it back, updated in place. On a mesh, rows are split over the devices as
-groups are, so that every device decodes its own slots."""
+"""The jitted sampler: slots of groups, prefill, the decode loop, and observations appended to the cache.
+
+Every function takes the whole state and returns it, updated in place. On a mesh, rows are sharded like groups, so that every
+device decodes its own slots.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,15 +20,22 @@ from imagent_jax.model.text import PromptCache, ResponseCache
 
 STOP_WIDTH = 8
 BLOCK = 128
-"""Tokens of the vocabulary that are drawn from together."""
+"""Vocabulary tokens per block of the two-stage draw (`draw`)."""
 
 
 class SamplerState(NamedTuple):
-    """All that changes while rollouts are decoded: S slots, each a group of G rows; row b belongs to slot b // G.
+    """State of all rollouts being decoded: S slots, each a group of G rows; row b belongs to slot b // G.
 
-    `ids` and `logprobs` are append-only and hold sampled and shown tokens alike; `length` is the number of tokens of
-    a row, all of them in `cache`; `logits` are those of its next token; `position` is the next M-RoPE position; `key` is
-    the row's own random key; `temperature` that of its softmax (0: the likeliest token).
+    Attributes:
+        ids, logprobs: append-only, sampled and observation tokens alike.
+        length: tokens of a row, all of them in `cache`.
+        position: next M-RoPE position.
+        live: rows that are being decoded.
+        logits: logits of the next token.
+        key: random key of the row.
+        temperature: softmax temperature of the row (0: greedy).
+        cache, prompt: keys and values of the responses and of the prompts.
+        prompt_len: real prompt tokens of a slot.
     """
 
     ids: Int[Array, "B R"]
@@ -44,7 +53,7 @@ class SamplerState(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, response_tokens: int) -> SamplerState:
-    """A state without rollouts."""
+    """Return a state without rollouts."""
     rows = slots * group_size
     return _placed(SamplerState(
         ids=jnp.zeros((rows, response_tokens), jnp.int32),
@@ -62,8 +71,7 @@ def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, respons
 
 
 def axes(x) -> tuple:
-    """Where a leaf of the state lives: rows and slots over the devices of groups, heads of the caches (their only four axes)
-    over `tensor`."""
+    """Return the mesh axes of a leaf of the state: rows and slots over `GROUPS`, heads of the (4-D) caches over `tensor`."""
     return GROUPS, *("tensor",) * (x.ndim == 4)
 
 
@@ -76,9 +84,9 @@ def admit(
     model: Model, params: nnx.State, state: SamplerState, slots, ids, positions, vision, prompt_len, next_position, uids,
     seeds, temperature, features,
 ) -> SamplerState:  # fmt: skip
-    """Prefills A prompts, once each, into `slots` ([A]; S: none) and opens their G empty responses, all live.
+    """Prefill A prompts, once each, into `slots` ([A]; S: none) and start their G empty responses, all live.
 
-    A row's key is a function of (seed, uid of its task, number of the rollout in its group).
+    A row's key depends on the seed, the uid of its task and the index of the rollout in its group.
     Shapes: ids, vision [A P]; positions [3 A P]; prompt_len, next_position, uids, seeds, temperature [A]; features [F D].
     """
     with jax.named_scope("admit"):
@@ -107,15 +115,15 @@ def _put(kept: Array, index: Array, new) -> Array:
 
 
 def parts(slots: int) -> int:
-    """Into how many parts of the current mesh the slots divide; rows are taken and put back within their part.
+    """Return the number of parts of the current mesh over which slots are split; rows are taken and put back within a part.
 
-    What names F rows names F / parts of each part in turn, by their number in it (B / parts: none).
+    An array of F rows holds F / parts rows of each part in turn, as indices within the part (B / parts: none).
     """
     return 1 if slots % ways(GROUPS) else ways(GROUPS)
 
 
 def _within(function, state: SamplerState, *more):
-    """`function(state, rows[, part of the state])`, by every part of the mesh for itself: no cache of a row travels."""
+    """Run `function(state, rows[, part of the state])` on every part of the mesh separately; no cache of a row is transferred."""
     if parts(len(state.prompt_len)) == 1:
         return _placed(function(state, *more))
     specs = jax.tree.map(lambda x: fitting(x, *axes(x)), state)
@@ -123,7 +131,10 @@ def _within(function, state: SamplerState, *more):
 
 
 def take_rows(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:
-    """A smaller state of these rows (see `parts`; none: a dead one), each a group with a copy of its prompt's cache."""
+    """Return a smaller state of some rows (see `parts`; none: a dead row).
+
+    Each row becomes a group of one with a copy of its prompt's cache.
+    """
 
     def take(state, rows):
         b, s = state.ids.shape[0], state.prompt_len.shape[0]
@@ -136,7 +147,7 @@ def take_rows(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:
 
 
 def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) -> SamplerState:
-    """The inverse: the rows of `part` back in their places."""
+    """Write the rows of `part` back to their places; inverse of `take_rows`."""
 
     def put(state, rows, part):
         kept, new = (x._replace(prompt=(), prompt_len=()) for x in (state, part))
@@ -148,13 +159,16 @@ def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) ->
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(model: Model, width: int, params: nnx.State, state: SamplerState, rows, stops, max_steps, enough=0) -> SamplerState:
-    """Sample up to `max_steps` tokens for every live row, or for those among `rows` ([F], see `parts`), from
-    softmax(logits / temperature), while more than `enough` of them are live. No response may come to hold more than `width`
-    tokens meanwhile (R: any).
+    """Sample up to `max_steps` tokens for every live row from softmax(logits / temperature).
 
-    A row stops, inside the loop, when its last tokens equal one of `stops` ([n STOP_WIDTH], left-padded with -1) or
-    its buffer is full. The random number of a token belongs to (row key, index of the token), so it depends on
-    neither the batch nor the chunking.
+    A row stops, inside the loop, when its last tokens equal one of `stops` or its buffer is full. A token's random numbers depend
+    on the row's key and the token's index only, not on the batch or the chunking.
+
+    Args:
+        width: only this part of the response cache is used; no response may exceed it during the call (R: no restriction).
+        rows: rows to decode, [F] (see `parts`); None: all.
+        stops: stop sequences, [n STOP_WIDTH], left-padded with -1.
+        enough: stop as soon as no more than this many rows are live.
     """
     with jax.named_scope("decode"):
         part = state if rows is None else take_rows(state, rows)
@@ -178,7 +192,7 @@ def _decode(model, params, state, stops, max_steps, enough):
     def step(carry):
         count, s = carry
         token, logprob = draw(s.logits / scale, jax.vmap(_uniform)(keys, s.length), greedy)
-        at = jnp.where(s.live, s.length, r)  # r: out of the buffer, dropped
+        at = jnp.where(s.live, s.length, r)  # r: out of bounds, dropped
         ids = s.ids.at[rows, at].set(token, mode="drop")
         positions = jnp.broadcast_to(s.position[:, None], (3, b, 1))
         new_logits, cache = extend(
@@ -199,24 +213,24 @@ def _decode(model, params, state, stops, max_steps, enough):
         )
         return count + 1, _placed(new)
 
-    bare = state._replace(key=(), temperature=(), prompt=(), prompt_len=())  # what the loop does not change stays outside of it
+    bare = state._replace(key=(), temperature=(), prompt=(), prompt_len=())  # loop invariants stay outside the loop
     going = lambda carry: (carry[0] < max_steps) & (jnp.sum(carry[1].live) > enough)  # noqa: E731
     _, done = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), bare))
     return done._replace(key=state.key, temperature=state.temperature, prompt=prompt, prompt_len=prompt_len)
 
 
 def _uniform(key: Array, index: Array) -> Float[Array, "2"]:
-    """The two random numbers of a row's token `index`."""
+    """Return the two random numbers of a row's token `index`."""
     return jax.random.uniform(jax.random.fold_in(key, index), (2,))
 
 
 def draw(
     logits: Float[Array, "B V"], uniform: Float[Array, "B 2"], greedy: Bool[Array, " B"]
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """A token of each row from softmax(logits), or the likeliest where `greedy`, and its log-probability.
+    """Draw a token of each row from softmax(logits), or the most likely token if `greedy`; return it and its log-probability.
 
-    By inverse transform sampling (Devroye 1986, III.2): the first number chooses among blocks of tokens, the second a token
-    of the block. That is two random numbers a token, where the Gumbel-max trick takes one for every word of the vocabulary.
+    Inverse transform sampling (Devroye 1986, III.2) in two stages: the first number selects a block of tokens, the second a token
+    of the block. This needs two random numbers per token; the Gumbel-max trick needs one per vocabulary entry.
     """
     peak = logits.max(-1, keepdims=True)
     blocks = pad_to(logits, 1, BLOCK, -jnp.inf).reshape(len(logits), -1, BLOCK)
@@ -229,7 +243,7 @@ def draw(
 
 
 def _invert(weights: Float[Array, "B T"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The first place where the running sum exceeds `uniform` of the whole; never one of no weight, however sums are rounded."""
+    """Return the first index where the cumulative sum exceeds `uniform` of the total; never an index of zero weight."""
     running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
     return jnp.argmax(running > uniform[:, None] * running.max(-1, keepdims=True), axis=-1)
 
@@ -238,7 +252,7 @@ def _invert(weights: Float[Array, "B T"], uniform: Float[Array, " B"]) -> Int[Ar
 def observe(
     model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, features
 ) -> SamplerState:
-    """Append `count[f]` tokens to row `rows[f]` (see `parts`), which then samples again; a count of 0 changes nothing.
+    """Append `count[f]` observation tokens to row `rows[f]` (see `parts`), which is live again; 0 changes nothing.
 
     Shapes: rows, count [F]; ids, vision [F S]; positions [3 F S]; features [M D].
     """
@@ -266,5 +280,5 @@ def observe(
 
 @partial(jax.jit, donate_argnums=0)
 def stop(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:
-    """Stop rows, by their number in the whole state (B: none), at the token they are at."""
+    """Stop rows, given by index in the whole state (B: none), at their current token."""
     return _placed(state._replace(live=_put(state.live, rows, False)))

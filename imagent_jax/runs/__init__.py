@@ -1,1 +1,1 @@
-"""A run on disk: folder, checkpoints, logs, trackers, report and viewer."""
+"""Run folders: checkpoints, logs, trackers, report and viewer."""

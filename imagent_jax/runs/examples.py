@@ -1,4 +1,4 @@
-"""About ten trajectories of a run that teach something, as HTML: repaired by training, broken by it, tools misused."""
+"""HTML of about ten informative trajectories of a run: fixed by training, broken by training, and failed tool calls."""
 
 import base64
 import html
@@ -12,11 +12,11 @@ from imagent_jax.runs.reader import RunLog, step_of
 
 Record = dict[str, Any]
 Case = tuple[str, list[tuple[str, Record]]]
-LARGEST_FILE, LARGEST_SIDE = 150_000, 768  # an image beyond this many bytes is embedded at this many pixels a side
+LARGEST_FILE, LARGEST_SIDE = 150_000, 768  # larger files (bytes) are embedded downscaled to this side (pixels)
 
 
 def instructive(run: RunLog) -> list[Case]:
-    """Titles with one or two labelled trajectories each; about ten."""
+    """Return about ten cases: a title with one or two labelled trajectories each."""
     held_out = [stem for stem in run.trajectories if step_of(stem)[0] != "train"]
     cases: list[Case] = []
     if len(held_out) > 1:
@@ -35,7 +35,7 @@ def _calls(record: Record, status: str) -> list[dict[str, Any]]:
 
 
 def _misuse(run: RunLog) -> list[Case]:
-    """Invalid and faulted calls and dropped ends, newest first, no two of the same sort."""
+    """Return cases of invalid calls, environment errors and dropped ends, newest first, each kind once."""
     wanted = {"A fault of the world": 1, "An invalid call": 2, "repeated": 1, "over turns": 1, "truncated": 1}
     cases, seen = [], set()
     for stem in reversed(run.trajectories):
@@ -57,7 +57,7 @@ def _misuse(run: RunLog) -> list[Case]:
 
 
 def _spread(run: RunLog) -> list[Case]:
-    """The best and the worst rollout of the newest training group that has both right and wrong ones."""
+    """Return the best and the worst rollout of the newest training group that has both right and wrong rollouts."""
     for stem in reversed(run.trajectories):
         if step_of(stem)[0] == "train":
             groups: dict[str, list[Record]] = {}
@@ -77,7 +77,7 @@ def _reward(record: Record) -> float:
 
 
 def source(images: list[Record], n: int) -> tuple[str, list[int]]:
-    """The file that image `n` is drawn from, and its box there (left, top, right, bottom; pixels)."""
+    """Return the file from which image `n` is drawn, and the image's box in it (left, top, right, bottom; pixels)."""
     image = images[n - 1]
     if "file" in image:
         return image["file"], [0, 0, *image["size"]]
@@ -86,7 +86,7 @@ def source(images: list[Record], n: int) -> tuple[str, list[int]]:
 
 
 def within(images: list[Record], m: int, n: int) -> list[int] | None:
-    """The box of image `m` in pixels of image `n`, which it was made from; None where there is none."""
+    """Return the box of image `m` in pixels of image `n`, its ancestor; None if there is none."""
     image = images[m - 1]
     whole = [0, 0, *image["size"]]
     if m == n:
@@ -103,13 +103,13 @@ def _shift(box: list[int], by: list[int]) -> list[int]:
 
 
 class Pictures:
-    """Cases as HTML; every image file they use is embedded once."""
+    """Renders cases as HTML; every image file is embedded once."""
 
     def __init__(self, run: RunLog):
         self.folder, self.sizes = run.path / "trajectories" / "images", {}
 
     def definitions(self) -> str:
-        """The embedded files, to which `svg` refers. Call it last."""
+        """Return the embedded image files, to which `svg` refers. Call it last."""
         return "".join(self._embed(name, *size) for name, size in self.sizes.items())
 
     def _embed(self, name: str, width: int, height: int) -> str:
@@ -127,7 +127,12 @@ class Pictures:
         return f'<image {place} preserveAspectRatio="none" href="data:image/{kind};base64,{text}" />'
 
     def svg(self, images: list[Record], n: int, side: int, boxes: Sequence[tuple[list[int], str, bool]] = ()) -> str:
-        """Image `n`, its longer side `side` CSS pixels, with labelled boxes in its own pixels."""
+        """Return image `n` as SVG with labelled boxes.
+
+        Args:
+            side: longer side in CSS pixels.
+            boxes: (box in pixels of the image, label, whether the rollout was right).
+        """
         name, (left, top, right, bottom) = source(images, n)
         root = next(i for i in images if i.get("file") == name)
         self.sizes[name] = root["size"]
@@ -142,7 +147,7 @@ class Pictures:
                 f'<use href="#{html.escape(name)}" />{drawn}</svg>')  # fmt: skip
 
     def case(self, title: str, records: list[tuple[str, Record]]) -> str:
-        """Question and given images above, what each trajectory said, called and saw side by side."""
+        """Return a case: question and given images, then the trajectories' text, calls and observations side by side."""
         e, (_, first) = html.escape, records[0]
         given = [n for n, image in enumerate(first["images"], 1) if "parent" not in image]
         gallery = ""
@@ -168,6 +173,6 @@ class Pictures:
                 made = f": {e(image['origin'] or 'made')} of Image {image['parent']}" if "parent" in image else ""
                 parts.append(f"<figure>{self.svg(record['images'], n, 96)}<figcaption>Image {n}{made}</figcaption></figure>")
         if record["end"] != "ANSWERED":
-            why = (record["error"] or "").strip().splitlines()[-1:]  # of a traceback, what was raised
+            why = (record["error"] or "").strip().splitlines()[-1:]  # the last line of a traceback
             parts.append(f"<p class=error>ended: {e(': '.join([record['end'].lower().replace('_', ' '), *why]))}</p>")
         return "".join(parts)

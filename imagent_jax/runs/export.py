@@ -4,36 +4,33 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from flax import nnx
 from rich.console import Console
 
-from imagent_jax.config import Config, MeshConfig, load_config
+from imagent_jax.config import load_config
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.qwen2_vl import Model
-from imagent_jax.rl.learner import trained_filter
-from imagent_jax.rollout.policy import Policy
-from imagent_jax.runs.folder import checkpoint_folder, load_params
+from imagent_jax.runs.loading import load_policy
 
 
-def trained_params(cfg: Config, run: Path, step: int | None) -> tuple[Path, Model, nnx.State, int]:
-    """The folder of the run's base, the model as it is to be written (what was trained over the base, adapters merged), and
-    the step it comes from."""
-    parts = Policy(replace(cfg, mesh=MeshConfig()))  # one device is enough, whatever the run had
-    trained, frozen = nnx.split_state(parts.params, trained_filter(cfg), ...)
-    trained, step = load_params(checkpoint_folder(cfg.run, run), trained, step)
-    return parts.folder, *lora.merge(parts.model, nnx.merge_state(trained, frozen)), step
+def trained_params(run: Path, step: int | None) -> tuple[Path, Model, nnx.State, int]:
+    """Return the base model's folder, the trained model with adapters merged, its parameters, and the checkpoint's step."""
+    policy, step = load_policy(run, step=step)
+    return policy.folder, *lora.merge(policy.model, policy.params), step
 
 
 def export(
     run: Path, out: Path, console: Console, *, step: int | None = None, dtype: str | None = None, max_shard_size: str = "5GB"
 ) -> None:
-    """Writes the model of a run's checkpoint to `out`, complete: weights, config, tokenizer, processor, generation config.
+    """Write the model of a run's checkpoint to `out`: weights, config, tokenizer, processor and generation config.
 
+    Args:
+        step: step of the checkpoint; default: the newest.
+        dtype: dtype of the weights; default: as trained.
     Raises:
-        ValueError: no such run or checkpoint, the base model is not to be had, or `out` is not an empty or new folder.
+        ValueError: no such run or checkpoint, the base model is not available, or `out` is not an empty or new folder.
     """
     began = time.perf_counter()
     if not (run / "config.yaml").is_file():
@@ -44,7 +41,7 @@ def export(
     console.print(f"Exports {'the newest checkpoint' if step is None else f'checkpoint {step}'} of {run} ({cfg.model.path}).")
     console.print(f"Writes to {out}: weights, config, tokenizer, processor and generation config, as Hugging Face names them.")
     with console.status("Loading the base and the checkpoint"):
-        base, model, params, step = trained_params(cfg, run, step)
+        base, model, params, step = trained_params(run, step)
     with console.status("Writing the weights"):
         checkpoint.save(out, model, params, source=base, dtype=dtype, max_shard_size=max_shard_size)
     files = sorted(path for path in out.iterdir())
@@ -57,7 +54,7 @@ def export(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 after one sentence about bad input."""
+    """Run the command: exit code 0, or 2 after one sentence about bad input."""
     parser = argparse.ArgumentParser(prog="python -m imagent_jax.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/tiny")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder of the model")

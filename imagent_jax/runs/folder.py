@@ -1,4 +1,4 @@
-"""A run on disk: resolved config, one metrics object a step, trajectories and checkpoints."""
+"""Run folder: resolved config, metrics (one JSON object per step), trajectories and checkpoints."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from imagent_jax.runs.trackers import Trackers
 
 
 def checkpoint_folder(run: RunConfig, folder: Path) -> str:
-    """Where a run's checkpoints are, given its own folder; an address such as gs://bucket/path stays as it is."""
+    """Return the folder of a run's checkpoints, given the run's folder. Addresses such as gs://bucket/path are unchanged."""
     if "://" in run.checkpoint_dir:
         return f"{run.checkpoint_dir.rstrip('/')}/{run.name}"
     place = Path(run.checkpoint_dir).expanduser() / run.name if run.checkpoint_dir else folder / "checkpoints"
@@ -35,21 +35,23 @@ def _checksums(tree: Any) -> list[jax.Array]:
 
 
 def checksums(tree: Any) -> list[int]:
-    """Of each leaf, its bits as words, summed modulo 2**32: the same on every mesh, and another for any one changed element.
-    TensorStore reads a changed byte of an array without complaint."""
+    """Return a checksum of each array (uint32 sum of its words), independent of sharding.
+
+    TensorStore does not detect a changed byte in an array.
+    """
     return [int(total) for total in jax.device_get(_checksums(tree))]
 
 
 class RunFolder:
-    """`runs/<name>/`. Everything appended is flushed at once; nothing written is lost by a later failure. Of several
-    processes all make checkpoints together, and the first writes the rest.
+    """The folder `runs/<name>/`. Appended lines are flushed at once, so that a later failure loses nothing.
 
-    A checkpoint is one Orbax checkpoint, written in the background and given its name only once it is whole: trained
-    parameters, optimizer state, and the progress of the run with the checksums of all. The newest `run.keep_checkpoints`
-    are kept, and the `run.keep_best` of best held-out accuracy.
+    With several processes, all take part in checkpoints, and process 0 writes everything else. A checkpoint is one Orbax
+    checkpoint, written in the background and renamed when complete. It holds the trained parameters, the optimizer state, the
+    run's progress, and checksums of all. The newest `run.keep_checkpoints` and the `run.keep_best` with the highest held-out
+    accuracy are kept.
 
     Raises:
-        ValueError: `run.resume` is on and there is no such run, or it is off and `run.checkpoint_dir` holds one.
+        ValueError: `run.resume` is set and the run does not exist, or `run.resume` is not set and checkpoints exist.
     """
 
     def __init__(self, cfg: Config):
@@ -76,7 +78,7 @@ class RunFolder:
         except Exception as error:
             sentence = f"The checkpoints in {self.checkpoints} cannot be read ({_reason(error)}); delete what is damaged there."
             raise ValueError(sentence) from error
-        self.writing = None  # the checkpoint that is being written: its step, and what to wait for
+        self.writing = None  # the checkpoint being written: its step and its future
         if self.latest is not None and not cfg.run.resume:
             raise ValueError(
                 f"{self.checkpoints} holds checkpoints of an earlier run; continue it with --run.resume true, or "
@@ -84,7 +86,7 @@ class RunFolder:
             )
         if hosts.is_writer():
             if self.latest is None and (metrics := self.path / "metrics.jsonl").exists():
-                metrics.replace(f"{metrics}.before")  # of a run that was killed before its first checkpoint
+                metrics.replace(f"{metrics}.before")  # from a run that was killed before its first checkpoint
             (self.path / "config.yaml").write_text(cfg.to_yaml())
             self.trackers = Trackers(cfg, self.path)
 
@@ -97,14 +99,14 @@ class RunFolder:
         (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
 
     def _set_aside(self) -> None:
-        """An earlier run of the same name is kept, under a number."""
+        """Rename the folder of an earlier run of the same name, appending a number."""
         number = 1
         while (kept := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.rename(self.path, kept)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one object to metrics.jsonl, and passes it on (`Trackers`)."""
+        """Append one object to metrics.jsonl and pass it to the trackers (`Trackers`)."""
         if not hosts.is_writer():
             return
         with open(self.path / "metrics.jsonl", "a") as file:
@@ -112,31 +114,31 @@ class RunFolder:
         self.trackers.log(record)
 
     def log_faults(self, faults: Sequence[Any]) -> None:
-        """Lists the rows of data that were left out, one a line, in data_faults.txt (no file: none)."""
+        """Write the omitted data rows, one per line, to data_faults.txt (no file if there are none)."""
         if faults and hosts.is_writer():
             (self.path / "data_faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
 
     def history(self) -> list[dict[str, Any]]:
-        """Metrics of the training steps logged so far."""
+        """Return the metrics of the training steps logged so far."""
         path = self.path / "metrics.jsonl"
         records = map(json.loads, path.read_text().splitlines() if path.exists() else [])
         return [record for record in records if "reward/total" in record]
 
     def log_trajectories(self, step: int, records: list[dict[str, Any]], name: str = "train") -> None:
-        """Writes the trajectories of a step, one JSON object a line."""
+        """Write the trajectories of a step, one JSON object per line."""
         with open(self.path / "trajectories" / f"{name}-{step:06d}.jsonl", "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self, step: int, params, opt_state, progress: dict[str, Any], accuracy: float | None = None) -> None:
-        """Begins a checkpoint, and returns once what it holds may change; an earlier one is waited for.
+        """Start writing a checkpoint; return as soon as the arrays may be modified. Waits for an earlier checkpoint first.
 
         Args:
-            progress: JSON, what `restore` gives back.
-            accuracy: held-out, of these parameters, where it was measured.
+            progress: JSON-serialisable; `restore` returns it.
+            accuracy: held-out accuracy of these parameters, if measured.
         Raises:
-            ValueError: an earlier one could not be written, or this cannot be begun.
+            ValueError: an earlier checkpoint could not be written, or this one could not be started.
         """
         self.settle()
         if step == self.latest:
@@ -156,10 +158,10 @@ class RunFolder:
             raise self._unwritten(step, error) from error
 
     def settle(self) -> None:
-        """Waits until the checkpoint that is being written is whole.
+        """Wait until the checkpoint being written is complete.
 
         Raises:
-            ValueError: it could not be written; those before it are as they were.
+            ValueError: it could not be written; earlier checkpoints are unchanged.
         """
         if self.writing is None:
             return
@@ -176,11 +178,12 @@ class RunFolder:
         return ValueError(f"Checkpoint {step} could not be written to {self.checkpoints} ({_reason(error)}); {before}.")
 
     def restore(self, params, opt_state) -> tuple[Any, Any, dict[str, Any]] | None:
-        """Parameters, optimizer state (with the structure and placement of the arguments) and progress of the newest
-        checkpoint; None where the run was stopped before its first. metrics.jsonl goes back to where it was then.
+        """Return parameters, optimizer state and progress of the newest checkpoint; None if there is none.
+
+        Arrays take the structure and sharding of the arguments. metrics.jsonl is truncated to its length at the checkpoint.
 
         Raises:
-            ValueError: it is damaged, or of another model or seed; it stays as it is, and so do those before it.
+            ValueError: the checkpoint is damaged, or of another model or seed. No checkpoint is changed.
         """
         self.settle()
         if self.latest is None:
@@ -194,7 +197,7 @@ class RunFolder:
         return tree["params"], tree["opt_state"], progress
 
     def close(self) -> None:
-        """Waits for what is being written; see `settle`."""
+        """Wait for the checkpoint being written (see `settle`), and close the trackers."""
         self.settle()
         self.manager.close()
         if hosts.is_writer():
@@ -206,15 +209,15 @@ def _crc(progress: dict[str, Any]) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """An exception as part of a sentence."""
+    """Return an exception's message on one line, for use in a sentence."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def _load(manager: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parts of checkpoint `step` that `like` names, as they were saved, and the progress saved with them.
+    """Return the parts of checkpoint `step` that `like` names, and the progress saved with them.
 
     Raises:
-        ValueError: damaged, or of another model.
+        ValueError: the checkpoint is damaged, or of another model.
     """
     whole = [c.step for c in manager.checkpoints if c.step != step]
     remedy = f"delete {manager.directory / str(step)} to use checkpoint {max(whole)}" if whole else "there is no other"
@@ -249,14 +252,14 @@ def _shapes(tree: Any) -> Counter:
 
 
 def load_params(checkpoints: str, like, step: int | None = None):
-    """The trained parameters of a run's checkpoint, and its step; the optimizer's state stays on disk.
+    """Return the trained parameters of a run's checkpoint, and its step. The optimizer state is not read.
 
     Args:
         checkpoints: see `checkpoint_folder`.
-        like: parameters of the same structure; those restored come to the default device.
-        step: default the newest.
+        like: parameters of the same structure; the restored ones are placed on the default device.
+        step: default: the newest.
     Raises:
-        ValueError: there is no such checkpoint (those there are named), it is damaged, or it is of another model.
+        ValueError: no such checkpoint (the message lists those that exist), or it is damaged or of another model.
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = True

@@ -1,12 +1,15 @@
-"""Ctrl-C and SIGTERM during a run."""
+"""Handling of Ctrl-C and SIGTERM during a run."""
 
 import signal
 import threading
 
 
 class Interrupt:
-    """While open, Ctrl-C and SIGTERM set `asked` to the signal: stop after the current step. SIGTERM sets `stop` too, so that
-    rollouts in progress are given up; they come again, the same. A second signal stops at once."""
+    """Context manager: Ctrl-C and SIGTERM set `asked` to the signal, which requests a stop after the current step.
+
+    SIGTERM also sets `stop`, which aborts rollouts in progress; a resumed run samples the same rollouts again. A second signal
+    raises KeyboardInterrupt.
+    """
 
     def __init__(self):
         self.asked, self.stop = 0, threading.Event()

@@ -1,4 +1,4 @@
-"""What a run has written, read back: for the report and the trajectory viewer."""
+"""Reading of a run folder, for the report and the trajectory viewer."""
 
 import contextlib
 import json
@@ -11,9 +11,14 @@ import yaml
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run has written: settings, metrics in order, trajectories by log file in order, rows of data left out.
+    """Content of a run folder.
 
-    `torn` counts lines that are not whole (of a run that was killed, or is writing now).
+    Attributes:
+        config: the resolved settings.
+        metrics: records of metrics.jsonl, in order.
+        trajectories: records by log file, ordered by step.
+        faults: omitted data rows.
+        torn: number of incomplete lines (of a run that was killed or is being written).
     """
 
     path: Path
@@ -29,7 +34,7 @@ class RunLog:
 
     @property
     def evaluations(self) -> dict[str, dict[str, float]]:
-        """Held-out metrics by name: base, step S, trained."""
+        """Held-out metrics by name: "base", "step S", "trained"."""
         found = {}
         for record in self.metrics:
             for prefix, name in (("base/", "base"), ("eval/", f"step {record['step']}"), ("final/", "trained")):
@@ -39,10 +44,10 @@ class RunLog:
 
 
 def read_run(path: Path) -> RunLog:
-    """Reads a run's folder.
+    """Read a run folder.
 
     Raises:
-        ValueError: there is no such folder, it is not a run's, or nothing has been logged yet; with the remedy.
+        ValueError: no such folder, not a run folder, or nothing logged yet; the message has a remedy.
     """
     if not path.is_dir():
         beside = sorted(p.parent.name for p in path.parent.glob("*/metrics.jsonl")) if path.parent.is_dir() else []
@@ -65,13 +70,13 @@ def read_run(path: Path) -> RunLog:
 
 
 def phases(record: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a step by what they were spent on; together they are its `time/step`."""
+    """Return the seconds of a step by phase; they sum to its `time/step`."""
     wholes = "time/step", "time/total", "time/evaluation"
     return {k.removeprefix("time/"): v for k, v in record.items() if k.startswith("time/") and k not in wholes}
 
 
 def step_of(stem: str) -> tuple[str, int]:
-    """("train", 12) of "train-000012"."""
+    """Return ("train", 12) for "train-000012"."""
     name, _, step = stem.rpartition("-")
     return name, int(step)
 
@@ -81,6 +86,6 @@ def _lines(file: Path, needs: str = "step") -> tuple[list[dict[str, Any]], int]:
     for line in lines:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if needs in record:  # an earlier version logged trajectories without
+            if needs in record:  # logs of earlier versions lack this key
                 whole.append(record)
     return whole, len(lines) - len(whole)

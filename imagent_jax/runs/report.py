@@ -1,4 +1,4 @@
-"""`report.html` of a run, one file that needs nothing else: curves, before and after, where time went, what to look at."""
+"""The report of a run, `report.html`, a self-contained file: curves, base against trained, time by phase, examples, warnings."""
 
 import html
 import json
@@ -6,12 +6,15 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from imagent_jax.runs.examples import Pictures, instructive
 from imagent_jax.runs.reader import RunLog, phases, read_run
 
 ASSETS = Path(__file__).parent / "assets"
-CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl; an empty dictionary takes what begins so
+CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl; {}: all keys with the title as prefix
     "reward": {},
     "accuracy": {"training": "accuracy"},
     "tool calls a rollout": {"calls": "tools/calls", "invalid": "tools/invalid"},
@@ -25,11 +28,15 @@ CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl; a
     "tokens a response": {"length": "length", "sampled": "length/sampled"},
     "seconds a step": {"step": "time/step", "train": "time/train", "decode": "time/decode"},
 }
-PLAIN = ("length", "tools/calls", "tools/invalid")  # figures that are no shares
+PLAIN = ("length", "tools/calls", "tools/invalid")  # metrics that are not shares
 
 
 def write_report(path: Path) -> Path:
-    """Writes `report.html` into the folder of a run. Raises ValueError as `read_run` does."""
+    """Write `report.html` into the folder of a run and return its path.
+
+    Raises:
+        ValueError: see `read_run`.
+    """
     run = read_run(path)
     e, pictures = html.escape, Pictures(run)
     cfg = run.config
@@ -51,6 +58,19 @@ def write_report(path: Path) -> Path:
     out = path / "report.html"
     out.write_text(page)
     return out
+
+
+def print_step(console: Console, metrics: dict[str, Any], step: int, steps: int, said: dict[str, str]) -> None:
+    """Print one line for a training step, and its warnings that are not in `said`."""
+    rollout = metrics["time/step"] - metrics["time/judge"] - metrics["time/train"]
+    console.print(
+        f"step {step:4d}/{steps}  reward {metrics['reward/total']:.3f}  right {100 * metrics['accuracy']:5.1f} %  "
+        f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
+        f"{metrics['time/step']:.1f} s (rollout {rollout:.1f}, train {metrics['time/train']:.1f})"
+    )
+    for name, sentence in metrics.get("warnings", {}).items():
+        if name not in said:
+            console.print(f"[yellow]warning[/] ({name}): {sentence}")
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------------
@@ -86,7 +106,7 @@ def _curves(run: RunLog) -> str:
 
 
 def chart(title: str, lines: dict[str, list[tuple[float, float]]], width: int = 330, height: int = 150) -> str:
-    """Curves as inline SVG, at most three or four to a chart: faint as logged, firm as a running mean; few points get dots."""
+    """Return curves as inline SVG, at most about four per chart: raw values faint, running mean firm; few points as dots."""
     left, right, top, bottom = 38, 8, 8, 20
     xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
     x0, x1 = min(xs), max(max(xs), min(xs) + 1)
@@ -127,7 +147,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _smooth(points: list[tuple[float, float]], keep: float = 0.8) -> list[tuple[float, float]]:
-    """Exponential mean, without bias at the start."""
+    """Return the bias-corrected exponential moving average."""
     out, total, weight = [], 0.0, 0.0
     for x, y in points:
         total, weight = keep * total + y, keep * weight + 1
@@ -166,7 +186,7 @@ def _times(run: RunLog) -> str:
 
 
 def _warnings(run: RunLog) -> str:
-    """What the guards said (`rl.guards`): each one's last sentence, and the steps at which it held."""
+    """Return the warnings of the guards (`rl.guards`): the last sentence of each guard, and the steps with a warning."""
     said: dict[str, list[tuple[int, str]]] = {}
     for record in run.steps:
         for name, sentence in record.get("warnings", {}).items():

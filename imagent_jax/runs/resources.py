@@ -1,4 +1,4 @@
-"""What a process uses: compiled programs and memory."""
+"""Resource use of a process: compiled programs and memory."""
 
 import resource
 from pathlib import Path
@@ -9,7 +9,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts the programs XLA is asked for from its creation on (a program found in the persistent cache counts too)."""
+    """Counts programs compiled by XLA since its creation, including those found in the persistent cache."""
 
     def __init__(self):
         self.count, self.seconds = 0, 0.0
@@ -21,7 +21,7 @@ class CompileCounter:
 
 
 def use_compile_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` for the next start ("" keeps none)."""
+    """Keep compiled programs in `folder` across processes ("": do not)."""
     if folder:
         path = Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def use_compile_cache(folder: str) -> None:
 
 
 def memory() -> dict[str, float]:
-    """GB that this process and its first device hold, where they say so."""
+    """Return the memory, in GB, of this process and its first device, where available."""
     found, statm, device = {}, Path("/proc/self/statm"), jax.local_devices()[0].memory_stats() or {}
     if statm.exists():
         found["memory/resident_gb"] = int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9

@@ -1,4 +1,4 @@
-"""A run's metrics for other tools: TensorBoard files always, Weights & Biases where a run asks for it."""
+"""Experiment trackers: TensorBoard files always, Weights & Biases if `run.wandb` is set."""
 
 import secrets
 import time
@@ -14,7 +14,7 @@ from imagent_jax.config import Config
 
 
 class Trackers:
-    """Passes every record of metrics.jsonl on. What a run that goes on logs anew takes the place of what it had logged.
+    """Passes every record of metrics.jsonl to the trackers. Records of a resumed run replace those of the same steps.
 
     Raises:
         ValueError: `run.wandb` is set and wandb is not installed.
@@ -27,7 +27,7 @@ class Trackers:
                 import wandb
             except ImportError:
                 raise ValueError("run.wandb is set, but wandb is not installed; pip install wandb, or unset it.") from None
-            kept = folder / "wandb_id"  # the same run there when it is resumed
+            kept = folder / "wandb_id"  # a resumed run continues the same W&B run
             if not kept.is_file():
                 kept.write_text(secrets.token_hex(4))
             self.wandb = wandb.init(
@@ -35,9 +35,9 @@ class Trackers:
             )
 
     def log(self, record: dict[str, Any]) -> None:
-        """The numbers of a record, at its `step`."""
+        """Log the numbers of a record at its `step`."""
         step, numbers = record["step"], {k: v for k, v in record.items() if isinstance(v, Real) and k != "step"}
-        if self.board is None:  # written at once: the library's SummaryWriter has a thread, whose end on a full disk is a hang
+        if self.board is None:  # written synchronously: the thread of the library's SummaryWriter hangs on a full disk
             (self.folder / "tensorboard").mkdir(exist_ok=True)
             self.board = EventsWriter(str(self.folder / "tensorboard" / "events"), f".{time.time_ns()}")
             self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
@@ -52,6 +52,6 @@ class Trackers:
         self.board.flush()
 
     def close(self) -> None:
-        """Ends the run at Weights & Biases."""
+        """End the run at Weights & Biases."""
         if self.wandb:
             self.wandb.finish()

@@ -1,4 +1,4 @@
-"""Trajectories on disk, whole: what was shown, said, called and paid, token by token, and every image once."""
+"""Trajectory log: complete trajectories token by token, with calls, rewards, and every image stored once."""
 
 import hashlib
 import io
@@ -14,42 +14,42 @@ from imagent_jax.distributed import processes as hosts
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.runs.folder import RunFolder
-from imagent_jax.scoring import score
 from imagent_jax.types import ImageEntry, TokenKind, Trajectory
 
-SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}  # what browsers show
+SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}  # formats that browsers show
 ORIENTATION = 0x0112  # the EXIF tag
 
 
 class TrajectoryLog:
-    """Writes `trajectories/<name>-<step>.jsonl`, one record a line, and `trajectories/images/<content hash>.<suffix>`.
+    """Writes `trajectories/<name>-<step>.jsonl`, one record per line, and `trajectories/images/<content hash>.<suffix>`.
 
-    A record's `images` lists the trajectory's numbered images: given ones by file, crops and views by what they are made
-    of. Its `tokens` are columns: `ids`, `text`, `kind` (a digit each, `TokenKind`), `kept` (1 where the token trains; missing
-    in evaluations), `logprob`. A run of image placeholders is one entry; `repeat` has its length by index.
+    A record's `images` lists the trajectory's numbered images: given images by file, crops and views by their parent. Its
+    `tokens` are columns: `ids`, `text`, `kind` (one digit each, `TokenKind`), `kept` (1: the token trains; absent in
+    evaluations), `logprob`. A run of image placeholders is one entry; `repeat` holds its length by index.
     """
 
     def __init__(self, folder: RunFolder, processor: Processor, cfg: Config):
         self.folder, self.processor, self.limit = folder, processor, cfg.run.log_trajectories
-        self.action, self.trajectory, _ = mask_tables(cfg.mask)
+        self.tables = mask_tables(cfg.mask)
         self.images = folder.path / "trajectories" / "images"
         self.images.mkdir(parents=True, exist_ok=True)
         self.files = {path.stem: path.name for path in self.images.glob("*.*") if path.suffix != ".part"}
-        self.names: dict[bytes, str] = {}  # of the group being logged: its rollouts share their images
+        self.names: dict[bytes, str] = {}  # of the group being logged, whose rollouts share images
         self.pieces: dict[int, str] = {}
 
     def write(self, step: int, groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[dict]] | None = None,
               advantages: np.ndarray | None = None, name: str = "train") -> None:  # fmt: skip
-        """Logs whole groups, at least one, of about `run.log_trajectories` trajectories (0: none).
+        """Log whole groups, at least one, of about `run.log_trajectories` trajectories in total (0: none).
 
         Args:
-            rewards: reward parts of every trajectory, and `advantages` [N G]; None in an evaluation, where nothing trains.
+            rewards: rewards by name of every trajectory; None in an evaluation.
+            advantages: [N G]; None in an evaluation.
         """
         if not self.limit or not hosts.is_writer():
             return
         records = []
         for n, group in enumerate(groups[: max(1, self.limit // len(groups[0]))]):
-            if group[0].images is None:  # another process has its images
+            if group[0].images is None:  # its images are in another process
                 break
             self.names.clear()
             for g, t in enumerate(group):
@@ -58,12 +58,11 @@ class TrajectoryLog:
         self.folder.log_trajectories(step, records, name)
 
     def record(self, t: Trajectory, rewards: dict[str, float], advantage: float | None = None) -> dict[str, Any]:
-        """A trajectory as JSON."""
-        right = score(t.answer, t.task.answer, t.task.answer_type) == 1.0
+        """Return a trajectory as a JSON-serialisable dictionary."""
         return {
             "task": t.task.uid, "kind": t.task.kind, "question": t.task.question, "truth": t.task.answer,
-            "rollout": t.rollout, "answer": t.answer, "right": right, "end": t.end.name, "error": t.error,
-            "dropped": advantage is not None and not bool(self.trajectory[t.end]),
+            "rollout": t.rollout, "answer": t.answer, "right": t.right, "end": t.end.name, "error": t.error,
+            "dropped": advantage is not None and not bool(self.tables.trajectory[t.end]),
             "rewards": rewards, "advantage": advantage, "length": len(t.ids),
             "images": self._images(t.task.images, t.images),
             "turns": [{"text": turn.text, "call": turn.call and _call(turn.call)} for turn in t.turns],
@@ -81,12 +80,12 @@ class TrajectoryLog:
             "repeat": {str(i): int(counts[i]) for i in np.flatnonzero(counts > 1)},
         }  # fmt: skip
         if advantage is not None:
-            kept = self.action[int(advantage > 0)][kind] & self.trajectory[t.end]
+            kept = self.tables.action[int(advantage > 0)][kind] & self.tables.trajectory[t.end]
             columns["kept"] = "".join(map(str, kept.astype(int).tolist()))
         return columns
 
     def _texts(self, ids: list[int]) -> list[str]:
-        """The text of each token; the first of several that make one character has it, the others have ""."""
+        """Return the text of each token. If several tokens form one character, the first has it and the others have ""."""
         texts = [self._text(i) for i in ids]
         i = 0
         while i < len(ids):
@@ -108,7 +107,7 @@ class TrajectoryLog:
         return [_lineage(entry) | self._source(entry, given, images) for entry in images]
 
     def _source(self, entry: ImageEntry, given: Sequence[bytes], images: Sequence[ImageEntry]) -> dict[str, str]:
-        """The file of an image; nothing for what its parent (and box) give again to the pixel."""
+        """Return the file of an image; nothing if its parent (and box) reproduce it exactly."""
         if entry.number <= len(given):
             data = given[entry.number - 1]
             if data not in self.names:
@@ -123,7 +122,7 @@ class TrajectoryLog:
         return {"file": self._save(_png(entry.image), entry.image)}
 
     def _save(self, data: bytes, pixels: Image.Image) -> str:
-        """Writes an image file unless it is there; a browser shows the file just as the registry holds its pixels."""
+        """Write an image file unless it exists; the file displays exactly as the registry's pixels."""
         stem = hashlib.sha256(data).hexdigest()[:16]
         if stem in self.files:
             return self.files[stem]
@@ -157,4 +156,4 @@ def _png(image: Image.Image) -> bytes:
 def _write(path: Path, data: bytes) -> None:
     part = path.with_suffix(".part")
     part.write_bytes(data)
-    part.replace(path)  # a killed run leaves no half image under a final name
+    part.replace(path)  # a killed run leaves no incomplete file under the final name

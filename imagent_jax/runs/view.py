@@ -13,20 +13,20 @@ from typing import Any
 from imagent_jax.runs.reader import RunLog, read_run, step_of
 from imagent_jax.runs.report import ASSETS, write_report
 
-KINDS = ("TEXT", "TOOL_CALL", "INVALID_CALL", "ANSWER", "OBSERVATION", "PAD")  # TokenKind, without importing jax to start
+KINDS = ("TEXT", "TOOL_CALL", "INVALID_CALL", "ANSWER", "OBSERVATION", "PAD")  # TokenKind, without importing jax
 FIELDS = ("chunk", "line", "task", "rollout", "right", "reward", "advantage", "end", "executed", "invalid", "faulted", "tools",
           "answer")  # fmt: skip
 PAGE = ("index.html", "theme.css", "view.css", "view.js")
 
 
 def write_view(path: Path) -> tuple[Path, RunLog]:
-    """Writes `view/` into the folder of a run: a static page that needs neither network nor server. An earlier one goes.
+    """Write the static viewer `view/` into the folder of a run, replacing an earlier one. It needs neither network nor server.
 
-    `data/index.js` has one row a trajectory; each log file becomes a script of whole records, loaded when one is looked
-    at. Images are linked (or copied), so that the folder can be moved.
+    `data/index.js` has one row per trajectory. Each log file becomes a script of complete records, loaded on demand. Images are
+    hard-linked (or copied), so that the folder can be moved.
 
     Returns:
-        The page, and what was read.
+        Path of the page, and the run's log.
     Raises:
         ValueError: see `read_run`.
     """
@@ -50,7 +50,7 @@ def write_view(path: Path) -> tuple[Path, RunLog]:
 
 
 def index(run: RunLog) -> dict[str, Any]:
-    """What the list and its filters need: small enough to load at once."""
+    """Return the data of the list and its filters, small enough to load at once."""
     tasks: dict[str, int] = {}
     task_rows, tools, rows, chunks = [], [], [], []
     for c, (stem, records) in enumerate(run.trajectories.items()):
@@ -81,12 +81,12 @@ def _script(value: Any) -> str:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or no hard links
         shutil.copyfile(source, target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 after one sentence about bad input."""
+    """Run the command: exit code 0, or 2 after one sentence about bad input."""
     parser = argparse.ArgumentParser(prog="python -m imagent_jax.view", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/tiny")
     parser.add_argument("--no-open", action="store_true", help="write the page and do not open it")

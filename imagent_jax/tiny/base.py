@@ -1,13 +1,13 @@
-"""The embedded base model: its tokenizer, its pre-training corpus, and where its files are."""
+"""Location of the embedded base model."""
 
 from pathlib import Path
 
 
 def base_folder() -> Path:
-    """The folder of the tiny base shipped with the package, in Hugging Face's form.
+    """Return the folder of the tiny base shipped with the package, in Hugging Face's format.
 
     Raises:
-        ValueError: it is not there (a checkout in which it was not built yet).
+        ValueError: the folder holds no model (a checkout in which the model has not been built).
     """
     folder = Path(__file__).parent / "assets" / "base"
     if not (folder / "model.safetensors").is_file():

@@ -1,10 +1,10 @@
 """Builds the tiny base: `python -m imagent_jax.tiny [--out FOLDER] [--vision-steps N] [--text-steps N] [--seed 0]`.
 
 Trains a sentencepiece tokenizer and a small Qwen2-VL on the corpus of `imagent_jax.tiny.corpus`: locating, reading,
-answering, looking, calling with arbitrary arguments and guessing. No question is ever paired with the call that solves it.
-First the vision tower learns alone what is where (`tiny/vision.py`), then the decoder learns the corpus. A folder
-that holds a model already is trained further (0 and 0 steps only measure it); `built.json` lists every command that made
-it, and its skills on the held-out split.
+answering, looking, calling with arbitrary arguments and guessing. No question is paired with the call that solves it.
+Stage 1 trains the vision tower alone (`tiny/vision.py`), stage 2 trains the decoder on the corpus. A model already in the
+folder is trained further (0 and 0 steps only evaluate it). `built.json` lists the commands that built the model and its skills
+on the held-out split.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from imagent_jax.tiny.skills import measure
 
 BLOCK = 144
 FIRST = 0.15
-"""Share of the text steps whose corpus is `FIRST_FORMS`."""
+"""Fraction of the text steps trained on `FIRST_FORMS`."""
 
 
 class Shape(NamedTuple):
-    """A compiled batch: N groups of G responses, P prompt and R response tokens, vision blocks (doubled if need be)."""
+    """A compiled batch: N groups of G responses, P prompt and R response tokens, and vision blocks (doubled if they overflow)."""
 
     groups: int
     size: int
@@ -52,17 +52,17 @@ SHAPES = {
     "crops": (Shape(16, 8, 128, 48, 20),),
     "calls": (Shape(16, 4, 104, 96, 44), Shape(12, 4, 104, 144, 44), Shape(8, 4, 104, 256, 44)),
 }
-"""By form of group, narrowest first."""
+"""Batch shapes by form of group, narrowest first."""
 
 
 def ids_of_ends(processor: Processor) -> tuple[int, int]:
-    """Token ids of the end of a text and of the end of a turn."""
+    """Return the token ids of end of text and end of turn."""
     (end_of_text,), (turn_close,) = processor.encode(QWEN.end_of_text), processor.encode(QWEN.turn_close)
     return end_of_text, turn_close
 
 
 def architecture(processor: Processor, vocab_size: int) -> dict:
-    """The tiny base's `config.json`: a real Qwen2-VL configuration."""
+    """Return the tiny base's `config.json`, a real Qwen2-VL configuration."""
     end_of_text, turn_close = ids_of_ends(processor)
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -104,7 +104,7 @@ def architecture(processor: Processor, vocab_size: int) -> dict:
 
 
 def encode_group(group, processor: Processor):
-    """A `PretrainGroup` as (prompt, prepared prompt images, responses); a response is (Encoded, trained bool[S])."""
+    """Encode a `PretrainGroup`: the encoded prompt and its responses, lists of (Encoded, trained)."""
 
     def prepare(image):
         return processor.prepare(image.pixels, min_pixels=image.min_pixels, max_pixels=image.max_pixels)
@@ -130,7 +130,7 @@ def encode_group(group, processor: Processor):
 
 
 def collate(groups, shape: Shape):
-    """Arrays of a batch: prompts [N P], responses [N G R], `trained` bool[N G R], and one pack of all images."""
+    """Return the arrays of a batch: prompts [N P], responses [N G R], `trained` bool [N G R], and one pack of all images."""
     n, size, width = len(groups), shape.size, shape.width
     images = [image for prompt, responses in groups for image in
               [*prompt.images, *(i for response in responses for one, _ in response for i in one.images)]]  # fmt: skip
@@ -163,7 +163,7 @@ def collate(groups, shape: Shape):
 
 
 def produce(folder: str, seed: int, vision_steps: int, crowded: int, text_steps: int, out) -> None:
-    """Worker process: one item a step, packs for the tower first, then batches of text; a function of its arguments."""
+    """Worker process: produce one item per step, packs for the tower first, then text batches. Deterministic in its arguments."""
     from imagent_jax.tiny.corpus import FIRST_FORMS, FORMS, make_group
     from imagent_jax.tiny.vision import labelled_pack
 
@@ -192,8 +192,10 @@ def produce(folder: str, seed: int, vision_steps: int, crowded: int, text_steps:
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def train_step(model, optimizer, params, text, opt_state, batch, pack):
-    """One update of the decoder, `text`, by next-token prediction on the trained tokens; the tower stays as it learnt
-    to see (Adam would walk it off on gradients that are mostly noise). Returns the mean loss (nats a token)."""
+    """Update the decoder, `text`, by next-token prediction on the trained tokens; return the mean loss (nats per token).
+
+    The vision tower is frozen, because Adam would degrade it on gradients that are mostly noise.
+    """
     features = encode_images(model, params, *pack)
 
     def loss(text):
@@ -208,14 +210,16 @@ def train_step(model, optimizer, params, text, opt_state, batch, pack):
 
 
 def schedule(rate: float, steps: int) -> optax.Schedule:
-    """100 steps of warm-up, or all but one where there are fewer, then a cosine to 2 % of `rate`."""
+    """Return 100 steps of warm-up (fewer if `steps` is smaller), then a cosine to 2 % of `rate`."""
     steps = max(steps, 1)
     return optax.warmup_cosine_decay_schedule(0.0, rate, min(100, steps - 1), steps, 0.02 * rate)
 
 
 def muon(rate: float, steps: int) -> optax.GradientTransformation:
-    """Muon (Jordan 2024, scaled as in arXiv 2502.16982) on the layers' matrices, stacked [L, in, out] or single
-    [in, out]; AdamW on everything else. It needs about half the updates AdamW alone does."""
+    """Return Muon (Jordan 2024, scaled as in arXiv 2502.16982) for the layers' matrices and AdamW for all other parameters.
+
+    Matrices are stacked [L, in, out] or single [in, out]. Muon needs about half as many updates as AdamW.
+    """
 
     def dimensions(params):
         def one(path, value):
@@ -235,7 +239,7 @@ def muon(rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def start(out: Path, seed: int):
-    """Processor, model and parameters: those in `out`, or new ones with a tokenizer made from the corpus."""
+    """Return processor, model and parameters: those in `out`, or new ones with a tokenizer trained on the corpus."""
     from imagent_jax.tiny.corpus import corpus_texts
     from imagent_jax.tiny.tokenizer import build_tokenizer
     from imagent_jax.tiny.vision import labelled_pack, whitening
@@ -258,7 +262,7 @@ def start(out: Path, seed: int):
 
 
 def build(out: Path, vision_steps: int, crowded: int, text_steps: int, seed: int, rate: float) -> None:
-    """Writes the tiny base into `out`: tokenizer, model, processor and generation config, and `built.json`."""
+    """Write the tiny base to `out`: tokenizer, model, processor and generation config, and `built.json`."""
     from imagent_jax.tiny.vision import new_head, vision_step
 
     processor, model, params = start(out, seed)
@@ -307,7 +311,7 @@ def build(out: Path, vision_steps: int, crowded: int, text_steps: int, seed: int
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets" / "base")
     parser.add_argument("--vision-steps", type=int, default=3000, help="updates of the vision tower alone")

@@ -1,4 +1,4 @@
-"""What the tiny base can do, skill by skill, on the held-out split: greedy text compared with the truth."""
+"""Skills of the tiny base on the held-out split: greedy outputs compared with the truth."""
 
 import dataclasses
 import io
@@ -20,14 +20,14 @@ FORMS = ("crop", "crops", "thumbnail", "thumbnails")
 
 
 def skill_task(rng: np.random.Generator, form: str, uid: str) -> Task:
-    """A question of the pre-training corpus about images of the test split; its `kind` is the skill."""
+    """Return a question of the pre-training corpus about images of the test split; its `kind` is the skill."""
     while True:
         group = make_group(rng, 1, form, "test")
         asked, said = (segment.text for segment in group.responses[0])
         question, expected = asked.split(QWEN.turn_close)[0], said.removesuffix(QWEN.turn_close)
         skill = {"What": "read", "Where": "locate", "Name": "name"}.get(question.split()[0], "answer")
         skill = "answer" if ANSWER_OPEN in expected else skill
-        if skill != "answer" or form == "crops" or " an " in question or " a " in question:  # a guess is no skill
+        if skill != "answer" or form == "crops" or " an " in question or " a " in question:  # guesses are not counted as skills
             break
     images = []
     for shown in group.images:
@@ -38,7 +38,7 @@ def skill_task(rng: np.random.Generator, form: str, uid: str) -> Task:
 
 
 def right(expected: str, text: str) -> bool:
-    """Whether the text of a turn answers what was expected; a box may be off by one `STEP` on every side."""
+    """Return whether the text of a turn matches the expected text; each side of a box may be off by one `STEP`."""
     text = text.removesuffix(QWEN.turn_close).strip()
     if ANSWER_OPEN in expected:
         return expected.partition(ANSWER_OPEN)[2] == text.partition(ANSWER_OPEN)[2]
@@ -52,7 +52,7 @@ def right(expected: str, text: str) -> bool:
 
 
 def measure(folder: Path, count: int = 256, seed: int = 0) -> dict[str, float]:
-    """Share of right greedy answers by skill and form, `count` questions of each form (a multiple of 64)."""
+    """Return the share of right greedy answers by skill and form, from `count` questions (a multiple of 64) per form."""
     base, rng, results = Config(), np.random.default_rng(seed), defaultdict(list)
     for form in FORMS:
         low, high = THUMBNAIL if form.startswith("thumb") else (SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels)

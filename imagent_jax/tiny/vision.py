@@ -1,7 +1,7 @@
-"""The first stage of the tiny base: its vision tower learns what is where, with a label at every feature.
+"""Stage 1 of the tiny base: train the vision tower with a label at every merged feature.
 
-A linear head on each merged feature predicts the tag whose centre lies in it (colour, digit, the corner of the box around
-it) and the feature's own row and column. The head is thrown away.
+A linear head on each feature predicts the tag whose centre lies in it (colour, digit, corner of the surrounding box) and the
+feature's own row and column. The head is discarded.
 """
 
 from functools import partial
@@ -23,14 +23,14 @@ from imagent_jax.tiny.corpus import BOX, SETTINGS, STEP, THUMBNAIL, box_near, bo
 from imagent_jax.tiny.world import COLOURS, SIZES, make_crowded_scene, make_scene
 
 HEADS = {"colour": len(COLOURS) + 1, "digit": 10, "x": 1000 // STEP + 1, "y": 1000 // STEP + 1, "row": 8, "column": 8}
-"""Classes of each label; label -1 is not counted. "digit" is asked of crops only."""
+"""Number of classes per label; label -1 is ignored. "digit" is trained on crops only."""
 BLOCKS = 52
 SCENES = 60
-"""Scenes of a pack; each gives its thumbnail and crops around two of its tags."""
+"""Scenes per pack; each gives its thumbnail and crops around two of its tags."""
 
 
 class Labelled(NamedTuple):
-    """A pack of images and, per merged feature, its labels int32[F] by head."""
+    """A pack of images and the labels int32 [F] of its merged features, by head."""
 
     patches: np.ndarray
     coords: np.ndarray
@@ -39,8 +39,11 @@ class Labelled(NamedTuple):
 
 
 def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, crowded: int = 0) -> Labelled:
-    """Thumbnails and crops of `SCENES` scenes of the train split, with labels; crops of the first `crowded` scenes give
-    way to images of the same size full of tags, which hold about three times as many digits."""
+    """Return thumbnails and crops of `SCENES` scenes of the train split, with labels.
+
+    The crops of the first `crowded` scenes are replaced by equally large images full of tags, with about three times as many
+    digits.
+    """
     scenes = [make_scene(rng, "train", varied=True) for _ in range(SCENES)]
     views = [(scene, box_near(rng, scene, tag)) for scene in scenes for tag in scene.tags[:2]]
     side = round(BOX / 1000 * SIZES[0][0])
@@ -74,22 +77,25 @@ def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, cr
 
 
 def whitening(cfg: VisionConfig, packs: list[Labelled]) -> np.ndarray:
-    """A patch embedding, float32[C, D], that gives uncorrelated outputs of deviation one on these patches: the
-    leading principal components, each divided by its deviation (the fine strokes of a digit count as much as light)."""
+    """Return a patch embedding, float32 [C, D], whose outputs on these patches are uncorrelated with unit variance.
+
+    It holds the leading principal components, each divided by its standard deviation, so that fine strokes weigh as much as
+    brightness.
+    """
     patches = np.concatenate([normalise(cfg, pack.patches[pack.image >= 0]) for pack in packs]).astype(np.float64)
     values, vectors = np.linalg.eigh(np.cov(patches, rowvar=False))
     return (vectors[:, -cfg.embed_dim :] / np.sqrt(values[-cfg.embed_dim :] + 1e-2)).astype(np.float32)
 
 
 def new_head(width: int, seed: int) -> dict[str, jax.Array]:
-    """A linear layer to all classes."""
+    """Return the weights of a linear layer to all classes."""
     keys = jax.random.split(jax.random.key(seed), len(HEADS))
     return {n: jax.random.normal(k, (width, c)) * width**-0.5 for k, (n, c) in zip(keys, HEADS.items(), strict=True)}
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def vision_step(model: Model, optimizer, params, trained, opt_state, pack: Labelled):
-    """One update of (tower, head) on a pack; returns them, and the accuracy of each head."""
+    """Update (tower, head) on a pack; return them, the optimizer state, and the accuracy of each head."""
 
     def loss(trained):
         tower, head = trained

@@ -36,10 +36,10 @@ __all__ = [
 
 
 def tools_by_name(names: Sequence[str]) -> ToolSet:
-    """The tool set with these names, in order: tools shipped here, or your own as 'package.module:name'.
+    """Return the tool set with these names, in order: built-in tools, or user-defined tools as 'package.module:name'.
 
     Raises:
-        ValueError: an unknown name (the nearest is given), or a path that cannot be imported or is no tool.
+        ValueError: unknown name (the message suggests the nearest), or a path that cannot be imported or is not a tool.
     """
     return ToolSet([_named(name) for name in names])
 

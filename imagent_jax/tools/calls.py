@@ -1,4 +1,4 @@
-"""Results of calls that failed."""
+"""Results of failed calls."""
 
 from imagent_jax.chat import Call, MalformedCall, escape
 from imagent_jax.types import CallResult, CallStatus, ToolError
@@ -7,13 +7,13 @@ FAULT_TEXT = "Error: the tool failed."
 
 
 def invalid(error: ToolError, call: Call | MalformedCall) -> CallResult:
-    """Return the INVALID result of a repairable error: its message on one line, as the policy reads it."""
+    """Return the INVALID result of an error that the policy can correct. The policy reads its message on one line."""
     line = escape("Error: " + " ".join(str(error).split()))
     return CallResult(CallStatus.INVALID, *_named(call), [line], line)
 
 
 def fault(error: str, call: Call | MalformedCall) -> CallResult:
-    """Return the FAULT result: the policy reads a fixed line, `error` is kept for the logs."""
+    """Return the FAULT result. The policy reads a fixed line; `error` is kept for the logs."""
     return CallResult(CallStatus.FAULT, *_named(call), [FAULT_TEXT], error)
 
 

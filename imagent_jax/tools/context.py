@@ -1,4 +1,4 @@
-"""What a tool is given and may return: settings, context, and one guarded run of a tool."""
+"""Tool execution: settings, the context that a tool receives, and one guarded call."""
 
 import copy
 import traceback
@@ -22,16 +22,17 @@ class ToolSettings:
     """How tools show images.
 
     Attributes:
-        coordinates: the space of boxes: "relative_1000" (0 to 1000 along each side) or "absolute" (pixels of the image
+        coordinates: coordinate space of boxes: "relative_1000" (0 to 1000 along each side) or "absolute" (pixels of the image
             as shown to the policy).
         patch_factor: sides of shown images are multiples of this (patch size times merge size), pixels.
-        low_pixels, high_pixels: most pixels of an image shown again at "low" and "high" resolution.
-        confirm_min_pixels, confirm_max_pixels: pixel budget of a crop; smaller crops are enlarged to it.
-        min_box: least side of a crop, as a fraction of the image's side; smaller boxes grow about their centre.
-        max_images: most images of one trajectory, given and made.
-        most_pixels: no image is shown larger, whatever its budget; strips would be.
+        low_pixels, high_pixels: maximum pixels of an image shown again at "low" and "high" resolution.
+        confirm_min_pixels, confirm_max_pixels: pixel budget of a crop; smaller crops are enlarged.
+        min_box: minimum side of a crop as a fraction of the image's side; smaller boxes are enlarged about their centre.
+        max_images: maximum images of a trajectory, given and made.
+        most_pixels: maximum pixels of any shown image; without it, long strips would exceed their budget.
 
-    Raises ValueError for a value out of its range.
+    Raises:
+        ValueError: a value is out of range.
     """
 
     coordinates: str = "relative_1000"
@@ -60,7 +61,7 @@ class ToolSettings:
 
 
 class ToolContext:
-    """What a tool may touch: the trajectory's `registry` and the `settings`."""
+    """State that a tool may access: the trajectory's image `registry` and the `settings`."""
 
     def __init__(self, registry: ImageRegistry, settings: ToolSettings) -> None:
         self.registry = registry
@@ -76,17 +77,17 @@ class ToolContext:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> int:
-        """Register an image a tool made and return its number; return that number from the tool to show it.
+        """Register an image made by a tool and return its number. A tool shows the image by returning this number.
 
         Args:
-            image: pixels at their own resolution; they are resized for the policy later.
+            image: pixels at their original resolution; resized for the policy later.
             parent: number of the image it was made from, if any.
-            box: (left, top, right, bottom) in pixels of the parent, if it was cut out.
-            origin: what it is, in words; "crop" by default when `box` is given.
-            min_pixels, max_pixels: budget of the shown size; the settings' confirm budget by default.
+            box: (left, top, right, bottom) in pixels of the parent, if it is a crop.
+            origin: description in words; default: "crop" if `box` is given.
+            min_pixels, max_pixels: budget of the shown size; default: the settings' confirm budget.
 
         Raises:
-            ToolError: the trajectory has no room for another image, or the image is too narrow to show.
+            ToolError: the trajectory has the maximum number of images, or the image is too narrow to show.
         """
         limit = self.settings.max_images
         if len(self.registry) >= limit:
@@ -105,10 +106,13 @@ class ToolContext:
         )
 
     def show_again(self, number: int, min_pixels: int, max_pixels: int) -> int:
-        """The number under which image `number` is seen within a pixel budget.
+        """Return the number under which image `number` is shown within a pixel budget.
 
-        That is `number` itself, or an earlier view of it, where the size shown is the same; else a new image, so that
-        a number always means one size. Raises ToolError for an unknown number and where there is no room.
+        This is `number` itself, or an earlier view of the image, if the shown size is the same. Otherwise a new image is
+        registered, so that a number always has one size.
+
+        Raises:
+            ToolError: unknown number, or see `show`.
         """
         source = self.registry[number]
         shown, *_ = self.budget(source.size, min_pixels, max_pixels)
@@ -120,8 +124,11 @@ class ToolContext:
         return self.show(source.image, parent=number, origin=origin, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def budget(self, size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[tuple[int, int], int, int]:
-        """(height, width) at which an image of `size` (height, width) is shown, and the budget for it (`fit_budget`). Raises
-        ToolError if too narrow."""
+        """Return the (height, width) at which an image of `size` (height, width) is shown, and its budget (`fit_budget`).
+
+        Raises:
+            ToolError: the image is too narrow.
+        """
         try:
             return fit_budget(size, self.settings.patch_factor, min_pixels, max_pixels, self.settings.most_pixels)
         except ValueError as error:
@@ -131,9 +138,9 @@ class ToolContext:
 def run_call(
     item: Tool, call: Call, registry: ImageRegistry, settings: ToolSettings
 ) -> tuple[CallResult, ImageRegistry]:
-    """Run a checked call on `registry`, which it may extend. Returns the result and that registry; never raises."""
+    """Run a checked call on `registry`, to which it may add images. Return the result and the registry; never raise."""
     try:
-        returned = item(ToolContext(registry, settings), **copy.deepcopy(call.arguments))  # the record stays as written
+        returned = item(ToolContext(registry, settings), **copy.deepcopy(call.arguments))  # keeps the record unchanged
         parts = observation_parts(returned, registry, item.name)
         return CallResult(CallStatus.EXECUTED, call.name, call.arguments, parts), registry
     except ToolError as error:
@@ -143,9 +150,10 @@ def run_call(
 
 
 def observation_parts(returned: Any, registry: ImageRegistry, name: str) -> list[str | int]:
-    """What a tool returned as observation parts: each image preceded by the line that names it.
+    """Return a tool's return value as observation parts, with a line of text that names each image before it.
 
-    Raises TypeError when it is not text, image numbers, or a list of them, and ToolError for an unknown number.
+    Raises:
+        TypeError: the value is not text, a registered image number, or a list of these.
     """
     items = returned if isinstance(returned, (list, tuple)) else [returned]
     parts: list[str | int] = []

@@ -1,4 +1,4 @@
-"""Work on daemon threads, each piece with a time limit: how tool calls run beside decoding."""
+"""Thread pool with a time limit per piece of work; runs tool calls while the policy decodes."""
 
 import math
 import queue
@@ -19,11 +19,14 @@ class _Job:
 
 
 class CallPool:
-    """Runs work while the caller does something else: `submit` any number of pieces, then `poll` or `drain` for results.
+    """Runs work in daemon threads: `submit` work, then collect results by `poll` or `drain`.
 
     Args:
-        workers: pieces that run at once.
-        timeout_s: seconds a piece may run, from the moment it starts.
+        workers: maximum number of pieces that run concurrently, not counting those past their limit.
+        timeout_s: time limit per piece in seconds, counted from its start.
+
+    Raises:
+        ValueError: `workers` is below 1 or `timeout_s` is not positive.
     """
 
     def __init__(self, workers: int = 4, timeout_s: float = 10.0) -> None:
@@ -37,17 +40,22 @@ class CallPool:
 
     @property
     def pending(self) -> int:
-        """Pieces of work whose results have not been handed out."""
+        """Number of results not yet returned."""
         return len(self._waiting) + len(self._running) + len(self._ready)
 
     def submit(self, key: Hashable, work: Callable[[], Any], then: Callable[[Any], Any] = lambda result: result) -> None:
-        """Start `work`; `key` comes back with its result. `then`, called with the result on the same thread, has no time limit;
-        what it returns is the result handed out. What either raises, `poll` and `drain` raise."""
+        """Queue `work`; its result is returned together with `key`.
+
+        Args:
+            then: called with the result in the same thread, without time limit; its return value replaces the result.
+
+        Exceptions of `work` and `then` are raised by `poll` and `drain`.
+        """
         self._waiting.append(_Job(key, work, then))
         self._start()
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[Hashable, Any]]:
-        """The results that are there, by key; None: it ran too long. Waits up to `timeout_s` seconds for a first one."""
+        """Return the available results by key; None: time limit exceeded. Wait up to `timeout_s` seconds for the first result."""
         give_up = time.monotonic() + timeout_s
         while True:
             self._collect()
@@ -65,7 +73,7 @@ class CallPool:
         return ready
 
     def drain(self) -> Iterator[tuple[Hashable, Any]]:
-        """Yield every pending result as it comes."""
+        """Yield all pending results as they become available."""
         while self.pending:
             yield from self.poll(self._timeout_s)
 
@@ -77,7 +85,7 @@ class CallPool:
             threading.Thread(target=_run, args=(job, self._finished), name=f"tool-{job.key}", daemon=True).start()
 
     def _collect(self) -> None:
-        """Settle finished jobs, then those that are overdue."""
+        """Settle finished jobs, then those past their deadline."""
         while True:
             try:
                 self._settle(*self._finished.get_nowait())
@@ -102,6 +110,6 @@ def _run(job: _Job, finished: "queue.SimpleQueue[tuple[_Job, Any]]") -> None:
         result = job.work()
         job.deadline = math.inf  # the rest is not the work's
         result = job.then(result)
-    except Exception as error:  # noqa: BLE001 - the caller's own, and raised there
+    except Exception as error:  # noqa: BLE001 - raised in the caller
         result = error
     finished.put((job, result))

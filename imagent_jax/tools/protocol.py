@@ -1,7 +1,7 @@
-"""The tool protocol: a call in, text and numbered images out.
+"""The tool protocol: checks and executes a call, and returns text and numbered images.
 
-A call ends as one of three: EXECUTED; INVALID, the policy's mistake, answered with one short line it can act on; FAULT,
-the world's mistake (a bug in a tool, a timeout), which must never train.
+A call ends as EXECUTED; as INVALID, a mistake of the policy, answered with one line that tells how to correct it; or as FAULT,
+an error of the environment (a bug in a tool, a timeout), which is excluded from training.
 """
 
 import json
@@ -17,9 +17,11 @@ from imagent_jax.types import CallResult, CallStatus, ToolError, quote
 
 
 class ToolSet:
-    """The tools a policy may call.
+    """The tools that a policy may call.
 
-    Raises ValueError when two tools share a name, TypeError when an item was not made by `@tool`.
+    Raises:
+        ValueError: two tools have the same name.
+        TypeError: an item is not a `Tool`.
     """
 
     def __init__(self, tools: Sequence[Tool]) -> None:
@@ -36,11 +38,11 @@ class ToolSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tools' names in order."""
+        """Names of the tools, in order."""
         return tuple(self._tools)
 
     def schemas(self, settings: ToolSettings | None = None) -> list[dict[str, Any]]:
-        """The tools' schemas in OpenAI function form; "{coordinates}" in a description becomes the declared space."""
+        """Return the tools' schemas in OpenAI function form; "{coordinates}" in a description becomes the coordinate space."""
         space = (settings or ToolSettings()).coordinates
         words = "0 to 1000" if space == "relative_1000" else "pixels"
         text = json.dumps([item.schema for item in self._tools.values()], ensure_ascii=False)
@@ -50,7 +52,7 @@ class ToolSet:
         """Return the tool that a call names, after checking the arguments.
 
         Raises:
-            ToolError: the call is malformed, there is no such tool, or the arguments do not fit its schema.
+            ToolError: the call is malformed, the tool is unknown, or the arguments do not match its schema.
         """
         if isinstance(call, MalformedCall):
             raise ToolError(call.error)
@@ -65,9 +67,9 @@ class ToolSet:
         return self._tools[call.name]
 
     def execute(self, call: Call | MalformedCall, registry: ImageRegistry, settings: ToolSettings) -> CallResult:
-        """Run a call. Never raises for what the policy wrote or a tool did.
+        """Run a call. Never raise on the policy's input or a tool's error.
 
-        Images that the tool made join `registry` only when the call is EXECUTED.
+        Images made by the tool are added to `registry` only if the call is EXECUTED.
         """
         try:
             tool = self.tool_of(call)

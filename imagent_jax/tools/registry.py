@@ -1,4 +1,4 @@
-"""Images of one trajectory by number: their original pixels, the size they are shown at, and where they come from."""
+"""Image registry of a trajectory: original pixels, shown size and origin of every image, by number."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from imagent_jax.types import ImageEntry, ToolError
 
 
 class ImageRegistry:
-    """The numbered images of one trajectory; numbers are 1-based and never change or get reused."""
+    """The numbered images of one trajectory. Numbers are 1-based, never change and are never reused."""
 
     def __init__(self) -> None:
         self._entries: list[ImageEntry] = []
@@ -21,7 +21,11 @@ class ImageRegistry:
         return iter(self._entries)
 
     def __getitem__(self, number: int) -> ImageEntry:
-        """The entry of an image number. Raises ToolError naming the valid numbers when there is no such image."""
+        """Return the entry of an image number.
+
+        Raises:
+            ToolError: no such image; the message names the valid numbers.
+        """
         if type(number) is int and 1 <= number <= len(self._entries):
             return self._entries[number - 1]
         valid = {0: "there are no images", 1: "the only image is 1"}
@@ -43,14 +47,13 @@ class ImageRegistry:
         """Register an image and return its number.
 
         Args:
-            image: pixels at their own resolution; converted to RGB.
+            image: pixels at their original resolution; converted to RGB.
             shown: (height, width) in pixels as the policy sees it.
             parent, box, origin, min_pixels, max_pixels: see ImageEntry.
 
         Raises:
             TypeError: `image` is not a PIL image.
-            ValueError: `shown` is not two positive integers, or `box` is given without a
-                parent or reaches outside it.
+            ValueError: `shown` is not two positive integers, or `box` has no parent or exceeds it.
             ToolError: `parent` is not a registered number.
         """
         if not isinstance(image, Image.Image):
@@ -70,21 +73,22 @@ class ImageRegistry:
                 )
             box = (left, top, right, bottom)
         rgb = to_rgb(image)
-        rgb.load()  # decoded once, here: tools on several threads then only read it
+        rgb.load()  # decode once here: tools in several threads only read it
         number = len(self._entries) + 1
         self._entries.append(ImageEntry(number, rgb, (height, width), parent, box, origin, min_pixels, max_pixels))
         return number
 
     def fork(self) -> "ImageRegistry":
-        """A registry with the same entries that can grow on its own (pixels are shared, not copied)."""
+        """Return a registry with the same entries that can grow independently (pixels are shared)."""
         other = ImageRegistry()
         other._entries = list(self._entries)
         return other
 
     def adopt(self, fork: "ImageRegistry") -> None:
-        """Take over the images that were added to `fork`, made from this registry by fork().
+        """Take over the images that were added to `fork`, a fork of this registry.
 
-        Raises ValueError when this registry has grown since, because the fork's numbers would then name other images.
+        Raises:
+            ValueError: this registry has grown since the fork, so that the fork's numbers would name other images.
         """
         mine, theirs = self._entries, fork._entries
         if len(theirs) < len(mine) or any(a is not b for a, b in zip(mine, theirs, strict=False)):

@@ -1,4 +1,4 @@
-"""`@tool`: a typed Python function becomes a tool with a JSON schema; and the check of arguments against it."""
+"""The `@tool` decorator, which turns a typed Python function into a tool with a JSON schema, and the check of arguments."""
 
 import difflib
 import inspect
@@ -18,7 +18,7 @@ _EXPECTED = {"string": "a string", "integer": "an integer", "number": "a number"
 
 @dataclass(frozen=True)
 class Tool:
-    """A function the policy can call: `function(context, **arguments)`, its name, and its schema in OpenAI form."""
+    """A function that the policy can call, `function(context, **arguments)`, with its name and its schema in OpenAI form."""
 
     name: str
     function: Callable[..., Any]
@@ -28,7 +28,11 @@ class Tool:
         return self.function(context, **arguments)
 
     def check(self, arguments: dict[str, Any]) -> None:
-        """Raise ToolError, naming the argument and what was expected, unless `arguments` fit the schema."""
+        """Check arguments against the schema.
+
+        Raises:
+            ToolError: the arguments do not match; the message names the argument and what was expected.
+        """
         parameters = self.schema["function"]["parameters"]
         properties = parameters["properties"]
         for name in arguments:
@@ -45,12 +49,12 @@ class Tool:
 def tool(function: Callable[..., Any]) -> Tool:
     """Turn a function into a Tool. Its first parameter receives the ToolContext and is not part of the schema.
 
-    The schema has OpenAI's function form: what Hugging Face's `get_json_schema` makes and Qwen's chat template prints.
+    The schema has OpenAI's function form, as Hugging Face's `get_json_schema` makes it and Qwen's chat template prints it.
     Types: str, int, float, bool, dict, list, list[T], tuple[T, T, ...] of fixed length, Literal, and `T | None`.
     The docstring's text before "Args:" is the description; its Args entries describe the parameters.
 
-    Raises ValueError when a parameter lacks a supported type, or the docstring is missing or describes what is not a
-    parameter.
+    Raises:
+        ValueError: a parameter lacks a supported type, the docstring is missing, or it describes an unknown parameter.
     """
     name = function.__name__
     parameters = list(inspect.signature(function).parameters.values())
@@ -81,7 +85,11 @@ def tool(function: Callable[..., Any]) -> Tool:
 
 
 def type_schema(hint: Any, where: str) -> dict[str, Any]:
-    """JSON schema of a Python type. Raises ValueError, beginning with `where`, for a type that has none here."""
+    """Return the JSON schema of a Python type.
+
+    Raises:
+        ValueError: unsupported type; the message begins with `where`.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if hint in _SIMPLE:
         return {"type": _SIMPLE[hint]}
@@ -115,7 +123,7 @@ def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def matches(schema: dict[str, Any], value: Any) -> bool:
-    """Whether a JSON value fits a schema made by type_schema. Numbers must be finite; true is not 1."""
+    """Return whether a JSON value matches a schema of `type_schema`. Numbers must be finite; true does not equal 1."""
     if value is None:
         return schema.get("nullable", False)
     if "enum" in schema:
@@ -135,7 +143,7 @@ def matches(schema: dict[str, Any], value: Any) -> bool:
 
 
 def expected(schema: dict[str, Any]) -> str:
-    """What a schema accepts, in a few words: "a list of 4 numbers", "low or high"."""
+    """Return what a schema accepts, in words: "a list of 4 numbers", "low or high"."""
     if "enum" in schema:
         return " or ".join(str(choice) for choice in schema["enum"])
     kind = schema["type"]
@@ -146,7 +154,7 @@ def expected(schema: dict[str, Any]) -> str:
 
 
 def nearest(name: str, names: Any) -> str | None:
-    """The name most like `name`, or None when none is close."""
+    """Return the name most similar to `name`, or None if none is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return close[0] if close else None
 
@@ -159,5 +167,5 @@ def _suggest(name: str, names: Any) -> str:
 def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond float's range
+    except OverflowError:  # an integer beyond the range of float
         return False

@@ -1,4 +1,4 @@
-"""The two visual tools, and the one place where box coordinates are converted."""
+"""The two visual tools, and the conversion of box coordinates."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def visual_reflection(context: ToolContext, images: list[int], resolution: Liter
     for number in images:
         least = context.registry[number].min_pixels or settings.patch_factor**2
         shown.append(context.show_again(number, min(least, budget), budget))
-    return list(dict.fromkeys(shown))  # two numbers may have become one view
+    return list(dict.fromkeys(shown))  # two numbers may give the same view
 
 
 @tool
@@ -48,23 +48,23 @@ VISUAL_TOOLS: dict[str, Tool] = {item.name: item for item in (visual_reflection,
 
 
 def coordinate_limits(entry: ImageEntry, coordinates: str) -> tuple[float, float]:
-    """(width, height) of the space in which boxes of an image are given."""
+    """Return (width, height) of the coordinate space of an image's boxes."""
     return (1000, 1000) if coordinates == "relative_1000" else (entry.shown[1], entry.shown[0])
 
 
 def to_pixels(
     bbox: Sequence[float], entry: ImageEntry, coordinates: str, argument: str = "bbox_2d"
 ) -> tuple[int, int, int, int]:
-    """Convert a box from the declared space to original pixels.
+    """Convert a box from the declared coordinate space to original pixels.
 
     Args:
         bbox: [x1, y1, x2, y2] in the declared space.
-        entry: the image it lies on.
+        entry: the image.
         coordinates: "relative_1000" or "absolute" (pixels of the image as shown).
-        argument: what to call the box in an error.
+        argument: name of the box in error messages.
 
     Returns:
-        (left, top, right, bottom) in pixels of `entry.image`, at least one pixel a side, inside the image.
+        (left, top, right, bottom) in pixels of `entry.image`, inside the image, at least one pixel per side.
 
     Raises:
         ToolError: the box is inverted, empty, or not inside the image.
@@ -82,16 +82,16 @@ def to_pixels(
 
 
 def to_bbox(box: Sequence[float], entry: ImageEntry, coordinates: str) -> tuple[float, float, float, float]:
-    """Convert a box from original pixels to the declared space; to_pixels reversed, not rounded."""
+    """Convert a box from original pixels to the declared coordinate space; inverse of `to_pixels`, without rounding."""
     width, height = coordinate_limits(entry, coordinates)
     columns, rows = entry.image.size
     return box[0] * width / columns, box[1] * height / rows, box[2] * width / columns, box[3] * height / rows
 
 
 def grow_box(box: tuple[int, int, int, int], size: tuple[int, int], min_box: float) -> tuple[int, int, int, int]:
-    """Grow a pixel box about its centre to at least `min_box` of each side of an image of `size` (height, width).
+    """Enlarge a pixel box about its centre to at least `min_box` of each side of an image of `size` (height, width).
 
-    A box that would leave the image is moved back inside.
+    A box that would exceed the image is moved inside.
     """
     left, right = _grow_span(box[0], box[2], size[1], min_box)
     top, bottom = _grow_span(box[1], box[3], size[0], min_box)
@@ -99,7 +99,7 @@ def grow_box(box: tuple[int, int, int, int], size: tuple[int, int], min_box: flo
 
 
 def _pixel_span(start: float, stop: float, side: int) -> tuple[int, int]:
-    """Fractions of a side to whole pixels [first, last), rounded to the nearest, never empty."""
+    """Convert fractions of a side to whole pixels [first, last), rounded to the nearest, never empty."""
     first, last = round(start * side), round(stop * side)
     if first == last:
         first = min(int((start + stop) / 2 * side), side - 1)

@@ -1,0 +1,31 @@
+"""The command `imagent COMMAND ...`, the same as `python -m imagent_jax.COMMAND ...`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train an agent (the main job)",
+    "evaluate": "evaluate a model on held-out tasks, beside controls",
+    "view": "open a run's trajectories and report in the browser",
+    "export": "write a training checkpoint as a Hugging Face model",
+    "plan": "say whether a run fits its chips, without them",
+    "attention": "measure where an agent's attention goes",
+    "ablate": "train ablations and compare them",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: exit code of the command; 2 after the list of commands where there is no such command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"imagent_jax.{argv[0]}").main(argv[1:])
+    asked = argv[:1] in (["--help"], ["-h"])
+    lines = [] if asked or not argv else [f"error: there is no command {argv[0]!r}."]
+    lines += ["usage: imagent COMMAND ...", *(f"  {name:<10} {what}" for name, what in COMMANDS.items())]
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
