@@ -255,7 +255,7 @@ def gradient(parts, config, rollout, batch):
 
     @jax.jit
     def compute(batch, features):
-        mask = two_level_mask(batch.kind, batch.end, batch.advantages, *tables)
+        mask = two_level_mask(batch.kind, batch.end, batch.advantages, *tables[:2])
         normaliser = loss_normaliser(mask, cfg=config.grpo).sum()
 
         def loss(trained):

@@ -102,7 +102,7 @@ def micro_shapes(cfg: Config) -> list[tuple[int, int]]:
     """Return the compiled shapes of a micro-batch, narrowest first: (response width, number of groups).
 
     Widths are multiples of R / `grpo.widths`. No shape holds more tokens than `grpo.micro_groups` groups (rounded up to a
-    multiple of the mesh's data x fsdp) of P + G R tokens each. Narrower shapes hold two, four or more times as many groups.
+    multiple of the mesh's data x fsdp) of P + G R tokens each. Narrow shapes hold two, four or more times as many groups.
     """
     r, shards = cfg.rollout, ways(GROUPS)
     widths = sorted({-(-i * r.response_tokens // cfg.grpo.widths) for i in range(1, cfg.grpo.widths + 1)})

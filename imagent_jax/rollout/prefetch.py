@@ -17,10 +17,9 @@ from imagent_jax.types import Task
 class Prefetcher:
     """Provides the rollouts of a run, step by step. While a step trains, the tasks of the next step are read and preprocessed.
 
-    With `rollout.overlap`, the rollouts of the next step are sampled too, with the weights from before the update.
-
-    Rollouts depend on the seed, the step and the weights only. They are not sampled past a checkpoint's weights, so a run resumed
-    from a checkpoint of `run.checkpoint_every` continues as the original run.
+    With `rollout.overlap`, the rollouts of the next step are sampled too, with the weights from before the update. The step after
+    a checkpoint of `run.checkpoint_every` always uses the checkpoint's weights, so that a resumed run samples the same rollouts.
+    Rollouts depend on the seed, the step and the weights only.
     """
 
     def __init__(self, collector: Collector, iterator: TaskIterator, cfg: RolloutConfig, seed: int):
