@@ -67,7 +67,7 @@ from imagent_jax.train import train
 cfg = Config.from_dict({
     "run": {"name": "demo", "dir": str(RUNS), "steps": STEPS, "checkpoint_every": 20,
             "resume": any(RUNS.glob("demo/checkpoints/[0-9]*"))},
-    "rollout": {"groups": 8 if STEPS < 10 else 16}, "grpo": {"widths": 1 if STEPS < 10 else 4},  # less to compile
+    "rollout": {"groups": 8 if STEPS < 10 else 16}, "grpo": {"length_buckets": 1 if STEPS < 10 else 4},  # less to compile
     "eval": {"tasks": TASKS, "groups": min(TASKS, 64), "every": 0},
 })  # fmt: skip
 base = Policy(cfg)

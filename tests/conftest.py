@@ -40,7 +40,7 @@ def small_config(**sections) -> Config:
     base = {
         "run": {"compile_cache": ""},
         "rollout": {"groups": 4, "group_size": 4, "response_tokens": 192},
-        "grpo": {"micro_groups": 2, "minibatches": 1, "widths": 2},
+        "grpo": {"micro_groups": 2, "minibatches": 1, "length_buckets": 2},
         "eval": {"groups": 8, "tasks": 8, "during": 8},
         "data": {"train_size": 64, "test_size": 32},
     }

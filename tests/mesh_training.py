@@ -49,7 +49,7 @@ HF = {
 }  # fmt: skip
 JOB = [
     "--run.compile_cache=", "--run.steps=2", "--rollout.groups=4", "--rollout.group_size=2", "--rollout.response_tokens=96",
-    "--grpo.micro_groups=4", "--grpo.minibatches=1", "--grpo.widths=2", "--images.pack_blocks=4", "--images.packs=8",
+    "--grpo.micro_groups=4", "--grpo.minibatches=1", "--grpo.length_buckets=2", "--images.pack_blocks=4", "--images.packs=8",
     "--eval.tasks=4", "--eval.groups=4", "--eval.every=0", "--data.train_size=64", "--data.test_size=32",
 ]  # fmt: skip
 IMAGES, PATCHES = 8, 16  # one image a block of 16 patches, 4 features each
@@ -63,7 +63,7 @@ def settings(folder: str, everything: bool = False, rank: int = 0) -> Config:
         "model": {"freeze_vision": not everything, "logprob_chunk": 12},
         "lora": {"rank": rank, "merger": False},
         "rollout": {"groups": N, "group_size": G, "prompt_tokens": P, "response_tokens": R},
-        "grpo": {"micro_groups": N // 2, "minibatches": 1, "widths": 2, "kl": 0.1 * everything},
+        "grpo": {"micro_groups": N // 2, "minibatches": 1, "length_buckets": 2, "kl": 0.1 * everything},
         "optim": {"warmup_steps": 0, "schedule": "constant", "learning_rate": RATE, "weight_decay": 0.1},
     })  # fmt: skip
 

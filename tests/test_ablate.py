@@ -187,7 +187,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
 def test_a_run_in_a_process_of_its_own_gives_its_figures(tmp_path):
     (tmp_path / "gain.yaml").write_text((VARIANTS / "gain_for_any_call.yaml").read_text())
     result = ablate.train_once(tmp_path / "gain.yaml", 0, [
-        "--run.steps=1", "--rollout.groups=2", "--rollout.group_size=2", "--grpo.micro_groups=1", "--grpo.widths=1",
+        "--run.steps=1", "--rollout.groups=2", "--rollout.group_size=2", "--grpo.micro_groups=1", "--grpo.length_buckets=1",
         "--eval.tasks=4", "--eval.groups=4", "--data.train_size=64", "--data.test_size=32", "--run.compile_cache=",
         "--eval.every=0",
     ])  # fmt: skip

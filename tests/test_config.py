@@ -139,7 +139,7 @@ AT_LEAST_ONE = (
     "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels", "tools.confirm_min_pixels", "rollout.groups",
     "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
     "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
-    "grpo.minibatches", "grpo.micro_groups", "grpo.widths", "eval.tasks", "eval.during",
+    "grpo.minibatches", "grpo.micro_groups", "grpo.length_buckets", "eval.tasks", "eval.during",
     "eval.groups", "model.logprob_chunk", "distributed.timeout_s",
 )  # fmt: skip
 ABOVE_ZERO = (

@@ -313,7 +313,7 @@ def test_tools_given_up_are_told_in_figures():
         ("calls_invalid", [(5, {"tools__calls__crop__invalid": 9.0}), (10, {})],
          [(10, {}), (10, {"tools__calls__crop__invalid": 3.0, "tools__calls__crop__faulted": 0.001})], "75 %"),
         ("calls_faulted", [(1, {"tools__calls__crop__faulted": 0.0203, "tools__calls__crop__invalid": 0.01})],
-         [(1, {"tools__calls__crop__faulted": 0.0205})], "2 % of the calls of crop end with a fault"),
+         [(1, {"tools__calls__crop__faulted": 0.0205})], "2 % of the calls of crop end with an environment error"),
     ],
 )  # fmt: skip
 def test_a_guard_warns_beyond_its_limit_and_not_before(guard, quiet, loud, words):

@@ -18,13 +18,12 @@ import simulated
 from simulated import TOGETHER
 
 from imagent_jax.config import DistributedConfig
-from imagent_jax.distributed import processes as hosts
-from imagent_jax.distributed import watcher
+from imagent_jax.distributed import processes, watcher
 from imagent_jax.distributed.processes import RESTART
 
 JOB = [
     "--run.steps=2", "--rollout.groups=4", "--rollout.group_size=4", "--rollout.response_tokens=64", "--grpo.micro_groups=4",
-    "--grpo.minibatches=1", "--grpo.widths=1", "--images.pack_blocks=4", "--images.packs=8",
+    "--grpo.minibatches=1", "--grpo.length_buckets=1", "--images.pack_blocks=4", "--images.packs=8",
     "--eval.tasks=5", "--eval.groups=4", "--eval.every=0", "--data.train_size=64", "--data.test_size=32",
     "--tools.timeout_s=600", "--tools.patience_s=600", "--run.checkpoint_every=1",
 ]  # fmt: skip
@@ -160,7 +159,7 @@ def test_processes_are_joined_where_settings_or_the_cluster_say_so(monkeypatch, 
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **named: found.append(named))
-    assert hosts.start(DistributedConfig(**settings)) is None  # jax still has one process
+    assert processes.start(DistributedConfig(**settings)) is None  # jax still has one process
     named = [tuple(call[name] for name in ("coordinator_address", "num_processes", "process_id")) for call in found]
     assert named == ([] if asked is None else [asked])
 
@@ -171,7 +170,7 @@ def test_processes_that_do_not_find_each_other_are_one_sentence(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(ValueError, match="did not find each other .*nobody there.*give every process the same distributed.coord"):
-        hosts.start(DistributedConfig(coordinator="a:1", num_processes=2, process_id=1))
+        processes.start(DistributedConfig(coordinator="a:1", num_processes=2, process_id=1))
 
 
 @pytest.mark.parametrize("ends", [0, 1])
@@ -227,8 +226,8 @@ def test_work_is_shared_out_in_one_piece_each_and_evenly(monkeypatch, count, ite
     shares = []
     for process in range(count):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        shares.append(hosts.share(list(range(items))))
-        assert hosts.is_writer() == (process == 0)
+        shares.append(processes.share(list(range(items))))
+        assert processes.is_writer() == (process == 0)
     assert sum(shares, []) == list(range(items))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -249,9 +248,9 @@ def test_a_mesh_gives_each_process_its_own_block(monkeypatch, owners, tensor, re
     devices = np.array([SimpleNamespace(process_index=owner) for owner in owners])
     mesh = SimpleNamespace(size=len(owners), devices=devices.reshape(1, -1, tensor), shape={"tensor": tensor})
     with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
-        hosts.check_mesh(mesh)
+        processes.check_mesh(mesh)
     if not refused:
-        assert [[device.process_index for device in block] for block in hosts._blocks(mesh)] == [owners[:4], owners[4:]]
+        assert [[device.process_index for device in block] for block in processes._blocks(mesh)] == [owners[:4], owners[4:]]
 
 
 @several

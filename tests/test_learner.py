@@ -41,7 +41,7 @@ HF = {
 }  # fmt: skip
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(2.0), optax.sgd(0.05, momentum=0.9))
 CASES = {
-    "temperature": {"rollout": {"temperature": 0.7}, "grpo": {"widths": 2}},
+    "temperature": {"rollout": {"temperature": 0.7}, "grpo": {"length_buckets": 2}},
     "recompute": {
         "rollout": {"temperature": 1.5}, "grpo": {"recompute": True, "importance_cap": 1.1, "epochs": 2},
         "mask": {"observations": "keep", "invalid_call": "keep", "drop_truncated": False},
@@ -62,7 +62,7 @@ def config_of(case: str):
     sections = {"rollout": {}, "grpo": {}} | CASES[case]
     shape = {"groups": N, "group_size": G, "prompt_tokens": P, "response_tokens": R}
     return small_config(**sections | {
-        "rollout": shape | sections["rollout"], "grpo": {"widths": 1, "micro_groups": 2} | sections["grpo"],
+        "rollout": shape | sections["rollout"], "grpo": {"length_buckets": 1, "micro_groups": 2} | sections["grpo"],
     })  # fmt: skip
 
 

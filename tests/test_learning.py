@@ -24,7 +24,8 @@ def test_a_short_run_learns_which_call_a_question_needs(tmp_path):
         f"--run.dir={tmp_path}", "--run.name=short", f"--run.steps={steps}", "--run.compile_cache=", "--run.checkpoint_every=0",
         "--data.train_size=256", "--data.test_size=8", "--eval.tasks=8", "--eval.every=0", "--eval.groups=8",
         "--rollout.groups=8", "--rollout.response_tokens=64", "--mask.drop_truncated=false", "--grpo.micro_groups=4",
-        "--grpo.widths=2", "--optim.learning_rate=6e-4", "--optim.schedule=constant", "--reward.answer=0", "--reward.format=0",
+        "--grpo.length_buckets=2",
+        "--optim.learning_rate=6e-4", "--optim.schedule=constant", "--reward.answer=0", "--reward.format=0",
         "--reward.tool_gain=0", f"--reward.custom=['{__name__}:looked_at_what_was_asked']",
     ])  # fmt: skip
     assert status == 0

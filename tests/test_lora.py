@@ -355,7 +355,7 @@ def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merge
     flags = (
         "--lora.rank=4", "--lora.alpha=6", "--lora.merger=true", "--run.steps=2", "--run.checkpoint_every=1",
         "--run.log_trajectories=0", "--optim.warmup_steps=0", "--rollout.groups=2", "--rollout.group_size=2",
-        "--rollout.response_tokens=32", "--images.pack_blocks=2", "--grpo.widths=1", "--mask.drop_truncated=false",
+        "--rollout.response_tokens=32", "--images.pack_blocks=2", "--grpo.length_buckets=1", "--mask.drop_truncated=false",
         "--eval.every=0", "--eval.tasks=1", "--eval.groups=1", "--data.train_size=8", "--data.test_size=1",
         "--grpo.minibatches=1", "--run.compile_cache=", f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path}/data",
         f"--reward.custom=['{__name__}:number']",

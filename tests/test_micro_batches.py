@@ -110,7 +110,7 @@ def test_groups_without_an_advantage_are_run_only_to_fill_the_updates_up():
 def test_shapes_of_micro_batches_divide_the_longest_response_and_keep_to_its_tokens():
     """P + G R = 12 + 2 * 20 tokens a group, of which two are 104; four of 12 + 2 * 7 are as many."""
     cfg = small_config(rollout={"groups": 9, "group_size": 2, "prompt_tokens": 12, "response_tokens": 20},
-                       grpo={"micro_groups": 2, "widths": 3})  # fmt: skip
+                       grpo={"micro_groups": 2, "length_buckets": 3})  # fmt: skip
     assert micro_shapes(cfg) == [(7, 4), (14, 2), (20, 2)]
     few = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, groups=1))
     assert micro_shapes(few) == [(7, 2), (14, 1), (20, 1)]
@@ -136,7 +136,7 @@ def with_lengths(batch, lengths):
 
 def test_every_group_is_in_one_micro_batch_and_none_exceeds_the_budget():
     cfg = small_config(rollout={"groups": 24, "group_size": 2, "prompt_tokens": 56, "response_tokens": 96},
-                       grpo={"micro_groups": 3, "widths": 4})  # fmt: skip
+                       grpo={"micro_groups": 3, "length_buckets": 4})  # fmt: skip
     batch = pack_batch(made_rollout(), np.zeros((3, 2)), np.zeros((3, 2)), 56, 96)
     shapes, r = micro_shapes(cfg), cfg.rollout
     assert [width for width, _ in shapes] == [24, 48, 72, 96] and [size for _, size in shapes] == [6, 3, 3, 3]

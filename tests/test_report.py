@@ -28,7 +28,7 @@ def test_the_report_shows_curves_tables_cases_and_faults(made, page):
     kinds = page.locator(".case .kind").all_text_contents()
     assert kinds.count("Wrong before, right now") == 4 and kinds.count("Right before, wrong now") == 1
     assert 8 <= len(kinds) <= 12
-    assert {"A fault of the world", "An invalid call", "Ended: repeated"} <= set(kinds)
+    assert {"An environment error", "An invalid call", "Ended: repeated"} <= set(kinds)
     body = page.inner_text("main")
     assert "the disk is full" in body and "1 row(s) of data were left out" in body and "line 7: images: a.png" in body
     times = page.locator("h2:has-text('Where the time went') + table td:nth-child(3)").all_text_contents()
@@ -196,7 +196,7 @@ def test_cases_are_those_that_changed_that_misuse_and_that_spread():
     )
     titles = [title for title, _ in found]
     assert titles == ["Wrong before, right now"] * 4 + ["Right before, wrong now"] * 2 + [
-        "A fault of the world", "An invalid call", "An invalid call", "Ended: repeated",
+        "An environment error", "An invalid call", "An invalid call", "Ended: repeated",
         "One group, step 12: the best and the worst rollout"]  # fmt: skip
     assert [record["task"] for _, ((_, record), _) in found[:6]] == [
         "q5", "q4", "q10",

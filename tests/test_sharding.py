@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from simulated import TOGETHER, start
 from test_model_parity import BLOCK, batch, pack
 
-from imagent_jax.distributed.mesh import fitting, make_mesh, ways
+from imagent_jax.distributed.mesh import fitting, make_mesh, shard_count
 from imagent_jax.model import checkpoint
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.qwen2_vl import abstract, create
@@ -151,7 +151,7 @@ def test_every_parameter_is_split_as_the_table_says(family):
 
 def test_what_does_not_divide_stays_whole():
     with jax.sharding.use_abstract_mesh(described(2, 3, 4)):
-        assert [ways(axes) for axes in (None, "fsdp", ("data", "fsdp"), ("data", "tensor"), "other")] == [1, 3, 6, 8, 1]
+        assert [shard_count(axes) for axes in (None, "fsdp", ("data", "fsdp"), ("data", "tensor"), "other")] == [1, 3, 6, 8, 1]
         x = jnp.zeros((12, 9, 8))
         assert fitting(x, ("data", "fsdp"), "tensor", "tensor") == PartitionSpec(("data", "fsdp"), None, "tensor")
         assert fitting(x, "fsdp") == PartitionSpec("fsdp") and fitting(x, "other") == PartitionSpec("other")

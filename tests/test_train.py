@@ -49,7 +49,7 @@ SMALL = [
     "--run.compile_cache=", "--run.steps=4", "--run.checkpoint_every=1", "--run.keep_checkpoints=1", "--run.seed=5",
     "--run.log_trajectories=12", "--rollout.groups=3", "--rollout.group_size=4", "--rollout.response_tokens=96",
     "--rollout.temperature=0.9", "--images.pack_blocks=1", "--images.packs=32", "--grpo.micro_groups=1", "--grpo.minibatches=3",
-    "--grpo.epochs=2", "--grpo.widths=1", "--grpo.kl=0.01", "--grpo.normalise_std=false", "--reward.answer=2",
+    "--grpo.epochs=2", "--grpo.length_buckets=1", "--grpo.kl=0.01", "--grpo.normalise_std=false", "--reward.answer=2",
     "--reward.format=0.3", "--reward.tool_gain=0.5", "--mask.drop_void=true", "--mask.count_truncated=false", "--eval.every=2",
     "--eval.tasks=6", "--eval.during=3", "--eval.groups=2", "--eval.greedy=true", "--eval.seed=77", "--data.seed=3",
     "--data.train_size=64", "--data.test_size=32",
@@ -509,7 +509,8 @@ def test_random_sizes_counts_and_turns_compile_nothing_and_bad_rows_are_left_out
 
     monkeypatch.setattr(endurance, "write_tasks", with_bad_rows)
     steps, images, calls = endurance.run(
-        tmp_path, 6, "--rollout.group_size=2", "--images.max_pixels=6272", "--tools.confirm_max_pixels=9408", "--grpo.widths=1",
+        tmp_path, 6, "--rollout.group_size=2", "--images.max_pixels=6272", "--tools.confirm_max_pixels=9408",
+        "--grpo.length_buckets=1",
         "--images.vision_block=96", "--images.pack_blocks=1", "--images.packs=128", "--tools.high_pixels=9408",
         "--rollout.prompt_tokens=256", "--rollout.response_tokens=384", "--data.skip_bad=true", "--run.checkpoint_every=0",
     )  # fmt: skip

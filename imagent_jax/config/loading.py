@@ -161,7 +161,7 @@ _AT_LEAST_ONE = (
     "data.test_size", "tools.max_turns", "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels",
     "tools.confirm_min_pixels", "rollout.groups", "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens",
     "rollout.observation_tokens", "rollout.decode_chunk", "grpo.constant", "grpo.epochs", "grpo.minibatches",
-    "grpo.micro_groups", "grpo.widths", "eval.tasks", "eval.during", "eval.groups", "model.logprob_chunk",
+    "grpo.micro_groups", "grpo.length_buckets", "eval.tasks", "eval.during", "eval.groups", "model.logprob_chunk",
     "distributed.timeout_s",
 )  # fmt: skip
 _ABOVE_ZERO = (

@@ -191,8 +191,8 @@ class GRPOConfig:
     micro_groups: int = field(
         default=2, metadata={"help": "groups in one forward and backward pass; of short responses more, for the same tokens"}
     )
-    widths: int = field(
-        default=4, metadata={"help": "lengths to which responses are padded there, from R / widths up to R; each is compiled"}
+    length_buckets: int = field(
+        default=4, metadata={"help": "number of response lengths that micro-batches are padded to; each adds one compilation"}
     )
 
 

@@ -46,7 +46,7 @@ def several_devices() -> bool:
     return get_abstract_mesh().size > 1
 
 
-def ways(axes: str | Sequence[str] | None) -> int:
+def shard_count(axes: str | Sequence[str] | None) -> int:
     """Return the number of shards into which the current mesh splits an array axis that is sharded over `axes`."""
     sizes = get_abstract_mesh().shape
     return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
@@ -54,7 +54,7 @@ def ways(axes: str | Sequence[str] | None) -> int:
 
 def fitting(x: jax.Array | jax.ShapeDtypeStruct, *axes: str | tuple[str, ...] | None) -> PartitionSpec:
     """Return `PartitionSpec(*axes)` for `x`, with None for every axis of `x` whose size is not divisible."""
-    return PartitionSpec(*(axis if n % ways(axis) == 0 else None for n, axis in zip(x.shape, axes, strict=False)))
+    return PartitionSpec(*(axis if n % shard_count(axis) == 0 else None for n, axis in zip(x.shape, axes, strict=False)))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -62,7 +62,7 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fitting(x, *axes)) if several_devices() else x
 
 
-def locally(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] = ()) -> Callable:
+def per_device(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] = ()) -> Callable:
     """Run `function` on every device's own shard (`jax.shard_map`). Without several devices, return `function` itself.
 
     Use it where no device needs another device's shard but the compiler cannot infer that.
@@ -71,6 +71,6 @@ def locally(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] =
         inputs, outputs: `PartitionSpec`s (see `fitting`). Gradients of replicated inputs are summed over devices once.
         axes: mesh axes handled manually, the others by the compiler; default: all.
     """
-    if ways(axes or tuple(get_abstract_mesh().shape)) == 1:
+    if shard_count(axes or tuple(get_abstract_mesh().shape)) == 1:
         return function
     return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(axes), check_vma=False)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from imagent_jax.distributed.mesh import GROUPS, fitting, locally
+from imagent_jax.distributed.mesh import GROUPS, fitting, per_device
 from imagent_jax.model.params import pad_to
 
 
@@ -107,7 +107,7 @@ def attention(
         shared = shared._replace(k=jnp.where(real_shared, shared.k, 0), v=jnp.where(real_shared, shared.v, 0))
     inputs = (q, k, v, mask, shared)
     specs = jax.tree.map(_spec, inputs)
-    return jnp.where(real, locally(_BACKENDS[backend], specs, specs[0])(*inputs), 0)
+    return jnp.where(real, per_device(_BACKENDS[backend], specs, specs[0])(*inputs), 0)
 
 
 def _spec(x: Array) -> PartitionSpec:

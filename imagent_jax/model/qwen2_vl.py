@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, locally
+from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, per_device
 from imagent_jax.model.config import Qwen2VLConfig
 from imagent_jax.model.text import Decoder, PromptCache, ResponseCache
 from imagent_jax.model.vision import VisionTower
@@ -218,7 +218,7 @@ def response_logprobs(
             return tuple(x.reshape(targets.shape) for x in values)
 
         rows = fitting(response_ids, GROUPS)  # per-device chunks: the head is gathered, and its gradient reduced, once
-        return locally(own_tokens, (rows, rows, PartitionSpec()), (rows, rows), GROUPS)(
+        return per_device(own_tokens, (rows, rows, PartitionSpec()), (rows, rows), GROUPS)(
             before, response_ids, text.head(model.dtype)
         )
 

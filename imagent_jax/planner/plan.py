@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from imagent_jax.config import Config, read_args
-from imagent_jax.planner.programs import SLICES, Chip, Cost, Held, chip_bytes, cost, open_topology, programs
+from imagent_jax.planner.programs import SLICES, Chip, Cost, RunArrays, chip_bytes, cost, open_topology, programs
 from imagent_jax.rollout.policy import training_mesh
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -76,17 +76,17 @@ ASPECTS = (
 )  # fmt: skip
 
 
-def hold(cfg: Config, topology: str, memory: float | None = None) -> tuple[Held, Chip]:
+def hold(cfg: Config, topology: str, memory: float | None = None) -> tuple[RunArrays, Chip]:
     """Return the arrays of a run on a topology and the chip, whose memory is `memory` bytes if given.
 
     Raises:
         ValueError: unknown topology, unknown model or invalid mesh.
     """
     chip, devices = open_topology(topology)
-    return Held(cfg, training_mesh(cfg, devices), chip.platform), chip._replace(memory=memory or chip.memory)
+    return RunArrays(cfg, training_mesh(cfg, devices), chip.platform), chip._replace(memory=memory or chip.memory)
 
 
-def least(held: Held) -> int:
+def least(held: RunArrays) -> int:
     """Return the bytes per chip of the arrays alive at the same time, maximum over rollout and update; needs no compilation."""
     both = held.params, held.opt_state, held.features, held.reference
     return max(chip_bytes(both, held.sampled, held.state), chip_bytes(both, held.total))

@@ -122,7 +122,7 @@ def chip_bytes(*trees: Any) -> int:
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves.values())
 
 
-class Held:
+class RunArrays:
     """Shapes and shardings of everything a run of `cfg` holds on a mesh.
 
     These are: parameters, the rollout's copy of the parameters, optimizer state, sampler state, image features, gradients and
@@ -226,7 +226,7 @@ class Program(NamedTuple):
     phase: str  # "rollout" or "update": selects the changes of settings that may help
 
 
-def programs(held: Held) -> Iterator[Program]:
+def programs(held: RunArrays) -> Iterator[Program]:
     """Yield the programs of a step in execution order. `calls` of decoding counts tokens, at most the response length."""
     cfg, model, r = held.cfg, held.model, held.cfg.rollout
     with held.on_mesh():
@@ -304,7 +304,7 @@ class Cost:
     collectives: list = field(default_factory=list)
 
 
-def cost(held: Held, program: Program, chip: Chip) -> Cost:
+def cost(held: RunArrays, program: Program, chip: Chip) -> Cost:
     """Compile a program and return the cost that the compiler reports."""
     found = Cost(program.name, program.phase, program.calls)
     with held.on_mesh():

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh
 from jaxtyping import Float, Float32, Int32, UInt8
 
 from imagent_jax.config import Config
-from imagent_jax.distributed.mesh import GROUPS, ways
+from imagent_jax.distributed.mesh import GROUPS, shard_count
 from imagent_jax.model.interleave import pad_prompts
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.types import TokenKind, Trajectory
@@ -101,11 +101,11 @@ def check_images(trajectories: Sequence[Trajectory], image_token_id: int) -> Non
 def micro_shapes(cfg: Config) -> list[tuple[int, int]]:
     """Return the compiled shapes of a micro-batch, narrowest first: (response width, number of groups).
 
-    Widths are multiples of R / `grpo.widths`. No shape holds more tokens than `grpo.micro_groups` groups (rounded up to a
+    Widths are multiples of R / `grpo.length_buckets`. No shape holds more tokens than `grpo.micro_groups` groups (rounded up to a
     multiple of the mesh's data x fsdp) of P + G R tokens each. Narrow shapes hold two, four or more times as many groups.
     """
-    r, shards = cfg.rollout, ways(GROUPS)
-    widths = sorted({-(-i * r.response_tokens // cfg.grpo.widths) for i in range(1, cfg.grpo.widths + 1)})
+    r, shards = cfg.rollout, shard_count(GROUPS)
+    widths = sorted({-(-i * r.response_tokens // cfg.grpo.length_buckets) for i in range(1, cfg.grpo.length_buckets + 1)})
     groups = -(-min(cfg.grpo.micro_groups, r.groups) // shards) * shards
 
     def tokens(width):

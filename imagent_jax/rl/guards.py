@@ -133,7 +133,7 @@ def calls_invalid(history: History, limit: float = 0.5) -> str | None:
 
 def calls_faulted(history: History, limit: float = 0.02) -> str | None:
     """Warn if more than `limit` of a tool's calls fail on an environment error."""
-    return _bad_calls(history, "faulted", limit, "end with a fault of the world; the trajectories' `error` says which")
+    return _bad_calls(history, "faulted", limit, "end with an environment error; the trajectories' `error` says which")
 
 
 GUARDS: dict[str, Callable[[History], str | None]] = {

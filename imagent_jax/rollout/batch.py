@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from imagent_jax.distributed import processes
-from imagent_jax.distributed.mesh import GROUPS, ways
+from imagent_jax.distributed.mesh import GROUPS, shard_count
 from imagent_jax.model.features import COUNTS, EncodedPacks, FeatureStore
 from imagent_jax.model.interleave import Encoded
 from imagent_jax.types import Task, Trajectory
@@ -75,7 +75,7 @@ def spread_packs(own: FeatureStore) -> list[tuple[jax.Array, ...]]:
     """Join the n-th packs of all processes, each sharded over its process's devices. Processes with fewer packs add blanks."""
     most = max(processes.gather(len(own.packs)))
     packs = [*own.packs, *[own.blank(own.sizes[-1])] * (most - len(own.packs))]
-    shares = ways(GROUPS) // jax.process_count()
+    shares = shard_count(GROUPS) // jax.process_count()
     size = -(-own.sizes[-1] // shares) * shares * own.model.vision_block  # equally many blocks per device
 
     def filled(x, value):

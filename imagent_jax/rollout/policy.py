@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from imagent_jax.config import Config
 from imagent_jax.data.pipeline import open_tasks
-from imagent_jax.distributed import processes as hosts
+from imagent_jax.distributed import processes
 from imagent_jax.distributed.mesh import make_mesh
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
@@ -79,7 +79,7 @@ def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> M
             several devices.
     """
     mesh = make_mesh(**vars(cfg.mesh), devices=devices)
-    hosts.check_mesh(mesh)
+    processes.check_mesh(mesh)
     if cfg.rollout.overlap and mesh.size > 1:
         raise ValueError("rollout.overlap is for one device: two programs at a time wait for each other on several.")
     return mesh

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, locally, ways
+from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, per_device, shard_count
 from imagent_jax.model.params import pad_to
 from imagent_jax.model.qwen2_vl import Model, empty_cache, extend, prefill
 from imagent_jax.model.text import PromptCache, ResponseCache
@@ -119,7 +119,7 @@ def parts(slots: int) -> int:
 
     An array of F rows holds F / parts rows of each part in turn, as indices within the part (B / parts: none).
     """
-    return 1 if slots % ways(GROUPS) else ways(GROUPS)
+    return 1 if slots % shard_count(GROUPS) else shard_count(GROUPS)
 
 
 def _within(function, state: SamplerState, *more):
@@ -127,7 +127,7 @@ def _within(function, state: SamplerState, *more):
     if parts(len(state.prompt_len)) == 1:
         return _placed(function(state, *more))
     specs = jax.tree.map(lambda x: fitting(x, *axes(x)), state)
-    return locally(function, (specs, PartitionSpec(GROUPS), specs)[: 1 + len(more)], specs)(state, *more)
+    return per_device(function, (specs, PartitionSpec(GROUPS), specs)[: 1 + len(more)], specs)(state, *more)
 
 
 def take_rows(state: SamplerState, rows: Int[Array, " F"]) -> SamplerState:

@@ -36,13 +36,13 @@ def _calls(record: Record, status: str) -> list[dict[str, Any]]:
 
 def _misuse(run: RunLog) -> list[Case]:
     """Return cases of invalid calls, environment errors and dropped ends, newest first, each kind once."""
-    wanted = {"A fault of the world": 1, "An invalid call": 2, "repeated": 1, "over turns": 1, "truncated": 1}
+    wanted = {"An environment error": 1, "An invalid call": 2, "repeated": 1, "over turns": 1, "truncated": 1}
     cases, seen = [], set()
     for stem in reversed(run.trajectories):
         for record in run.trajectories[stem]:
             invalid, title = _calls(record, "INVALID"), record["end"].lower().replace("_", " ")
             if record["end"] == "FAULT":
-                title, sort = "A fault of the world", "fault"
+                title, sort = "An environment error", "fault"
             elif invalid:
                 title, sort = "An invalid call", invalid[0]["said"][0][:40]
             else:

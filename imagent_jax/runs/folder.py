@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from imagent_jax.config import Config, RunConfig
-from imagent_jax.distributed import processes as hosts
+from imagent_jax.distributed import processes
 from imagent_jax.runs.trackers import Trackers
 
 
@@ -57,9 +57,9 @@ class RunFolder:
     def __init__(self, cfg: Config):
         self.path = Path(cfg.run.dir) / cfg.run.name
         self.checkpoints, self.seed = checkpoint_folder(cfg.run, self.path), cfg.run.seed
-        if hosts.is_writer():
+        if processes.is_writer():
             self._prepare(cfg)
-        hosts.barrier("the run's folder is there")
+        processes.barrier("the run's folder is there")
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(cfg.run.keep_checkpoints)]
         if cfg.run.keep_best:
@@ -84,7 +84,7 @@ class RunFolder:
                 f"{self.checkpoints} holds checkpoints of an earlier run; continue it with --run.resume true, or "
                 "choose another run.name."
             )
-        if hosts.is_writer():
+        if processes.is_writer():
             if self.latest is None and (metrics := self.path / "metrics.jsonl").exists():
                 metrics.replace(f"{metrics}.before")  # from a run that was killed before its first checkpoint
             (self.path / "config.yaml").write_text(cfg.to_yaml())
@@ -107,7 +107,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and pass it to the trackers (`Trackers`)."""
-        if not hosts.is_writer():
+        if not processes.is_writer():
             return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -115,7 +115,7 @@ class RunFolder:
 
     def log_faults(self, faults: Sequence[Any]) -> None:
         """Write the omitted data rows, one per line, to data_faults.txt (no file if there are none)."""
-        if faults and hosts.is_writer():
+        if faults and processes.is_writer():
             (self.path / "data_faults.txt").write_text("".join(f"{fault}\n" for fault in faults))
 
     def history(self) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ class RunFolder:
         if progress["seed"] != self.seed:
             raise ValueError(f"run.seed is {self.seed}, but the run to resume has {progress['seed']}; set the same.")
         path = self.path / "metrics.jsonl"
-        if path.exists() and hosts.is_writer():
+        if path.exists() and processes.is_writer():
             os.truncate(path, min(path.stat().st_size, progress["logged"]))
         return tree["params"], tree["opt_state"], progress
 
@@ -200,7 +200,7 @@ class RunFolder:
         """Wait for the checkpoint being written (see `settle`), and close the trackers."""
         self.settle()
         self.manager.close()
-        if hosts.is_writer():
+        if processes.is_writer():
             self.trackers.close()
 
 

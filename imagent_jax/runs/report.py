@@ -203,6 +203,6 @@ def _faults(run: RunLog) -> str:
     rows = "".join(f"<li>{html.escape(fault)}</li>" for fault in run.faults[:100])
     torn = f" {run.torn} log line(s) were not whole and are left out here." if run.torn else ""
     more = f"<p>… and {len(run.faults) - 100} more in data_faults.txt.</p>" if len(run.faults) > 100 else ""
-    world = f"{100 * share:.2f} % of the training trajectories ended with a fault of the world, which never trains."
+    world = f"{100 * share:.2f} % of the training trajectories failed on an environment error and were excluded from training."
     listed = f"<ul>{rows}</ul>{more}" if rows else ""
     return f"<p>{len(run.faults)} row(s) of data were left out for faults; {world}{torn}</p>{listed}"

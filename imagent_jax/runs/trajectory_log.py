@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from imagent_jax.config import Config
-from imagent_jax.distributed import processes as hosts
+from imagent_jax.distributed import processes
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.runs.folder import RunFolder
@@ -45,7 +45,7 @@ class TrajectoryLog:
             rewards: rewards by name of every trajectory; None in an evaluation.
             advantages: [N G]; None in an evaluation.
         """
-        if not self.limit or not hosts.is_writer():
+        if not self.limit or not processes.is_writer():
             return
         records = []
         for n, group in enumerate(groups[: max(1, self.limit // len(groups[0]))]):
