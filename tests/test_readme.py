@@ -104,13 +104,15 @@ def test_every_setting_that_is_named_exists():
             read_args([f"--{name}", value])
 
 
-@pytest.mark.slow(9)
+@pytest.mark.slow(30)
 def test_your_own_data_tool_reward_and_model_do_what_the_page_says(mine, capsys):
     random_weights(mine / "weights")
     page = {}
     for text in of("python"):
         exec(compile(text, "README.md", "exec"), page)
-    said = capsys.readouterr().out.splitlines()
+    answered, *said = capsys.readouterr().out.splitlines()
+    asked, trajectory = page["task"].question, page["trajectory"]
+    assert answered == f"{asked} {trajectory.answer} {[turn.text for turn in trajectory.turns]}" and trajectory.answer
     assert len(said) == 2 and all(re.match(r"(TRUNCATED|VOID|ANSWERED|FAULT|REPEATED) \[", line) for line in said)
 
     parts, task = page["parts"], page["parts"].test_tasks(1)[0]

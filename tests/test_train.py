@@ -202,6 +202,7 @@ def test_every_step_samples_by_a_seed_of_its_own_and_evaluations_by_theirs(whole
     assert [roll["seed"] for roll in whole.training] == [5 * 1_000_003 + step for step in range(4)]
     assert {roll["seed"] for roll in [*whole.evaluations, *untrained.evaluations]} == {77}
     assert {(roll["group_size"], roll["temperature"]) for roll in whole.training} == {(4, 0.9)}
+    assert {roll["temperature"] for roll in untrained.evaluations} == {0.9}  # which sample
 
 
 def tokens(records):
