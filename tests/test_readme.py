@@ -111,8 +111,8 @@ def test_your_own_data_tool_reward_and_model_do_what_the_page_says(mine, capsys)
     for text in of("python"):
         exec(compile(text, "README.md", "exec"), page)
     answered, *said = capsys.readouterr().out.splitlines()
-    asked, trajectory = page["task"].question, page["trajectory"]
-    assert answered == f"{asked} {trajectory.answer} {[turn.text for turn in trajectory.turns]}" and trajectory.answer
+    t = page["agent"].answer(page["task"].question, page["task"].images)
+    assert answered == f"{t.task.question} {t.answer} {[turn.text for turn in t.turns]}" and t.answer
     assert len(said) == 2 and all(re.match(r"(TRUNCATED|VOID|ANSWERED|FAULT|REPEATED) \[", line) for line in said)
 
     parts, task = page["parts"], page["parts"].test_tasks(1)[0]
