@@ -23,8 +23,7 @@ SMALL = "--rollout.groups=16 --rollout.group_size=8 --rollout.prompt_tokens=4096
 LORA = "--lora.rank=16 --model.param_dtype=bfloat16"
 SEVEN = f"--config configs/qwen2_5_vl_7b_tpu.yaml --mesh.fsdp=-1 --grpo.minibatches=1 {SMALL}"
 PLANS = {
-    "tiny_v5e_2x2": "--topology v5e:2x2 --mesh.fsdp=4 --grpo.micro_groups=4 --model.dtype=bfloat16 "
-    "--grpo.minibatches=1",
+    "tiny_v5e_2x2": "--topology v5e:2x2 --mesh.fsdp=4 --grpo.micro_groups=4 --model.dtype=bfloat16 --grpo.minibatches=1",
     "7b_as_shipped_v5p_2x2x2": "--topology v5p:2x2x2 --config configs/qwen2_5_vl_7b_tpu.yaml",
     "7b_full_v5e_4x4": f"--topology v5e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4",
     "7b_lora_v5e_4x4": f"--topology v5e:4x4 {SEVEN} --mesh.tensor=4 --grpo.micro_groups=4 {LORA}",

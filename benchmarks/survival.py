@@ -57,9 +57,7 @@ def strike(process: subprocess.Popen, log: Path, number: int, rng: random.Random
             "steps_done": len(STEP.findall(log.read_text()))}  # fmt: skip
 
 
-def survive(
-    folder: Path, name: str, signals: Sequence[int], seed: int, startup: float, step: float, *flags: str
-) -> list[dict]:
+def survive(folder: Path, name: str, signals: Sequence[int], seed: int, startup: float, step: float, *flags: str) -> list[dict]:
     """A run that gets `signals`, one a start, and then goes through."""
     rng, log, strikes = random.Random(seed), folder / f"{name}.log", []
     for number in signals:

@@ -83,6 +83,7 @@ def ask(parts):
 before, said_before = ask(base)
 print(f"{100 * before['accuracy']:.0f} % of {TASKS} held-out tasks right, {before['tools/calls']:.2f} calls a task")
 
+
 # %% What the agent did, turn by turn: boxes are where its crops were cut, on the right is what it then saw
 def show(trajectory):
     images, given = trajectory.images, len(trajectory.task.images)

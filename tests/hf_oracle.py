@@ -128,9 +128,7 @@ def config_json(model: Reference, older: bool = False) -> dict:
     }  # fmt: skip
 
 
-def save_checkpoint(
-    model: Reference, folder: Path, *, older: bool = False, shards: int = 1, dtype=torch.float32
-) -> Path:
+def save_checkpoint(model: Reference, folder: Path, *, older: bool = False, shards: int = 1, dtype=torch.float32) -> Path:
     """Writes `config.json` and safetensors: one file, or `shards` files with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_json(model, older)))

@@ -39,9 +39,7 @@ def start(folder: Path, code: int, *arguments: str) -> tuple[subprocess.Popen, P
     python.write_text(STAND_IN.format(python=sys.executable, log=log, hang=folder / "hang", code=code))
     python.chmod(0o755)
     env = os.environ | {"PYTHON": str(python), "PAUSE": "0", "PYTHONPATH": str(TPU.parent)}
-    run = subprocess.Popen(
-        [TPU / "restart.sh", f"--run.dir={folder}", *arguments], env=env, stderr=subprocess.PIPE, text=True
-    )
+    run = subprocess.Popen([TPU / "restart.sh", f"--run.dir={folder}", *arguments], env=env, stderr=subprocess.PIPE, text=True)
     return run, log
 
 
@@ -56,9 +54,7 @@ def test_a_stopped_run_is_started_again_and_goes_on(tmp_path):
 def test_a_run_that_has_checkpoints_is_continued(tmp_path):
     (tmp_path / "tiny" / "checkpoints" / "40").mkdir(parents=True)
     run, log = start(tmp_path, 0)
-    assert run.wait(120) == 0 and log.read_text().startswith(
-        f"-m imagent_jax.train --run.dir={tmp_path} --run.resume=true"
-    )
+    assert run.wait(120) == 0 and log.read_text().startswith(f"-m imagent_jax.train --run.dir={tmp_path} --run.resume=true")
 
 
 def test_sigterm_ends_the_run_with_its_own_exit_code(tmp_path):
@@ -101,7 +97,5 @@ def test_the_jobset_holds_jobs_that_kubernetes_accepts():
         chips = [int(container["resources"][kind]["google.com/tpu"]) for kind in ("requests", "limits")]
         shape = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
         rows, columns = map(int, shape.split("x"))
-        assert (
-            chips[0] == chips[1] == rows * columns // spec["parallelism"] and spec["parallelism"] == spec["completions"]
-        )
+        assert chips[0] == chips[1] == rows * columns // spec["parallelism"] and spec["parallelism"] == spec["completions"]
         assert container["command"] == ["tpu/restart.sh"] and os.access(TPU / "restart.sh", os.X_OK)

@@ -321,9 +321,7 @@ def test_garbage_in_unused_cache_and_padding_changes_nothing(pair):
     for poison in (0, 1e4):
         ids = np.where(pad, 99 if poison else 0, p.ids)
         positions = np.where(pad, 500 if poison else 0, p.positions)
-        logits, cache = jax.jit(prefill, static_argnums=0)(
-            model, params, ids, positions, p.vision, p.length, features
-        )
+        logits, cache = jax.jit(prefill, static_argnums=0)(model, params, ids, positions, p.vision, p.length, features)
         empty = jax.tree.map(lambda x, poison=poison: jnp.full_like(x, float(poison)), empty_cache(model, ResponseCache, 2, 32))
         start, count = np.zeros(2, np.int32), np.full(2, 4, np.int32)
         place = (np.arange(4) + p.following[:, None]).astype(np.int32)

@@ -85,9 +85,7 @@ def test_parameters_of_a_chip_have_a_closed_form(toy):
     tower = patch * e + (4 * e + 3 * e * e + 3 * e + e * e + e + 2 * e * m + m + e)
     tower += 2 * e + (4 * e) ** 2 + 4 * e + 4 * e * d + d
     assert chip_bytes(held.params) == 4 * (text + tower)
-    assert chip_bytes(held.opt_state) == 2 * 4 * text + sum(
-        x.size * 4 for x in jax.tree.leaves(held.opt_state) if not x.ndim
-    )
+    assert chip_bytes(held.opt_state) == 2 * 4 * text + sum(x.size * 4 for x in jax.tree.leaves(held.opt_state) if not x.ndim)
     kinds, tokens = 2, 8 * 112 + 64 * 192  # keys and values; of prompts, of responses
     caches = [x for x in jax.tree.leaves(held.state) if x.ndim == 4]
     assert sum(x.size for x in caches) == kinds * kv * tokens

@@ -96,9 +96,7 @@ def test_a_slow_tool_does_not_hold_up_the_rows_that_could_go_on(parts, config, r
     monkeypatch.setattr(Engine, "append", lambda run, rows: (answered.extend(rows), append(run, rows))[1])
     monkeypatch.setattr(Engine, "step", lambda run: (go_on.set() if answered else None, decode(run))[1])
     patient = dataclasses.replace(config, tools=dataclasses.replace(config.tools, patience_s=0.2, timeout_s=50.0))
-    again = Collector(parts.model, parts.processor, parts.tools, patient).collect(
-        parts.params, tasks, group_size=4, seed=11
-    )
+    again = Collector(parts.model, parts.processor, parts.tools, patient).collect(parts.params, tasks, group_size=4, seed=11)
     assert go_on.is_set() and not any(t.end == EndReason.FAULT for group in again.trajectories for t in group)
     for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)

@@ -150,8 +150,8 @@ def test_lineage_says_where_an_image_comes_from():
     registry = given(np.random.default_rng(8), [(280, 280), (224, 336)])
     crop(registry, 2, [0, 0, 500, 500])
     crop(registry, 3, [0, 0, 500, 500])
-    high = execute(TOOLS, 
-        QWEN.render_call("visual_reflection", {"images": [1, 2], "resolution": "high"}), registry, ToolSettings()
+    high = execute(
+        TOOLS, QWEN.render_call("visual_reflection", {"images": [1, 2], "resolution": "high"}), registry, ToolSettings()
     )
     assert [entry.describe() for entry in registry] == [
         "Image 1",

@@ -50,9 +50,7 @@ def test_the_pointer_reads_all_charts_at_a_step(made, page):
     assert float(told) == pytest.approx(second["grad_norm"], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "ys", [[0.0], [0.0, 0.0], [-3.0, -3.0], [1e-9, 2e-9], [-0.2, 5e6], [0.30000000000000004] * 20, [7.0]]
-)
+@pytest.mark.parametrize("ys", [[0.0], [0.0, 0.0], [-3.0, -3.0], [1e-9, 2e-9], [-0.2, 5e6], [0.30000000000000004] * 20, [7.0]])
 def test_a_chart_holds_any_figures(ys):
     text = chart("figures", {"a": list(enumerate(ys, 1)), "b": [(1, 0.5 * ys[0])]})
     height = float(re.search(r'viewBox="0 0 [0-9]+ ([0-9]+)"', text)[1])
@@ -199,7 +197,9 @@ def test_cases_are_those_that_changed_that_misuse_and_that_spread():
         "An environment error", "An invalid call", "An invalid call", "Ended: repeated",
         "One group, step 12: the best and the worst rollout"]  # fmt: skip
     assert [record["task"] for _, ((_, record), _) in found[:6]] == [
-        "q5", "q4", "q10",
+        "q5",
+        "q4",
+        "q10",
         "q3",
         "q9",
         "q8",
@@ -246,7 +246,7 @@ def test_pictures_are_embedded_once_and_cut_where_they_were_cut(tmp_path, monkey
         "<g class=good><rect x=11 y=22 width=10 height=20 /><text x=11 y=14.0 font-size=22.0>&lt;3&gt;</text></g><g class=bad>"
         in svg
     )
-    assert 'width=12 height=25' in pictures.svg(IMAGES, 3, 25)
+    assert "width=12 height=25" in pictures.svg(IMAGES, 3, 25)
     pictures.svg(IMAGES, 6, 25)
     embedded = pictures.definitions()
     data = base64.b64encode((folder / "a.png").read_bytes()).decode()

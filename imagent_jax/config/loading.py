@@ -324,4 +324,3 @@ def _read_yaml(text: str, origin: str) -> dict[str, Any]:
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{origin} must hold sections with settings, such as 'run:' with 'steps: 100' below it.")
     return values or {}
-

@@ -87,9 +87,7 @@ def read_jsonl(path: str | os.PathLike, *, skip_bad: bool = False, workers: int 
             try:
                 task, paths = _task_of(parsed, path, line)
                 if task.uid in seen:
-                    raise _RowError(
-                        f"the uid {task.uid!r} occurs already on line {seen[task.uid]}; give every row its own uid"
-                    )
+                    raise _RowError(f"the uid {task.uid!r} occurs already on line {seen[task.uid]}; give every row its own uid")
                 for reason in pool.map(_image_fault, paths):
                     if reason:
                         raise _RowError(reason)

@@ -191,4 +191,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Stopped; what is done lies in {args.out}, and the same command goes on from there.")
         return 130
     return 0
-

@@ -173,4 +173,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     console.print(f"Wrote {args.out} and {out} ({time.perf_counter() - began:.0f} s).")
     return 0
-

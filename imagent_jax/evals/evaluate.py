@@ -119,4 +119,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         if warning := looks_unused(true, right, CONTROLS[control]):
             console.print(f"[yellow]warning[/] ({control}): {warning}")
     return 0
-

@@ -50,7 +50,5 @@ def published_config(path: str) -> Qwen2VLConfig:
     """
     name = path.rpartition("/")[2].removesuffix("-Instruct")
     if name not in SIZES:
-        raise ValueError(
-            f"{path!r} is neither a folder nor a published size; name a folder, or one of {', '.join(SIZES)}."
-        )
+        raise ValueError(f"{path!r} is neither a folder nor a published size; name a folder, or one of {', '.join(SIZES)}.")
     return Qwen2VLConfig.from_hf(hub_config(name))

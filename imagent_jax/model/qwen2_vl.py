@@ -65,7 +65,12 @@ def encode_images(
     """Return the features of a pack of images (F = M / 4); see `VisionTower`."""
     with jax.named_scope("vision"):
         return model.bind(params).vision(
-            patches, coords, image, block=model.vision_block, dtype=model.dtype, remat=model.remat != "none",
+            patches,
+            coords,
+            image,
+            block=model.vision_block,
+            dtype=model.dtype,
+            remat=model.remat != "none",
             backend=model.attention,
         )
 

@@ -144,20 +144,14 @@ def matrix_flops(jaxpr, pairs: Callable[[int, int], float]) -> float:
             (contracted, _), _ = params["dimension_numbers"]
             total += 2 * eqn.outvars[0].aval.size * np.prod([eqn.invars[0].aval.shape[i] for i in contracted])
         elif kind == "pallas_call":
-            shapes = [
-                v.aval.shape for v in eqn.invars if v.aval.ndim > 2 and jnp.issubdtype(v.aval.dtype, jnp.floating)
-            ]
+            shapes = [v.aval.shape for v in eqn.invars if v.aval.ndim > 2 and jnp.issubdtype(v.aval.dtype, jnp.floating)]
             width, lengths = shapes[0][-1], [shape[-2] for shape in shapes if shape[-1] == shapes[0][-1]]
             heads = max(np.prod(shape[:-2]) for shape in shapes)
             total += 2 * _count_dots(params["jaxpr"]) * heads * width * pairs(min(lengths), max(lengths))
         else:
             inner = [matrix_flops(j, pairs) for j in _inner(params)]
             mesh = params["mesh"].shape if kind == "shard_map" else {}
-            times = (
-                params["length"]
-                if kind == "scan"
-                else np.prod([mesh[a] for a in mesh if a in params["newly_manual_axes"]])
-            )
+            times = params["length"] if kind == "scan" else np.prod([mesh[a] for a in mesh if a in params["newly_manual_axes"]])
             total += times * (max(inner) if kind == "cond" and inner else sum(inner))
     return float(total)
 

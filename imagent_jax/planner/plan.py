@@ -221,9 +221,7 @@ def nearest(cfg: Config, plan: Plan, say: Callable[[str], None]) -> tuple[dict[s
 
 def options(settings: dict[str, Any]) -> str:
     """Return settings as command-line options."""
-    return " ".join(
-        f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()
-    )
+    return " ".join(f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items())
 
 
 def resized(cfg: Config, chips: int, fixed: int) -> Config:
@@ -342,9 +340,7 @@ def show_scale(plans: Sequence[Plan], console: Console) -> None:
     for plan in plans:
         for c in plan.costs:
             kinds = ", ".join(f"{x.kind}[{x.size}] {x.count} x, {x.wire / 1e9:.3g}" for x in c.collectives)
-            table.add_row(
-                str(plan.chips), c.name, f"{c.wire / 1e9:.3f}", f"{c.flops / 1e12:.3f}", f"{c.total / 1e9:.2f}", kinds
-            )
+            table.add_row(str(plan.chips), c.name, f"{c.wire / 1e9:.3f}", f"{c.flops / 1e12:.3f}", f"{c.total / 1e9:.2f}", kinds)
     console.print(table)
 
 
@@ -403,4 +399,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if fits else 1
-

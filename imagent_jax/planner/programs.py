@@ -88,16 +88,12 @@ def open_topology(name: str) -> tuple[Chip, Sequence[jax.Device]]:
             return chip, topologies.get_topology_desc(name, "tpu").devices
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
-                f"There is no topology {name!r}: {reason}; {kind} has {', '.join(SLICES[kind])}."
-            ) from None
+            raise ValueError(f"There is no topology {name!r}: {reason}; {kind} has {', '.join(SLICES[kind])}.") from None
     with contextlib.suppress(ValueError, RuntimeError):  # not a number, or the backend is initialised
         jax.config.update("jax_num_cpu_devices", int(shape))
     devices = jax.devices("cpu")
     if not shape.isdigit() or not 1 <= int(shape) <= len(devices):
-        raise ValueError(
-            f"There is no topology {name!r}; name a number of devices, as in {kind}:8 (open now: {len(devices)})."
-        )
+        raise ValueError(f"There is no topology {name!r}; name a number of devices, as in {kind}:8 (open now: {len(devices)}).")
     if kind == "cpu":
         chip = chip._replace(memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(shape))
     return chip, devices[: int(shape)]

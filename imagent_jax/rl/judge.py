@@ -46,9 +46,7 @@ def judge(cfg: Config, rollout: RolloutBatch, functions: dict[str, tuple[float, 
     rewards = np.asarray([[p["total"] for p in group] for group in parts], np.float32)
     end = np.asarray([[t.end for t in group] for group in rollout.trajectories], np.uint8)
     counted = mask_tables(cfg.mask).counted[end]
-    advantages, stats = group_advantages(
-        rewards, counted, normalise_std=cfg.grpo.normalise_std, fault=end == EndReason.FAULT
-    )
+    advantages, stats = group_advantages(rewards, counted, normalise_std=cfg.grpo.normalise_std, fault=end == EndReason.FAULT)
     flat = [t for group in rollout.trajectories for t in group]
     means = {f"reward/{name}": float(np.mean([p[name] for group in parts for p in group])) for name in parts[0][0]}
     metrics = means | {k: float(v) for k, v in stats.items()} | summarise(flat)

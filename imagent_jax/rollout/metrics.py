@@ -49,8 +49,7 @@ def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -
     pairs = [(tool, name) for tool in tools for name in names.values()] + [("unknown", "invalid")]
     result = {f"tools/calls/{tool}/{name}": counts[tool, name] / len(flat) for tool, name in pairs}
     right, used = (
-        [np.asarray([f(t) for t in group], bool) for group in groups]
-        for f in (lambda t: t.right, lambda t: t.executed_calls > 0)
+        [np.asarray([f(t) for t in group], bool) for group in groups] for f in (lambda t: t.right, lambda t: t.executed_calls > 0)
     )
     result["tools/earned"] = float(np.mean(np.concatenate([r & u for r, u in zip(right, used, strict=True)])))
     result["length/sampled"] = float(np.mean([sum(turn.stop - turn.start for turn in t.turns) for t in flat]))

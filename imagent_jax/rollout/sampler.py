@@ -249,9 +249,7 @@ def _invert(weights: Float[Array, "B T"], uniform: Float[Array, " B"]) -> Int[Ar
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def observe(
-    model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, features
-) -> SamplerState:
+def observe(model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, features) -> SamplerState:
     """Append `count[f]` observation tokens to row `rows[f]` (see `parts`), which is live again; 0 changes nothing.
 
     Shapes: rows, count [F]; ids, vision [F S]; positions [3 F S]; features [M D].

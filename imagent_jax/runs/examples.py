@@ -139,7 +139,7 @@ class Pictures:
         w, h = right - left, bottom - top
         scale = side / max(w, h)
         drawn = "".join(
-            f'<g class={"good" if well else "bad"}><rect x={l + left} y={t + top} width={r - l} height={b - t} />'
+            f"<g class={'good' if well else 'bad'}><rect x={l + left} y={t + top} width={r - l} height={b - t} />"
             f"<text x={l + left} y={t + top - 4 / scale:.1f} font-size={11 / scale:.1f}>{html.escape(label)}</text></g>"
             for (l, t, r, b), label, well in boxes
         )

@@ -122,7 +122,7 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], width: int = 
 
     body = [f'<line class=grid x1={left} x2={width - right} y1={at(0, y)[1]:.1f} y2={at(0, y)[1]:.1f} />'
             f'<text x={left - 6} y={at(0, y)[1] + 3.5:.1f} text-anchor=end>{_number(y)}</text>' for y in ticks]  # fmt: skip
-    body += [f'<text x={at(x, 0)[0]:.1f} y={height - 5} text-anchor={a}>{x:g}</text>' for x, a in ((x0, "start"), (x1, "end"))]
+    body += [f"<text x={at(x, 0)[0]:.1f} y={height - 5} text-anchor={a}>{x:g}</text>" for x, a in ((x0, "start"), (x1, "end"))]
     legend = []
     for i, (label, points) in enumerate(lines.items()):
         few = len(points) < 12

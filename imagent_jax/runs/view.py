@@ -102,4 +102,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.no_open or not webbrowser.open(page.resolve().as_uri()):
         print(f"Open {page.resolve()} in a browser.")
     return 0
-

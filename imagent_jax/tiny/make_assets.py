@@ -53,9 +53,7 @@ def write_digits(path: pathlib.Path) -> int:
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    train, test = train_test_split(
-        np.arange(len(data.target)), test_size=TEST_DIGITS, stratify=data.target, random_state=0
-    )
+    train, test = train_test_split(np.arange(len(data.target)), test_size=TEST_DIGITS, stratify=data.target, random_state=0)
     arrays = {}
     for split, rows in (("train", np.sort(train)), ("test", np.sort(test))):
         arrays[f"{split}_images"] = data.images[rows].astype(np.uint8)

@@ -237,9 +237,7 @@ def _places(rng: np.random.Generator, height: int, width: int, count: int) -> li
             return places
 
 
-def _tag_pixels(
-    rng: np.random.Generator, split: str, colour: str, digit: int, varied: bool = False
-) -> tuple[np.ndarray, int]:
+def _tag_pixels(rng: np.random.Generator, split: str, colour: str, digit: int, varied: bool = False) -> tuple[np.ndarray, int]:
     """A tag as uint8[side, side, 3] and the row of its digit in the assets.
 
     A coloured square with a white rim. The digit is dark ink with a light halo that evens out its mean brightness,
@@ -326,8 +324,7 @@ def make_task(rng: np.random.Generator, split: str, kind: str | None = None) -> 
     count = int(rng.integers(2, 4 if kind == "find" else 5))
     plan = _PLANS[kind](rng, count)
     scenes = [
-        _scene_for(rng, split, required, forbidden)
-        for required, forbidden in zip(plan.required, plan.forbidden, strict=True)
+        _scene_for(rng, split, required, forbidden) for required, forbidden in zip(plan.required, plan.forbidden, strict=True)
     ]
     images = tuple(encode_image(scene.pixels) for scene in scenes)
     name = hashlib.sha1(plan.question.encode() + b"".join(images)).hexdigest()[:16]
@@ -368,9 +365,7 @@ def in_fixed_order(task: Task) -> Task:
         "targets": [[order.index(n) + 1, colour] for n, colour in task.meta["targets"]],
     }
     images = tuple(task.images[n - 1] for n in order)
-    return dataclasses.replace(
-        task, question=renumbered(task.question), answer=renumbered(task.answer), images=images, meta=meta
-    )
+    return dataclasses.replace(task, question=renumbered(task.question), answer=renumbered(task.answer), images=images, meta=meta)
 
 
 def _scene_for(rng: np.random.Generator, split: str, required: dict[str, int | None], forbidden: set[str]) -> Scene:
@@ -380,9 +375,7 @@ def _scene_for(rng: np.random.Generator, split: str, required: dict[str, int | N
     colours = [*required, *_pick(rng, free, count - len(required))]
     colours = _pick(rng, colours, count)
     chosen = [required.get(colour) for colour in colours]
-    return make_scene(
-        rng, split, colours=colours, digits=[int(rng.integers(10)) if digit is None else digit for digit in chosen]
-    )
+    return make_scene(rng, split, colours=colours, digits=[int(rng.integers(10)) if digit is None else digit for digit in chosen])
 
 
 def _pick(rng: np.random.Generator, values: Sequence, count: int) -> list:

@@ -135,9 +135,7 @@ class ToolContext:
             raise ToolError(f"a piece of {size[1]} x {size[0]} pixels is too narrow to show") from error
 
 
-def run_call(
-    item: Tool, call: Call, registry: ImageRegistry, settings: ToolSettings
-) -> tuple[CallResult, ImageRegistry]:
+def run_call(item: Tool, call: Call, registry: ImageRegistry, settings: ToolSettings) -> tuple[CallResult, ImageRegistry]:
     """Run a checked call on `registry`, to which it may add images. Return the result and the registry; never raise."""
     try:
         returned = item(ToolContext(registry, settings), **copy.deepcopy(call.arguments))  # keeps the record unchanged

@@ -29,9 +29,7 @@ class ImageRegistry:
         if type(number) is int and 1 <= number <= len(self._entries):
             return self._entries[number - 1]
         valid = {0: "there are no images", 1: "the only image is 1"}
-        raise ToolError(
-            f"there is no Image {str(number)[:12]}; " + valid.get(len(self), f"image numbers are 1 to {len(self)}")
-        )
+        raise ToolError(f"there is no Image {str(number)[:12]}; " + valid.get(len(self), f"image numbers are 1 to {len(self)}"))
 
     def add(
         self,
@@ -68,9 +66,7 @@ class ImageRegistry:
                 raise ValueError("a box needs the parent it was cut from; pass parent=")
             left, top, right, bottom = (int(edge) for edge in box)
             if not (0 <= left < right <= source.width and 0 <= top < bottom <= source.height):
-                raise ValueError(
-                    f"box {tuple(box)} is not inside Image {parent}, {source.width} x {source.height} pixels"
-                )
+                raise ValueError(f"box {tuple(box)} is not inside Image {parent}, {source.width} x {source.height} pixels")
             box = (left, top, right, bottom)
         rgb = to_rgb(image)
         rgb.load()  # decode once here: tools in several threads only read it

@@ -102,9 +102,7 @@ def type_schema(hint: Any, where: str) -> dict[str, Any]:
     if origin in (Union, types.UnionType) and len(args) == 2 and type(None) in args:
         inner = next(arg for arg in args if arg is not type(None))
         return {**type_schema(inner, where), "nullable": True}
-    raise ValueError(
-        f"{where} has the type {hint}; use str, int, float, bool, dict, list[T], tuple[T, T], Literal or T | None"
-    )
+    raise ValueError(f"{where} has the type {hint}; use str, int, float, bool, dict, list[T], tuple[T, T], Literal or T | None")
 
 
 def parse_docstring(text: str) -> tuple[str, dict[str, str]]:

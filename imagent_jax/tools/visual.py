@@ -52,9 +52,7 @@ def coordinate_limits(entry: ImageEntry, coordinates: str) -> tuple[float, float
     return (1000, 1000) if coordinates == "relative_1000" else (entry.shown[1], entry.shown[0])
 
 
-def to_pixels(
-    bbox: Sequence[float], entry: ImageEntry, coordinates: str, argument: str = "bbox_2d"
-) -> tuple[int, int, int, int]:
+def to_pixels(bbox: Sequence[float], entry: ImageEntry, coordinates: str, argument: str = "bbox_2d") -> tuple[int, int, int, int]:
     """Convert a box from the declared coordinate space to original pixels.
 
     Args:
