@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -238,6 +239,21 @@ QUARTERS = [(1, 1, (1, 1)), (1, 8, (1, 2)), (4, 4, (1, 4)), (8, 4, (2, 8)), (12,
 def test_a_quarter_of_slots_and_rows(slots, group_size, expected):
     """Slots admitted at once divide the slots; rows observed at once are a quarter, rounded up."""
     assert engine.quarters(slots, group_size) == expected
+
+
+def test_prompts_are_wanted_until_a_pack_of_images_or_the_slots_are_full(parts):
+    """Two are admitted at once; a pack holds the images of three, so a fourth prompt is prepared later."""
+    shape, store = engine.EngineShape(8, 2, 112, 64, 32, 4), SimpleNamespace(pack=100)
+    prompt, wanted = SimpleNamespace(ids=np.zeros(5, int), images=[SimpleNamespace(patches=np.zeros((30, 1)))]), []
+    with jax.set_mesh(parts.mesh):
+        run = engine.Engine(parts.model, None, store, shape, np.zeros((1, sampler.STOP_WIDTH), np.int32), warm=True)
+    for key in range(5):
+        wanted.append(run.hungry)
+        run.submit(engine.Request(key, prompt, 0, 0))
+    assert wanted == [True, True, True, False, False] and run.has_room
+    run.waiting.clear()
+    run.free, run.busy = [0], {1: None}
+    assert not run.has_room and not run.hungry
 
 
 # ---- promise 2: only chosen tokens learn ----------------------------------------------------------------------------
