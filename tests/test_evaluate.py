@@ -127,7 +127,7 @@ def test_an_agent_that_is_as_good_without_what_it_saw_is_warned_of(tmp_path, cap
     monkeypatch.setattr(job, "evaluate", evaluate)
     assert job.main(["--config", str(tmp_path / "c.yaml"), "--control", "blank"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "warning (blank): The agent makes no use of what it sees: with all images grey, 100 %" in out
+    assert "warning (blank): Accuracy does not drop under a control: 100 % with all images grey, 100 % without" in out
     monkeypatch.setattr(job, "evaluate", lambda *args, **_: (_ for _ in ()).throw(ValueError("Task t: it does not fit.")))
     assert job.main(["--config", str(tmp_path / "c.yaml")]) == 2
     assert capsys.readouterr().err == "error: Task t: it does not fit.\n"

@@ -85,7 +85,7 @@ def entropy_away(history: History, low: float = 0.1, high: float = 2.0, good: fl
     if now < low * first and _mean(history, "accuracy") < good:
         return f"Entropy has collapsed from {first:.3g} to {now:.3g} nats a token: rollouts of a group become the same."
     if now > high * first + 0.05:
-        return f"Entropy runs away: {now:.3g} nats a token after {first:.3g} at first; the policy comes apart."
+        return f"Entropy runs away: {now:.3g} nats a token after {first:.3g} at first; the policy diverges."
     return None
 
 
@@ -157,8 +157,8 @@ def looks_unused(right: Bool[np.ndarray, " T"], control: Bool[np.ndarray, " T"],
     if won - lost > 2 * math.sqrt(won + lost):
         return None
     return (
-        f"The agent makes no use of what it sees: with {what}, {_percent(np.mean(control))} of the answers are right, "
-        f"truly {_percent(np.mean(right))} ({won} tasks lost by it, {lost} won)."
+        f"Accuracy does not drop under a control: {_percent(np.mean(control))} with {what}, {_percent(np.mean(right))} without "
+        f"({won} tasks are right only without the control, {lost} only with it)."
     )
 
 

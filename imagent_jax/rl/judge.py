@@ -32,12 +32,12 @@ class Judged(NamedTuple):
 def judge(cfg: Config, rollout: RolloutBatch, functions: dict[str, tuple[float, Reward]]) -> Judged:
     """Reward every trajectory of a rollout, and compare the trajectories of a group.
 
-    A reward function that fails marks the trajectory FAULT: it is counted and never trains (promise 6).
+    A reward function that fails marks the trajectory FAULT: a metric counts it, and it never trains (promise 6).
 
     Args:
         functions: see `reward_functions`.
     """
-    own = processes.share(rollout.trajectories)  # others have what a reward may look at, and may be paid to look
+    own = processes.share(rollout.trajectories)  # each process scores its own rollouts, whose images it holds
     parts = processes.join([[score_trajectory(t, functions) for t in group] for group in own])
     for group, scored in zip(rollout.trajectories, parts, strict=True):
         for t, part in zip(group, scored, strict=True):
