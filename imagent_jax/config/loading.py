@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import re
 import sys
 import textwrap
@@ -120,22 +121,11 @@ class Config:
 
     def _validate_ranges(self) -> None:
         for dotted, kind in SETTINGS.items():
-            if kind is float and not math.isfinite(self.get(dotted)):
-                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be a finite number.")
-        for dotted in _AT_LEAST_ONE:
-            if self.get(dotted) < 1:
-                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be at least 1.")
-        for dotted in _ABOVE_ZERO:
-            if self.get(dotted) <= 0:
-                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be above 0.")
-        for dotted in _NOT_NEGATIVE:
-            if self.get(dotted) < 0:
-                raise ValueError(f"{dotted} is {self.get(dotted)}; it must not be negative.")
-        for dotted in ("optim.b1", "optim.b2", "grpo.clip_low"):
-            if not 0 <= self.get(dotted) < 1:
-                raise ValueError(f"{dotted} is {self.get(dotted)}; it must be at least 0 and below 1.")
-        if self.tools.min_box > 1:
-            raise ValueError(f"tools.min_box is {self.tools.min_box}; it is a fraction of the image's side, at most 1.")
+            value = self.get(dotted)
+            if kind is float and not math.isfinite(value):
+                raise ValueError(f"{dotted} is {value}; it must be a finite number.")
+            if not all(_INSIDE[name](value, bound) for name, bound in _BOUNDS[dotted].items()):
+                raise ValueError(f"{dotted} is {value}; it must be {_range(_BOUNDS[dotted])}.")
 
     def _validate_images(self) -> None:
         if self.images.vision_block % 4:
@@ -156,26 +146,20 @@ class Config:
                 )
 
 
-_AT_LEAST_ONE = (
-    "run.keep_checkpoints", "images.min_pixels", "images.vision_block", "images.pack_blocks", "data.train_size",
-    "data.test_size", "tools.max_turns", "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels",
-    "tools.confirm_min_pixels", "rollout.groups", "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens",
-    "rollout.observation_tokens", "rollout.decode_chunk", "grpo.constant", "grpo.epochs", "grpo.minibatches",
-    "grpo.micro_groups", "grpo.length_buckets", "eval.tasks", "eval.during", "eval.groups", "model.logprob_chunk",
-    "distributed.timeout_s",
-)  # fmt: skip
-_ABOVE_ZERO = (
-    "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
-    "grpo.importance_cap", "lora.alpha",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every", "grpo.kl",
-    "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank", "distributed.num_processes",
-)  # fmt: skip
 _PATCH_PIXELS = 14 * 14  # a patch of Qwen2-VL and Qwen2.5-VL
 _SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k, t in typing.get_type_hints(kind).items()}
 """The type of every setting, by dotted name."""
+_BOUNDS: dict[str, dict[str, float]] = {
+    f"{s}.{f.name}": f.metadata["bounds"] for s, kind in _SECTIONS.items() for f in dataclasses.fields(kind)
+}
+_INSIDE = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
+_WORDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+
+
+def _range(bounds: dict[str, float]) -> str:
+    """A range in words."""
+    return " and ".join(f"{_WORDS[name]} {bound:g}" for name, bound in bounds.items())
 
 
 def load_config(path: str | Path) -> Config:
@@ -225,7 +209,8 @@ def reference() -> str:
             value = list(f.default) if isinstance(f.default, tuple) else f.default
             written = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
             kind = re.split(r" \(|, such", _kind(SETTINGS[name]))[0]
-            words = f"- `{name}: {written}`, {kind}: {f.metadata['help']}"
+            inside = f", {_range(_BOUNDS[name])}" if _BOUNDS[name] else ""
+            words = f"- `{name}: {written}`, {kind}{inside}: {f.metadata['help']}"
             lines += textwrap.wrap(words, 120, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 

@@ -1,67 +1,69 @@
 """Every setting of a run, section by section: name, type, default and what it means. `config.Config` is the whole."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+
+def setting(default: Any, help: str, **bounds: float) -> Any:
+    """Declare a setting.
+
+    Args:
+        help: what the setting means, for `--help` and the reference.
+        bounds: its range: `least` and `most` (inclusive), `above` and `below` (exclusive).
+    """
+    return field(default=default, metadata={"help": help, "bounds": bounds})
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The run itself and where it writes."""
 
-    name: str = field(default="tiny", metadata={"help": "folder of the run inside run.dir"})
-    dir: str = field(default="runs", metadata={"help": "folder of all runs"})
-    steps: int = field(default=240, metadata={"help": "training steps"})
-    seed: int = field(default=0, metadata={"help": "seed of sampling and of the order of tasks"})
-    checkpoint_every: int = field(default=40, metadata={"help": "steps between checkpoints (0: only at the end)"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
-    keep_best: int = field(default=1, metadata={"help": "checkpoints kept besides, of best held-out accuracy"})
-    checkpoint_dir: str = field(
-        default="", metadata={"help": "folder or gs://bucket/path of all runs' checkpoints ('': in the run's folder)"}
-    )
-    resume: bool = field(default=False, metadata={"help": "continue the run of this name from its newest checkpoint"})
-    compile_cache: str = field(
-        default="~/.cache/imagent_jax/xla", metadata={"help": "folder of compiled programs kept between runs ('': none)"}
-    )
-    profile: int = field(default=0, metadata={"help": "step traced into the run's profile/, for Perfetto and XProf (0: none)"})
-    wandb: str = field(default="", metadata={"help": "project of Weights & Biases to log to as well ('': none; needs wandb)"})
-    log_trajectories: int = field(default=16, metadata={"help": "trajectories logged each step, in whole groups (0: none)"})
+    name: str = setting("tiny", "folder of the run inside run.dir")
+    dir: str = setting("runs", "folder of all runs")
+    steps: int = setting(240, "training steps", least=0)
+    seed: int = setting(0, "seed of sampling and of the order of tasks")
+    checkpoint_every: int = setting(40, "steps between checkpoints (0: only at the end)", least=0)
+    keep_checkpoints: int = setting(2, "newest checkpoints kept", least=1)
+    keep_best: int = setting(1, "checkpoints kept besides, of best held-out accuracy", least=0)
+    checkpoint_dir: str = setting("", "folder or gs://bucket/path of all runs' checkpoints ('': in the run's folder)")
+    resume: bool = setting(False, "continue the run of this name from its newest checkpoint")
+    compile_cache: str = setting("~/.cache/imagent_jax/xla", "folder of compiled programs kept between runs ('': none)")
+    profile: int = setting(0, "step traced into the run's profile/, for Perfetto and XProf (0: none)", least=0)
+    wandb: str = setting("", "project of Weights & Biases to log to as well ('': none; needs wandb)")
+    log_trajectories: int = setting(16, "trajectories logged each step, in whole groups (0: none)", least=0)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The policy's checkpoint and how it computes."""
 
-    path: str = field(default="tiny", metadata={"help": "'tiny' (the embedded base), a folder, or a hub id"})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "compute dtype (auto: bfloat16 on GPU and TPU, float32 on CPU)"}
+    path: str = setting("tiny", "'tiny' (the embedded base), a folder, or a hub id")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "compute dtype (auto: bfloat16 on GPU and TPU, float32 on CPU)"
     )
-    param_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "storage dtype of parameters, gradients and second moment"}
+    param_dtype: Literal["float32", "bfloat16"] = setting("float32", "storage dtype of parameters, gradients and second moment")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
+        "auto", "attention kernel (auto: splash on TPU, cudnn on GPU in bfloat16, else xla)"
     )
-    attention: Literal["auto", "xla", "cudnn", "splash"] = field(
-        default="auto", metadata={"help": "attention kernel (auto: splash on TPU, cudnn on GPU in bfloat16, else xla)"}
+    remat: Literal["none", "dots", "full", "offload"] = setting(
+        "none", "what the backward pass recomputes (offload: as dots, with those in host memory)"
     )
-    remat: Literal["none", "dots", "full", "offload"] = field(
-        default="none", metadata={"help": "what the backward pass recomputes (offload: as dots, with those in host memory)"}
-    )
-    freeze_vision: bool = field(default=True, metadata={"help": "keep the vision tower as it is"})
-    logprob_chunk: int = field(default=4096, metadata={"help": "tokens whose logits a device holds at one time"})
+    freeze_vision: bool = setting(True, "keep the vision tower as it is")
+    logprob_chunk: int = setting(4096, "tokens whose logits a device holds at one time", least=1)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters: they are trained, and the model's own weights stay as they are."""
 
-    rank: int = field(default=0, metadata={"help": "inner width of the adapters (0: none, the weights themselves are trained)"})
-    alpha: float = field(default=32.0, metadata={"help": "adapters are scaled by alpha / rank"})
-    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        metadata={"help": "matrices of every decoder layer that are adapted"},
+    rank: int = setting(0, "inner width of the adapters (0: none, the weights themselves are trained)", least=0)
+    alpha: float = setting(32.0, "adapters are scaled by alpha / rank", above=0)
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "matrices of every decoder layer that are adapted",
     )
-    merger: bool = field(default=False, metadata={"help": "adapt the vision merger too"})
-    path: str = field(
-        default="", metadata={"help": "folder of a PEFT adapter to begin with; then its rank, alpha and targets count"}
-    )
+    merger: bool = setting(False, "adapt the vision merger too")
+    path: str = setting("", "folder of a PEFT adapter to begin with; then its rank, alpha and targets count")
 
     @property
     def on(self) -> bool:
@@ -72,127 +74,119 @@ class LoraConfig:
 class ImagesConfig:
     """How given images are shown, and how patches are packed."""
 
-    min_pixels: int = field(default=3136, metadata={"help": "least pixels of a given image as shown"})
-    max_pixels: int = field(default=4704, metadata={"help": "most pixels of a given image as shown"})
-    vision_block: int = field(default=96, metadata={"help": "patches in a packed block; no image may have more"})
-    pack_blocks: int = field(default=12, metadata={"help": "blocks encoded in one call"})
-    packs: int = field(default=16, metadata={"help": "encoded packs there is room for (with more it grows)"})
+    min_pixels: int = setting(3136, "least pixels of a given image as shown", least=1)
+    max_pixels: int = setting(4704, "most pixels of a given image as shown")
+    vision_block: int = setting(96, "patches in a packed block; no image may have more", least=1)
+    pack_blocks: int = setting(12, "blocks encoded in one call", least=1)
+    packs: int = setting(16, "encoded packs there is room for (with more it grows)")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Tasks."""
 
-    name: Literal["tiny_world", "jsonl"] = field(default="tiny_world", metadata={"help": "the embedded world, or JSON Lines"})
-    path: str = field(default="", metadata={"help": "folder with train.jsonl and test.jsonl (name=jsonl)"})
-    cache_dir: str = field(default="~/.cache/imagent_jax/data", metadata={"help": "where generated tasks are kept"})
-    train_size: int = field(default=3072, metadata={"help": "training tasks of the tiny world"})
-    test_size: int = field(default=512, metadata={"help": "held-out tasks of the tiny world"})
-    seed: int = field(default=0, metadata={"help": "seed of the tiny world and of the order of tasks"})
-    permute_images: bool = field(
-        default=True, metadata={"help": "in random order; else what the answer needs comes first (tiny world, training)"}
-    )
-    skip_bad: bool = field(default=False, metadata={"help": "skip rows with faults (counted and listed) instead of stopping"})
+    name: Literal["tiny_world", "jsonl"] = setting("tiny_world", "the embedded world, or JSON Lines")
+    path: str = setting("", "folder with train.jsonl and test.jsonl (name=jsonl)")
+    cache_dir: str = setting("~/.cache/imagent_jax/data", "where generated tasks are kept")
+    train_size: int = setting(3072, "training tasks of the tiny world", least=1)
+    test_size: int = setting(512, "held-out tasks of the tiny world", least=1)
+    seed: int = setting(0, "seed of the tiny world and of the order of tasks")
+    permute_images: bool = setting(True, "in random order; else what the answer needs comes first (tiny world, training)")
+    skip_bad: bool = setting(False, "skip rows with faults (counted and listed) instead of stopping")
 
 
 @dataclass(frozen=True)
 class ToolsConfig:
     """Tools, and how they show images."""
 
-    names: tuple[str, ...] = field(
-        default=("visual_reflection", "visual_confirmation"),
-        metadata={"help": "tools the policy may call; your own as 'package.module:name'"},
+    names: tuple[str, ...] = setting(
+        ("visual_reflection", "visual_confirmation"), "tools the policy may call; your own as 'package.module:name'"
     )
-    system: str = field(default="Answer with <answer>...</answer>.", metadata={"help": "system text before the tools"})
-    coordinates: Literal["relative_1000", "absolute"] = field(
-        default="relative_1000", metadata={"help": "space of boxes: 0 to 1000, or pixels of the image as shown"}
+    system: str = setting("Answer with <answer>...</answer>.", "system text before the tools")
+    coordinates: Literal["relative_1000", "absolute"] = setting(
+        "relative_1000", "space of boxes: 0 to 1000, or pixels of the image as shown"
     )
-    max_turns: int = field(default=5, metadata={"help": "calls a trajectory may make"})
-    max_repeats: int = field(default=2, metadata={"help": "times the same call may be made"})
-    max_images: int = field(default=16, metadata={"help": "images of a trajectory, given and made"})
-    timeout_s: float = field(default=10.0, metadata={"help": "seconds a call may take"})
-    patience_s: float = field(default=2.0, metadata={"help": "seconds a slow call may hold up rollouts that could go on"})
-    workers: int = field(default=2, metadata={"help": "calls that run at once"})
-    low_pixels: int = field(default=4704, metadata={"help": "most pixels of visual_reflection at 'low'"})
-    high_pixels: int = field(default=7056, metadata={"help": "most pixels of visual_reflection at 'high'"})
-    confirm_min_pixels: int = field(default=7056, metadata={"help": "least pixels of a crop as shown"})
-    confirm_max_pixels: int = field(default=9408, metadata={"help": "most pixels of a crop as shown"})
-    min_box: float = field(default=0.08, metadata={"help": "least side of a crop, as a fraction of the image's"})
+    max_turns: int = setting(5, "calls a trajectory may make", least=1)
+    max_repeats: int = setting(2, "times the same call may be made", least=1)
+    max_images: int = setting(16, "images of a trajectory, given and made", least=1)
+    timeout_s: float = setting(10.0, "seconds a call may take", above=0)
+    patience_s: float = setting(2.0, "seconds a slow call may hold up rollouts that could go on", above=0)
+    workers: int = setting(2, "calls that run at once", least=1)
+    low_pixels: int = setting(4704, "most pixels of visual_reflection at 'low'", least=1)
+    high_pixels: int = setting(7056, "most pixels of visual_reflection at 'high'")
+    confirm_min_pixels: int = setting(7056, "least pixels of a crop as shown", least=1)
+    confirm_max_pixels: int = setting(9408, "most pixels of a crop as shown")
+    min_box: float = setting(0.08, "least side of a crop, as a fraction of the image's", above=0, most=1)
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     """The shape of a batch of rollouts."""
 
-    groups: int = field(default=16, metadata={"help": "N: tasks a step"})
-    group_size: int = field(default=8, metadata={"help": "G: rollouts of each task"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampled softmax"})
-    prompt_tokens: int = field(default=112, metadata={"help": "P: tokens of the longest prompt"})
-    response_tokens: int = field(default=192, metadata={"help": "R: tokens of the longest response, observations included"})
-    observation_tokens: int = field(default=32, metadata={"help": "tokens of an observation appended at once"})
-    decode_chunk: int = field(default=16, metadata={"help": "tokens decoded before the host looks"})
-    overlap: bool = field(
-        default=False, metadata={"help": "sample the next step's rollouts while one trains, by weights one update older"}
-    )
+    groups: int = setting(16, "N: tasks a step", least=1)
+    group_size: int = setting(8, "G: rollouts of each task", least=1)
+    temperature: float = setting(1.0, "of the sampled softmax", above=0)
+    prompt_tokens: int = setting(112, "P: tokens of the longest prompt", least=1)
+    response_tokens: int = setting(192, "R: tokens of the longest response, observations included", least=1)
+    observation_tokens: int = setting(32, "tokens of an observation appended at once", least=1)
+    decode_chunk: int = setting(16, "tokens decoded before the host looks", least=1)
+    overlap: bool = setting(False, "sample the next step's rollouts while one trains, by weights one update older")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     """Weights of the rewards, by name; a dotted path 'package.module:function' in `custom` adds your own."""
 
-    answer: float = field(default=1.0, metadata={"help": "right answer"})
-    format: float = field(default=0.1, metadata={"help": "one well-formed answer and no invalid call"})
-    tool_gain: float = field(default=0.2, metadata={"help": "right answer after at least one executed call"})
-    custom: tuple[str, ...] = field(default=(), metadata={"help": "your own rewards, 'package.module:function', weight 1"})
+    answer: float = setting(1.0, "right answer")
+    format: float = setting(0.1, "one well-formed answer and no invalid call")
+    tool_gain: float = setting(0.2, "right answer after at least one executed call")
+    custom: tuple[str, ...] = setting((), "your own rewards, 'package.module:function', weight 1")
 
 
 @dataclass(frozen=True)
 class MaskConfig:
     """The two-level mask: which tokens and trajectories train, and which count in their group's statistics."""
 
-    invalid_call: Literal["keep", "drop", "drop_positive"] = field(
-        default="drop_positive", metadata={"help": "tokens of invalid calls: train, never, or only at advantages <= 0"}
+    invalid_call: Literal["keep", "drop", "drop_positive"] = setting(
+        "drop_positive", "tokens of invalid calls: train, never, or only at advantages <= 0"
     )
-    observations: Literal["keep", "drop"] = field(
-        default="drop", metadata={"help": "tokens of observations: never train, or do (an ablation; needs grpo.recompute)"}
+    observations: Literal["keep", "drop"] = setting(
+        "drop", "tokens of observations: never train, or do (an ablation; needs grpo.recompute)"
     )
-    drop_truncated: bool = field(default=True, metadata={"help": "drop trajectories cut off by length"})
-    drop_over_turns: bool = field(default=True, metadata={"help": "drop trajectories with too many calls"})
-    drop_void: bool = field(default=False, metadata={"help": "drop trajectories that ended without an answer"})
-    drop_repeated: bool = field(default=True, metadata={"help": "drop trajectories that repeated a call"})
-    count_truncated: bool = field(default=True, metadata={"help": "truncated trajectories count in group statistics"})
-    count_over_turns: bool = field(default=True, metadata={"help": "over-turn trajectories count in group statistics"})
-    count_void: bool = field(default=True, metadata={"help": "void trajectories count in group statistics"})
-    count_repeated: bool = field(default=True, metadata={"help": "repeated trajectories count in group statistics"})
+    drop_truncated: bool = setting(True, "drop trajectories cut off by length")
+    drop_over_turns: bool = setting(True, "drop trajectories with too many calls")
+    drop_void: bool = setting(False, "drop trajectories that ended without an answer")
+    drop_repeated: bool = setting(True, "drop trajectories that repeated a call")
+    count_truncated: bool = setting(True, "truncated trajectories count in group statistics")
+    count_over_turns: bool = setting(True, "over-turn trajectories count in group statistics")
+    count_void: bool = setting(True, "void trajectories count in group statistics")
+    count_repeated: bool = setting(True, "repeated trajectories count in group statistics")
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
     """The policy loss: GRPO, Dr.GRPO, DAPO and GSPO are settings of one function (`imagent_jax.rl.loss.PRESETS`)."""
 
-    normalise_std: bool = field(default=True, metadata={"help": "divide advantages by the group's deviation"})
-    clip_low: float = field(default=0.2, metadata={"help": "the ratio is clipped below 1 - clip_low"})
-    clip_high: float = field(default=0.28, metadata={"help": "the ratio is clipped above 1 + clip_high"})
-    level: Literal["token", "sequence", "constant"] = field(
-        default="token", metadata={"help": "sums are divided by kept tokens, by each trajectory's tokens, or by N*G*constant"}
+    normalise_std: bool = setting(True, "divide advantages by the group's deviation")
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", least=0, below=1)
+    clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high", least=0)
+    level: Literal["token", "sequence", "constant"] = setting(
+        "token", "sums are divided by kept tokens, by each trajectory's tokens, or by N*G*constant"
     )
-    constant: int = field(default=192, metadata={"help": "tokens a trajectory counts for at level=constant"})
-    ratio: Literal["token", "sequence"] = field(
-        default="token", metadata={"help": "importance ratio of a token, or of its sequence (GSPO)"}
+    constant: int = setting(192, "tokens a trajectory counts for at level=constant", least=1)
+    ratio: Literal["token", "sequence"] = setting("token", "importance ratio of a token, or of its sequence (GSPO)")
+    kl: float = setting(0.0, "weight of the KL to the starting policy (k3)", least=0)
+    recompute: bool = setting(
+        False, "take old log-probabilities from the trainer, and weight by trainer/sampler (low-precision sampling)"
     )
-    kl: float = field(default=0.0, metadata={"help": "weight of the KL to the starting policy (k3)"})
-    recompute: bool = field(
-        default=False,
-        metadata={"help": "take old log-probabilities from the trainer, and weight by trainer/sampler (low-precision sampling)"},
+    importance_cap: float = setting(2.0, "where those weights are truncated", above=0)
+    epochs: int = setting(1, "passes over a batch", least=1)
+    minibatches: int = setting(2, "optimizer updates in a pass", least=1)
+    micro_groups: int = setting(
+        2, "groups in one forward and backward pass; of short responses more, for the same tokens", least=1
     )
-    importance_cap: float = field(default=2.0, metadata={"help": "where those weights are truncated"})
-    epochs: int = field(default=1, metadata={"help": "passes over a batch"})
-    minibatches: int = field(default=2, metadata={"help": "optimizer updates in a pass"})
-    micro_groups: int = field(
-        default=2, metadata={"help": "groups in one forward and backward pass; of short responses more, for the same tokens"}
-    )
-    length_buckets: int = field(
-        default=4, metadata={"help": "number of response lengths that micro-batches are padded to; each adds one compilation"}
+    length_buckets: int = setting(
+        4, "number of response lengths that micro-batches are padded to; each adds one compilation", least=1
     )
 
 
@@ -200,42 +194,42 @@ class GRPOConfig:
 class OptimConfig:
     """AdamW with warm-up and global-norm clipping."""
 
-    learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate"})
-    schedule: Literal["constant", "cosine"] = field(default="cosine", metadata={"help": "after warm-up"})
-    warmup_steps: int = field(default=5, metadata={"help": "updates of linear warm-up"})
-    weight_decay: float = field(default=0.0, metadata={"help": "of matrices only"})
-    clip_norm: float = field(default=1.0, metadata={"help": "global norm of the gradient"})
-    b1: float = field(default=0.9, metadata={"help": "first-moment decay"})
-    b2: float = field(default=0.98, metadata={"help": "second-moment decay"})
-    moment_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "storage of the first moment"})
+    learning_rate: float = setting(4e-4, "peak learning rate", above=0)
+    schedule: Literal["constant", "cosine"] = setting("cosine", "after warm-up")
+    warmup_steps: int = setting(5, "updates of linear warm-up", least=0)
+    weight_decay: float = setting(0.0, "of matrices only", least=0)
+    clip_norm: float = setting(1.0, "global norm of the gradient", above=0)
+    b1: float = setting(0.9, "first-moment decay", least=0, below=1)
+    b2: float = setting(0.98, "second-moment decay", least=0, below=1)
+    moment_dtype: Literal["float32", "bfloat16"] = setting("float32", "storage of the first moment")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation."""
 
-    every: int = field(default=40, metadata={"help": "steps between evaluations during training (0: none)"})
-    tasks: int = field(default=512, metadata={"help": "held-out tasks before and after training"})
-    during: int = field(default=128, metadata={"help": "held-out tasks during training"})
-    groups: int = field(default=128, metadata={"help": "tasks evaluated at once"})
-    seed: int = field(default=1234, metadata={"help": "seed of sampling in evaluation"})
-    greedy: bool = field(default=False, metadata={"help": "greedy decoding in evaluation"})
+    every: int = setting(40, "steps between evaluations during training (0: none)", least=0)
+    tasks: int = setting(512, "held-out tasks before and after training", least=1)
+    during: int = setting(128, "held-out tasks during training", least=1)
+    groups: int = setting(128, "tasks evaluated at once", least=1)
+    seed: int = setting(1234, "seed of sampling in evaluation")
+    greedy: bool = setting(False, "greedy decoding in evaluation")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Mesh axes; -1 fills an axis with the devices that are left."""
 
-    data: int = field(default=1, metadata={"help": "groups are split over it; parameters are repeated"})
-    fsdp: int = field(default=1, metadata={"help": "groups are split over it, and parameters"})
-    tensor: int = field(default=1, metadata={"help": "heads and hidden units are split over it"})
+    data: int = setting(1, "groups are split over it; parameters are repeated")
+    fsdp: int = setting(1, "groups are split over it, and parameters")
+    tensor: int = setting(1, "heads and hidden units are split over it")
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
     """Several processes, one job; TPU VMs, Slurm and Open MPI need none of this."""
 
-    coordinator: str = field(default="", metadata={"help": "host:port of process 0 ('': one process, or the cluster's)"})
-    num_processes: int = field(default=0, metadata={"help": "processes of the job (0: one, or as the cluster says)"})
-    process_id: int = field(default=-1, metadata={"help": "which of them this is, from 0 (-1: as the cluster says)"})
-    timeout_s: int = field(default=300, metadata={"help": "seconds to wait at the start for processes that are late"})
+    coordinator: str = setting("", "host:port of process 0 ('': one process, or the cluster's)")
+    num_processes: int = setting(0, "processes of the job (0: one, or as the cluster says)", least=0)
+    process_id: int = setting(-1, "which of them this is, from 0 (-1: as the cluster says)")
+    timeout_s: int = setting(300, "seconds to wait at the start for processes that are late", least=1)
