@@ -1,6 +1,7 @@
 """Which part may import which (the layout of the package), and what no part imports."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -128,3 +129,28 @@ def test_every_module_that_declares_array_shapes_is_checked_in_tests():
         if any(name == "jaxtyping" or name.startswith("jaxtyping.") for name in imported(path))
     }
     assert len(declares) > 10 and declares <= set(checked)
+
+
+def test_every_place_that_the_architecture_names_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page.split("## Where is …?")[1].split("## ")[0]
+    places = [place for row in table.splitlines() if row.startswith("|") for place in row.split("|")[2].split(";")]
+    named = [re.findall(r"`([^`]+)`", place) for place in places if "`" in place]
+    assert len(named) > 20
+    for file, *symbols in named:
+        tree = ast.parse((PACKAGE / file).read_text())
+        for symbol in symbols:
+            body = tree.body
+            for name in symbol.split("."):
+                found = [node for node in body if name in declared(node)]
+                assert found, f"{file} has no {symbol}"
+                body = getattr(found[0], "body", [])
+
+
+def declared(node: ast.stmt) -> set[str]:
+    """The names that a statement defines."""
+    if isinstance(node, ast.Assign):
+        return {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    if isinstance(node, ast.AnnAssign):
+        return {node.target.id}
+    return {getattr(node, "name", "")}

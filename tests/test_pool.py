@@ -96,6 +96,13 @@ def test_work_that_ends_too_late_is_never_handed_out():
     assert list(pool.drain()) == [("next", "in time")] and list(pool.drain()) == []
 
 
+def test_work_that_took_too_long_while_nobody_polled_is_late_all_the_same():
+    pool = CallPool(workers=2, timeout_s=0.05)
+    pool.submit("late", lambda: time.sleep(0.3), lambda result: pytest.fail("it is late"))
+    time.sleep(1.0)
+    assert list(pool.drain()) == [("late", None)]
+
+
 def test_overdue_work_is_handed_out_while_other_work_runs_on_and_what_follows_has_no_limit():
     seen = threading.Event()
     pool = CallPool(workers=2, timeout_s=1.0)

@@ -107,9 +107,9 @@ class CallPool:
 
 def _run(job: _Job, finished: "queue.SimpleQueue[tuple[_Job, Any]]") -> None:
     try:
-        result = job.work()
+        result, late = job.work(), time.monotonic() >= job.deadline
         job.deadline = math.inf  # the rest is not the work's
-        result = job.then(result)
+        result = None if late else job.then(result)
     except Exception as error:  # noqa: BLE001 - raised in the caller
         result = error
     finished.put((job, result))
