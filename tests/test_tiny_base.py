@@ -49,7 +49,7 @@ def test_hugging_face_loads_it_and_writes_the_same_greedy_text(parts):
     ours = parts.collector.collect(parts.params, tasks, group_size=1, seed=0, temperature=0.0)
     stops = {*parts.processor.encode("<|im_end|>"), *parts.processor.encode("</tool_call>")}
     for task, [trajectory] in zip(tasks, ours.trajectories, strict=True):
-        prompt, _ = parts.collector.open_task(task)
+        prompt = parts.collector.open_task(task).prompt
         ids = [int(i) for i in prompt.ids]
         first = trajectory.turns[0]
         for expected in trajectory.ids[: first.stop]:
