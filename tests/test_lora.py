@@ -396,7 +396,7 @@ def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merge
         ({"lora": {"targets": ["q_proj", "v_prj"]}},
          "a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."),
         ({"lora": {"rank": 4, "targets": []}}, "nothing is adapted"),
-        ({"lora": {"rank": -1}}, "lora.rank is -1; it must not be negative."),
+        ({"lora": {"rank": -1}}, "lora.rank is -1; it must be at least 0."),
         ({"lora": {"alpha": 0.0}}, "lora.alpha is 0.0; it must be above 0."),
         ({"lora": {"rank": 4}, "model": {"freeze_vision": False}}, "set lora.merger to adapt the vision merger."),
     ],

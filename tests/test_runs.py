@@ -68,7 +68,7 @@ def test_every_record_is_written_at_once_and_history_is_of_the_training_steps(tm
 
 def test_only_the_writer_writes(tmp_path, monkeypatch):
     open_run(tmp_path).close()
-    monkeypatch.setattr(runs.hosts, "is_writer", lambda: False)
+    monkeypatch.setattr(runs.processes, "is_writer", lambda: False)
     folder = open_run(tmp_path, name="run", seed=3)
     folder.log({"step": 1})
     folder.log_faults(["bad"])

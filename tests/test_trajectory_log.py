@@ -129,7 +129,7 @@ def test_as_many_whole_groups_are_logged_as_fit_the_limit(made, tmp_path, limit,
 
 def test_only_the_writer_logs(made, tmp_path, monkeypatch):
     log = new_log(tmp_path)
-    monkeypatch.setattr(trajectory_log.hosts, "is_writer", lambda: False)
+    monkeypatch.setattr(trajectory_log.processes, "is_writer", lambda: False)
     log.write(1, made[2][1][0])
     assert not list(log.folder.path.rglob("*.jsonl"))
 
