@@ -337,7 +337,7 @@ def test_changes_that_take_less_memory_are_those_of_the_settings():
         ("", {"lora.rank": 16, "model.freeze_vision": True, "model.param_dtype": "bfloat16"}),
         ("", {"rollout.response_tokens": 64}), ("", {"rollout.response_tokens": 32}), ("", {"rollout.group_size": 2}),
     ]  # fmt: skip
-    small = plan.changed(cfg, {"grpo.micro_groups": 4, "model.remat": "full", "rollout.group_size": 2, "lora.rank": 4})
+    small = cfg.changed({"grpo.micro_groups": 4, "model.remat": "full", "rollout.group_size": 2, "lora.rank": 4})
     assert [settings for _, settings in plan.changes(small, {"data": 1, "fsdp": 4, "tensor": 1})] == [
         {"mesh.tensor": 2, "mesh.data": 1, "mesh.fsdp": 2}, {"mesh.tensor": 4, "mesh.data": 1, "mesh.fsdp": 1},
         {"rollout.groups": 16}, {"rollout.groups": 8}, {"rollout.response_tokens": 64}, {"rollout.response_tokens": 32},
@@ -360,7 +360,7 @@ def test_the_run_of_other_slices_has_the_same_work_a_chip(monkeypatch):
         return made()
 
     monkeypatch.setattr(plan, "make_plan", make_plan)
-    cfg = plan.changed(cfg, {"mesh.tensor": 4, "mesh.fsdp": 1})
+    cfg = cfg.changed({"mesh.tensor": 4, "mesh.fsdp": 1})
     assert len(plan.scale(cfg, "v5p", [4, 16], 5e9, print)) == 2
     assert asked == [(1, "v5p:2x2x1", 5e9, ("decode", "train")), (4, "v5p:2x2x4", 5e9, ("gather", "decode", "train"))]
 

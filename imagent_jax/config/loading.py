@@ -10,7 +10,7 @@ import sys
 import textwrap
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,42 +18,27 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from imagent_jax.config.settings import (
-    DataConfig,
-    DistributedConfig,
-    EvalConfig,
-    GRPOConfig,
-    ImagesConfig,
-    LoraConfig,
-    MaskConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    ToolsConfig,
-)
+from imagent_jax.config import settings as sections
 
 
 @dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
-    run: RunConfig = RunConfig()
-    model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()
-    images: ImagesConfig = ImagesConfig()
-    data: DataConfig = DataConfig()
-    tools: ToolsConfig = ToolsConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
-    mask: MaskConfig = MaskConfig()
-    grpo: GRPOConfig = GRPOConfig()
-    optim: OptimConfig = OptimConfig()
-    eval: EvalConfig = EvalConfig()
-    mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
+    run: sections.RunConfig = sections.RunConfig()
+    model: sections.ModelConfig = sections.ModelConfig()
+    lora: sections.LoraConfig = sections.LoraConfig()
+    images: sections.ImagesConfig = sections.ImagesConfig()
+    data: sections.DataConfig = sections.DataConfig()
+    tools: sections.ToolsConfig = sections.ToolsConfig()
+    rollout: sections.RolloutConfig = sections.RolloutConfig()
+    reward: sections.RewardConfig = sections.RewardConfig()
+    mask: sections.MaskConfig = sections.MaskConfig()
+    grpo: sections.GRPOConfig = sections.GRPOConfig()
+    optim: sections.OptimConfig = sections.OptimConfig()
+    eval: sections.EvalConfig = sections.EvalConfig()
+    mesh: sections.MeshConfig = sections.MeshConfig()
+    distributed: sections.DistributedConfig = sections.DistributedConfig()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
@@ -87,6 +72,18 @@ class Config:
         """The value of a setting by dotted name."""
         return functools.reduce(getattr, dotted.split("."), self)
 
+    def changed(self, settings: Mapping[str, Any]) -> "Config":
+        """Return the configuration with some settings replaced, by dotted name.
+
+        Raises:
+            ValueError: see `from_dict`.
+        """
+        values = self.to_dict()
+        for name, value in settings.items():
+            section, _, key = name.partition(".")
+            values.setdefault(section, {})[key] = value
+        return Config.from_dict(values)
+
     def validate(self) -> None:
         """Raises ValueError for a value out of range or values that do not go together; the sentence says what to change."""
         self._validate_ranges()
@@ -106,7 +103,7 @@ class Config:
             raise ValueError("data.name is 'jsonl' but data.path is empty; name the folder with train.jsonl and test.jsonl.")
         if not self.run.name.strip():
             raise ValueError("run.name is empty; give the run a name, which becomes its folder in run.dir.")
-        for axis in dataclasses.fields(MeshConfig):
+        for axis in dataclasses.fields(sections.MeshConfig):
             if (size := self.get(f"mesh.{axis.name}")) != -1 and size < 1:
                 raise ValueError(f"mesh.{axis.name} is {size}; it must be at least 1, or -1 for the devices that are left.")
         if sum(axis == -1 for axis in (self.mesh.data, self.mesh.fsdp, self.mesh.tensor)) > 1:

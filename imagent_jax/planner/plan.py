@@ -171,19 +171,6 @@ def changes(cfg: Config, mesh: dict[str, int]) -> list[tuple[str, dict[str, Any]
     return found
 
 
-def changed(cfg: Config, settings: dict[str, Any]) -> Config:
-    """Return the configuration with some settings replaced, by dotted name.
-
-    Raises:
-        ValueError: the settings contradict each other.
-    """
-    values = cfg.to_dict()
-    for name, value in settings.items():
-        section, key = name.split(".")
-        values[section][key] = value
-    return Config.from_dict(values)
-
-
 def nearest(cfg: Config, plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, Plan | None, int]:
     """Search for the smallest combination of `changes` with which a plan fits.
 
@@ -203,7 +190,7 @@ def nearest(cfg: Config, plan: Plan, say: Callable[[str], None]) -> tuple[dict[s
                 continue
             settings = {name: value for _, part in combination for name, value in part.items()}
             try:
-                other = changed(cfg, settings)
+                other = cfg.changed(settings)
                 held, chip = hold(other, plan.topology, plan.memory)
             except ValueError:
                 continue
@@ -235,7 +222,7 @@ def resized(cfg: Config, chips: int, fixed: int) -> Config:
         return max(1, n * chips // fixed)
 
     tensor, micro = cfg.mesh.tensor, times(cfg.grpo.micro_groups)
-    return changed(cfg, {
+    return cfg.changed({
         "mesh.data": 1, "mesh.fsdp": chips // tensor, "mesh.tensor": tensor,
         "grpo.micro_groups": micro, "rollout.groups": max(times(cfg.rollout.groups), micro * cfg.grpo.minibatches),
     })  # fmt: skip
@@ -260,7 +247,7 @@ def smallest_slice(
             continue
         shards = len(devices) // max(cfg.mesh.tensor, 1)
         groups = -(-cfg.rollout.groups // shards) * shards
-        other = changed(cfg, {"mesh.data": 1, "mesh.fsdp": -1, "rollout.groups": groups})
+        other = cfg.changed({"mesh.data": 1, "mesh.fsdp": -1, "rollout.groups": groups})
         held, chip = hold(other, topology, memory)
         if (need := least(held)) > chip.memory and not last:
             say(f"{topology}: {need / 1e9:.1f} GB of arrays alone, too much")

@@ -143,25 +143,12 @@ class Collector:
 
         Raises:
             ValueError: see `open_task`.
+            Stopped: `stop` was set.
         """
         params = (params if isinstance(params, Weights) else self.weights(params)).params
-        engine, opened = self._engine(params, 1, 1, self.cfg.images.packs), self.open_task(task)
-        engine.submit(Request(0, opened.prompt, seed, stream_of(task), temperature))
-        engine.admit()
-        episode = Episode(self.rules, task, 0, opened.environment, opened.prompt.next_position)
-        calls = PendingCalls(self.rules, self.cfg.tools)
-        while episode.end is None:
-            for row, ids in engine.step().items():
-                if (call := episode.end_turn(ids)) is not None:
-                    calls.submit(row, episode, call)
-            for row, result in calls.due(engine).items():
-                if (encoded := episode.respond(*result)) is not None:
-                    episode.observe(encoded, engine.append({row: encoded})[row])
-                yield episode.turns[-1]
-        if episode.turns[-1].call is None:
-            yield episode.turns[-1]
-        ids, logprobs = engine.release([0])[0]
-        yield episode.trajectory(ids[0], logprobs[0])
+        run = _Run(self, self._engine(params, 1, 1, self.cfg.images.packs), [task], None, seed, temperature)
+        yield from run.turns()
+        yield run.done[0].trajectories[0]
 
     def _engine(self, params, slots: int, group_size: int, packs: int) -> Engine:
         """Return an engine on the current mesh. The first of its shape compiles its programs."""
@@ -178,7 +165,8 @@ class Collector:
         group_size, seed, temperature = sampling
         engine = self._engine(params, slots, group_size, packs)
         run = _Run(self, engine, tasks, opened, seed, temperature)
-        run.to_the_end()
+        for _ in run.turns():
+            pass
         engine.store.params = None  # it encodes no more: gathered parameters are not kept while training
         count = sum(turn.stop - turn.start for group in run.done for t in group.trajectories for turn in t.turns)
         return RolloutBatch(
@@ -221,16 +209,20 @@ class _Run:
         self.done: list[Group] = [None] * len(self.tasks)
         self.calls = PendingCalls(collector.rules, collector.cfg.tools)
 
-    def to_the_end(self) -> None:
+    def turns(self) -> Iterator[Turn]:
+        """Run to the end. Yields every turn once its call is answered; a turn without a call once it ends."""
         while self.queue or self.submitted or self.groups:
             self._fill()
             while due := self.calls.due(self.engine):
                 self._respond(due)
+                yield from (self.episodes[row].turns[-1] for row in due)
             if self.collector.stop.is_set():
                 raise Stopped
             for row, ids in self.engine.step().items():
                 if (call := self.episodes[row].end_turn(ids)) is not None:
                     self.calls.submit(row, self.episodes[row], call)
+                else:
+                    yield self.episodes[row].turns[-1]
             self._finish_groups()
 
     def _fill(self) -> None:
@@ -250,7 +242,7 @@ class _Run:
     def _submit(self, index: int) -> None:
         task = self.tasks[index]
         opened = self.futures[index].result() if self.futures else self.collector.open_task(task)
-        self.submitted[index] = opened._replace(task=task)
+        self.submitted[index] = opened
         self.engine.submit(Request(index, opened.prompt, self.seed, stream_of(task), self.temperature))
 
     def _respond(self, due: dict[int, tuple[CallResult, list[PreparedImage]]]) -> None:
@@ -326,8 +318,17 @@ class PendingCalls:
 
 
 def stop_table(processor: Processor, strings: Sequence[str]) -> np.ndarray:
-    """Return the token ids at which a turn ends, int32 [n STOP_WIDTH], left-padded with -1."""
-    stops = [ids for ids in map(processor.encode, strings) if len(ids) <= sampler.STOP_WIDTH]
+    """Return the token ids at which a turn ends, int32 [n STOP_WIDTH], left-padded with -1.
+
+    Raises:
+        ValueError: a string has more than `STOP_WIDTH` tokens, so that no turn would end at it.
+    """
+    stops = [processor.encode(string) for string in strings]
+    for string, ids in zip(strings, stops, strict=True):
+        if len(ids) > sampler.STOP_WIDTH:
+            raise ValueError(
+                f"The tokenizer cuts {string!r} into {len(ids)} tokens; at most {sampler.STOP_WIDTH} can end a turn."
+            )
     table = np.full((len(stops), sampler.STOP_WIDTH), -1, np.int32)
     for row, ids in zip(table, stops, strict=True):
         row[-len(ids) :] = ids

@@ -31,13 +31,7 @@ def load_policy(
     run = Path(path)
     is_run = (run / "config.yaml").is_file()
     cfg = load_config(run / "config.yaml") if is_run else Config.from_dict({"model": {"path": str(path)}})
-    if settings:
-        values = cfg.to_dict()
-        for name, value in settings.items():
-            section, _, key = name.partition(".")
-            values.setdefault(section, {})[key] = value
-        cfg = Config.from_dict(values)
-    policy = Policy(cfg := replace(cfg, mesh=mesh or MeshConfig()))
+    policy = Policy(cfg := replace(cfg.changed(settings or {}), mesh=mesh or MeshConfig()))
     if not is_run:
         return policy, None
     trained, frozen = nnx.split_state(policy.params, trained_filter(cfg), ...)
