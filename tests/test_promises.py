@@ -4,7 +4,6 @@ import dataclasses
 import threading
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,13 @@ import optax
 import pytest
 from scripted_run import tools_with
 
-from imagent_jax.images.prepare import PreparedImage
-from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.text import REMAT_POLICIES
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
 from imagent_jax.rl.learner import batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
-from imagent_jax.rollout import engine, sampler
+from imagent_jax.rollout import sampler
 from imagent_jax.rollout.collect import Collector, Stopped
 from imagent_jax.rollout.engine import Engine
 from imagent_jax.rollout.environment import ToolEnvironment
@@ -176,39 +173,6 @@ def test_rollouts_that_are_told_to_stop_are_given_up(parts, config, tasks, monke
     assert len(steps) == 2
 
 
-def test_a_cancelled_row_stops_where_it_is_and_the_others_go_on(parts, config, tasks):
-    """Every prompt at its own temperature: 0 is greedy, and a row samples the same beside other temperatures."""
-    collector = Collector(parts.model, parts.processor, parts.tools, config)
-    prompts = [collector.open_task(task).prompt for task in tasks[:2]]
-
-    def decoded(*requests, cancel=()):
-        weights = collector.weights(parts.params).params
-        store = FeatureStore(parts.model, weights, config.images.pack_blocks, config.images.packs, frozen=True)
-        shape = engine.EngineShape(2, 2, 112, 64, 32, 4)
-        with jax.set_mesh(parts.mesh):
-            run = engine.Engine(parts.model, weights, store, shape, collector.stops)
-            for request in requests:
-                run.submit(request)
-            placed, turns = run.admit(), {}
-            while len(placed) < len(requests):
-                placed += run.admit()
-            turns |= run.step()
-            run.cancel(cancel)
-            length = run.length.copy()
-            while run.live.any():
-                turns |= run.step()
-            assert all(run.length[row] == length[row] for row in cancel) and not set(cancel) & (turns.keys() - set())
-            return {(key, row - rows[0]): turns.get(row) for key, rows, _ in placed for row in rows}
-
-    greedy, warm = engine.Request("a", prompts[0], 1, 5, 0.0), engine.Request("b", prompts[1], 1, 6, 1.5)
-    both = decoded(greedy, warm)
-    assert np.array_equal(both["a", 0], both["a", 1]) and len(both) == 4
-    alone = decoded(warm)
-    assert all(np.array_equal(both["b", i], alone["b", i]) for i in (0, 1))
-    some = decoded(greedy, warm, cancel=[1])
-    assert some["a", 1] is None and all(np.array_equal(some[key], both[key]) for key in (("a", 0), ("b", 0), ("b", 1)))
-
-
 def test_a_batch_of_rollouts_says_what_it_took(parts, rollout, tasks):
     flat = sum(rollout.trajectories, [])
     assert [task is t for task, t in zip(rollout.tasks, tasks, strict=True)] == [True] * 4
@@ -221,39 +185,6 @@ def test_a_batch_of_rollouts_says_what_it_took(parts, rollout, tasks):
     assert rollout.times.keys() == phases and min(rollout.times.values()) >= 0
     for prompt, vision in zip(rollout.prompts, rollout.prompt_vision, strict=True):
         assert ((vision >= 0) == (prompt.ids == parts.processor.image_token_id)).all()
-
-
-def test_seconds_are_added_up_by_phase(monkeypatch):
-    now = iter([10.0, 11.0, 13.0, 17.0, 25.0])
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(now))
-    clock = engine.Clock()
-    for name in ("decode", "host", "decode", "host"):
-        clock.lap(name)
-    assert clock.times == {"decode": 1.0 + 4.0, "host": 2.0 + 8.0}
-
-
-QUARTERS = [(1, 1, (1, 1)), (1, 8, (1, 2)), (4, 4, (1, 4)), (8, 4, (2, 8)), (12, 8, (3, 24)), (10, 2, (2, 5)), (9, 1, (3, 3))]
-
-
-@pytest.mark.parametrize("slots, group_size, expected", QUARTERS)
-def test_a_quarter_of_slots_and_rows(slots, group_size, expected):
-    """Slots admitted at once divide the slots; rows observed at once are a quarter, rounded up."""
-    assert engine.quarters(slots, group_size) == expected
-
-
-def test_prompts_are_wanted_until_a_pack_of_images_or_the_slots_are_full(parts):
-    """Two are admitted at once; a pack holds the images of three, so a fourth prompt is prepared later."""
-    shape, store = engine.EngineShape(8, 2, 112, 64, 32, 4), SimpleNamespace(pack=100)
-    prompt, wanted = SimpleNamespace(ids=np.zeros(5, int), images=[SimpleNamespace(patches=np.zeros((30, 1)))]), []
-    with jax.set_mesh(parts.mesh):
-        run = engine.Engine(parts.model, None, store, shape, np.zeros((1, sampler.STOP_WIDTH), np.int32), warm=True)
-    for key in range(5):
-        wanted.append(run.hungry)
-        run.submit(engine.Request(key, prompt, 0, 0))
-    assert wanted == [True, True, True, False, False] and run.has_room
-    run.waiting.clear()
-    run.free, run.busy = [0], {1: None}
-    assert not run.has_room and not run.hungry
 
 
 # ---- promise 2: only chosen tokens learn ----------------------------------------------------------------------------
@@ -369,67 +300,6 @@ def test_the_gradient_is_the_same_whatever_the_backward_pass_recomputes(parts, b
             assert np.abs(a - b).max() <= 1e-5 * max(1, np.abs(b).max())
 
 
-def test_the_vision_tower_runs_once_per_distinct_image(parts, rollout, tasks):
-    given = sum(len(task.images) for task in tasks)
-    crops = sum(len(t.images) - len(t.task.images) for group in rollout.trajectories for t in group)
-    assert given < rollout.store.encoded <= given + crops
-    store = FeatureStore(parts.model, parts.params, 4)
-    images = rollout.prompts[0].images
-    first = store.add(images)
-    assert store.add(images[::-1]) == first[::-1] and store.encoded == len(images) and store.shown == 2 * len(images)
-
-
-def test_the_store_keeps_every_image_once_and_counts_and_grows(parts):
-    """Blocks of 96 patches, 24 rows: the largest image first, each in the first block with room."""
-    rng, model, params = np.random.default_rng(0), parts.model, parts.params
-
-    def picture(h, w):
-        return PreparedImage(rng.integers(0, 256, (h * w, model.cfg.vision.patch_bytes), np.uint8), (h, w), (14 * h, 14 * w))
-
-    def counts(store):
-        return store.encoded, store.shown, store.patches, store.packed, store.features.shape[0]
-
-    a, b, c, d, whole = picture(6, 6), picture(6, 10), picture(4, 10), picture(6, 8), picture(8, 12)
-    store = FeatureStore(model, params, 1, packs=1)
-    assert store.pack == 96 and counts(store) == (0, 0, 0, 0, 24) and store.sizes == [1]
-    assert store.add([a, b, a]) == [15, 0, 15] and counts(store) == (2, 3, 96, 96, 24)
-    assert store.add([c, d, b]) == [24 + 12, 24, 0] and counts(store) == (4, 6, 184, 192, 48)
-    turned = b._replace(grid=(10, 6))  # the same bytes in another shape are another image
-    assert store.add([whole, turned]) == [48, 72] and counts(store) == (6, 8, 340, 384, 96)
-    assert store.add([]) == [] and store.add([a, turned]) == [15, 72] and counts(store) == (6, 10, 340, 384, 96)
-    assert len(store.packs) == 4
-    for image, row in ((a, 15), (b, 0), (c, 36), (d, 24), (whole, 48), (turned, 72)):
-        alone, rows = FeatureStore(model, params, 1, packs=1), len(image.patches) // 4
-        assert alone.add([image]) == [0]
-        np.testing.assert_allclose(store.features[row : row + rows], alone.features[:rows], atol=1e-5)
-    with pytest.raises(ValueError, match="An image of 100 patches does not fit images.vision_block=96; raise it"):
-        store.add([picture(10, 10)])
-
-
-def test_the_room_and_the_sizes_of_packs_are_those_asked_for(parts):
-    store = FeatureStore(parts.model, parts.params, 6, packs=5, frozen=True)
-    assert store.features.shape == (5 * 6 * 96 // 4, parts.model.cfg.text.hidden_size) and store.pack == 6 * 96
-    assert store.sizes == [1, 2, 6] and store.features.dtype == parts.model.dtype
-    assert FeatureStore(parts.model, parts.params, 6, packs=5).sizes == [6]
-    for patches, coords, image in (store.blank(2),):
-        assert patches.shape[0] == coords.shape[0] == 2 * 96 and (image == -1).all()
-
-
-@pytest.mark.slow(3)
-def test_the_last_packs_are_no_larger_than_what_is_left(parts):
-    """Images of a block each, from 1 to 20 of them, in packs of 8, 2 and 1 blocks: one place for a block is left at most."""
-    rng, block = np.random.default_rng(0), parts.model.vision_block
-    pixels, grid = rng.integers(0, 256, (20, block, parts.model.cfg.vision.patch_bytes), np.uint8), (4, block // 4)
-    images = [PreparedImage(one, grid, (1, 1)) for one in pixels]
-    whole = FeatureStore(parts.model, parts.params, 8)
-    rows = np.asarray(whole.add(images))[:, None] + np.arange(block // 4)
-    for count in range(1, 21):
-        store = FeatureStore(parts.model, parts.params, 8, frozen=True)
-        first = np.asarray(store.add(images[:count]))[:, None] + np.arange(block // 4)
-        assert store.packed // block - count in (0, 1) and len(store.packs) <= count // 8 + 3
-        assert np.allclose(store.features[first], whole.features[rows[:count]], atol=1e-5)
-
-
 # ---- promise 4: static shapes ---------------------------------------------------------------------------------------
 
 
@@ -522,39 +392,3 @@ def test_a_failing_tool_faults_its_trajectory_and_gives_no_gradient(parts, confi
     packed = pack_batch(out, advantages, advantages, config.rollout.prompt_tokens, config.rollout.response_tokens)
     mask = np.asarray(two_level_mask(packed.kind, packed.end, packed.advantages, action, trajectory))
     assert not mask[ends == EndReason.FAULT].any() and mask[ends != EndReason.FAULT].any(-1).all()
-
-
-def test_every_pack_is_encoded_again_under_other_parameters(parts, rollout):
-    images = [image for prompt in rollout.prompts for image in prompt.images]
-    store, other = FeatureStore(parts.model, parts.params, 1, packs=2), jax.tree.map(lambda x: x * 1.01, parts.params)
-    fresh = FeatureStore(parts.model, other, 1, packs=2)
-    assert store.add(images) == fresh.add(images) and len(store.packs) > 2
-    again = store.encode_again(other)
-    np.testing.assert_allclose(again, fresh.features, atol=1e-5)
-    assert np.abs(again - store.features).max() > 1e-2
-
-
-def test_feature_rows_survive_encoding_under_other_parameters(parts, rollout):
-    again = rollout.store.encode_again(parts.params)
-    rows = rollout.store.packed // 4
-    assert np.allclose(again[:rows], rollout.store.features[:rows], atol=1e-6)
-
-
-@pytest.mark.slow(10)
-def test_the_tower_gradient_through_the_store_equals_autodiff(parts, rollout):
-    store = FeatureStore(parts.model, parts.params, 1, packs=4)
-    store.add([image for prompt in rollout.prompts[:2] for image in prompt.images])
-    cotangent = jax.random.normal(jax.random.key(0), store.features.shape)
-    ours = store.gradient(parts.params, cotangent)
-
-    @jax.jit
-    def whole(params):
-        from imagent_jax.model.qwen2_vl import encode_images
-
-        features = jnp.concatenate([encode_images(parts.model, params, *map(jnp.asarray, pack)) for pack in store.packs])
-        return jnp.sum(features * cotangent[: store.packed // 4])
-
-    assert len(store.packs) == 2
-    expected = jax.grad(whole)(parts.params)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected["vision"]), strict=True):
-        assert np.allclose(a, b, atol=1e-4)

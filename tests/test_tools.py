@@ -6,9 +6,8 @@ import json
 import re
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -19,7 +18,6 @@ from transformers.utils.chat_template_utils import get_json_schema, render_jinja
 
 import imagent_jax
 from imagent_jax.chat import QWEN, escape
-from imagent_jax.rollout.collect import tool_settings
 from imagent_jax.tools import (
     ImageRegistry,
     ToolContext,
@@ -28,7 +26,6 @@ from imagent_jax.tools import (
     tool,
     tools_by_name,
 )
-from imagent_jax.tools.schema import expected, matches, parse_docstring, quote, type_schema
 from imagent_jax.types import CallStatus, ToolError
 
 SETTINGS = ToolSettings()
@@ -147,10 +144,6 @@ def run(text, registry=None, tools=VISUAL, settings=SETTINGS):
 # ---- schemas -------------------------------------------------------------------------------------------------
 
 
-def test_the_schema_of_a_function_is_the_one_hugging_face_makes():
-    assert tool(with_context(search)).schema == get_json_schema(search)
-
-
 def test_the_system_prompt_is_qwens_own():
     base = "You see images. Ask for a crop of Image 1 – é."
     schemas = [*VISUAL.schemas(), get_json_schema(search)]
@@ -181,126 +174,6 @@ def test_a_new_tool_takes_few_lines_and_its_image_gets_a_number():
     assert np.array_equal(np.asarray(registry[3].image), brighter)
     assert registry[3].shown == (84, 84)
     assert run(QWEN.render_call("visual_confirmation", {"image": 3, "bbox_2d": [0, 0, 500, 500]}), registry).images == [4]
-
-
-def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
-    def untyped(context, x):
-        """Text."""
-
-    def odd(context, x: complex):
-        """Text."""
-
-    def silent(context, x: int):
-        pass
-
-    def typo(context, number: int):
-        """Text.
-
-        Args:
-            nunber: a number
-        """
-
-    def variadic(context, *numbers: int):
-        """Text."""
-
-    def bare():
-        """Text."""
-
-    def keywords(context, **numbers: int):
-        """Text."""
-
-    def positional(context, number: int, /):
-        """Text."""
-
-    cases = [
-        (untyped, "parameter x needs a type annotation"),
-        (odd, r"parameter x has the type <class 'complex'>; use str"),
-        (silent, "tool silent needs a docstring"),
-        (typo, "describes nunber, which is not a parameter"),
-        (variadic, "must be an ordinary named parameter"),
-        (keywords, "parameter numbers must be an ordinary named parameter"),
-        (positional, "parameter number must be an ordinary named parameter"),
-        (bare, "needs a first parameter"),
-    ]
-    for function, reason in cases:
-        with pytest.raises(ValueError, match=reason):
-            tool(function)
-    with pytest.raises(TypeError, match="search is not a tool; put @tool above the function"):
-        ToolSet([search])
-    with pytest.raises(ValueError, match="two tools are called brighten"):
-        ToolSet([brighten, brighten])
-    with pytest.raises(ValueError, match='no tool "visual_reflect"; did you mean "visual_reflection"'):
-        tools_by_name(["visual_reflect"])
-    with pytest.raises(ValueError, match='no tool "zzz"; there are visual_reflection, visual_confirmation'):
-        tools_by_name(["zzz"])
-
-
-TYPES = [  # annotation, JSON schema, in words, values that fit, values that do not
-    (str, {"type": "string"}, "a string", ["", "3"], [3, None, ["a"]]),
-    (int, {"type": "integer"}, "an integer", [0, -3], [1.0, True, "1"]),
-    (float, {"type": "number"}, "a number", [1, -0.5], [True, "1", float("inf"), float("nan"), 10**400]),
-    (bool, {"type": "boolean"}, "true or false", [True, False], [0, 1, "true"]),
-    (dict, {"type": "object"}, "an object", [{}, {"a": 1}], [[], "{}"]),
-    (list, {"type": "array"}, "a list", [[], [1, "a", [2]]], [{}, "ab"]),
-    (list[str], {"type": "array", "items": {"type": "string"}}, "a list of strings", [[], ["a"]], [["a", 1], [None], "a"]),
-    (list[list[int]], {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}, "a list of lists",
-     [[[1], []]], [[1], [["a"]]]),
-    (tuple[float, float], {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
-     "a list of 2 numbers", [[1, 2.5]], [[1], [1, 2, 3], [], [1, "2"]]),
-    (Literal["low", "high"], {"type": "string", "enum": ["low", "high"]}, "low or high", ["high", "low"], ["", "full", None]),
-    (Literal[1, 2], {"type": "integer", "enum": [1, 2]}, "1 or 2", [1, 2], [True, 1.0, 3, "1"]),
-    (int | None, {"type": "integer", "nullable": True}, "an integer", [None, 3], ["a", 1.5]),
-    (list[int] | None, {"type": "array", "items": {"type": "integer"}, "nullable": True}, "a list of integers",
-     [None, [1]], [[None], 1]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("hint", "schema", "words", "right", "wrong"), TYPES, ids=[str(case[0]) for case in TYPES])
-def test_a_type_has_a_schema_words_and_the_values_that_fit_it(hint, schema, words, right, wrong):
-    assert type_schema(hint, "here") == schema and expected(schema) == words
-    assert [matches(schema, value) for value in right] == [True] * len(right)
-    assert [matches(schema, value) for value in wrong] == [False] * len(wrong)
-
-
-@pytest.mark.parametrize("hint", [Literal[1, "a"], Literal[b"a"], tuple[int, str], tuple[()], int | str, bytes])
-def test_a_type_without_a_schema_is_named(hint):
-    with pytest.raises(ValueError, match="^tool f: parameter x has the type .*; use str, int, float, bool"):
-        type_schema(hint, "tool f: parameter x")
-
-
-def test_a_docstring_gives_a_description_and_parameters_each_on_one_line():
-    text = """Find a thing
-    in a place.
-
-    Returns:
-        what was found
-
-    Args:
-        context: the trajectory's images
-        size (int, optional): how large
-            it may be
-        name:
-            what it is called
-
-    Raises:
-        ToolError: note: never
-    """
-    described = {"context": "the trajectory's images", "size": "how large it may be", "name": "what it is called"}
-    assert parse_docstring(inspect.cleandoc(text)) == ("Find a thing in a place.", described)
-
-    def find(context, size: int, name: str = "it"):
-        pass
-
-    find.__doc__ = text
-    body = tool(find).schema["function"]
-    assert body["description"] == "Find a thing in a place." and body["parameters"]["required"] == ["size"]
-    assert [p["description"] for p in body["parameters"]["properties"].values()] == [described["size"], described["name"]]
-
-
-def test_what_a_call_wrote_is_quoted_in_few_characters_of_one_line():
-    assert quote("a" * 24) == f'"{"a" * 24}"' and quote("b" * 25) == f'"{"b" * 21}..."'
-    assert quote("a\nb\u200bc") == '"a b c"' and quote([1, "a"]) == "[1, 'a']"
-    assert quote("abcdef", 5) == '"ab..."' and quote(1234567, 6) == "123..."
 
 
 def test_a_tool_of_ones_own_is_named_by_its_path(monkeypatch):
@@ -522,86 +395,6 @@ def test_a_full_trajectory_is_a_repairable_error_and_adds_nothing():
 
 
 # ---- settings other than the defaults --------------------------------------------------------------------------
-
-
-def test_every_setting_of_the_configuration_reaches_the_tools(config):
-    """tool_settings names each by its own name; the geometry is the model's."""
-    values = {
-        "coordinates": "absolute", "low_pixels": 3136, "high_pixels": 6272, "confirm_min_pixels": 4704,
-        "confirm_max_pixels": 14112, "min_box": 0.25, "max_images": 7,
-    }  # fmt: skip
-    changed = replace(config, tools=replace(config.tools, **values), images=replace(config.images, vision_block=80))
-    settings = tool_settings(changed, SimpleNamespace(patch_size=16, merge_size=3))
-    assert settings == ToolSettings(**values, patch_factor=48, most_pixels=80 * 16 * 16)
-
-
-@pytest.mark.parametrize(
-    ("changes", "box", "shown", "budget"),
-    [  # of an image of 280 x 280 pixels, box [400, 400, 600, 600]: 56 pixels a side
-        ({}, (112, 112, 168, 168), (84, 84), (7056, 9408)),
-        ({"min_box": 0.5}, (70, 70, 210, 210), (84, 84), (7056, 9408)),
-        ({"min_box": 1.0}, (0, 0, 280, 280), (84, 84), (7056, 9408)),
-        ({"confirm_min_pixels": 3136, "confirm_max_pixels": 4704}, (112, 112, 168, 168), (56, 56), (3136, 4704)),
-        ({"confirm_min_pixels": 12544, "confirm_max_pixels": 20000}, (112, 112, 168, 168), (112, 112), (12544, 20000)),
-        ({"patch_factor": 32}, (112, 112, 168, 168), (96, 96), (7056, 9408)),
-        ({"confirm_min_pixels": 20000, "confirm_max_pixels": 20000, "most_pixels": 12544}, (112, 112, 168, 168), (112, 112),
-         (11723, 11723)),
-    ],
-)  # fmt: skip
-def test_a_crop_is_cut_and_shown_as_the_settings_say(changes, box, shown, budget):
-    registry = registry_of(2)
-    result = run(confirm(image=2, bbox_2d=[400, 400, 600, 600]), registry, settings=ToolSettings(**changes))
-    entry = registry[3]
-    assert result.parts == ["Image 3: crop of Image 2", 3]
-    assert (entry.box, entry.shown, (entry.min_pixels, entry.max_pixels)) == (box, shown, budget)
-    assert np.array_equal(np.asarray(entry.image), np.asarray(registry[2].image.crop(box)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "resolution", "line", "shown", "budget"),
-    [  # an image of 280 x 280 pixels, shown at 56 x 56
-        ({}, None, "Image 1", (56, 56), (3136, 4704)),
-        ({"low_pixels": 12544}, None, "Image 2: larger view of Image 1", (112, 112), (3136, 12544)),
-        ({"low_pixels": 12544}, "low", "Image 2: larger view of Image 1", (112, 112), (3136, 12544)),
-        ({"low_pixels": 1000}, "low", "Image 2: smaller view of Image 1", (28, 28), (1000, 1000)),
-        ({"low_pixels": 12544}, "high", "Image 2: larger view of Image 1", (84, 84), (3136, 7056)),
-        ({"high_pixels": 20000}, "high", "Image 2: larger view of Image 1", (140, 140), (3136, 20000)),
-        ({"high_pixels": 20000, "most_pixels": 7056}, "high", "Image 2: larger view of Image 1", (84, 84), (3136, 11723)),
-    ],
-)
-def test_an_image_is_shown_again_as_the_settings_say(changes, resolution, line, shown, budget):
-    registry = registry_of(1)
-    arguments = {"images": [1]} | ({"resolution": resolution} if resolution else {})
-    result = run(QWEN.render_call("visual_reflection", arguments), registry, settings=ToolSettings(**changes))
-    assert result.parts == [line, len(registry)]
-    entry = registry[len(registry)]
-    assert (entry.shown, (entry.min_pixels, entry.max_pixels)) == (shown, budget)
-    assert entry.image is registry[1].image and entry.box is None
-
-
-def test_an_image_without_a_budget_of_its_own_is_not_enlarged_to_be_seen_again():
-    registry = ImageRegistry()
-    registry.add(Image.new("RGB", (64, 64)), shown=(64, 64))
-    run(QWEN.render_call("visual_reflection", {"images": [1]}), registry, settings=ToolSettings(patch_factor=32, low_pixels=1500))
-    assert registry[2].shown == (32, 32) and (registry[2].min_pixels, registry[2].max_pixels) == (1024, 1500)
-
-
-def test_what_a_tool_shows_has_the_budget_and_the_words_that_the_tool_gives():
-    registry = registry_of(1)
-    context, image = ToolContext(registry, ToolSettings(confirm_min_pixels=12544, confirm_max_pixels=12600)), registry[1].image
-    small = context.show(image, min_pixels=784, max_pixels=3136)
-    assert (registry[small].shown, registry[small].min_pixels, registry[small].max_pixels) == ((56, 56), 784, 3136)
-    assert registry[small].describe() == "Image 2" and registry[small].parent is None
-    assert registry[context.show(image)].shown == (112, 112)  # the settings' budget
-    assert registry[context.show(image, parent=2)].describe() == "Image 4: made of Image 2"
-    piece = context.show(image.crop((0, 0, 140, 70)), parent=1, box=(0, 0, 140, 70), origin="strip")
-    assert registry[piece].describe() == "Image 5: strip of Image 1" and registry[piece].box == (0, 0, 140, 70)
-    assert registry[piece].shown == (84, 168)  # 70 x 140 pixels, enlarged
-
-
-def test_a_sliver_that_cannot_be_shown_is_a_repairable_error():
-    result = run(confirm(image=1, bbox_2d=[0, 0, 1000, 1]), settings=ToolSettings(min_box=0.0))
-    assert result.parts == ["Error: a piece of 280 x 1 pixels is too narrow to show"]
 
 
 # ---- faults --------------------------------------------------------------------------------------------------

@@ -2,15 +2,11 @@
 
 import contextlib
 import gzip
-import io
 import json
 import os
 import re
 import signal
 import sys
-import threading
-import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,21 +15,18 @@ import jax
 import numpy as np
 import pytest
 from conftest import small_config
-from flax import nnx
 from scripted_run import play, scripts
+from test_prefetch import Batch
+from watched_run import PAID, SMALL, Watched
 
 from imagent_jax import train as job
 from imagent_jax.config import Config, read_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.evals import evaluate as evaluation
 from imagent_jax.model import checkpoint
-from imagent_jax.rl import guards
 from imagent_jax.rl.rewards import reward_functions
-from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.episode import Episode
-from imagent_jax.rollout.policy import model_settings
-from imagent_jax.rollout.prefetch import Prefetcher
 from imagent_jax.runs import export
 from imagent_jax.runs.reader import phases
 from imagent_jax.tiny.base import base_folder
@@ -45,104 +38,11 @@ import endurance
 
 pytestmark = pytest.mark.slow(2)  # seconds of each, most of them in the runs that tests share
 
-SMALL = [
-    "--run.compile_cache=", "--run.steps=4", "--run.checkpoint_every=1", "--run.keep_checkpoints=1", "--run.seed=5",
-    "--run.log_trajectories=12", "--rollout.groups=3", "--rollout.group_size=4", "--rollout.response_tokens=96",
-    "--rollout.temperature=0.9", "--images.pack_blocks=1", "--images.packs=32", "--grpo.micro_groups=1", "--grpo.minibatches=3",
-    "--grpo.epochs=2", "--grpo.length_buckets=1", "--grpo.kl=0.01", "--grpo.normalise_std=false", "--reward.answer=2",
-    "--reward.format=0.3", "--reward.tool_gain=0.5", "--mask.drop_void=true", "--mask.count_truncated=false", "--eval.every=2",
-    "--eval.tasks=6", "--eval.during=3", "--eval.groups=2", "--eval.greedy=true", "--eval.seed=77", "--data.seed=3",
-    "--data.train_size=64", "--data.test_size=32",
-]  # fmt: skip
-PAID = "Too much was paid."
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Where this file's runs keep the tiny world."""
     return tmp_path_factory.mktemp("data")
-
-
-class Watched:
-    """A run of the job, and what it asked of its parts, which are the real ones.
-
-    Attributes:
-        code, out: exit code, and what was printed.
-        rollouts, updates, saves, optimizers, judged, traced: calls in order, see `_note`.
-    """
-
-    def __init__(self, folder: Path, data: Path, name: str, *flags: str, when=lambda record: False, strike: int = 0):
-        """`strike`: a signal sent to the job as it logs the first record of which `when` holds (None: as it starts)."""
-        self.path, self.argv = (
-            folder / name,
-            [*SMALL, f"--run.dir={folder}", f"--run.name={name}", f"--data.cache_dir={data}", *flags],
-        )
-        self.rollouts, self.updates, self.saves, self.optimizers, self.judged, self.traced = [], [], [], [], [], []
-        out = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-            patch.setenv("COLUMNS", "300")
-            patch.setitem(guards.GUARDS, "bonus_unearned", lambda history: PAID if len(history) > 1 else None)
-            self._spy(patch, Collector, "collect", self.rollouts, lambda engine, params, tasks, **how: how | {
-                "tasks": [task.uid for task in tasks]})  # fmt: skip
-            self._spy(patch, job.Learner, "update", self.updates, lambda learner, params, state, batch, store: {
-                "batch": batch, "encoded": store.encoded, "shown": store.shown,
-                "filled": store.patches / store.packed})  # fmt: skip
-            self._spy(patch, job.RunFolder, "save", self.saves, lambda folder, step, params, state, progress, accuracy=None: {
-                "step": step, "progress": json.loads(json.dumps(progress)), "accuracy": accuracy})  # fmt: skip
-            self._spy(patch, job, "make_optimizer", self.optimizers, lambda cfg, updates: {"cfg": cfg, "updates": updates})
-            self._spy(patch, job, "judge", self.judged, lambda cfg, rollout, functions: {})
-            self._spy(patch, jax.profiler, "start_trace", self.traced, lambda *_, **__: {"updates": len(self.updates)})
-            if strike:
-                log = job.RunFolder.log
-
-                def struck(run, record):
-                    log(run, record)
-                    if when(record):
-                        os.kill(os.getpid(), strike)
-
-                patch.setattr(job.RunFolder, "log", struck)
-            self.code = job.main(self.argv)
-        self.out = out.getvalue()
-
-    @staticmethod
-    def _spy(patch, owner, name, notes, note):
-        real = getattr(owner, name)
-
-        def called(*args, **how):
-            began = time.perf_counter()
-            result = real(*args, **how)
-            notes.append(note(*args, **how) | {"seconds": time.perf_counter() - began, "result": result})
-            return result
-
-        patch.setattr(owner, name, called)
-
-    @property
-    def cfg(self) -> Config:
-        return read_args(self.argv)
-
-    @property
-    def records(self) -> list[dict]:
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def steps(self) -> list[dict]:
-        return [record for record in self.records if "reward/total" in record]
-
-    @property
-    def evaluations(self) -> list[dict]:
-        """Rollouts of held-out tasks."""
-        return [roll for roll in self.rollouts if roll["group_size"] == 1]
-
-    @property
-    def training(self) -> list[dict]:
-        return [roll for roll in self.rollouts if roll["group_size"] != 1]
-
-    @property
-    def checkpoints(self) -> set[str]:
-        return {path.name for path in (self.path / "checkpoints").iterdir()}
-
-    def logged(self, stem: str) -> list[dict]:
-        return [json.loads(line) for line in (self.path / "trajectories" / f"{stem}.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -582,133 +482,6 @@ def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
         assert metrics[f"reward/{name}"] == pytest.approx(np.mean([s[name] for s in flat]))
     assert metrics["end/fault"] == pytest.approx(1 / 7) and "fault" not in flat[6] and metrics["groups/flat"] == 0
     assert metrics["tools/calls/visual_reflection/executed"] == pytest.approx(1 / 7)
-
-
-class Batch(RolloutBatch):
-    """As much of a batch of rollouts as is looked at."""
-
-    def __init__(self, **known):
-        self.__dict__.update(known)
-
-
-class Recorder(Collector):
-    """A collector that says what it was asked."""
-
-    def __init__(self):
-        self.opened, self.stopped, self.stop = None, False, threading.Event()
-
-    def weights(self, params):
-        return "copy", params
-
-    def open_in_background(self, tasks):
-        self.opened = tasks
-        return "opened"
-
-    def collect(self, weights, tasks, **how):
-        if self.stopped:
-            raise job.Stopped
-        return Batch(weights=weights, tasks=tasks, how=how, mesh=jax.sharding.get_mesh())
-
-
-@pytest.fixture
-def ahead():
-    cfg = small_config(run={"seed": 2}, rollout={"group_size": 7, "temperature": 0.5})
-    tasks = [task_at(0, "train", i) for i in range(10)]
-    return Prefetcher(Recorder(), task_iterator(tasks, 3, seed=1), cfg.rollout, 2), task_iterator(tasks, 3, seed=1)
-
-
-def uids(tasks):
-    return [task.uid for task in tasks]
-
-
-def test_what_is_begun_ahead_is_what_is_taken(ahead):
-    """Its place, where a checkpoint goes on, stays before the first step that was not taken."""
-    ahead, series = ahead
-    w0, w1, w2 = (nnx.State({}) for _ in range(3))
-    batches, places = [], [series.get_state()]
-    for _ in range(4):
-        batches.append(uids(next(series)))
-        places.append(series.get_state())
-    first, stale = ahead.take(0, w0)
-    assert (uids(first.tasks), stale) == (batches[0], 0) and first.weights[1] is w0 and ahead.place == places[1]
-    assert first.how == {"group_size": 7, "seed": 2 * 1_000_003, "temperature": 0.5, "opened": "opened"}
-    ahead.begin(1)
-    assert uids(ahead.collector.opened) == batches[1] and ahead.place == places[1]
-    second, stale = ahead.take(1, w1)
-    assert second.tasks is ahead.collector.opened and second.weights[1] is w1 and stale == 0 and ahead.place == places[2]
-    assert second.how["seed"] == 2 * 1_000_003 + 1
-    mesh = job.training_mesh(small_config())
-    with jax.set_mesh(mesh):
-        ahead.begin(2, w1)
-        third, stale = ahead.take(2, w2)
-    assert (uids(third.tasks), stale) == (batches[2], 1) and third.weights[1] is w1 and third.mesh == mesh
-    assert third.how == {"group_size": 7, "seed": 2 * 1_000_003 + 2, "temperature": 0.5, "opened": None}
-    ahead.begin(3, w2)
-    assert not ahead.collector.stop.is_set() and ahead.place == places[3]
-    ahead.close()
-    assert ahead.collector.stop.is_set() and ahead.next.rollouts.done()
-
-
-def test_a_step_that_was_stopped_is_not_taken(ahead):
-    ahead, series = ahead
-    before, first = series.get_state(), uids(next(series))
-    ahead.collector.stopped = True
-    with pytest.raises(job.Stopped):
-        ahead.take(0, nnx.State({}))
-    assert ahead.place == before
-    ahead.collector.stopped = False
-    assert uids(ahead.take(0, nnx.State({}))[0].tasks) == first
-    ahead.close()
-
-
-def test_parts_are_made_as_the_settings_say(tmp_path, data):
-    cfg = small_config(
-        run={"seed": 5}, lora={"rank": 3, "alpha": 6.0, "targets": ["q_proj"], "merger": True},
-        tools={"names": ["visual_confirmation"]},
-        model={"param_dtype": "bfloat16", "remat": "dots", "logprob_chunk": 123}, images={"vision_block": 100},
-        data={"train_size": 64, "test_size": 32, "cache_dir": str(data), "seed": 3}, eval={"seed": 1},
-    )  # fmt: skip
-    made = job.Policy(cfg)
-    assert (made.model.remat, made.model.logprob_chunk, made.model.vision_block) == ("dots", 123, 100)
-    assert made.tools.names == ("visual_confirmation",) or list(made.tools.names) == ["visual_confirmation"]
-    assert made.params["text"]["embed"][...].dtype == "bfloat16" and made.folder == base_folder()
-    adapters = adapters_of(made)
-    assert {path.removesuffix("_lora_a").removesuffix("_lora_b") for path in adapters} == {
-        "text/layers/q", "vision/merge_fc1", "vision/merge_fc2"}  # fmt: skip
-    assert all(3 in x.shape and x.dtype == "float32" for x in adapters.values())
-    job.lora.save(tmp_path / "adapter", made.model, made.params)
-    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (written["r"], written["lora_alpha"]) == (3, 6.0)
-    other = adapters_of(job.Policy(replace(cfg, run=replace(cfg.run, seed=6))))
-    assert not np.array_equal(other["text/layers/q_lora_a"], adapters["text/layers/q_lora_a"])
-    again = job.Policy(replace(cfg, lora=replace(cfg.lora, path=str(tmp_path / "adapter"), rank=9)))  # what is there counts
-    assert all(np.array_equal(x, adapters[path]) for path, x in adapters_of(again).items())
-    assert uids(made.test_tasks(40)) == [open_tasks(cfg.data, "test")[i].uid for i in range(32)] and made.test_faults == ()
-
-
-def adapters_of(parts) -> dict[str, np.ndarray]:
-    found = nnx.split_state(parts.params, nnx.LoRAParam, ...)[0]
-    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(found)}
-
-
-def test_the_model_takes_its_settings_and_the_platform_those_that_are_automatic():
-    cfg = small_config(model={"remat": "full", "logprob_chunk": 77}, images={"vision_block": 128})
-    expected = {"remat": "full", "logprob_chunk": 77, "vision_block": 128}
-    for platform, dtype, attention in (("cpu", "float32", "xla"), ("gpu", "bfloat16", "cudnn"), ("tpu", "bfloat16", "splash")):
-        assert model_settings(cfg, platform) == expected | {"dtype": dtype, "attention": attention}
-    told = small_config(model={"dtype": "float32", "attention": "xla"})
-    assert model_settings(told, "tpu").items() >= {"dtype": "float32", "attention": "xla"}.items()
-
-
-def test_overlap_is_for_one_device_and_the_mesh_is_what_was_asked_for(monkeypatch):
-    two, checked = [jax.devices()[0]] * 2, []
-    monkeypatch.setattr(job.processes, "check_mesh", checked.append)
-    mesh = job.training_mesh(small_config(mesh={"data": -1}), two)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1} and checked == [mesh]
-    assert dict(job.training_mesh(small_config(mesh={"fsdp": 2}), two).shape)["fsdp"] == 2
-    job.training_mesh(small_config(rollout={"overlap": True}))
-    with pytest.raises(ValueError, match="rollout.overlap is for one device"):
-        job.training_mesh(small_config(mesh={"data": 2}, rollout={"overlap": True}), two)
 
 
 def test_memory_is_what_the_process_and_its_first_device_say(monkeypatch):

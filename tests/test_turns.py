@@ -14,6 +14,7 @@ from imagent_jax.config import Config
 from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.processor import Processor
+from imagent_jax.rollout.collect import stop_table
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.episode import Episode, token_kinds
 from imagent_jax.rollout.sampler import STOP_WIDTH
@@ -383,6 +384,12 @@ def test_turns_stop_at_the_end_of_a_turn_of_the_text_or_of_a_call(collector_of, 
     assert {processor.decode(row[row >= 0]) for row in stops} == {"<|im_end|>", "<|endoftext|>", "</tool_call>"}
     assert stops.shape == (3, STOP_WIDTH) and stops.dtype == np.int32
     assert all((np.diff((row >= 0).astype(int)) >= 0).all() and row[-1] >= 0 for row in stops)  # left-padded
+
+
+def test_a_stop_string_of_too_many_tokens_is_refused(processor):
+    assert stop_table(processor, ["<|im_end|>"]).shape == (1, STOP_WIDTH)
+    with pytest.raises(ValueError, match=r"cuts 'no, this never ends.*' into \d+ tokens; at most 8 can end a turn"):
+        stop_table(processor, ["no, this never ends a turn of anybody"])
 
 
 def test_a_view_stands_in_place_of_images_and_knows_which_are_observations(task):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from imagent_jax.config import settings as sections
+import imagent_jax.config.settings as sections
 
 
 @dataclass(frozen=True)

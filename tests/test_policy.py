@@ -1,0 +1,69 @@
+"""A policy is made as the settings say."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config
+from flax import nnx
+
+from imagent_jax.data.pipeline import open_tasks
+from imagent_jax.model import lora
+from imagent_jax.rollout import policy
+from imagent_jax.rollout.policy import Policy, model_settings, training_mesh
+from imagent_jax.tiny.base import base_folder
+
+
+@pytest.mark.slow(4)
+def test_parts_are_made_as_the_settings_say(tmp_path):
+    cfg = small_config(
+        run={"seed": 5}, lora={"rank": 3, "alpha": 6.0, "targets": ["q_proj"], "merger": True},
+        tools={"names": ["visual_confirmation"]},
+        model={"param_dtype": "bfloat16", "remat": "dots", "logprob_chunk": 123}, images={"vision_block": 100},
+        data={"train_size": 64, "test_size": 32, "cache_dir": str(tmp_path / "data"), "seed": 3}, eval={"seed": 1},
+    )  # fmt: skip
+    made = Policy(cfg)
+    assert (made.model.remat, made.model.logprob_chunk, made.model.vision_block) == ("dots", 123, 100)
+    assert made.tools.names == ("visual_confirmation",) or list(made.tools.names) == ["visual_confirmation"]
+    assert made.params["text"]["embed"][...].dtype == "bfloat16" and made.folder == base_folder()
+    adapters = adapters_of(made)
+    assert {path.removesuffix("_lora_a").removesuffix("_lora_b") for path in adapters} == {
+        "text/layers/q", "vision/merge_fc1", "vision/merge_fc2"}  # fmt: skip
+    assert all(3 in x.shape and x.dtype == "float32" for x in adapters.values())
+    lora.save(tmp_path / "adapter", made.model, made.params)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (3, 6.0)
+    other = adapters_of(Policy(replace(cfg, run=replace(cfg.run, seed=6))))
+    assert not np.array_equal(other["text/layers/q_lora_a"], adapters["text/layers/q_lora_a"])
+    again = Policy(replace(cfg, lora=replace(cfg.lora, path=str(tmp_path / "adapter"), rank=9)))  # what is there counts
+    assert all(np.array_equal(x, adapters[path]) for path, x in adapters_of(again).items())
+    assert [task.uid for task in made.test_tasks(40)] == [
+        open_tasks(cfg.data, "test")[i].uid for i in range(32)
+    ] and made.test_faults == ()
+
+
+def adapters_of(parts) -> dict[str, np.ndarray]:
+    found = nnx.split_state(parts.params, nnx.LoRAParam, ...)[0]
+    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(found)}
+
+
+def test_the_model_takes_its_settings_and_the_platform_those_that_are_automatic():
+    cfg = small_config(model={"remat": "full", "logprob_chunk": 77}, images={"vision_block": 128})
+    expected = {"remat": "full", "logprob_chunk": 77, "vision_block": 128}
+    for platform, dtype, attention in (("cpu", "float32", "xla"), ("gpu", "bfloat16", "cudnn"), ("tpu", "bfloat16", "splash")):
+        assert model_settings(cfg, platform) == expected | {"dtype": dtype, "attention": attention}
+    told = small_config(model={"dtype": "float32", "attention": "xla"})
+    assert model_settings(told, "tpu").items() >= {"dtype": "float32", "attention": "xla"}.items()
+
+
+def test_overlap_is_for_one_device_and_the_mesh_is_what_was_asked_for(monkeypatch):
+    two, checked = [jax.devices()[0]] * 2, []
+    monkeypatch.setattr(policy.processes, "check_mesh", checked.append)
+    mesh = training_mesh(small_config(mesh={"data": -1}), two)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1} and checked == [mesh]
+    assert dict(training_mesh(small_config(mesh={"fsdp": 2}), two).shape)["fsdp"] == 2
+    training_mesh(small_config(rollout={"overlap": True}))
+    with pytest.raises(ValueError, match="rollout.overlap is for one device"):
+        training_mesh(small_config(mesh={"data": 2}, rollout={"overlap": True}), two)
