@@ -41,10 +41,12 @@ def main() -> None:
     options.add_argument("base", metavar="BASE", nargs="?", default="HEAD~1", help="commit to compare with")
     options.add_argument("new", metavar="NEW", nargs="?", default="HEAD")
     args = options.parse_args()
+    read = ["git", "rev-parse", "--short"]
+    commits = [subprocess.check_output([*read, name], cwd=ROOT, text=True).strip() for name in (args.base, args.new)]
     found: dict[str, list[dict[str, float]]] = {"base": [], "new": []}
     with tempfile.TemporaryDirectory() as scratch:
         codes = {side: Path(scratch) / side for side in found}
-        for side, commit in (("base", args.base), ("new", args.new)):
+        for side, commit in zip(found, commits, strict=True):
             subprocess.run(["git", "clone", "-q", ROOT, codes[side]], check=True)
             subprocess.run(["git", "checkout", "-q", "--detach", commit], cwd=codes[side], check=True)
             run(codes[side], Path(scratch), f"{side}-compiles", Path(scratch) / f"{side}-cache")
@@ -58,7 +60,7 @@ def main() -> None:
         ratios = [new[name] / base[name] for base, new in zip(found["base"], found["new"], strict=True)]
         rows.append((name, *medians, statistics.median(ratios), min(ratios), max(ratios)))
     common.show("Seconds, and new / base", ("", "base", "new", "ratio", "least", "most"), rows)
-    common.report("versions", args, {"commits": [args.base, args.new], "runs": found})
+    common.report("versions", args, {"commits": commits, "runs": found})
 
 
 if __name__ == "__main__":
