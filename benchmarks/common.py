@@ -75,12 +75,12 @@ def hf_config(size: str, dtype: str = "float32") -> dict:
 def random_checkpoint(folder: Path, size: str, dtype: str = "float32") -> int:
     """Writes a checkpoint of random weights, one tensor in memory at a time; returns its bytes."""
     from imagent_jax.model import checkpoint
-    from imagent_jax.model.config import Qwen2VLConfig
-    from imagent_jax.model.qwen2_vl import abstract
+    from imagent_jax.model.families import read_config
+    from imagent_jax.model.vlm import abstract
 
     hf = hf_config(size, dtype)
     (folder / "config.json").write_text(json.dumps(hf))
-    tensors = checkpoint.to_tensors(*abstract(Qwen2VLConfig.from_hf(hf), dtype))
+    tensors = checkpoint.to_tensors(*abstract(read_config(hf), dtype))
     rng = np.random.default_rng(0)
 
     def random(name: str, form) -> np.ndarray:

@@ -55,7 +55,7 @@ def grow(folder: Path, size: str) -> None:
     from flax import nnx
 
     from imagent_jax.model import checkpoint
-    from imagent_jax.model.qwen2_vl import create
+    from imagent_jax.model.vlm import create
     from imagent_jax.tiny.base import base_folder
 
     base, params = checkpoint.load(base_folder())

@@ -34,10 +34,11 @@ from train_step import Shape
 
 from imagent_jax.config import Config
 from imagent_jax.model.attention import choose_attention, choose_dtype
-from imagent_jax.model.config import Qwen2VLConfig, TextConfig
+from imagent_jax.model.config import TextConfig
+from imagent_jax.model.families import read_config
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.qwen2_vl import Model, create
 from imagent_jax.model.sharding import rollout_params
+from imagent_jax.model.vlm import Model, create
 from imagent_jax.rl.batch import GroupBatch
 from imagent_jax.rl.learner import Learner
 from imagent_jax.rl.mask import mask_tables
@@ -167,7 +168,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(16 if args.quick else 512 if cpu else 4096, args.repeats)
     rate = matrix_rate(256 if args.quick else 2048 if cpu else 8192, dtype, args.repeats)
     settings = {"dtype": dtype, "attention": choose_attention("auto", dtype), "remat": "none" if cpu else "full"}
-    cfg = Qwen2VLConfig.from_hf(common.hf_config(size))
+    cfg = read_config(common.hf_config(size))
     model, params = create(cfg, param_dtype=dtype, vision_block=64, **settings)
     width = jnp.dtype(dtype).itemsize
     decode = common.median(decode_seconds(model, params, shape, args.repeats))

@@ -25,13 +25,13 @@ def measure(size: str, prompt: int, group_size: int, repeats: int) -> dict:
     from train_step import Shape
 
     from imagent_jax.model.attention import choose_attention, choose_dtype
-    from imagent_jax.model.config import Qwen2VLConfig
-    from imagent_jax.model.qwen2_vl import create
+    from imagent_jax.model.families import read_config
     from imagent_jax.model.sharding import rollout_params
+    from imagent_jax.model.vlm import create
     from imagent_jax.rollout import sampler
 
     dtype = choose_dtype("auto")
-    cfg, shape = Qwen2VLConfig.from_hf(common.hf_config(size)), Shape(GROUPS, group_size, prompt, RESPONSE)
+    cfg, shape = read_config(common.hf_config(size)), Shape(GROUPS, group_size, prompt, RESPONSE)
     model, params = create(cfg, param_dtype=dtype, vision_block=64, dtype=dtype, attention=choose_attention("auto", dtype))
     batch, features, slots = text_batch(model, shape), jnp.zeros((1, cfg.text.hidden_size), model.dtype), jnp.arange(GROUPS)
     weights = rollout_params(model.dtype, params)

@@ -203,10 +203,10 @@ class Theirs:
         from transformers import Qwen2VLForConditionalGeneration
 
         from imagent_jax.config import OptimConfig
-        from imagent_jax.model.config import Qwen2VLConfig
+        from imagent_jax.model.families import read_folder
         from imagent_jax.model.vision import normalise
 
-        tower, cfg = Qwen2VLConfig.from_folder(folder).vision, OptimConfig()
+        tower, cfg = read_folder(folder).vision, OptimConfig()
 
         def ready(part):
             images = [image._replace(patches=np.asarray(normalise(tower, image.patches))) for image in part.images]

@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from imagent_jax.images.prepare import PreparedImage, pack_images
+
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
 
 VOCAB, IMAGE, VISION_START, VISION_END = 120, 110, 112, 113
@@ -72,6 +74,18 @@ def tiny_model(
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
         model.lm_head.weight[IMAGE : VISION_END + 1] = 0.0  # a logit of 0 is never the largest: no marker is generated
     return model
+
+
+def packed_in_order(images: Sequence[PreparedImage], block: int, n_blocks: int):
+    """`pack_images` with the images in their order, each block filled before the next begins."""
+    blocks, room = [], 0
+    for image in images:
+        if len(image.patches) > room:
+            blocks.append([])
+            room = block
+        blocks[-1].append(image)
+        room -= len(image.patches)
+    return pack_images(blocks, block, n_blocks, merge=MERGE, patch_bytes=3 * PATCH**2)
 
 
 def exact(model: Reference) -> Reference:

@@ -24,10 +24,10 @@ from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import attention as seam
 from imagent_jax.model import lora
 from imagent_jax.model.attention import Causal, Shared, attention
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.families import read_config
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.qwen2_vl import abstract
 from imagent_jax.model.sharding import LOGICAL_TO_MESH, shardings
+from imagent_jax.model.vlm import abstract
 from imagent_jax.rl.batch import GroupBatch, place_groups, take_groups
 from imagent_jax.rl.learner import Learner, accumulate, group_normalisers
 from imagent_jax.rl.mask import mask_tables
@@ -102,7 +102,7 @@ class Case:
     def __init__(self, cfg: Config, sizes: tuple[int, int, int] | None):
         self.mesh = None if sizes is None else make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
         self.cfg, self.batch = cfg, random_batch()
-        self.model, shapes = abstract(Qwen2VLConfig.from_hf(HF), vision_block=PATCHES, logprob_chunk=cfg.model.logprob_chunk)
+        self.model, shapes = abstract(read_config(HF), vision_block=PATCHES, logprob_chunk=cfg.model.logprob_chunk)
         rng = np.random.default_rng(2)
         params = jax.tree.map(lambda x: rng.normal(0.1, x.shape[-1] ** -0.5, x.shape).astype(x.dtype), shapes)
         params = jax.tree.map(jnp.asarray, params)

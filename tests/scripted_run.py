@@ -16,10 +16,10 @@ from playwright.sync_api import Browser, sync_playwright
 
 from imagent_jax.chat import QWEN, Call, MalformedCall
 from imagent_jax.config import Config
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.families import read_folder
 from imagent_jax.model.interleave import Encoded
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.qwen2_vl import Model, abstract
+from imagent_jax.model.vlm import Model, abstract
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.episode import Episode
@@ -48,7 +48,7 @@ def crop(image: int, *box: int) -> str:
 @functools.cache
 def without_weights() -> tuple[Model, Processor]:
     """The shipped base's model, as far as it needs no weights, and its processor."""
-    return abstract(Qwen2VLConfig.from_folder(base_folder()))[0], Processor.from_pretrained(base_folder())
+    return abstract(read_folder(base_folder()))[0], Processor.from_pretrained(base_folder())
 
 
 def scripted_collector(cfg: Config, **options) -> Collector:

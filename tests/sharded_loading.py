@@ -13,8 +13,8 @@ import numpy as np
 
 from imagent_jax.distributed.mesh import make_mesh
 from imagent_jax.model import checkpoint
-from imagent_jax.model.qwen2_vl import encode_images, prefill
 from imagent_jax.model.sharding import LOGICAL_TO_MESH
+from imagent_jax.model.vlm import encode_images, prefill
 
 MESHES = [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": -1}]
 

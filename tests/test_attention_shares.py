@@ -21,7 +21,7 @@ from imagent_jax.evals import attention as job
 from imagent_jax.model import checkpoint, text
 from imagent_jax.model.attention import Causal, attention, attention_shares, cached
 from imagent_jax.model.params import gathered, weights
-from imagent_jax.model.qwen2_vl import attention_by_source, encode_images
+from imagent_jax.model.vlm import attention_by_source, encode_images
 from imagent_jax.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow(2)

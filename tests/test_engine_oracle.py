@@ -15,7 +15,7 @@ from scripted_run import execute
 
 from imagent_jax.images.prepare import PreparedImage, pack_images
 from imagent_jax.model.positions import mrope_positions
-from imagent_jax.model.qwen2_vl import encode_images, prefill
+from imagent_jax.model.vlm import encode_images, prefill
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.sampler import draw
@@ -45,7 +45,9 @@ class PlainSequence:
 
     def show(self, image: PreparedImage) -> None:
         """Encodes an image, in a pack of its own, whose placeholders come next."""
-        patches, coords, image_id, _ = pack_images([image], self.model.vision_block, 1)
+        patches, coords, image_id, _ = pack_images(
+            [[image]], self.model.vision_block, 1, merge=2, patch_bytes=image.patches.shape[1]
+        )
         count = len(image.patches) // 4
         self.features[self.used : self.used + count] = encode(self.model, self.params, patches, coords, image_id)[:count]
         self.used, self.grids = self.used + count, [*self.grids, image.grid]
@@ -53,7 +55,7 @@ class PlainSequence:
     def logits(self) -> np.ndarray:
         ids, placeholder = np.asarray(self.ids), self.processor.image_token_id
         rows = np.where(ids == placeholder, np.cumsum(ids == placeholder) - 1, -1)
-        positions = mrope_positions(ids, placeholder, self.grids)[0]
+        positions = mrope_positions(ids, placeholder, self.grids, 2)[0]
         room = (0, LENGTH - len(ids))
         arrays = np.pad(ids, room)[None], np.pad(positions, [(0, 0), room])[:, None], np.pad(rows, room, constant_values=-1)[None]
         arrays = [x.astype(np.int32) for x in arrays]
@@ -175,7 +177,7 @@ def test_trajectories_equal_those_sampled_one_row_at_a_time(parts, monkeypatch):
         assert (kinds, end) == (t.kind.tolist(), t.end) and (t.task, t.rollout) == (task, i % 2)
         np.testing.assert_allclose(t.logprobs[list(logprobs)], list(logprobs.values()), atol=1e-4)
         assert np.count_nonzero(t.logprobs) <= len(logprobs) == sum(turn.stop - turn.start for turn in t.turns)
-        whole = mrope_positions(np.asarray(sequence.ids), parts.processor.image_token_id, sequence.grids)[0]
+        whole = mrope_positions(np.asarray(sequence.ids), parts.processor.image_token_id, sequence.grids, 2)[0]
         np.testing.assert_array_equal(np.concatenate([prompt.positions, t.positions], axis=1), whole)
         ends[end], kinds_seen = ends[end] + 1, kinds_seen + Counter(kinds)
     assert min(ends[e] for e in (EndReason.ANSWERED, EndReason.OVER_TURNS, EndReason.REPEATED)) >= 1

@@ -95,7 +95,7 @@ def test_the_tower_gradient_through_the_store_equals_autodiff(parts, rollout):
 
     @jax.jit
     def whole(params):
-        from imagent_jax.model.qwen2_vl import encode_images
+        from imagent_jax.model.vlm import encode_images
 
         features = jnp.concatenate([encode_images(parts.model, params, *map(jnp.asarray, pack)) for pack in store.packs])
         return jnp.sum(features * cotangent[: store.packed // 4])

@@ -12,6 +12,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as refere
 
 from imagent_jax.images.prepare import (
     PreparedImage,
+    first_fit,
     fit_budget,
     image_settings,
     pack_images,
@@ -24,6 +25,7 @@ from imagent_jax.model.config import VisionConfig
 from imagent_jax.model.vision import normalise
 
 BUDGET = {"min_pixels": 3136, "max_pixels": 12544}
+PATCHES = {"patch_size": 14, "merge_size": 2}
 
 
 def noise(size, seed=0, channels=3):
@@ -34,7 +36,7 @@ def assert_equal_to_reference(image, **settings):
     settings = BUDGET | settings
     theirs = reference.Qwen2VLImageProcessorPil(**settings)([image])
     frames = settings.pop("temporal_patch_size", 2)
-    ours = prepare_image(image, **settings)
+    ours = prepare_image(image, **PATCHES | settings)
     assert theirs["image_grid_thw"].tolist() == [[1, *ours.grid]]
     assert_normalised(ours, theirs, temporal_patch_size=frames)
     return ours
@@ -110,7 +112,7 @@ def test_other_geometries_equal_the_reference(settings):
 def test_other_means_and_deviations_equal_the_reference():
     mean, std = (0.5, 0.25, 0.1), (0.5, 0.3, 0.7)
     theirs = reference.Qwen2VLImageProcessorPil(image_mean=mean, image_std=std, **BUDGET)([noise((61, 149))])
-    assert_normalised(prepare_image(noise((61, 149)), **BUDGET), theirs, image_mean=mean, image_std=std)
+    assert_normalised(prepare_image(noise((61, 149)), **BUDGET | PATCHES), theirs, image_mean=mean, image_std=std)
 
 
 def test_smart_resize_equals_the_reference_on_random_sizes_and_budgets():
@@ -160,40 +162,62 @@ def test_patch_coords_name_where_each_patch_was_cut():
     pixels = np.zeros((3 * 56, 2 * 56, 3), np.uint8)
     rows, columns = np.indices(pixels.shape[:2])
     pixels[..., 0], pixels[..., 1] = rows // 14, columns // 14
-    image = prepare_image(Image.fromarray(pixels), min_pixels=1, max_pixels=10**6)
+    image = prepare_image(Image.fromarray(pixels), min_pixels=1, max_pixels=10**6, patch_size=14, merge_size=2)
     patches = image.patches.reshape(len(image.patches), 3, -1)
-    np.testing.assert_array_equal(patch_coords(image.grid), patches[:, :2, 0])
-    assert patch_coords((2, 4)).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    np.testing.assert_array_equal(patch_coords(image.grid, 2), patches[:, :2, 0])
+    assert patch_coords((2, 4), 2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
 
 
 def blank(grid):
     return PreparedImage(np.full((grid[0] * grid[1], 6), grid[0] * 10 + grid[1], np.uint8), grid, (0, 0))
 
 
-def test_packed_images_never_straddle_a_block_and_pads_are_marked():
-    images = [blank(grid) for grid in ((2, 4), (4, 4), (2, 2), (2, 6))]
-    patches, coords, image_id, first = pack_images(images, block=20, n_blocks=3)
+def pack(grids, block, n_blocks, merge=2):
+    images = [[blank(grid) for grid in one] for one in grids]
+    return pack_images(images, block, n_blocks, merge=merge, patch_bytes=6)
+
+
+def test_images_stand_in_the_blocks_they_are_assigned_to_and_pads_are_marked():
+    grids = [[(2, 4)], [(4, 4), (2, 2)], [(2, 6)]]
+    patches, coords, image_id, first = pack(grids, block=20, n_blocks=4)
     assert first == [0, 20, 36, 40]
-    assert patches.shape == (60, 6) and coords.shape == (60, 2)
-    for number, (image, row) in enumerate(zip(images, first, strict=True)):
+    assert patches.shape == (80, 6) and coords.shape == (80, 2)
+    for number, (grid, row) in enumerate(zip([grid for one in grids for grid in one], first, strict=True)):
+        image = blank(grid)
         rows = slice(row, row + len(image.patches))
-        assert row // 20 == (rows.stop - 1) // 20 and row % 4 == 0
         assert (image_id[rows] == number).all()
         np.testing.assert_array_equal(patches[rows], image.patches)
-        np.testing.assert_array_equal(coords[rows], patch_coords(image.grid))
-    assert (image_id == -1).sum() == 60 - 8 - 16 - 4 - 12 and not patches[image_id == -1].any()
+        np.testing.assert_array_equal(coords[rows], patch_coords(grid, 2))
+    assert (image_id == -1).sum() == 80 - 8 - 16 - 4 - 12 and not patches[image_id == -1].any()
 
 
 def test_no_images_give_a_pack_of_padding():
-    patches, _, image_id, first = pack_images([], block=16, n_blocks=2)
-    assert first == [] and (image_id == -1).all() and len(image_id) == 32 and patches.shape == (32, 3 * 14 * 14)
+    patches, _, image_id, first = pack([], block=16, n_blocks=2)
+    assert first == [] and (image_id == -1).all() and len(image_id) == 32 and patches.shape == (32, 6)
 
 
 def test_images_that_just_fill_their_blocks_fit():
-    _, coords, image_id, first = pack_images([blank((4, 4)), blank((2, 4)), blank((4, 2))], block=16, n_blocks=2)
+    _, coords, image_id, first = pack([[(4, 4)], [(2, 4), (4, 2)]], block=16, n_blocks=2)
     assert first == [0, 16, 24] and image_id.tolist() == [0] * 16 + [1] * 8 + [2] * 8
-    _, coords, _, _ = pack_images([blank((2, 3))], block=6, n_blocks=1, merge=1)
+    _, coords, _, _ = pack([[(2, 3)]], block=6, n_blocks=1, merge=1)
     assert coords.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+
+
+def test_images_are_assigned_to_the_first_block_with_room_largest_first():
+    rng = np.random.default_rng(0)
+    assert first_fit([4, 8, 4, 2, 6], 10) == [[1, 3], [4, 0], [2]] and first_fit([], 10) == []
+    for _ in range(50):
+        counts = rng.integers(1, 17, rng.integers(1, 30)).tolist()
+        blocks = first_fit(counts, 16)
+        assert sorted(i for one in blocks for i in one) == list(range(len(counts)))
+        loads = [sum(counts[i] for i in one) for one in blocks]
+        assert max(loads) <= 16
+        for at, i in ((at, i) for at, one in enumerate(blocks) for i in one):
+            for earlier in blocks[:at]:  # none of them had room when image i came
+                before = [counts[j] for j in earlier if (-counts[j], j) < (-counts[i], i)]
+                assert sum(before) + counts[i] > 16
+    with pytest.raises(ValueError, match="An image of 17 patches does not fit images.vision_block=16; raise it, or lower"):
+        first_fit([3, 17], 16)
 
 
 def test_image_settings_are_those_of_the_older_file_then_of_the_newer(tmp_path):
@@ -208,7 +232,6 @@ def test_image_settings_are_those_of_the_older_file_then_of_the_newer(tmp_path):
     assert image_settings(tmp_path, {}) == {"patch_size": 3}
 
 
-@pytest.mark.parametrize("grids", [[(4, 6)], [(4, 4), (4, 4), (2, 2)]])
-def test_images_that_do_not_fit_the_pack_are_refused_with_the_setting(grids):
-    with pytest.raises(ValueError, match=f"{len(grids)} images do not fit 2 blocks of 16 patches; raise images.vision_block"):
-        pack_images([blank(grid) for grid in grids], block=16, n_blocks=2)
+def test_more_blocks_than_a_pack_has_are_refused():
+    with pytest.raises(ValueError, match="3 images need 3 blocks of 16 patches; there are 2."):
+        pack([[(4, 4)], [(4, 4)], [(2, 2)]], block=16, n_blocks=2)

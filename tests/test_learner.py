@@ -20,9 +20,9 @@ from test_mask import trains
 
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import lora
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.families import read_config
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.qwen2_vl import create, embed, encode_images, logits
+from imagent_jax.model.vlm import create, embed, encode_images, logits
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import GroupBatch, micro_batches, micro_shapes, take_groups
 from imagent_jax.rl.learner import Learner
@@ -69,7 +69,7 @@ def config_of(case: str):
 @pytest.fixture(scope="module")
 def toy():
     """A model that takes seven tokens at a time to the vocabulary, and its parameters."""
-    return create(Qwen2VLConfig.from_hf(HF), seed=1, vision_block=16, logprob_chunk=7)
+    return create(read_config(HF), seed=1, vision_block=16, logprob_chunk=7)
 
 
 def store_of(model, params) -> FeatureStore:

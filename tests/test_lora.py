@@ -20,8 +20,8 @@ from imagent_jax import train as job
 from imagent_jax.config import Config
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.qwen2_vl import encode_images
 from imagent_jax.model.sharding import shardings
+from imagent_jax.model.vlm import encode_images
 from imagent_jax.rl.batch import GroupBatch, pack_batch
 from imagent_jax.rl.learner import Learner, batch_loss, group_normalisers, score
 from imagent_jax.rl.mask import mask_tables

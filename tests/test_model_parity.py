@@ -16,13 +16,14 @@ from hf_oracle import BUDGET, IMAGE, MERGE, ODD_SIZES, PATCH, VOCAB, interleave,
 from PIL import Image
 from rounding import assert_rounded, rounding
 
-from imagent_jax.images.prepare import pack_images, prepare_image
+from imagent_jax.images.prepare import prepare_image
 from imagent_jax.model import attention as seam
 from imagent_jax.model import checkpoint
 from imagent_jax.model.attention import Causal, Packed
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.families import read_config
 from imagent_jax.model.positions import mrope_positions
-from imagent_jax.model.qwen2_vl import (
+from imagent_jax.model.text import PromptCache, ResponseCache
+from imagent_jax.model.vlm import (
     abstract,
     attention_by_source,
     create,
@@ -34,7 +35,6 @@ from imagent_jax.model.qwen2_vl import (
     response_logprobs,
     token_logprobs,
 )  # fmt: skip
-from imagent_jax.model.text import PromptCache, ResponseCache
 from imagent_jax.rollout import sampler
 
 BLOCK, BLOCKS, WIDTH = 100, 12, 96  # patches a block, blocks a pack, padded prompt length
@@ -68,9 +68,7 @@ def prepare(image: Image.Image):
 
 def pack(images):
     """Packed patches of `images` and the feature row each begins at."""
-    patches, coords, image_id, first = pack_images([prepare(image) for image in images], BLOCK, BLOCKS)
-    if not images:
-        patches = np.zeros((BLOCK * BLOCKS, 3 * PATCH**2), np.uint8)
+    patches, coords, image_id, first = hf_oracle.packed_in_order([prepare(image) for image in images], BLOCK, BLOCKS)
     return (patches, coords, image_id), [row // MERGE**2 for row in first]
 
 
@@ -350,7 +348,7 @@ PARENT = {"qwen2_vl": (4, 2, False), "qwen2_5_vl": (4, 2, False, 0, "qwen2_5_vl"
 
 def traced(family="qwen2_vl", **settings):
     """A model of shapes with `settings`, and the jaxpr and shapes that each program of it gives, by name."""
-    cfg = Qwen2VLConfig.from_hf(hf_oracle.config_json(tiny_model(*PARENT[family])))
+    cfg = read_config(hf_oracle.config_json(tiny_model(*PARENT[family])))
     model, params = abstract(cfg, vision_block=BLOCK, **settings)
     packed, _ = pack([])
     ints, features = partial(np.zeros, dtype=np.int32), jnp.zeros((BLOCK * BLOCKS // 4, 64), model.dtype)
@@ -433,7 +431,7 @@ def test_logprobs_and_entropy_have_their_closed_form_in_any_chunks():
 
 
 def test_an_empty_cache_has_a_layer_of_keys_and_of_values_each():
-    cfg = Qwen2VLConfig.from_hf(hf_oracle.config_json(tiny_model(*PARENT["qwen2_vl"])))
+    cfg = read_config(hf_oracle.config_json(tiny_model(*PARENT["qwen2_vl"])))
     cache = empty_cache(abstract(cfg, dtype="bfloat16")[0], PromptCache, 5, 7)
     assert [x.shape for x in cache.k] == [(5, 2, 16, 7)] * 3 and [x.shape for x in cache.v] == [(5, 2, 7, 16)] * 3
     assert all(x.dtype == jnp.bfloat16 and not x.any() for x in jax.tree.leaves(cache))
@@ -442,12 +440,12 @@ def test_an_empty_cache_has_a_layer_of_keys_and_of_values_each():
 def test_blocks_that_do_not_hold_whole_patches_of_a_pack_are_refused():
     for block in (90, 50):  # does not divide the pack; no multiple of a merge unit
         with pytest.raises(ValueError, match=f"1200 patches do not fill blocks of {block}; pad the pack"):
-            model, params = abstract(Qwen2VLConfig.from_hf(hf_oracle.config_json(tiny_model())), vision_block=block)
+            model, params = abstract(read_config(hf_oracle.config_json(tiny_model())), vision_block=block)
             jax.eval_shape(partial(encode_images, model), params, *pack([])[0])
 
 
 def test_random_parameters_spread_by_their_number_of_inputs_and_follow_the_seed():
-    cfg = Qwen2VLConfig.from_hf(hf_oracle.config_json(tiny_model(*PARENT["qwen2_5_vl"])))
+    cfg = read_config(hf_oracle.config_json(tiny_model(*PARENT["qwen2_5_vl"])))
     (model, params), (_, other) = create(cfg, 1, remat="full"), create(cfg, 2, jnp.bfloat16)
     assert model.remat == "full" and {x.dtype.name for x in jax.tree.leaves(other)} == {"bfloat16"}
     for path, variable in params.flat_state():

@@ -46,6 +46,8 @@ def toy(tmp_path_factory) -> list[str]:
         "--grpo.micro_groups=8",
         "--grpo.minibatches=1",
         "--images.packs=2",
+        *("--images.min_pixels=64", "--images.max_pixels=1536", "--tools.low_pixels=64", "--tools.high_pixels=1536"),
+        *("--tools.confirm_min_pixels=64", "--tools.confirm_max_pixels=1536"),  # 96 patches of 4 x 4 pixels
     ]
 
 

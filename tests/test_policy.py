@@ -11,8 +11,9 @@ from flax import nnx
 
 from imagent_jax.data.pipeline import open_tasks
 from imagent_jax.model import lora
+from imagent_jax.model.config import VisionConfig
 from imagent_jax.rollout import policy
-from imagent_jax.rollout.policy import Policy, model_settings, training_mesh
+from imagent_jax.rollout.policy import Policy, check_images, model_settings, training_mesh
 from imagent_jax.tiny.base import base_folder
 
 
@@ -42,6 +43,35 @@ def test_parts_are_made_as_the_settings_say(tmp_path):
     assert [task.uid for task in made.test_tasks(40)] == [
         open_tasks(cfg.data, "test")[i].uid for i in range(32)
     ] and made.test_faults == ()
+
+
+def refused(vision: VisionConfig, **changes) -> str:
+    with pytest.raises(ValueError) as error:
+        check_images(changed(changes), vision)
+    return str(error.value)
+
+
+def changed(changes: dict[str, int]):
+    """A configuration whose images may be small, but for the changes."""
+    least = {"images__min_pixels": 1, "tools__low_pixels": 1, "tools__confirm_min_pixels": 1}
+    return small_config().changed({name.replace("__", "."): value for name, value in (least | changes).items()})
+
+
+HIGHEST = ("images__max_pixels", "tools__high_pixels", "tools__confirm_max_pixels")
+
+
+@pytest.mark.parametrize("high", HIGHEST)
+@pytest.mark.parametrize(("patch", "merge"), [(14, 2), (16, 2), (8, 3)])
+def test_images_fit_a_block_of_the_models_patches(high, patch, merge):
+    vision = VisionConfig(1, 8, 8, 8, 1, patch_size=patch, spatial_merge_size=merge)
+    whole, name = 108 * patch**2, high.replace("__", ".")  # the pixels of a block
+    fits = {"images__vision_block": 108} | dict.fromkeys(HIGHEST, whole)
+    check_images(changed(fits | {high: whole + patch**2 - 1}), vision)
+    sentence = refused(vision, **fits | {high: whole + patch**2})
+    assert sentence.startswith(f"{name} {whole + patch**2} allows 109 patches but images.vision_block holds 108; raise")
+    assert refused(vision, **fits | {"images__vision_block": 109}) == (
+        f"images.vision_block is 109; it must be a multiple of {merge**2}, the patches of one token."
+    )
 
 
 def adapters_of(parts) -> dict[str, np.ndarray]:

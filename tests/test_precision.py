@@ -9,7 +9,7 @@ from conftest import small_config
 from scipy.special import log_softmax, softmax
 
 from imagent_jax.model.attention import choose_dtype
-from imagent_jax.model.qwen2_vl import encode_images, logits, token_logprobs
+from imagent_jax.model.vlm import encode_images, logits, token_logprobs
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.learner import score, score_jit
 from imagent_jax.rl.optim import make_optimizer

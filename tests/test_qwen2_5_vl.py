@@ -12,11 +12,10 @@ import torch
 from hf_oracle import BUDGET, MERGE, ODD_SIZES, PATCH, random_image
 from rounding import assert_rounded
 
-from imagent_jax.images.prepare import pack_images, patch_coords, prepare_image
+from imagent_jax.images.prepare import patch_coords, prepare_image
 from imagent_jax.model import checkpoint, vision
-from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.published import hub_config
-from imagent_jax.model.qwen2_vl import abstract, encode_images
+from imagent_jax.model.families import families, family_of, read_config
+from imagent_jax.model.vlm import abstract, encode_images
 from imagent_jax.runs.resources import CompileCounter
 
 BLOCK, BLOCKS = 100, 12  # neither a multiple of a window's 16 or 36 patches
@@ -37,7 +36,7 @@ def loaded(folder, **vision_settings):
 
 def features(model, params, images):
     """Features of every image, one after another."""
-    *packed, first = pack_images(images, BLOCK, BLOCKS)
+    *packed, first = hf_oracle.packed_in_order(images, BLOCK, BLOCKS)
     out = np.asarray(jax.jit(encode_images, static_argnums=0)(model, params, *packed))
     return np.concatenate([out[row // 4 : row // 4 + len(image.patches) // 4] for image, row in zip(images, first, strict=True)])
 
@@ -53,7 +52,7 @@ def test_window_order_equals_the_references(side):
     blocks = [[(4, 12), (6, 6)], [(16, 6)], [(2, 2), (10, 4), (2, 14)]]
     coords, image = np.zeros((3, BLOCK, 2), np.int32), np.full((3, BLOCK), 99, np.int32)  # padding comes last
     for b, grids in enumerate(blocks):
-        rows = np.concatenate([patch_coords(grid) for grid in grids])
+        rows = np.concatenate([patch_coords(grid, MERGE) for grid in grids])
         coords[b, : len(rows)] = rows
         image[b, : len(rows)] = np.repeat(np.arange(len(grids)), [h * w for h, w in grids])
     order, window = map(np.asarray, jax.jit(vision.window_order, static_argnums=(2, 3))(coords, image, side, 4))
@@ -116,7 +115,7 @@ def test_other_image_sizes_and_counts_compile_nothing_new(tmp_path):
     model = model._replace(logprob_chunk=77)  # no other test has compiled this one
     encode, counter, packs = jax.jit(encode_images, static_argnums=0), CompileCounter(), []
     for sizes in (((17, 45),), ((61, 23), (24, 24)), SIZES, ((8, 8),) * 9):
-        *packed, _ = pack_images(prepared(sizes)[1], BLOCK, BLOCKS)
+        *packed, _ = hf_oracle.packed_in_order(prepared(sizes)[1], BLOCK, BLOCKS)
         before = counter.count
         jax.block_until_ready(encode(model, params, *packed))
         packs.append(counter.count - before)
@@ -128,7 +127,7 @@ def test_gradients_through_windows_equal_the_reference(tmp_path):
     """d(sum of squared features) / d(first block's parameters)."""
     reference, model, params = loaded(tmp_path)
     images, ours = prepared(SIZES)
-    *packed, first = pack_images(ours, BLOCK, BLOCKS)
+    *packed, first = hf_oracle.packed_in_order(ours, BLOCK, BLOCKS)
     real = np.zeros(BLOCK * BLOCKS // 4, bool)
     for image, row in zip(ours, first, strict=True):
         real[row // 4 : row // 4 + len(image.patches) // 4] = True
@@ -149,6 +148,7 @@ def test_gradients_through_windows_equal_the_reference(tmp_path):
 
 # ---- published sizes ------------------------------------------------------------------------------------------------
 
+PUBLISHED = {name: hf for family in families().values() for name, hf in family.sizes.items()}
 PARAMETERS = {
     "Qwen2-VL-2B": 2_208_985_600,
     "Qwen2-VL-7B": 8_291_375_616,
@@ -162,8 +162,8 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_sizes_are_recognised_and_have_the_references_tensors(name):
-    hf = hub_config(name)
-    cfg = Qwen2VLConfig.from_hf(hf)
+    hf = PUBLISHED[name]
+    cfg = read_config(hf)
     assert cfg.name == name and cfg.text.head_dim == 128 and cfg.vision.head_dim == 80
     assert (cfg.vision.window_side, cfg.vision.full_attention_blocks) == ((8, (7, 15, 23, 31)) if "2.5" in name else (0, ()))
 
@@ -175,7 +175,7 @@ def test_published_sizes_are_recognised_and_have_the_references_tensors(name):
 
     ours = {}
     for path, variable in abstract(cfg)[1].flat_state():
-        tensor, transposed = checkpoint.TENSORS[".".join(map(str, path))]
+        tensor, transposed = family_of(cfg).tensors[".".join(map(str, path))]
         shape = variable.get_value().shape
         for i in range(shape[0]) if "{}" in tensor else (None,):
             one = shape if i is None else shape[1:]
@@ -187,4 +187,4 @@ def test_published_sizes_are_recognised_and_have_the_references_tensors(name):
 
 
 def test_a_size_of_ones_own_has_the_familys_name():
-    assert Qwen2VLConfig.from_hf(hub_config("Qwen2.5-VL-7B") | {"num_hidden_layers": 2}).name == "Qwen2.5-VL of another size"
+    assert read_config(PUBLISHED["Qwen2.5-VL-7B"] | {"num_hidden_layers": 2}).name == "Qwen2.5-VL of another size"

@@ -18,9 +18,9 @@ from test_model_parity import BLOCK, batch, pack
 
 from imagent_jax.distributed.mesh import fitting, make_mesh, shard_count
 from imagent_jax.model import checkpoint
-from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.qwen2_vl import abstract, create
+from imagent_jax.model.families import read_config
 from imagent_jax.model.sharding import check_heads, rollout_params, shardings
+from imagent_jax.model.vlm import abstract, create
 
 SCRIPT = Path(__file__).parent / "sharded_loading.py"
 WITH_DEVICES = pytest.mark.slow(6)  # a fifth of what `report` takes
@@ -97,7 +97,7 @@ def test_a_sharded_model_is_saved_to_the_same_bits(report, folder):
 def test_the_host_holds_one_parameter_at_a_time_and_a_tenth_more(tmp_path, monkeypatch):
     hf = config_json(tiny_model(tied=True))
     text = hf["text_config"] | {"vocab_size": 20_000, "num_hidden_layers": 16, "intermediate_size": 1024}
-    model, params = create(Qwen2VLConfig.from_hf(hf | {"text_config": text}))
+    model, params = create(read_config(hf | {"text_config": text}))
     checkpoint.save(tmp_path, model, params)
     read, held = checkpoint._read, {}
 
@@ -135,7 +135,7 @@ SPLIT = {  # the mesh axis of each axis of a parameter, after that of the layers
 
 @pytest.mark.parametrize("family", hf_oracle.FAMILIES)
 def test_every_parameter_is_split_as_the_table_says(family):
-    cfg, mesh = Qwen2VLConfig.from_hf(config_json(tiny_model(family=family))), described(2, 2, 2)
+    cfg, mesh = read_config(config_json(tiny_model(family=family))), described(2, 2, 2)
     _, shapes = abstract(cfg)
     copied = jax.eval_shape(lambda params: rollout_params("bfloat16", params), shapes)
     for tree, whole in ((shapes, ()), (shapes, ("fsdp",)), (copied, ("fsdp",))):
@@ -188,18 +188,18 @@ def described(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
 
 
 def test_a_mesh_axis_that_does_not_divide_the_heads_is_refused():
-    cfg = Qwen2VLConfig.from_hf(config_json(tiny_model(heads=4, kv_heads=2)))
+    cfg = read_config(config_json(tiny_model(heads=4, kv_heads=2)))
     check_heads(cfg, described(tensor=2))
     for size, what in ((4, "2 key heads of the decoder"), (3, "4 query heads of the decoder")):
         with pytest.raises(ValueError, match=f"mesh.tensor={size} does not divide the {what}; choose mesh.tensor from 1, 2"):
             check_heads(cfg, described(tensor=size))
-    cfg = Qwen2VLConfig.from_hf(config_json(tiny_model(heads=4, kv_heads=4)))
+    cfg = read_config(config_json(tiny_model(heads=4, kv_heads=4)))
     with pytest.raises(ValueError, match="mesh.tensor=4 does not divide the 2 heads of the vision tower; choose .* from 1, 2"):
         check_heads(cfg, described(tensor=4))
 
 
 def test_a_mesh_axis_that_does_not_divide_a_matrix_is_refused():
-    _, shapes = abstract(Qwen2VLConfig.from_hf(config_json(tiny_model())))
+    _, shapes = abstract(read_config(config_json(tiny_model())))
     with pytest.raises(ValueError, match="axis 'embed' of size 64 does not divide by mesh.fsdp=7; choose a mesh.fsdp"):
         shardings(shapes, described(fsdp=7))
 

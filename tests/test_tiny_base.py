@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.families import read_config, read_folder
 from imagent_jax.model.interleave import encode_parts
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.qwen2_vl import create
 from imagent_jax.model.vision import normalise
+from imagent_jax.model.vlm import create
 from imagent_jax.tiny import base as tiny_base
 from imagent_jax.tiny import build as tiny
 from imagent_jax.tiny import corpus
@@ -97,7 +97,7 @@ def test_a_batch_holds_every_conversation_its_images_and_what_of_it_is_trained(p
     rng = np.random.default_rng(5)
     groups = [make_group(rng, 3, form) for _ in range(4)]
     shape = Shape(4, 3, 110, 300, blocks)
-    batch, (patches, coords, image_id) = collate([encode_group(group, processor) for group in groups], shape)
+    batch, (patches, coords, image_id) = collate([encode_group(group, processor) for group in groups], shape, 2)
     assert len(patches) in (144 * blocks, 2 * 144 * blocks) and len(patches) == len(coords) == len(image_id)
     at, trained_tokens = 0, 0
     for n, group in enumerate(groups):
@@ -215,12 +215,12 @@ def small(processor):
     whole = architecture(processor, 1152)
     text = whole["text_config"] | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = whole["vision_config"] | {"depth": 1, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 1, "num_heads": 2}
-    return create(Qwen2VLConfig.from_hf(whole | {"text_config": text, "vision_config": vision}), 0, vision_block=144)
+    return create(read_config(whole | {"text_config": text, "vision_config": vision}), 0, vision_block=144)
 
 
 def test_the_architecture_is_the_shipped_bases(processor):
-    shipped = Qwen2VLConfig.from_folder(base_folder())
-    assert Qwen2VLConfig.from_hf(architecture(processor, shipped.text.vocab_size)) == shipped
+    shipped = read_folder(base_folder())
+    assert read_config(architecture(processor, shipped.text.vocab_size)) == shipped
     config = architecture(processor, 64)
     tokens = {name: config[f"{name}_token_id"] for name in ("image", "video", "vision_start", "vision_end")}
     names = {"image": "image_pad", "video": "video_pad"}
@@ -233,7 +233,7 @@ def test_an_update_of_the_decoder_is_of_the_mean_loss_over_trained_tokens(proces
     model, params = small
     rng, optimizer = np.random.default_rng(9), optax.sgd(0.5)
     groups = [encode_group(make_group(rng, 2, "crop"), processor) for _ in range(2)]
-    batch, pack = collate(groups, Shape(2, 2, 72, 16, 2))
+    batch, pack = collate(groups, Shape(2, 2, 72, 16, 2), 2)
     text = params["text"]
 
     def loss(trained, text=text):

@@ -13,7 +13,7 @@ from scripted_run import execute
 
 from imagent_jax.chat import QWEN
 from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD, smart_resize
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.families import read_folder
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.vision import normalise
 from imagent_jax.tiny.base import base_folder
@@ -381,7 +381,7 @@ def test_every_feature_of_a_pack_has_the_labels_of_the_tag_whose_centre_lies_in_
 
 @pytest.mark.slow(4)
 def test_the_first_embedding_of_patches_gives_uncorrelated_outputs_of_deviation_one(processor):
-    cfg = Qwen2VLConfig.from_folder(base_folder()).vision
+    cfg = read_folder(base_folder()).vision
     pack = labelled_pack(np.random.default_rng(3), processor, 144)
     weights = whitening(cfg, [pack])
     patches = np.asarray(normalise(cfg, pack.patches[pack.image >= 0]), np.float64)

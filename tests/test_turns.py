@@ -264,7 +264,7 @@ def test_positions_are_those_of_the_whole_sequence(collector_of, processor, task
     prompt = collector.open_task(task).prompt
     sizes = [entry.shown for entry in t.images]
     grids = [(h // 14, w // 14) for h, w in sizes]
-    whole, _ = mrope_positions(np.concatenate([prompt.ids, t.ids]), processor.image_token_id, grids)
+    whole, _ = mrope_positions(np.concatenate([prompt.ids, t.ids]), processor.image_token_id, grids, 2)
     assert len(grids) == len(task.images) + 3
     np.testing.assert_array_equal(np.concatenate([prompt.positions, t.positions], axis=1), whole)
 
@@ -347,7 +347,7 @@ def test_the_prompt_holds_system_text_tools_images_and_question(collector_of, pr
     )
     assert "[x1, y1, x2, y2], pixels" in system and len(environment.images) == len(prompt.images) == 3
     np.testing.assert_array_equal(prompt.positions, mrope_positions(
-        prompt.ids, processor.image_token_id, [image.grid for image in prompt.images])[0])  # fmt: skip
+        prompt.ids, processor.image_token_id, [image.grid for image in prompt.images], 2)[0])  # fmt: skip
     for image, entry in zip(prompt.images, environment.images, strict=True):
         assert image.size == entry.shown
 
@@ -441,7 +441,7 @@ def test_placeholders_know_their_image_and_their_row(collector_of, processor, ta
     assert encoded.vision([100, 7]).tolist() == [
         *text[0], *range(100, 100 + rows[0]), *text[1], *range(7, 7 + rows[1]), *text[2]
     ]  # fmt: skip
-    positions, following = mrope_positions(encoded.ids, processor.image_token_id, [first.grid, second.grid], start=5)
+    positions, following = mrope_positions(encoded.ids, processor.image_token_id, [first.grid, second.grid], 2, start=5)
     assert np.array_equal(encoded.positions, positions) and encoded.next_position == following
     assert encoded.vision([100, 7]).dtype == np.int32 and encoded.images == [first, second]
     plain = encode_parts(["A ", "B"], processor)

@@ -125,8 +125,6 @@ class Config:
                 raise ValueError(f"{dotted} is {value}; it must be {_range(_BOUNDS[dotted])}.")
 
     def _validate_images(self) -> None:
-        if self.images.vision_block % 4:
-            raise ValueError(f"images.vision_block is {self.images.vision_block}; it must be a multiple of 4 (2x2 patches).")
         for low, high in (
             ("images.min_pixels", "images.max_pixels"),
             ("tools.low_pixels", "tools.high_pixels"),
@@ -134,16 +132,8 @@ class Config:
         ):
             if self.get(high) < self.get(low):
                 raise ValueError(f"{high} {self.get(high)} is below {low} {self.get(low)}; raise {high} or lower {low}.")
-        for dotted in ("images.max_pixels", "tools.high_pixels", "tools.confirm_max_pixels"):
-            patches = self.get(dotted) // _PATCH_PIXELS
-            if patches > self.images.vision_block:
-                raise ValueError(
-                    f"{dotted} {self.get(dotted)} allows {patches} patches but images.vision_block holds "
-                    f"{self.images.vision_block}; raise images.vision_block or lower {dotted}."
-                )
 
 
-_PATCH_PIXELS = 14 * 14  # a patch of Qwen2-VL and Qwen2.5-VL
 _SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k, t in typing.get_type_hints(kind).items()}
 """The type of every setting, by dotted name."""

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from imagent_jax.chat import QWEN
-from imagent_jax.model.qwen2_vl import attention_by_source
+from imagent_jax.model.vlm import attention_by_source
 from imagent_jax.rl.mask import IS_ACTION
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.collect import Collector

@@ -17,7 +17,7 @@ class PreparedImage(NamedTuple):
     """An image cut into patches for the vision tower.
 
     Attributes:
-        patches: uint8 [n, channels * patch_size**2], in 2x2 merge order.
+        patches: uint8 [n, channels * patch_size**2], merge unit by merge unit.
         grid: (h, w) in patches.
         size: (height, width) in pixels.
     """
@@ -80,9 +80,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def prepare_image(
-    image: Image.Image, *, min_pixels: int, max_pixels: int, patch_size: int = 14, merge_size: int = 2
-) -> PreparedImage:
+def prepare_image(image: Image.Image, *, min_pixels: int, max_pixels: int, patch_size: int, merge_size: int) -> PreparedImage:
     """Resize an image to a pixel budget and cut it into patches.
 
     With `vision.normalise`, equals transformers' `Qwen2VLImageProcessorPil`.
@@ -105,36 +103,62 @@ def prepare_to(image: Image.Image, size: tuple[int, int], *, patch_size: int, me
     return PreparedImage(patches, (gh, gw), (height, width))
 
 
-def patch_coords(grid: tuple[int, int], merge: int = 2) -> np.ndarray:
+def patch_coords(grid: tuple[int, int], merge: int) -> np.ndarray:
     """Return the (h, w) of every patch, int32 [n, 2], in the patch order of `prepare_image`."""
     h, w = grid
     at = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), axis=-1).astype(np.int32)
     return at.reshape(h // merge, merge, w // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
 
 
-def pack_images(images: Sequence[PreparedImage], block: int, n_blocks: int, merge: int = 2):
-    """Pack images into `n_blocks` blocks of `block` patches; no image crosses a block boundary.
+def first_fit(counts: Sequence[int], block: int) -> list[list[int]]:
+    """Assign images to blocks: the largest first, each to the first block with room.
 
+    Args:
+        counts: patches of each image.
+        block: patches of a block.
     Returns:
-        patches uint8 [M, ...], coords int32 [M, 2], image_id int32 [M] (-1: padding), and the first patch row of each image.
+        For each block, the indices of its images.
     Raises:
-        ValueError: the images do not fit; the message names the setting to change.
+        ValueError: an image has more patches than a block.
     """
-    m, c = block * n_blocks, images[0].patches.shape[1] if images else 588
-    patches, coords, image_id = np.zeros((m, c), np.uint8), np.zeros((m, 2), np.int32), np.full(m, -1, np.int32)
-    first, at = [], 0
-    for number, image in enumerate(images):
-        n = len(image.patches)
-        if at % block + n > block:
-            at += -at % block
-        if n > block or at + n > m:
+    blocks, room = [], []
+    for index in sorted(range(len(counts)), key=lambda i: -counts[i]):  # stable for equal sizes
+        if counts[index] > block:
             raise ValueError(
-                f"{len(images)} images do not fit {n_blocks} blocks of {block} patches; raise images.vision_block, "
-                f"or lower images.max_pixels."
+                f"An image of {counts[index]} patches does not fit images.vision_block={block}; raise it, or lower max_pixels."
             )
-        patches[at : at + n], coords[at : at + n], image_id[at : at + n] = image.patches, patch_coords(image.grid, merge), number
-        first.append(at)
-        at += n
+        at = next((i for i, free in enumerate(room) if free >= counts[index]), len(blocks))
+        if at == len(blocks):
+            blocks.append([])
+            room.append(block)
+        blocks[at].append(index)
+        room[at] -= counts[index]
+    return blocks
+
+
+def pack_images(blocks: Sequence[Sequence[PreparedImage]], block: int, n_blocks: int, *, merge: int, patch_bytes: int):
+    """Lay images out in `n_blocks` blocks of `block` patches.
+
+    Args:
+        blocks: the images of each block, in order (`first_fit`); the last blocks may be left out.
+        merge: patches along a side of a merge unit.
+        patch_bytes: bytes of a patch.
+    Returns:
+        patches uint8 [M, bytes], coords int32 [M, 2], image_id int32 [M] (-1: padding), and the first patch row of each image.
+    Raises:
+        ValueError: there are more than `n_blocks` blocks.
+    """
+    if len(blocks) > n_blocks:
+        raise ValueError(f"{sum(map(len, blocks))} images need {len(blocks)} blocks of {block} patches; there are {n_blocks}.")
+    m, first = block * n_blocks, []
+    patches, coords, image_id = np.zeros((m, patch_bytes), np.uint8), np.zeros((m, 2), np.int32), np.full(m, -1, np.int32)
+    for number, images in enumerate(blocks):
+        at = number * block
+        for image in images:
+            rows = slice(at, at + len(image.patches))
+            patches[rows], coords[rows], image_id[rows] = image.patches, patch_coords(image.grid, merge), len(first)
+            first.append(at)
+            at = rows.stop
     return patches, coords, image_id, first
 
 

@@ -24,41 +24,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 
 from imagent_jax.config import import_path
-from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.qwen2_vl import Model, Qwen2VL, abstract
+from imagent_jax.model.families import family_of, read_folder
 from imagent_jax.model.sharding import check_heads, shardings
-
-# parameter -> tensor name ({}: layer index), and whether the matrix is stored transposed ([out, in])
-_TEXT_LAYER = {
-    "input_norm": ("input_layernorm.weight", False),
-    "post_norm": ("post_attention_layernorm.weight", False),
-    **{f"{p}": (f"self_attn.{p}_proj.weight", True) for p in "qkvo"},
-    **{f"{p}_bias": (f"self_attn.{p}_proj.bias", False) for p in "qkv"},
-    **{p: (f"mlp.{p}_proj.weight", True) for p in ("gate", "up", "down")},
-}
-_VISION_LAYER = {
-    **{f"norm{i}": (f"norm{i}.weight", False) for i in (1, 2)},
-    **{f"norm{i}_bias": (f"norm{i}.bias", False) for i in (1, 2)},
-    **{p: (f"attn.{p}.weight", True) for p in ("qkv", "proj")},
-    **{f"{p}_bias": (f"attn.{p}.bias", False) for p in ("qkv", "proj")},
-    **{p: (f"mlp.{p}.weight", True) for p in ("fc1", "fc2")},
-    **{f"{p}_bias": (f"mlp.{p}.bias", False) for p in ("fc1", "fc2")},
-    **{p: (f"mlp.{p}_proj.weight", True) for p in ("gate", "up", "down")},
-    **{f"{p}_bias": (f"mlp.{p}_proj.bias", False) for p in ("gate", "up", "down")},
-}
-TENSORS: dict[str, tuple[str, bool]] = {
-    "text.embed": ("model.language_model.embed_tokens.weight", False),
-    "text.norm": ("model.language_model.norm.weight", False),
-    "text.lm_head": ("lm_head.weight", True),
-    **{f"text.layers.{k}": ("model.language_model.layers.{}." + n, t) for k, (n, t) in _TEXT_LAYER.items()},
-    "vision.patch_embed": ("model.visual.patch_embed.proj.weight", True),
-    **{f"vision.blocks.{k}": ("model.visual.blocks.{}." + n, t) for k, (n, t) in _VISION_LAYER.items()},
-    "vision.merge_norm": ("model.visual.merger.ln_q.weight", False),
-    "vision.merge_norm_bias": ("model.visual.merger.ln_q.bias", False),
-    **{f"vision.merge_fc{i + 1}": (f"model.visual.merger.mlp.{2 * i}.weight", True) for i in (0, 1)},
-    **{f"vision.merge_fc{i + 1}_bias": (f"model.visual.merger.mlp.{2 * i}.bias", False) for i in (0, 1)},
-}
-"""Tensor name in a Hugging Face checkpoint (newer name style) of every parameter of either family, by dotted path."""
+from imagent_jax.model.vlm import VLM, Model, abstract
 
 
 def older_name(name: str) -> str:
@@ -143,7 +111,9 @@ def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     return found
 
 
-def _match(folder: Path, stored: Mapping[str, tuple], shapes: nnx.State) -> dict[str, list[tuple[Path, str]]]:
+def _match(
+    folder: Path, stored: Mapping[str, tuple], shapes: nnx.State, tensors: Mapping[str, tuple[str, bool]]
+) -> dict[str, list[tuple[Path, str]]]:
     """Return file and tensor name of every parameter, one pair per layer.
 
     Raises:
@@ -152,7 +122,7 @@ def _match(folder: Path, stored: Mapping[str, tuple], shapes: nnx.State) -> dict
     stored = {name.replace("model.model.", "model."): (name, *rest) for name, rest in stored.items()}
     sources, faults = {}, []
     for key, leaf in _flat(shapes).items():
-        name, transposed = TENSORS[key]
+        name, transposed = tensors[key]
         want = leaf.shape[1:] if "{}" in name else leaf.shape
         want, sources[key] = list(want[::-1] if transposed else want), []
         for i in range(leaf.shape[0] if "{}" in name else 1):
@@ -188,9 +158,14 @@ def _copy(out: np.ndarray, tensor, index: tuple[slice, ...], transposed: bool) -
         out[i - start : block.stop - start] = part
 
 
-def _read(key: str, sources: list[tuple[Path, str]], leaf, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the slice `index` of a parameter (`leaf`: shape and dtype). Files are memory-mapped during the call only."""
-    name, transposed = TENSORS[key]
+def _read(sources: list[tuple[Path, str]], form: tuple[str, bool], leaf, index: tuple[slice, ...]) -> np.ndarray:
+    """Return the slice `index` of a parameter. Files are memory-mapped during the call only.
+
+    Args:
+        form: tensor name, and whether it is stored transposed.
+        leaf: shape and dtype of the parameter.
+    """
+    name, transposed = form
     out = np.empty([len(range(n)[part]) for n, part in zip(leaf.shape, index, strict=True)], leaf.dtype)
     parts, within, sources = (out, index[1:], sources[index[0]]) if "{}" in name else (out[None], index, sources)
     with ExitStack() as mapped:
@@ -232,12 +207,13 @@ def load(
             or a mesh that does not divide the model. All checks run before the first weight is read.
     """
     folder = Path(folder)
-    cfg = Qwen2VLConfig.from_folder(folder)
+    cfg = read_folder(folder)
     stored = _stored(folder)
     if param_dtype is None:
         param_dtype = _DTYPES.get(next(iter(stored.values()))[2], "float32")
     model, shapes = abstract(cfg, jnp.dtype(param_dtype), **settings)
-    sources, where = _match(folder, stored, shapes), {}
+    tensors = family_of(cfg).tensors
+    sources, where = _match(folder, stored, shapes, tensors), {}
     if mesh is not None:
         check_heads(cfg, mesh)
         where = _flat(shardings(shapes, mesh))
@@ -248,13 +224,13 @@ def load(
         task = bar.add_task("Loading weights", total=sum(sizes.values()))
         for path, variable in nnx.to_flat_state(shapes):
             key, leaf = ".".join(map(str, path)), variable.get_value()
-            value = _place(partial(_read, key, sources[key], leaf), leaf.shape, where.get(key))
+            value = _place(partial(_read, sources[key], tensors[key], leaf), leaf.shape, where.get(key))
             leaves.append((path, variable.replace(value)))
             bar.advance(task, sizes[key])
     return model, nnx.from_flat_state(leaves)
 
 
-def from_pretrained(path: str | Path, *, mesh: Mesh | None = None, dtype=None, progress: bool = True) -> Qwen2VL:
+def from_pretrained(path: str | Path, *, mesh: Mesh | None = None, dtype=None, progress: bool = True) -> VLM:
     """Load a model from a folder in Hugging Face's format or from a hub id, which is downloaded.
 
     Args:
@@ -280,9 +256,9 @@ def _gather(value: jax.Array, layer: int | None, transposed: bool, tensor: Tenso
 
 def to_tensors(model: Model, params: nnx.State, dtype=None) -> dict[str, Tensor]:
     """Return the parameters as Hugging Face tensors (newer names), cast to `dtype` if given. Each is gathered when it is read."""
-    tensors, vision = {}, model.cfg.vision
+    tensors, vision, names = {}, model.cfg.vision, family_of(model.cfg).tensors
     for key, value in _flat(params).items():
-        name, transposed = TENSORS[key]
+        name, transposed = names[key]
         layers, shape = (range(value.shape[0]), value.shape[1:]) if "{}" in name else ((None,), value.shape)
         shape = shape[::-1] if transposed else shape
         if key == "vision.patch_embed":
@@ -362,7 +338,7 @@ def save(
     hf = json.loads(model.cfg.hf) | {"dtype": next(iter(tensors.values())).dtype.name}
     if "torch_dtype" in hf:  # older name of dtype
         hf["torch_dtype"] = hf["dtype"]
-    hf["architectures"] = [model.cfg.architecture]
+    hf["architectures"] = [family_of(model.cfg).architecture]
     (folder / "config.json").write_text(json.dumps(hf, indent=2))
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
@@ -370,6 +346,6 @@ def save(
                 shutil.copy(path, folder / path.name)
 
 
-def save_pretrained(module: Qwen2VL, folder: str | Path, **options) -> None:
+def save_pretrained(module: VLM, folder: str | Path, **options) -> None:
     """Write a folder that `from_pretrained` and Hugging Face load. `options`: see `save`."""
     save(folder, *module.split(), **options)

@@ -1,34 +1,19 @@
-"""Configuration of a Qwen2-VL or Qwen2.5-VL model, read from and written to Hugging Face's `config.json`."""
+"""Configuration of a vision-language model: the decoder, the vision tower and the token ids of the vision markers."""
 
-import json
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD, image_settings
-
-ARCHITECTURES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
-"""Supported families: `model_type` and architecture as in `config.json`."""
-
-PUBLISHED = {
-    ("qwen2_vl", 1536, 28): "Qwen2-VL-2B",
-    ("qwen2_vl", 3584, 28): "Qwen2-VL-7B",
-    ("qwen2_vl", 8192, 80): "Qwen2-VL-72B",
-    ("qwen2_5_vl", 2048, 36): "Qwen2.5-VL-3B",
-    ("qwen2_5_vl", 3584, 28): "Qwen2.5-VL-7B",
-    ("qwen2_5_vl", 5120, 64): "Qwen2.5-VL-32B",
-    ("qwen2_5_vl", 8192, 80): "Qwen2.5-VL-72B",
-}
-"""Published sizes by family, decoder width and number of decoder layers."""
+from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: patches of `patch_size` pixels, `depth` blocks of width `embed_dim`, 2x2 merge into `hidden_size`.
+    """The vision tower: patches of `patch_size` pixels, `depth` blocks of width `embed_dim`, merged into `hidden_size`.
 
-    Qwen2-VL: LayerNorm, a quick-GELU MLP, and full attention over an image in every block. Qwen2.5-VL (`gated`): RMSNorm and a
-    SwiGLU MLP with biases; attention covers the whole image in `full_attention_blocks`, and windows of `window_size` pixels in
-    the other blocks.
+    Attributes:
+        spatial_merge_size: patches along a side of a merge unit, which becomes one token of the decoder.
+        window_size: side of an attention window in pixels; 0: every block attends over the whole image.
+        full_attention_blocks: blocks that attend over the whole image although there are windows.
     """
 
     depth: int
@@ -36,7 +21,6 @@ class VisionConfig:
     hidden_size: int
     intermediate_size: int
     num_heads: int
-    gated: bool = False
     window_size: int = 0
     full_attention_blocks: tuple[int, ...] = ()
     in_channels: int = 3
@@ -74,7 +58,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder: grouped-query attention with `num_heads` query and `num_kv_heads` key heads, M-RoPE, SwiGLU."""
+    """The decoder: grouped-query attention with `num_heads` query and `num_kv_heads` key heads of `head_dim`, M-RoPE, SwiGLU.
+
+    Attributes:
+        qkv_bias: queries, keys and values have biases.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -82,21 +70,21 @@ class TextConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
     rope_theta: float
     mrope_section: tuple[int, int, int]
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    qkv_bias: bool = True
 
 
 @dataclass(frozen=True)
-class Qwen2VLConfig:
-    """Configuration of the decoder and the vision tower, and the token ids of the vision markers.
+class VLMConfig:
+    """Configuration of a vision-language model.
 
     Attributes:
+        model_type: name of the family (`model.families`), as in `config.json`.
+        name: published size, such as "Qwen2.5-VL-7B", or the family's name with "of another size".
         hf: the `config.json` as read.
         folder: the folder it was read from.
     """
@@ -106,121 +94,57 @@ class Qwen2VLConfig:
     image_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-    model_type: str = "qwen2_vl"
+    model_type: str
+    name: str = field(compare=False, default="")
     hf: str = field(repr=False, compare=False, default="{}")
     folder: str = field(repr=False, compare=False, default="")
 
-    @property
-    def architecture(self) -> str:
-        """Name of the model's class in transformers."""
-        return ARCHITECTURES[self.model_type]
 
-    @property
-    def name(self) -> str:
-        """Name of the published size, such as "Qwen2.5-VL-7B"; for other sizes, the family with "of another size"."""
-        size = PUBLISHED.get((self.model_type, self.text.hidden_size, self.text.num_layers))
-        return size or {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}[self.model_type] + " of another size"
+def read_text(hf: dict[str, Any], **own: Any) -> TextConfig:
+    """Return the decoder's configuration from a parsed `config.json`, in the hub's older flat form or with `text_config`.
 
-    @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "Qwen2VLConfig":
-        """Return the configuration of a parsed `config.json`, in the hub's older flat form or the newer form with `text_config`.
-
-        Keys missing in `vision_config` take the defaults of transformers, on which the hub's large sizes rely.
-
-        Raises:
-            ValueError: another architecture, or an unsupported setting (named in the message).
-        """
-        family = hf.get("model_type")
-        names = hf.get("architectures") or [ARCHITECTURES.get(family)]
-        if family not in ARCHITECTURES or names != [ARCHITECTURES[family]]:
-            named = f" with architectures {names}" if hf.get("architectures") else ""
-            raise ValueError(
-                f"model_type is {family!r}{named}; this loader reads "
-                + " and ".join(f"{architecture} ({kind!r})" for kind, architecture in ARCHITECTURES.items())
-                + " checkpoints only."
-            )
-        text = {**hf, **(hf.get("text_config") or {})}
-        if text.get("use_sliding_window"):
-            raise ValueError("use_sliding_window is true; sliding-window attention is not supported, set it to false.")
-        gated = family == "qwen2_5_vl"
-        act = "silu" if gated else "quick_gelu"
-        if text.get("hidden_act", "silu") != "silu" or hf["vision_config"].get("hidden_act", act) != act:
-            raise ValueError(f"hidden_act differs from that of {ARCHITECTURES[family]} (silu for text, {act} for vision).")
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "mrope"):
-            raise ValueError(f"rope type {rope_type!r} is not supported; Qwen2-VL uses 'mrope'.")
-        heads, width = text["num_attention_heads"], text["hidden_size"]
-        section = tuple(rope.get("mrope_section", (16, 24, 24)))
-        if sum(section) * 2 != width // heads:
-            raise ValueError(f"mrope_section {list(section)} must sum to half the head width {width // heads}.")
-        vision = _vision(hf["vision_config"], gated)
-        if vision.hidden_size != width:
-            raise ValueError(f"The vision tower gives features of width {vision.hidden_size}; the decoder's is {width}.")
-        return cls(
-            text=TextConfig(
-                vocab_size=text["vocab_size"],
-                hidden_size=width,
-                intermediate_size=text["intermediate_size"],
-                num_layers=text["num_hidden_layers"],
-                num_heads=heads,
-                num_kv_heads=text.get("num_key_value_heads") or heads,
-                rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
-                mrope_section=section,
-                rms_norm_eps=text.get("rms_norm_eps", 1e-5),
-                tie_word_embeddings=bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            ),
-            vision=vision,
-            image_token_id=hf["image_token_id"],
-            vision_start_token_id=hf["vision_start_token_id"],
-            vision_end_token_id=hf["vision_end_token_id"],
-            model_type=family,
-            hf=json.dumps(hf),
-        )
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "Qwen2VLConfig":
-        """Return the configuration of a folder with a `config.json`. Image mean and std come from its image settings, if any.
-
-        Raises:
-            ValueError: the file is missing or unreadable, or see `from_hf`.
-        """
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no config.json; name a folder in Hugging Face's checkpoint form.")
-        try:
-            cfg = replace(cls.from_hf(json.loads(path.read_text())), folder=str(folder))
-        except KeyError as error:
-            raise ValueError(f"{path} has no {error}; name a complete Qwen2-VL checkpoint.") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        settings = image_settings(path.parent, {})
-        own = {name: tuple(settings[name]) for name in ("image_mean", "image_std") if settings.get(name)}
-        return replace(cfg, vision=replace(cfg.vision, **own))
-
-
-def _vision(hf: dict[str, Any], gated: bool) -> VisionConfig:
-    """Return the vision configuration of either family.
-
-    `hidden_size` is the decoder's width in Qwen2-VL's file and the tower's width in Qwen2.5-VL's file.
-
+    Args:
+        own: fields that the family fixes.
     Raises:
-        ValueError: a window is smaller than a merge unit.
+        ValueError: an unsupported setting (named in the message).
     """
-    width = hf.get("hidden_size", 3584)
-    if gated:
-        own = {
-            "embed_dim": width,
-            "hidden_size": hf.get("out_hidden_size", 3584),
-            "intermediate_size": hf.get("intermediate_size", 3420),
-            "gated": True,
-            "window_size": hf.get("window_size", 112),
-            "full_attention_blocks": tuple(hf.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        }
-    else:
-        embed = hf.get("embed_dim", 1280)
-        own = {"embed_dim": embed, "hidden_size": width, "intermediate_size": int(embed * hf.get("mlp_ratio", 4))}
-    cfg = VisionConfig(
+    text = {**hf, **(hf.get("text_config") or {})}
+    if text.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is true; sliding-window attention is not supported, set it to false.")
+    if text.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act of the decoder is {text['hidden_act']!r}; only 'silu' is supported.")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "mrope"):
+        raise ValueError(f"rope type {rope_type!r} is not supported; only 'mrope' is.")
+    heads, width = text["num_attention_heads"], text["hidden_size"]
+    head_dim = text.get("head_dim") or width // heads
+    section = tuple(rope.get("mrope_section", (16, 24, 24)))
+    if sum(section) * 2 != head_dim:
+        raise ValueError(f"mrope_section {list(section)} must sum to half the head width {head_dim}.")
+    return TextConfig(
+        vocab_size=text["vocab_size"],
+        hidden_size=width,
+        intermediate_size=text["intermediate_size"],
+        num_layers=text["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
+        mrope_section=section,
+        rms_norm_eps=text.get("rms_norm_eps", 1e-5),
+        tie_word_embeddings=bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        **own,
+    )
+
+
+def read_vision(hf: dict[str, Any], **own: Any) -> VisionConfig:
+    """Return the tower's configuration from a parsed `vision_config`. Missing keys take the defaults of transformers.
+
+    Args:
+        own: fields that the family names in its own way.
+    """
+    return VisionConfig(
         depth=hf.get("depth", 32),
         num_heads=hf.get("num_heads", 16),
         in_channels=hf.get("in_channels", hf.get("in_chans", 3)),
@@ -230,6 +154,3 @@ def _vision(hf: dict[str, Any], gated: bool) -> VisionConfig:
         rope_theta=(hf.get("rope_parameters") or {}).get("rope_theta", 10000.0),
         **own,
     )
-    if gated and not cfg.window_side:
-        raise ValueError(f"window_size {cfg.window_size} holds no {cfg.spatial_merge_size} patches of {cfg.patch_size}.")
-    return cfg

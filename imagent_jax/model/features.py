@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from imagent_jax.distributed.mesh import constrain
-from imagent_jax.images.prepare import PreparedImage, pack_images
-from imagent_jax.model.qwen2_vl import Model, encode_images
+from imagent_jax.images.prepare import PreparedImage, first_fit, pack_images
+from imagent_jax.model.vlm import Model, encode_images
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("lanes", "rows"), donate_argnums=2)
@@ -133,8 +133,7 @@ class FeatureStore(EncodedPacks):
 
     def blank(self, blocks: int) -> tuple[np.ndarray, ...]:
         """Return a pack without images."""
-        none = PreparedImage(np.zeros((0, self.model.cfg.vision.patch_bytes), np.uint8), (0, 0), (0, 0))
-        return pack_images([none], self.model.vision_block, blocks)[:-1]
+        return self._pack([], blocks)[0]
 
     def add(self, images: Sequence[PreparedImage]) -> list[int]:
         """Encode the images that are not yet stored; return the first feature row of each image.
@@ -142,33 +141,29 @@ class FeatureStore(EncodedPacks):
         Raises:
             ValueError: an image has more patches than a block.
         """
-        block = self.model.vision_block
         keys = [(image.grid, hashlib.blake2b(image.patches.tobytes(), digest_size=16).digest()) for image in images]
         fresh = {key: image for key, image in zip(keys, images, strict=True) if key not in self._first}
+        blocks = first_fit([len(image.patches) for image in fresh.values()], self.model.vision_block)
         self.shown, self.encoded = self.shown + len(images), self.encoded + len(fresh)
-        blocks, room = [], []
-        for key, image in sorted(fresh.items(), key=lambda item: -len(item[1].patches)):  # stable for equal sizes
-            count = len(image.patches)
-            if count > block:
-                raise ValueError(
-                    f"An image of {count} patches does not fit images.vision_block={block}; raise it, or lower max_pixels."
-                )
-            at = next((i for i, free in enumerate(room) if free >= count), len(blocks))
-            if at == len(blocks):
-                blocks.append([])
-                room.append(block)
-            blocks[at].append((key, image))
-            room[at] -= count
+        pairs = list(fresh.items())
         while blocks:
             size = max((size for size in self.sizes if 8 * len(blocks) >= 7 * size), default=self.sizes[0])
-            self._encode([pair for pairs in blocks[:size] for pair in pairs], size)
+            self._encode([[pairs[i] for i in block] for block in blocks[:size]], size)
             blocks = blocks[size:]
         return [self._first[key] for key in keys]
 
-    def _encode(self, pairs: Sequence[tuple], size: int) -> None:
-        """Encode a pack of `size` blocks."""
-        cfg, images = self.model.cfg.vision, [image for _, image in pairs]
-        *pack, first = pack_images(images, self.model.vision_block, size, cfg.spatial_merge_size)
+    def _pack(self, blocks: Sequence[Sequence[PreparedImage]], size: int) -> tuple[tuple[np.ndarray, ...], list[int]]:
+        """Return a pack of `size` blocks, and the first patch row of each image."""
+        cfg = self.model.cfg.vision
+        *pack, first = pack_images(
+            blocks, self.model.vision_block, size, merge=cfg.spatial_merge_size, patch_bytes=cfg.patch_bytes
+        )
+        return tuple(pack), first
+
+    def _encode(self, blocks: Sequence[Sequence[tuple]], size: int) -> None:
+        """Encode a pack of `size` blocks, given (key, image) pairs by block."""
+        pack, first = self._pack([[image for _, image in pairs] for pairs in blocks], size)
+        pairs = [pair for pairs in blocks for pair in pairs]
         row, end = self._rows(self.packed), self._rows(self.packed + len(pack[0]))
         while end > self.features.shape[0]:
             self.features = jnp.concatenate([self.features, jnp.zeros_like(self.features)])
@@ -176,4 +171,4 @@ class FeatureStore(EncodedPacks):
         self._first |= {key: row + self._rows(at) for (key, _), at in zip(pairs, first, strict=True)}
         self.packs.append(pack)
         self.packed += len(pack[0])
-        self.patches += sum(len(image.patches) for image in images)
+        self.patches += sum(len(image.patches) for _, image in pairs)

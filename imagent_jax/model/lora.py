@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from imagent_jax.model.checkpoint import TENSORS, older_name
-from imagent_jax.model.qwen2_vl import Model
+from imagent_jax.model.checkpoint import older_name
+from imagent_jax.model.families import family_of
+from imagent_jax.model.vlm import Model
 
 TARGETS = {f"{name}_proj": f"text.layers.{name}" for name in (*"qkvo", "gate", "up", "down")}
 """Adaptable matrices of every decoder layer: name of Hugging Face's module -> path of our parameter."""
@@ -89,7 +90,7 @@ def save(folder: str | Path, model: Model, params: nnx.State, base: str = "") ->
     """
     folder, tensors, names = Path(folder), {}, []
     for key, a, b in _adapters(model.bind(params)):
-        module, rank, scale = _module(key), a.get_value().shape[-1], _scale(b)
+        module, rank, scale = _module(model, key), a.get_value().shape[-1], _scale(b)
         names.append(next(name for name, k in (TARGETS | MERGER).items() if k == key))
         for half, stack in (("A", np.asarray(a.get_value())), ("B", np.asarray(b.get_value()))):
             for i, matrix in enumerate(stack) if "{}" in module else ((0, stack),):
@@ -138,7 +139,7 @@ def load(folder: str | Path, model: Model, params: nnx.State) -> tuple[Model, nn
         return tensor.T.astype(np.float32)
 
     for key in (TARGETS | MERGER).values():
-        module, (*lead, into, out) = _module(key), _variable(root, key).get_value().shape
+        module, (*lead, into, out) = _module(model, key), _variable(root, key).get_value().shape
         names = [module.format(i) for i in range(*lead or (1,))]
         if any(PREFIX + n in stored for name in names for n in (f"{name}.lora_A.weight", older_name(f"{name}.lora_A.weight"))):
             a, b = (
@@ -187,9 +188,9 @@ def _split(model: Model, root: nnx.Module) -> tuple[Model, nnx.State]:
     return model._replace(graphdef=graphdef), params
 
 
-def _module(key: str) -> str:
+def _module(model: Model, key: str) -> str:
     """Return Hugging Face's module name of a matrix ({}: layer index)."""
-    return TENSORS[key][0].removesuffix(".weight")
+    return family_of(model.cfg).tensors[key][0].removesuffix(".weight")
 
 
 def _pattern(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Parameter declarations: shape, dtype, logical axes (see `sharding`) and initialiser in one place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +81,15 @@ def linear(w: dict[str, jax.Array], name: str, x: Float[Array, "*b in"]) -> Floa
     if f"{name}_lora_a" in w:
         y = y + (x @ w[f"{name}_lora_a"]) @ w[f"{name}_lora_b"]
     return y
+
+
+def tensor_names(ours: str, theirs: str, modules: Mapping[str, str], transposed: bool = False) -> dict[str, tuple[str, bool]]:
+    """Return entries of `families.Family.tensors` for modules with a weight and a bias.
+
+    Args:
+        ours, theirs: prefixes of our dotted paths and of Hugging Face's names.
+        modules: our parameter -> Hugging Face's module; our bias has the suffix `_bias`.
+        transposed: the weights are stored as [out, in].
+    """
+    weights = {f"{ours}{name}": (f"{theirs}{module}.weight", transposed) for name, module in modules.items()}
+    return weights | {f"{ours}{name}_bias": (f"{theirs}{module}.bias", False) for name, module in modules.items()}

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def mrope_positions(
-    ids: np.ndarray, image_token_id: int, grids: Sequence[tuple[int, int]], merge: int = 2, start: int = 0
+    ids: np.ndarray, image_token_id: int, grids: Sequence[tuple[int, int]], merge: int, start: int = 0
 ) -> tuple[np.ndarray, int]:
     """Return (t, h, w) positions, int32 [3, S], counted from `start`, and the position after the last token.
 

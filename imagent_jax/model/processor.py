@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from imagent_jax.images.prepare import PreparedImage, image_settings, prepare_image, prepare_to
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.families import read_folder
 
 _FIXED = {
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
@@ -72,7 +72,7 @@ class Processor:
         return processor
 
     def _check_vocabulary(self, folder: Path) -> None:
-        cfg, last = Qwen2VLConfig.from_folder(folder), max(self.tokenizer.get_vocab().values())
+        cfg, last = read_folder(folder), max(self.tokenizer.get_vocab().values())
         if last >= cfg.text.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has ids up to {last}, but the embedding has {cfg.text.vocab_size} rows; "

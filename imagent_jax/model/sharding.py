@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from imagent_jax.distributed.mesh import several_devices
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.config import VLMConfig
 
 LOGICAL_TO_MESH: dict[str, str | None] = {
     "vocab": "tensor",
@@ -27,7 +27,7 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
 """Mesh axis of each logical parameter axis (None: replicated)."""
 
 
-def check_heads(cfg: Qwen2VLConfig, mesh: Mesh | AbstractMesh) -> None:
+def check_heads(cfg: VLMConfig, mesh: Mesh | AbstractMesh) -> None:
     """Check that attention can be split by whole heads.
 
     Raises:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imagent_jax.distributed.mesh import GROUPS, constrain
 from imagent_jax.model.attention import Causal, Shared, attend_two_part, attention, attention_shares, cached
 from imagent_jax.model.config import TextConfig
-from imagent_jax.model.params import Maker, gathered, layer_of, linear, weights
+from imagent_jax.model.params import Maker, gathered, layer_of, linear, tensor_names, weights
 from imagent_jax.model.rope import mrope, rotate
 
 REMAT_POLICIES = {
@@ -21,6 +21,20 @@ REMAT_POLICIES = {
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
+TENSORS: dict[str, tuple[str, bool]] = {
+    "text.embed": ("model.language_model.embed_tokens.weight", False),
+    "text.norm": ("model.language_model.norm.weight", False),
+    "text.lm_head": ("lm_head.weight", True),
+    **tensor_names(
+        "text.layers.",
+        "model.language_model.layers.{}.",
+        {name: f"self_attn.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+        transposed=True,
+    ),
+    "text.layers.input_norm": ("model.language_model.layers.{}.input_layernorm.weight", False),
+    "text.layers.post_norm": ("model.language_model.layers.{}.post_attention_layernorm.weight", False),
+}
+"""Tensor of every parameter of the decoder: see `families.Family.tensors`."""
 
 UNROLLED = 8
 """Training unrolls up to this many layers, which is faster; more layers become one loop, whose compile time is constant."""
@@ -54,9 +68,9 @@ class DecoderLayers(nnx.Module):
         d, q, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         make = Maker(rngs, dtype, layers=cfg.num_layers)
         self.input_norm, self.post_norm = make.ones(d), make.ones(d)
-        self.q, self.q_bias = make((d, q), ("embed", "heads")), make.zeros(q, "heads")
-        self.k, self.k_bias = make((d, kv), ("embed", "kv_heads")), make.zeros(kv, "kv_heads")
-        self.v, self.v_bias = make((d, kv), ("embed", "kv_heads")), make.zeros(kv, "kv_heads")
+        self.q, self.k, self.v = make((d, q), ("embed", "heads")), *(make((d, kv), ("embed", "kv_heads")) for _ in "kv")
+        if cfg.qkv_bias:
+            self.q_bias, self.k_bias, self.v_bias = make.zeros(q, "heads"), *(make.zeros(kv, "kv_heads") for _ in "kv")
         self.o = make((q, d), ("heads", "embed"))
         self.gate = make((d, cfg.intermediate_size), ("embed", "mlp"))
         self.up = make((d, cfg.intermediate_size), ("embed", "mlp"))
@@ -84,9 +98,10 @@ class Decoder(nnx.Module):
     def _qkv(self, w, x, rope):
         cfg, lead = self.cfg, x.shape[:-1]
         h = rms_norm(x, w["input_norm"], cfg.rms_norm_eps)
-        q = (linear(w, "q", h) + w["q_bias"]).reshape(*lead, cfg.num_heads, -1)
-        k = (linear(w, "k", h) + w["k_bias"]).reshape(*lead, cfg.num_kv_heads, -1)
-        v = (linear(w, "v", h) + w["v_bias"]).reshape(*lead, cfg.num_kv_heads, -1)
+        q, k, v = (
+            (linear(w, name, h) + w.get(f"{name}_bias", 0)).reshape(*lead, heads, cfg.head_dim)
+            for name, heads in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
+        )
         return rotate(q, *rope), rotate(k, *rope), v
 
     def _finish(self, w, x, attended):

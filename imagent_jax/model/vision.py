@@ -1,5 +1,7 @@
 """The vision tower over packed patches. Image sizes and counts are data, not static arguments."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,16 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from imagent_jax.distributed.mesh import GROUPS, constrain
 from imagent_jax.model.attention import Packed, attend, attention
 from imagent_jax.model.config import VisionConfig
-from imagent_jax.model.params import Maker, gathered, linear, weights
+from imagent_jax.model.params import Maker, gathered, linear, tensor_names, weights
 from imagent_jax.model.rope import rope_2d, rotate
 from imagent_jax.model.text import rms_norm
+
+TENSORS: dict[str, tuple[str, bool]] = {
+    "vision.patch_embed": ("model.visual.patch_embed.proj.weight", True),
+    **tensor_names("vision.blocks.", "model.visual.blocks.{}.", {"norm1": "norm1", "norm2": "norm2"}),
+    **tensor_names("vision.blocks.", "model.visual.blocks.{}.", {"qkv": "attn.qkv", "proj": "attn.proj"}, transposed=True),
+}
+"""Tensor of every parameter that the towers of all families have: see `families.Family.tensors`."""
 
 
 def layer_norm(x, scale, bias, eps: float = 1e-6):
@@ -20,6 +29,11 @@ def layer_norm(x, scale, bias, eps: float = 1e-6):
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
     return (y * scale + bias).astype(x.dtype)
+
+
+def norm(w: dict[str, jax.Array], name: str, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+    """Apply LayerNorm if the norm `name` of the parameters `w` has a bias, else RMSNorm."""
+    return layer_norm(x, w[name], w[f"{name}_bias"]) if f"{name}_bias" in w else rms_norm(x, w[name], 1e-6)
 
 
 def normalise(cfg: VisionConfig, patches: UInt8[Array | np.ndarray, "*b bytes"]) -> Float[Array, "*b C"]:
@@ -31,19 +45,6 @@ def normalise(cfg: VisionConfig, patches: UInt8[Array | np.ndarray, "*b bytes"])
     scale, shift = (x.astype(np.float32)[:, None, None] for x in (1 / std, np.asarray(cfg.image_mean) / std * 255))
     x = patches.reshape(*patches.shape[:-1], cfg.in_channels, 1, -1).astype(jnp.float32) * scale - shift
     return jnp.repeat(x, cfg.temporal_patch_size, axis=-2).reshape(*patches.shape[:-1], -1)
-
-
-def _norm(cfg: VisionConfig, x, w, name: str):
-    """Apply RMSNorm if the tower is gated, else LayerNorm, with the parameters `name` of `w`."""
-    return rms_norm(x, w[name], 1e-6) if cfg.gated else layer_norm(x, w[name], w[f"{name}_bias"])
-
-
-def _feed_forward(cfg: VisionConfig, h, w):
-    """Apply SwiGLU if the tower is gated, else quick GELU."""
-    if cfg.gated:
-        return (jax.nn.silu(h @ w["gate"] + w["gate_bias"]) * (h @ w["up"] + w["up_bias"])) @ w["down"] + w["down_bias"]
-    h = h @ w["fc1"] + w["fc1_bias"]
-    return (h * jax.nn.sigmoid(1.702 * h)) @ w["fc2"] + w["fc2_bias"]
 
 
 def window_order(
@@ -102,44 +103,48 @@ def attend_windows(
 
 
 class VisionBlocks(nnx.Module):
-    """Parameters of all blocks, stacked on a leading `layers` axis."""
+    """Parameters of all blocks, stacked on a leading `layers` axis: norms and attention. A family adds its MLP.
 
-    def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, dtype):
-        d, hidden = cfg.embed_dim, cfg.intermediate_size
-        make = Maker(rngs, dtype, layers=cfg.depth)
+    Args:
+        make: declares stacked parameters.
+        layer_norm: the norms have biases (LayerNorm); else RMSNorm.
+    """
+
+    def __init__(self, cfg: VisionConfig, make: Maker, layer_norm: bool):
+        d = cfg.embed_dim
         self.norm1, self.norm2 = make.ones(d), make.ones(d)
-        if not cfg.gated:
+        if layer_norm:
             self.norm1_bias, self.norm2_bias = make.zeros(d), make.zeros(d)
         self.qkv, self.qkv_bias = make((d, 3 * d), ("embed", "heads")), make.zeros(3 * d, "heads")
         self.proj, self.proj_bias = make((d, d), ("heads", "embed")), make.zeros(d)
-        if cfg.gated:
-            self.gate, self.gate_bias = make((d, hidden), ("embed", "mlp")), make.zeros(hidden, "mlp")
-            self.up, self.up_bias = make((d, hidden), ("embed", "mlp")), make.zeros(hidden, "mlp")
-            self.down, self.down_bias = make((hidden, d), ("mlp", "embed")), make.zeros(d)
-        else:
-            self.fc1, self.fc1_bias = make((d, hidden), ("embed", "mlp")), make.zeros(hidden, "mlp")
-            self.fc2, self.fc2_bias = make((hidden, d), ("mlp", "embed")), make.zeros(d)
 
 
 class VisionTower(nnx.Module):
-    """Vision transformer from patches to features of the decoder's width, one feature per 2x2 patches.
+    """Vision transformer from patches to features of the decoder's width, one feature per merge unit.
 
-    Equals `Qwen2VisionTransformerPretrainedModel` of transformers or, gated, `Qwen2_5_VisionTransformerPretrainedModel`.
+    A family subclasses it with its `BLOCKS` and its `feed_forward`; packing, attention and merging are shared.
     Windowed attention cost: a window of 112 pixels has 64 patches, so a patch attends to 192 keys (`attend_windows`) instead of
     2560 at 640 features per image. At width 1280 that is 1 MFLOP per patch instead of 13; the block's matrices cost 39.
     """
+
+    BLOCKS: Callable[[VisionConfig, Maker], VisionBlocks]
 
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, dtype):
         self.cfg = cfg
         make, merged = Maker(rngs, dtype), cfg.embed_dim * cfg.merge_unit
         self.patch_embed = make((cfg.patch_dim, cfg.embed_dim), ("patch", "embed"))
-        self.blocks = VisionBlocks(cfg, rngs, dtype)
+        self.blocks = self.BLOCKS(cfg, Maker(rngs, dtype, layers=cfg.depth))
         self.merge_norm = make.ones(cfg.embed_dim)
-        if not cfg.gated:
+        if hasattr(self.blocks, "norm1_bias"):
             self.merge_norm_bias = make.zeros(cfg.embed_dim)
         self.merge_fc1, self.merge_fc1_bias = make((merged, merged), ("embed", "merged")), make.zeros(merged, "merged")
         self.merge_fc2 = make((merged, cfg.hidden_size), ("merged", "embed"))
         self.merge_fc2_bias = make.zeros(cfg.hidden_size)
+
+    @staticmethod
+    def feed_forward(w: dict[str, jax.Array], x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """Apply the MLP of one block with parameters `w`."""
+        raise NotImplementedError("A family defines the MLP of its tower.")
 
     def __call__(
         self,
@@ -163,7 +168,7 @@ class VisionTower(nnx.Module):
             remat: recompute the layers in the backward pass.
             backend: see `attention`.
         Returns:
-            One feature per 4 patches (F = M / 4), in the order of the patches; padding gives finite, meaningless features.
+            One feature per merge unit, in the order of the patches; padding gives finite, meaningless features.
         Raises:
             ValueError: M is not a multiple of `block`.
         """
@@ -189,15 +194,15 @@ class VisionTower(nnx.Module):
 
         def layer(x, inputs):
             w, full = gathered(self.blocks, inputs[0]), inputs[1]
-            h = _norm(cfg, x, w, "norm1")
+            h = norm(w, "norm1", x)
             q, k, v = jnp.split((h @ w["qkv"] + w["qkv_bias"]).reshape(*blocks, 3 * cfg.num_heads, -1), 3, axis=-2)
             out = attend_block(rotate(q, cos, sin), rotate(k, cos, sin), v, full)
             x = x + out.reshape(*blocks, -1) @ w["proj"] + w["proj_bias"]
-            return constrain(x + _feed_forward(cfg, _norm(cfg, x, w, "norm2"), w), GROUPS), None
+            return constrain(x + self.feed_forward(w, norm(w, "norm2", x)), GROUPS), None
 
         full = jnp.isin(jnp.arange(cfg.depth), jnp.asarray(cfg.full_attention_blocks, int))
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (weights(self.blocks, dtype), full))
-        x = _norm(cfg, x, w, "merge_norm").reshape(blocks[0], block // unit, -1)
+        x = norm(w, "merge_norm", x).reshape(blocks[0], block // unit, -1)
         x = jax.nn.gelu(linear(w, "merge_fc1", x) + w["merge_fc1_bias"], approximate=False)
         x = linear(w, "merge_fc2", x) + w["merge_fc2_bias"]
         return (reorder(x, jnp.argsort(order, axis=-1)) if side else x).reshape(m // unit, -1)

@@ -20,10 +20,10 @@ from imagent_jax.config import Config
 from imagent_jax.distributed.mesh import GROUPS, fitting
 from imagent_jax.model import features, lora, sharding
 from imagent_jax.model.checkpoint import EMBEDDED, resolve
-from imagent_jax.model.config import Qwen2VLConfig
-from imagent_jax.model.published import published_config
-from imagent_jax.model.qwen2_vl import abstract
+from imagent_jax.model.config import VLMConfig
+from imagent_jax.model.families import published_config, read_folder
 from imagent_jax.model.sharding import check_heads, shardings
+from imagent_jax.model.vlm import abstract
 from imagent_jax.planner.hlo import collectives, kernel_pairs, matrix_flops
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import GroupBatch, group_sharding, micro_shapes
@@ -31,7 +31,7 @@ from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rollout import sampler
 from imagent_jax.rollout.engine import quarters
-from imagent_jax.rollout.policy import model_settings
+from imagent_jax.rollout.policy import check_images, model_settings
 
 
 class Chip(NamedTuple):
@@ -132,6 +132,7 @@ class RunArrays:
         self.cfg, self.mesh, r = cfg, mesh, cfg.rollout
         size = model_config(cfg.model.path)
         check_heads(size, mesh)
+        check_images(cfg, size.vision)
         self.settings = model_settings(cfg, platform)
         if platform == "gpu":  # cuDNN's kernels do not compile on a CPU
             self.settings["attention"] = "xla"
@@ -189,14 +190,14 @@ class RunArrays:
         return GroupBatch(**made)
 
 
-def model_config(path: str) -> Qwen2VLConfig:
+def model_config(path: str) -> VLMConfig:
     """Return the model configuration for `model.path`: a folder, the tiny base or a published size.
 
     Raises:
         ValueError: `path` is none of these.
     """
     if path in EMBEDDED or Path(path).expanduser().is_dir():
-        return Qwen2VLConfig.from_folder(resolve(path))
+        return read_folder(resolve(path))
     return published_config(path)
 
 

@@ -14,8 +14,8 @@ from flax import nnx
 
 from imagent_jax.config import Config
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.qwen2_vl import Model, response_logprobs
 from imagent_jax.model.sharding import constrain_params
+from imagent_jax.model.vlm import Model, response_logprobs
 from imagent_jax.rl.batch import GroupBatch, learning_groups, micro_batches, micro_shapes, place_groups, take_groups
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import MaskTables, two_level_mask

@@ -22,8 +22,8 @@ from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.qwen2_vl import Model
 from imagent_jax.model.sharding import rollout_params
+from imagent_jax.model.vlm import Model
 from imagent_jax.rollout import sampler
 from imagent_jax.rollout.batch import RolloutBatch, join_batches
 from imagent_jax.rollout.engine import Engine, EngineShape, Request

@@ -16,7 +16,7 @@ from flax import nnx
 
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.interleave import Encoded, pad_prompts
-from imagent_jax.model.qwen2_vl import Model
+from imagent_jax.model.vlm import Model
 from imagent_jax.rollout import sampler
 
 

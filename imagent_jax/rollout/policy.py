@@ -13,6 +13,8 @@ from imagent_jax.distributed import processes
 from imagent_jax.distributed.mesh import make_mesh
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.attention import choose_attention, choose_dtype
+from imagent_jax.model.config import VisionConfig
+from imagent_jax.model.families import read_folder
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.sharding import shardings
 from imagent_jax.rollout.collect import Collector
@@ -32,6 +34,23 @@ def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | 
     }  # fmt: skip
 
 
+def check_images(cfg: Config, vision: VisionConfig) -> None:
+    """Check the sizes of images and of a vision block against the model's patches.
+
+    Raises:
+        ValueError: a block is no multiple of a merge unit, or does not hold the largest image (one sentence with the remedy).
+    """
+    block, unit, area = cfg.images.vision_block, vision.merge_unit, vision.patch_size**2
+    if block % unit:
+        raise ValueError(f"images.vision_block is {block}; it must be a multiple of {unit}, the patches of one token.")
+    for name in ("images.max_pixels", "tools.high_pixels", "tools.confirm_max_pixels"):
+        if (patches := cfg.get(name) // area) > block:
+            raise ValueError(
+                f"{name} {cfg.get(name)} allows {patches} patches but images.vision_block holds {block}; raise "
+                f"images.vision_block or lower {name}."
+            )
+
+
 class Policy:
     """Model, processor, tools and rollout engine of a configuration, shared by training and evaluation.
 
@@ -44,6 +63,7 @@ class Policy:
         self.tools = tools_by_name(cfg.tools.names)
         folder = checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
+        check_images(cfg, read_folder(folder).vision)
         self.mesh = make_mesh(**vars(cfg.mesh))
         self.model, self.params = checkpoint.load(
             folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype, **model_settings(cfg)

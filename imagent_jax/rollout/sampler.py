@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, per_device, shard_count
 from imagent_jax.model.params import pad_to
-from imagent_jax.model.qwen2_vl import Model, empty_cache, extend, prefill
 from imagent_jax.model.text import PromptCache, ResponseCache
+from imagent_jax.model.vlm import Model, empty_cache, extend, prefill
 
 STOP_WIDTH = 8
 BLOCK = 128

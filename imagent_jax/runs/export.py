@@ -11,7 +11,7 @@ from rich.console import Console
 
 from imagent_jax.config import load_config
 from imagent_jax.model import checkpoint, lora
-from imagent_jax.model.qwen2_vl import Model
+from imagent_jax.model.vlm import Model
 from imagent_jax.runs.loading import load_policy
 
 

@@ -24,10 +24,10 @@ from flax import nnx
 from imagent_jax.chat import QWEN
 from imagent_jax.images.prepare import pack_images
 from imagent_jax.model import checkpoint
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.families import read_config
 from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.qwen2_vl import create, encode_images, response_logprobs
+from imagent_jax.model.vlm import create, encode_images, response_logprobs
 from imagent_jax.tiny.skills import measure
 
 BLOCK = 144
@@ -129,16 +129,17 @@ def encode_group(group, processor: Processor):
     return prompt, responses
 
 
-def collate(groups, shape: Shape):
+def collate(groups, shape: Shape, merge: int):
     """Return the arrays of a batch: prompts [N P], responses [N G R], `trained` bool [N G R], and one pack of all images."""
     n, size, width = len(groups), shape.size, shape.width
     images = [image for prompt, responses in groups for image in
               [*prompt.images, *(i for response in responses for one, _ in response for i in one.images)]]  # fmt: skip
-    try:
-        patches, coords, image_id, first_rows = pack_images(images, BLOCK, shape.blocks)
-    except ValueError:
-        patches, coords, image_id, first_rows = pack_images(images, BLOCK, 2 * shape.blocks)
-    first = iter([row // 4 for row in first_rows])
+    from imagent_jax.tiny.vision import in_blocks
+
+    blocks = in_blocks(images, BLOCK)
+    count = shape.blocks * (1 if len(blocks) <= shape.blocks else 2)
+    *pack, first_rows = pack_images(blocks, BLOCK, count, merge=merge, patch_bytes=images[0].patches.shape[1])
+    first = iter([row // merge**2 for row in first_rows])
     vision, out = [], {
         "response_ids": np.zeros((n, size, width), np.int32),
         "response_positions": np.zeros((3, n, size, width), np.int32),
@@ -159,7 +160,7 @@ def collate(groups, shape: Shape):
     prompts = [prompt for prompt, _ in groups]
     out["prompt_ids"], out["prompt_positions"], out["prompt_vision"] = pad_prompts(prompts, vision, shape.prompt)
     out["prompt_len"] = np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
-    return out, (patches, coords, image_id)
+    return out, tuple(pack)
 
 
 def produce(folder: str, seed: int, vision_steps: int, crowded: int, text_steps: int, out) -> None:
@@ -182,7 +183,7 @@ def produce(folder: str, seed: int, vision_steps: int, crowded: int, text_steps:
             continue
         waiting[shape].append((prompt, responses))
         if len(waiting[shape]) == shape.groups:
-            out.put(collate(waiting[shape], shape))
+            out.put(collate(waiting[shape], shape, processor.merge_size))
             waiting[shape] = []
             done += 1
 
@@ -254,7 +255,7 @@ def start(out: Path, seed: int):
     if (out / "model.safetensors").exists():
         return processor, *checkpoint.load(out, vision_block=BLOCK)
     vocab = len(processor.tokenizer)
-    model, params = create(Qwen2VLConfig.from_hf(architecture(processor, vocab + -vocab % 64)), seed, vision_block=BLOCK)
+    model, params = create(read_config(architecture(processor, vocab + -vocab % 64)), seed, vision_block=BLOCK)
     rng = np.random.default_rng(seed)
     patch_embed = whitening(model.cfg.vision, [labelled_pack(rng, processor, BLOCK) for _ in range(6)])
     params["vision"]["patch_embed"] = params["vision"]["patch_embed"].replace(jnp.asarray(patch_embed))

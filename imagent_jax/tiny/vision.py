@@ -4,6 +4,7 @@ A linear head on each feature predicts the tag whose centre lies in it (colour, 
 feature's own row and column. The head is discarded.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,11 +15,11 @@ import optax
 from flax import nnx
 from PIL import Image
 
-from imagent_jax.images.prepare import pack_images
+from imagent_jax.images.prepare import PreparedImage, pack_images
 from imagent_jax.model.config import VisionConfig
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.qwen2_vl import Model, encode_images
 from imagent_jax.model.vision import normalise
+from imagent_jax.model.vlm import Model, encode_images
 from imagent_jax.tiny.corpus import BOX, SETTINGS, STEP, THUMBNAIL, box_near, box_of
 from imagent_jax.tiny.world import COLOURS, SIZES, make_crowded_scene, make_scene
 
@@ -36,6 +37,17 @@ class Labelled(NamedTuple):
     coords: np.ndarray
     image: np.ndarray
     labels: dict[str, np.ndarray]
+
+
+def in_blocks(images: Iterable[PreparedImage], block: int) -> list[list[PreparedImage]]:
+    """Return images by block of `block` patches, in their order."""
+    blocks, room = [], 0
+    for image in images:
+        if len(image.patches) > room:
+            blocks, room = [*blocks, []], block
+        blocks[-1].append(image)
+        room -= len(image.patches)
+    return blocks
 
 
 def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, crowded: int = 0) -> Labelled:
@@ -57,11 +69,12 @@ def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, cr
         images.append(processor.prepare(Image.fromarray(scene.pixels[top:bottom, left:right]), *budget))
         spots = [((t.x * width - left) / (right - left), (t.y * height - top) / (bottom - top), t) for t in scene.tags]
         places.append([(x, y, tag, box) for x, y, tag in spots if 0 <= x < 1 and 0 <= y < 1])
-    patches, coords, image, first = pack_images(images, block, BLOCKS)
-    labels = {name: np.full(len(patches) // 4, -1, np.int32) for name in HEADS}
+    merge, patch_bytes = processor.merge_size, images[0].patches.shape[1]
+    patches, coords, image, first = pack_images(in_blocks(images, block), block, BLOCKS, merge=merge, patch_bytes=patch_bytes)
+    labels = {name: np.full(len(patches) // merge**2, -1, np.int32) for name in HEADS}
     for prepared, start, tags in zip(images, first, places, strict=True):
-        rows, columns = prepared.grid[0] // 2, prepared.grid[1] // 2
-        own = slice(start // 4, start // 4 + rows * columns)
+        rows, columns = prepared.grid[0] // merge, prepared.grid[1] // merge
+        own = slice(start // merge**2, start // merge**2 + rows * columns)
         labels["row"][own] = np.repeat(np.arange(rows), columns)
         labels["column"][own] = np.tile(np.arange(columns), rows)
         labels["colour"][own] = len(COLOURS)

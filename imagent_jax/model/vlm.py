@@ -1,4 +1,4 @@
-"""Qwen2-VL: vision tower and decoder as one model, and the pure functions that training and sampling call.
+"""A vision-language model: vision tower and decoder as one, and the pure functions that training and sampling call.
 
 A model is split once into a static `Model` and its parameters. Every function below takes both and works under `jax.jit`.
 """
@@ -13,21 +13,21 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, per_device
-from imagent_jax.model.config import Qwen2VLConfig
+from imagent_jax.model.config import VLMConfig
+from imagent_jax.model.families import family_of
 from imagent_jax.model.text import Decoder, PromptCache, ResponseCache
-from imagent_jax.model.vision import VisionTower
 
 
-class Qwen2VL(nnx.Module):
+class VLM(nnx.Module):
     """Modules of a model with their parameters, randomly initialised or from a checkpoint.
 
     Example:
         model, params = checkpoint.from_pretrained("Qwen/Qwen2-VL-7B-Instruct", mesh=mesh).split(remat="full")
     """
 
-    def __init__(self, cfg: Qwen2VLConfig, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, cfg: VLMConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         self.cfg = cfg
-        self.vision = VisionTower(cfg.vision, rngs, dtype)
+        self.vision = family_of(cfg).tower(cfg.vision, rngs, dtype)
         self.text = Decoder(cfg.text, rngs, dtype)
 
     def split(self, **settings) -> "tuple[Model, nnx.State]":
@@ -44,14 +44,14 @@ class Model(NamedTuple):
     """Static part of a model: module definition and compute settings (hashable, a static argument of `jax.jit`)."""
 
     graphdef: nnx.GraphDef
-    cfg: Qwen2VLConfig
+    cfg: VLMConfig
     dtype: str = "float32"
     remat: str = "none"
     vision_block: int = 144
     logprob_chunk: int = 2048
     attention: str = "xla"
 
-    def bind(self, params: nnx.State) -> Qwen2VL:
+    def bind(self, params: nnx.State) -> VLM:
         return nnx.merge(self.graphdef, params)
 
 
@@ -228,13 +228,13 @@ def response_logprobs(
         )
 
 
-def create(cfg: Qwen2VLConfig, seed: int = 0, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:
+def create(cfg: VLMConfig, seed: int = 0, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:
     """Return a model with random parameters. `settings` are fields of `Model`."""
-    graphdef, params = nnx.split(jax.jit(partial(Qwen2VL, cfg, dtype=param_dtype))(rngs=nnx.Rngs(seed)))
+    graphdef, params = nnx.split(jax.jit(partial(VLM, cfg, dtype=param_dtype))(rngs=nnx.Rngs(seed)))
     return Model(graphdef, cfg, **settings), params
 
 
-def abstract(cfg: Qwen2VLConfig, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:
+def abstract(cfg: VLMConfig, param_dtype=jnp.float32, **settings) -> tuple[Model, nnx.State]:
     """Return a model as `create` does, with `jax.ShapeDtypeStruct`s in place of arrays."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: Qwen2VL(cfg, nnx.Rngs(0), param_dtype)))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: VLM(cfg, nnx.Rngs(0), param_dtype)))
     return Model(graphdef, cfg, **settings), params
