@@ -1,4 +1,4 @@
-"""The reference: tiny random Qwen2-VL and Qwen2.5-VL models of transformers, saved as checkpoints in float32 and run in
+"""The reference: tiny random Qwen2-VL, Qwen2.5-VL and Qwen3-VL models of transformers, saved as checkpoints in float32 and run in
 float64 (`exact`)."""
 
 import copy
@@ -15,6 +15,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -28,10 +30,11 @@ BUDGET = {"min_pixels": 64, "max_pixels": 1600}  # at 8 pixels a token: 1 to 25 
 ODD_SIZES = ((17, 45), (61, 23), (24, 24))  # (height, width): wide, tall, square
 
 
-Reference = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration
+Reference = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration
 FAMILIES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
 }
 
 
@@ -41,7 +44,7 @@ def tiny_model(
     """A random model with head width 16, in float32. Weights are large enough that logits spread by several units.
 
     `vision` changes settings of the tower; that of Qwen2.5-VL has windows of 2x2 merged patches and full attention in its
-    second block of three.
+    second block of three, that of Qwen3-VL a 5x5 grid of positions and DeepStack after its first and third block of four.
     """
     width = heads * 16
     towers = {
@@ -50,14 +53,20 @@ def tiny_model(
             "depth": 3, "hidden_size": 32, "out_hidden_size": width, "intermediate_size": 44,
             "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2,
         },
+        "qwen3_vl": {
+            "depth": 4, "hidden_size": 32, "out_hidden_size": width, "intermediate_size": 44,
+            "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2],
+        },
     }  # fmt: skip
+    own = {"head_dim": 24} if family == "qwen3_vl" else {}  # other than width / heads
+    section = [5, 4, 3] if family == "qwen3_vl" else [2, 3, 3]
     config, architecture = FAMILIES[family]
     cfg = config(
         text_config={
             "vocab_size": VOCAB, "hidden_size": width, "intermediate_size": 80, "num_hidden_layers": 3,
             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 0.01,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-            "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section},
+            **own, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": None,
         },
         vision_config={"num_heads": 2, "patch_size": PATCH, **towers[family], **vision},
         image_token_id=IMAGE, video_token_id=111, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
@@ -115,13 +124,17 @@ def tensors(model: Reference, older: bool = False) -> dict[str, torch.Tensor]:
 
 
 def config_json(model: Reference, older: bool = False) -> dict:
-    """`config.json` of the model: with a `text_config`, or flat as the hub's older files are."""
+    """`config.json` of the model: as transformers writes it, or as the hub's files are (flat for the older families)."""
     hf = json.loads(model.config.to_json_string(use_diff=False))
     hf["architectures"] = [type(model).__name__]
     if not older:
         return hf
     text, vision = hf["text_config"], hf["vision_config"]
     rope = text["rope_parameters"]
+    if hf["model_type"] == "qwen3_vl":
+        del text["rope_parameters"]
+        rope_scaling = {"mrope_interleaved": True, "mrope_section": rope["mrope_section"], "rope_type": "default"}
+        return hf | {"text_config": text | {"rope_theta": rope["rope_theta"], "rope_scaling": rope_scaling}}
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "rms_norm_eps", "hidden_act", "use_sliding_window", "max_position_embeddings")  # fmt: skip
     tower = ("depth", "embed_dim", "hidden_size", "num_heads", "mlp_ratio", "patch_size", "intermediate_size",
@@ -211,9 +224,10 @@ def logits(model: Reference, samples: Sequence[tuple[Sequence[int], Sequence[Ima
 
 @torch.no_grad()
 def vision_features(model: Reference, images: Sequence[Image.Image]) -> np.ndarray:
-    """Merged features [F D] of the images, one after another."""
+    """Features [F E] of the images, one after another: merged, and beside them those of DeepStack."""
     patches, grid = pixel_values(images)
-    return model.model.visual(patches, grid_thw=grid).pooler_output.numpy()
+    out = model.model.visual(patches, grid_thw=grid)
+    return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=-1).numpy()
 
 
 def greedy(

@@ -21,6 +21,8 @@ REFERENCES = {
     "untied": tiny_model(tied=False),
     "2.5-tied": tiny_model(tied=True, family="qwen2_5_vl"),
     "2.5-untied": tiny_model(tied=False, family="qwen2_5_vl"),
+    "3-tied": tiny_model(tied=True, family="qwen3_vl"),
+    "3-untied": tiny_model(tied=False, family="qwen3_vl"),
 }
 
 
@@ -61,15 +63,14 @@ def test_both_name_styles_load_to_the_same_parameters(reference, tmp_path, shard
     assert total == sum(p.numel() for p in reference.parameters())
 
 
-@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("shard_bytes", [2**30, 60_000])
-def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp_path, shard_bytes, older):
+def test_what_is_saved_loads_in_transformers_and_here_bit_for_bit(reference, tmp_path, shard_bytes):
     model, params = checkpoint.load(save_checkpoint(reference, tmp_path / "in", older=True))
-    checkpoint.save(tmp_path / "out", model, params, max_shard_size=shard_bytes, older_names=older)
+    checkpoint.save(tmp_path / "out", model, params, max_shard_size=shard_bytes)
     assert (tmp_path / "out/model.safetensors.index.json").is_file() == (shard_bytes < 2**30)
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 3) == (shard_bytes < 2**30)
     names = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
-    assert names == set(hf_oracle.tensors(reference, older))
+    assert names == set(hf_oracle.tensors(reference, older=reference.config.model_type != "qwen3_vl"))
     saved, given = (AutoConfig.from_pretrained(tmp_path / name).to_dict() | {"_name_or_path": ""} for name in ("out", "in"))
     assert saved == given and saved["model_type"] == reference.config.model_type
     assert_holds_the_weights_of(reference, tmp_path / "out")
@@ -248,7 +249,7 @@ def test_weights_of_another_size_than_the_config_are_refused(folder):
     ("kind", "architecture"),
     [
         ("llama", "LlamaForCausalLM"),
-        ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+        ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
         ("qwen2_vl", "Qwen2VLForSequenceClassification"),
         ("qwen2_5_vl", "Qwen2VLForConditionalGeneration"),
         (None, None),
@@ -310,7 +311,9 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers(family):
     sizes = {"vocab_size": 50, "hidden_size": 3584, "intermediate_size": 9, "num_hidden_layers": 1, "num_attention_heads": 28}
     markers = {"image_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3}
     cfg = read_config({"model_type": family, **sizes, **markers, "vision_config": {}})
-    assert (cfg.text.rms_norm_eps, cfg.text.rope_theta) == (text.rms_norm_eps, 1e6) and cfg.text.mrope_section == (16, 24, 24)
+    third = family == "qwen3_vl"
+    assert (cfg.text.rms_norm_eps, cfg.text.rope_theta) == (text.rms_norm_eps, 5e5 if third else 1e6)
+    assert cfg.text.mrope_section == ((24, 20, 20) if third else (16, 24, 24)) and cfg.text.head_dim == 128
     assert cfg.text.num_kv_heads == 28 and not cfg.text.tie_word_embeddings
     assert family_of(cfg).architecture == hf_oracle.FAMILIES[family][1].__name__
     ours = cfg.vision
@@ -320,8 +323,26 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers(family):
     if family == "qwen2_5_vl":
         assert (ours.embed_dim, ours.hidden_size, ours.intermediate_size) == (3584, 3584, vision.intermediate_size)
         assert (ours.window_size, ours.full_attention_blocks) == (vision.window_size, tuple(vision.fullatt_block_indexes))
+    elif third:
+        assert (ours.embed_dim, ours.intermediate_size) == (vision.hidden_size, vision.intermediate_size)
+        assert (ours.hidden_size, ours.deepstack) == (vision.out_hidden_size, tuple(vision.deepstack_visual_indexes))
+        assert ours.position_side**2 == vision.num_position_embeddings
     else:
         assert (ours.embed_dim, ours.hidden_size, ours.intermediate_size) == (vision.embed_dim, 3584, 4 * vision.embed_dim)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "sentence"),
+    [
+        ("text_config", {"attention_bias": True}, "attention_bias is true"),
+        ("vision_config", {"num_position_embeddings": 24}, "num_position_embeddings 24 is no square number"),
+        ("vision_config", {"hidden_act": "silu"}, "hidden_act of the vision tower is 'silu'; Qwen3-VL has 'gelu_pytorch_tanh'"),
+    ],
+)
+def test_what_qwen3_vl_does_not_support_is_refused(section, changes, sentence):
+    hf = hf_oracle.config_json(REFERENCES["3-tied"])
+    with pytest.raises(ValueError, match=sentence):
+        read_config(hf | {section: hf[section] | changes})
 
 
 def test_settings_of_a_config_are_read_wherever_they_may_stand():

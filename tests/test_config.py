@@ -74,6 +74,8 @@ def test_shipped_configs_use_the_coordinates_of_their_model_family():
         "qwen2_vl_7b_tpu": "relative_1000",
         "qwen2_5_vl_3b_gpu": "absolute",
         "qwen2_5_vl_7b_tpu": "absolute",
+        "qwen3_vl_2b_gpu": "relative_1000",
+        "qwen3_vl_8b_tpu": "relative_1000",
     }
 
 

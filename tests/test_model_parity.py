@@ -27,6 +27,7 @@ from imagent_jax.model.vlm import (
     abstract,
     attention_by_source,
     create,
+    deep_features,
     embed,
     empty_cache,
     encode_images,
@@ -41,6 +42,7 @@ BLOCK, BLOCKS, WIDTH = 100, 12, 96  # patches a block, blocks a pack, padded pro
 SHAPES = {
     "mha-untied": (4, 4, False), "gqa2-tied": (4, 2, True), "gqa6-untied": (6, 1, False),
     "2.5-gqa2-tied": (4, 2, True, 0, "qwen2_5_vl"), "2.5-gqa6-untied": (6, 1, False, 0, "qwen2_5_vl"),
+    "3-gqa2-tied": (4, 2, True, 0, "qwen3_vl"), "3-gqa6-untied": (6, 1, False, 0, "qwen3_vl"),
 }  # fmt: skip
 
 
@@ -90,7 +92,9 @@ def batch(samples, first, width=WIDTH, start=None) -> Batch:
 @partial(jax.jit, static_argnums=0)
 def all_logits(model, params, packed, ids, positions, vision):
     text = model.bind(params).text
-    hidden, _ = text.prefill(embed(model, params, ids, vision, encode_images(model, params, *packed)), positions)
+    features = encode_images(model, params, *packed)
+    deep = deep_features(model, vision, features)
+    hidden, _ = text.prefill(embed(model, params, ids, vision, features), positions, deep=deep)
     return hidden @ text.head(model.dtype)
 
 

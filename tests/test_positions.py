@@ -8,7 +8,7 @@ from hf_oracle import IMAGE, VISION_END, VISION_START
 from imagent_jax.model.positions import mrope_positions
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def model(request):
     """Qwen2.5-VL counts a video's time in seconds; an image is one moment, whatever `tokens_per_second` says."""
     extra = {"tokens_per_second": 25} if request.param == "qwen2_5_vl" else {}

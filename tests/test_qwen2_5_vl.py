@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's own: windows of the vision tower as data, and the published sizes of both families."""
+"""Qwen2.5-VL's own: windows of the vision tower as data, and the published sizes of every family."""
 
 import dataclasses
 import json
@@ -157,6 +157,10 @@ PARAMETERS = {
     "Qwen2.5-VL-7B": 8_292_166_656,
     "Qwen2.5-VL-32B": 33_452_718_336,
     "Qwen2.5-VL-72B": 73_410_777_344,
+    "Qwen3-VL-2B": 2_127_532_032,
+    "Qwen3-VL-4B": 4_437_815_808,
+    "Qwen3-VL-8B": 8_767_123_696,
+    "Qwen3-VL-32B": 33_357_390_064,
 }
 
 
@@ -164,7 +168,8 @@ PARAMETERS = {
 def test_published_sizes_are_recognised_and_have_the_references_tensors(name):
     hf = PUBLISHED[name]
     cfg = read_config(hf)
-    assert cfg.name == name and cfg.text.head_dim == 128 and cfg.vision.head_dim == 80
+    third = cfg.model_type == "qwen3_vl"
+    assert cfg.name == name and cfg.text.head_dim == 128 and cfg.vision.head_dim == (cfg.vision.embed_dim // 16 if third else 80)
     assert (cfg.vision.window_side, cfg.vision.full_attention_blocks) == ((8, (7, 15, 23, 31)) if "2.5" in name else (0, ()))
 
     config, architecture = hf_oracle.FAMILIES[cfg.model_type]

@@ -121,7 +121,7 @@ SPLIT = {  # the mesh axis of each axis of a parameter, after that of the layers
     "text": {
         "embed": ("tensor", "fsdp"), "lm_head": ("fsdp", "tensor"), "norm": (None,), "input_norm": (None,), "post_norm": (None,),
         **dict.fromkeys(("q", "k", "v", "gate", "up"), ("fsdp", "tensor")), **dict.fromkeys(("o", "down"), ("tensor", "fsdp")),
-        **dict.fromkeys(("q_bias", "k_bias", "v_bias"), ("tensor",)),
+        **dict.fromkeys(("q_bias", "k_bias", "v_bias"), ("tensor",)), **dict.fromkeys(("q_norm", "k_norm"), (None,)),
     },
     "vision": {
         "patch_embed": (None, "fsdp"), **dict.fromkeys(("norm1", "norm2", "norm1_bias", "norm2_bias"), (None,)),
@@ -129,6 +129,7 @@ SPLIT = {  # the mesh axis of each axis of a parameter, after that of the layers
         **dict.fromkeys(("proj", "fc2", "down", "merge_fc2"), ("tensor", "fsdp")),
         **dict.fromkeys(("qkv_bias", "fc1_bias", "gate_bias", "up_bias", "merge_fc1_bias"), ("tensor",)),
         **dict.fromkeys(("proj_bias", "fc2_bias", "down_bias", "merge_fc2_bias", "merge_norm", "merge_norm_bias"), (None,)),
+        "position": (None, "fsdp"), **dict.fromkeys(("patch_embed_bias", "norm", "norm_bias"), (None,)),
     },
 }  # fmt: skip
 
@@ -141,7 +142,7 @@ def test_every_parameter_is_split_as_the_table_says(family):
     for tree, whole in ((shapes, ()), (shapes, ("fsdp",)), (copied, ("fsdp",))):
         for path, place in shardings(tree, mesh, whole).flat_state():
             expected = tuple(None if axis in whole else axis for axis in SPLIT[path[0]][path[-1]])
-            value, stacked = place.get_value(), (None,) * (path[1] in ("layers", "blocks"))
+            value, stacked = place.get_value(), (None,) * (path[1] in ("layers", "blocks", "deep"))
             if tree is copied and path[1] == "layers":
                 assert [one.spec for one in value] == [PartitionSpec(*expected)] * cfg.text.num_layers
             else:

@@ -292,9 +292,10 @@ def save(
     source: str | Path | None = None,
     dtype=None,
     max_shard_size: int | str = "5GB",
-    older_names: bool = True,
 ) -> None:
     """Write a folder that Hugging Face loads: config, safetensors, tokenizer, processor and generation settings.
+
+    Tensors have the names of the hub's files.
 
     Large weights are sharded with an index. Weights of an earlier save in the folder are replaced only after all new files are
     complete. All processes must call this function; process 0 writes.
@@ -303,12 +304,10 @@ def save(
         source: folder of the tokenizer and processor files; default: the folder the model was loaded from.
         dtype: dtype of the stored tensors; default: that of the parameters.
         max_shard_size: maximum bytes per weight file, a number or a string such as "5GB".
-        older_names: use the tensor names of the hub's files (`model.layers.*`, `visual.*`), not those of transformers' current
-            modules.
     """
     folder, source = Path(folder), Path(source or model.cfg.folder or folder)
     tensors = to_tensors(model, params, dtype)
-    if older_names:
+    if family_of(model.cfg).older_names:
         tensors = {older_name(name): tensor for name, tensor in tensors.items()}
     if jax.process_index() > 0:  # process 0 writes; the others take part in gathering
         for tensor in tensors.values():

@@ -14,6 +14,8 @@ class VisionConfig:
         spatial_merge_size: patches along a side of a merge unit, which becomes one token of the decoder.
         window_size: side of an attention window in pixels; 0: every block attends over the whole image.
         full_attention_blocks: blocks that attend over the whole image although there are windows.
+        position_side: side of the square grid of learned position embeddings, interpolated to an image's grid; 0: none.
+        deepstack: blocks whose output also becomes features, which the first decoder layers add (arXiv 2406.04334).
     """
 
     depth: int
@@ -23,6 +25,8 @@ class VisionConfig:
     num_heads: int
     window_size: int = 0
     full_attention_blocks: tuple[int, ...] = ()
+    position_side: int = 0
+    deepstack: tuple[int, ...] = ()
     in_channels: int = 3
     patch_size: int = 14
     spatial_merge_size: int = 2
@@ -46,6 +50,11 @@ class VisionConfig:
         return self.temporal_patch_size * self.patch_bytes
 
     @property
+    def feature_dim(self) -> int:
+        """Width of a feature row: the decoder's width, once for the last block and once for every block of `deepstack`."""
+        return self.hidden_size * (1 + len(self.deepstack))
+
+    @property
     def merge_unit(self) -> int:
         """Patches merged into one decoder token."""
         return self.spatial_merge_size**2
@@ -62,6 +71,8 @@ class TextConfig:
 
     Attributes:
         qkv_bias: queries, keys and values have biases.
+        qk_norm: queries and keys are normalised by head (RMSNorm).
+        interleaved_mrope: frequencies take t, h and w in turn, not section by section; see `rope.mrope`.
     """
 
     vocab_size: int
@@ -76,6 +87,8 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     qkv_bias: bool = True
+    qk_norm: bool = False
+    interleaved_mrope: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,10 +113,13 @@ class VLMConfig:
     folder: str = field(repr=False, compare=False, default="")
 
 
-def read_text(hf: dict[str, Any], **own: Any) -> TextConfig:
+def read_text(
+    hf: dict[str, Any], mrope_section: tuple[int, int, int] = (16, 24, 24), rope_theta: float = 1e6, **own: Any
+) -> TextConfig:
     """Return the decoder's configuration from a parsed `config.json`, in the hub's older flat form or with `text_config`.
 
     Args:
+        mrope_section, rope_theta: of a file that does not say.
         own: fields that the family fixes.
     Raises:
         ValueError: an unsupported setting (named in the message).
@@ -119,7 +135,7 @@ def read_text(hf: dict[str, Any], **own: Any) -> TextConfig:
         raise ValueError(f"rope type {rope_type!r} is not supported; only 'mrope' is.")
     heads, width = text["num_attention_heads"], text["hidden_size"]
     head_dim = text.get("head_dim") or width // heads
-    section = tuple(rope.get("mrope_section", (16, 24, 24)))
+    section = tuple(rope.get("mrope_section", mrope_section))
     if sum(section) * 2 != head_dim:
         raise ValueError(f"mrope_section {list(section)} must sum to half the head width {head_dim}.")
     return TextConfig(
@@ -130,7 +146,7 @@ def read_text(hf: dict[str, Any], **own: Any) -> TextConfig:
         num_heads=heads,
         num_kv_heads=text.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
+        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", rope_theta))),
         mrope_section=section,
         rms_norm_eps=text.get("rms_norm_eps", 1e-5),
         tie_word_embeddings=bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")),

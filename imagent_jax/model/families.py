@@ -23,6 +23,7 @@ class Family:
         vision_act: `hidden_act` of the tower, as in `vision_config`.
         text, vision: functions that read the decoder's and the tower's configuration from `config.json` and `vision_config`.
         tower: class of the vision tower.
+        older_names: the hub's files have the older tensor names (`checkpoint.older_name`).
         tensors: tensor in a checkpoint of every parameter, by dotted path: its name ({}: layer index), and whether the matrix is
             stored transposed, [out, in].
         sizes: `config.json` of every published size, by name.
@@ -35,6 +36,7 @@ class Family:
     text: Callable[[dict[str, Any]], TextConfig]
     vision: Callable[[dict[str, Any]], VisionConfig]
     tower: type[VisionTower]
+    older_names: bool
     tensors: Mapping[str, tuple[str, bool]]
     sizes: Mapping[str, dict[str, Any]]
 

@@ -116,7 +116,7 @@ class FeatureStore(EncodedPacks):
     """
 
     def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4, frozen: bool = False):
-        size, width = pack_blocks * model.vision_block, model.cfg.text.hidden_size
+        size, width = pack_blocks * model.vision_block, model.cfg.vision.feature_dim
         place = jax.tree.leaves(params)[0].sharding  # the sharding `_encode_into` returns, so that it compiles once
         whole = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else None
         features = jnp.zeros((packs * size // model.cfg.vision.merge_unit, width), model.dtype, device=whole)

@@ -24,8 +24,9 @@ from imagent_jax.model.vlm import Model
 
 TARGETS = {f"{name}_proj": f"text.layers.{name}" for name in (*"qkvo", "gate", "up", "down")}
 """Adaptable matrices of every decoder layer: name of Hugging Face's module -> path of our parameter."""
-MERGER = {f"merger.mlp.{2 * i}": f"vision.merge_fc{i + 1}" for i in (0, 1)}
-"""Adaptable matrices of the vision merger, adapted all or none: name of Hugging Face's module -> path of our parameter."""
+MERGER = ("vision.merge_fc1", "vision.merge_fc2")
+"""Adaptable matrices of the vision merger, adapted all or none: paths of our parameters."""
+_KEYS = (*TARGETS.values(), *MERGER)
 PREFIX = "base_model.model."  # prefix of every tensor name in PEFT's files
 _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out")
 
@@ -57,7 +58,7 @@ def attach(
     """
     check_targets(targets, merger)
     root, rngs = model.bind(params), nnx.Rngs(seed)
-    for key in (*(TARGETS[name] for name in targets), *(MERGER.values() if merger else ())):
+    for key in (*(TARGETS[name] for name in targets), *(MERGER if merger else ())):
         *lead, into, out = _variable(root, key).get_value().shape
         a = jax.random.uniform(rngs.params(), (*lead, into, rank), minval=-(into**-0.5), maxval=into**-0.5)
         _put(root, key, a, jnp.zeros((*lead, rank, out)), alpha / rank)
@@ -91,7 +92,7 @@ def save(folder: str | Path, model: Model, params: nnx.State, base: str = "") ->
     folder, tensors, names = Path(folder), {}, []
     for key, a, b in _adapters(model.bind(params)):
         module, rank, scale = _module(model, key), a.get_value().shape[-1], _scale(b)
-        names.append(next(name for name, k in (TARGETS | MERGER).items() if k == key))
+        names.append(module.rpartition(".")[2] if "{}" in module else module.partition("visual.")[2])
         for half, stack in (("A", np.asarray(a.get_value())), ("B", np.asarray(b.get_value()))):
             for i, matrix in enumerate(stack) if "{}" in module else ((0, stack),):
                 tensors[f"{PREFIX}{module.format(i)}.lora_{half}.weight"] = np.ascontiguousarray(matrix.T)
@@ -138,7 +139,7 @@ def load(folder: str | Path, model: Model, params: nnx.State) -> tuple[Model, nn
             return np.zeros(shape[::-1], np.float32)
         return tensor.T.astype(np.float32)
 
-    for key in (TARGETS | MERGER).values():
+    for key in _KEYS:
         module, (*lead, into, out) = _module(model, key), _variable(root, key).get_value().shape
         names = [module.format(i) for i in range(*lead or (1,))]
         if any(PREFIX + n in stored for name in names for n in (f"{name}.lora_A.weight", older_name(f"{name}.lora_A.weight"))):
@@ -173,7 +174,7 @@ def _put(root: nnx.Module, key: str, a, b, scale: float) -> None:
 
 def _adapters(root: nnx.Module) -> Iterator[tuple[str, nnx.LoRAParam, nnx.LoRAParam]]:
     """Yield the path of every adapted matrix, its A and its B."""
-    for key in (TARGETS | MERGER).values():
+    for key in _KEYS:
         owner, name = _place(root, key)
         if hasattr(owner, f"{name}_lora_a"):
             yield key, getattr(owner, f"{name}_lora_a"), getattr(owner, f"{name}_lora_b")
@@ -197,4 +198,4 @@ def _pattern(names: Sequence[str]) -> str:
     """Return PEFT's `target_modules` as a regular expression; plain names would also match the tower's matrices."""
     layers = "|".join(name for name in names if name in TARGETS)
     parts = [rf".*\.layers\.\d+\.\w+\.({layers})"] if layers else []
-    return "|".join(parts + [rf".*\.{re.escape(name)}" for name in names if name in MERGER])
+    return "|".join(parts + [rf".*\.{re.escape(name)}" for name in names if name not in TARGETS])

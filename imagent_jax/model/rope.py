@@ -9,13 +9,20 @@ def _frequencies(width: int, theta: float) -> Float[Array, " half"]:
 
 
 def mrope(
-    positions: Int[Array, "3 *b S"], head_dim: int, theta: float, section: tuple[int, int, int]
+    positions: Int[Array, "3 *b S"], head_dim: int, theta: float, section: tuple[int, int, int], interleaved: bool = False
 ) -> tuple[Float[Array, "*b S H"], Float[Array, "*b S H"]]:
-    """Return cosines and sines of (t, h, w) positions: the first `section[0]` frequencies use t, the next h, the last w.
+    """Return cosines and sines of (t, h, w) positions: `section` frequencies use t, h and w.
 
-    Equals `Qwen2VLRotaryEmbedding` of transformers (arXiv 2409.12191, section 2.1).
+    Section by section, t first: equals `Qwen2VLRotaryEmbedding` of transformers (arXiv 2409.12191, section 2.1). Interleaved,
+    t, h, w, t, h, w, ..., and t where h or w has its number: equals `Qwen3VLTextRotaryEmbedding`.
     """
     angles = positions[..., None].astype(jnp.float32) * _frequencies(head_dim, theta)  # [3 *b S H/2]
+    if interleaved:
+        index = jnp.arange(head_dim // 2)
+        for part in (1, 2):
+            angles = angles.at[0].set(jnp.where((index % 3 == part) & (index < 3 * section[part]), angles[part], angles[0]))
+        full = jnp.concatenate([angles[0], angles[0]], axis=-1)
+        return jnp.cos(full), jnp.sin(full)
     edges = (0, section[0], section[0] + section[1], sum(section))
     parts = [angles[i, ..., edges[i] : edges[i + 1]] for i in range(3)]
     full = jnp.concatenate([*parts, *parts], axis=-1)

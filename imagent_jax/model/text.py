@@ -32,6 +32,7 @@ TENSORS: dict[str, tuple[str, bool]] = {
         transposed=True,
     ),
     "text.layers.input_norm": ("model.language_model.layers.{}.input_layernorm.weight", False),
+    **{f"text.layers.{p}_norm": (f"model.language_model.layers.{{}}.self_attn.{p}_norm.weight", False) for p in "qk"},
     "text.layers.post_norm": ("model.language_model.layers.{}.post_attention_layernorm.weight", False),
 }
 """Tensor of every parameter of the decoder: see `families.Family.tensors`."""
@@ -54,6 +55,29 @@ class ResponseCache(NamedTuple):
     v: tuple[Float[Array, "B K R H"], ...]
 
 
+class Deep(NamedTuple):
+    """Features that the first T layers add to the hidden states of image tokens (DeepStack, arXiv 2406.04334).
+
+    Attributes:
+        rows: feature row of every token, -1 for text.
+        features: one matrix for each of the T layers.
+    """
+
+    rows: Int[Array, "*b S"]
+    features: Float[Array, "T F D"]
+
+    def add(self, x: Float[Array, "*b S D"], layer: int | Int[Array, ""]) -> Float[Array, "*b S D"]:
+        """Return the output `x` of a layer with the layer's features added."""
+
+        def added(x):
+            features = jnp.take(self.features, jnp.minimum(layer, len(self.features) - 1), axis=0).astype(x.dtype)
+            return x + jnp.where((self.rows >= 0)[..., None], features[jnp.maximum(self.rows, 0)], 0)
+
+        if isinstance(layer, int):
+            return added(x) if layer < len(self.features) else x
+        return jax.lax.cond(layer < len(self.features), added, lambda x: x, x)
+
+
 def rms_norm(x, scale, eps: float):
     """Return RMSNorm over the last axis, computed in float32."""
     y = x.astype(jnp.float32)
@@ -71,6 +95,8 @@ class DecoderLayers(nnx.Module):
         self.q, self.k, self.v = make((d, q), ("embed", "heads")), *(make((d, kv), ("embed", "kv_heads")) for _ in "kv")
         if cfg.qkv_bias:
             self.q_bias, self.k_bias, self.v_bias = make.zeros(q, "heads"), *(make.zeros(kv, "kv_heads") for _ in "kv")
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = make.ones(cfg.head_dim), make.ones(cfg.head_dim)
         self.o = make((q, d), ("heads", "embed"))
         self.gate = make((d, cfg.intermediate_size), ("embed", "mlp"))
         self.up = make((d, cfg.intermediate_size), ("embed", "mlp"))
@@ -102,6 +128,8 @@ class Decoder(nnx.Module):
             (linear(w, name, h) + w.get(f"{name}_bias", 0)).reshape(*lead, heads, cfg.head_dim)
             for name, heads in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
         )
+        if cfg.qk_norm:
+            q, k = (rms_norm(x, w[name], cfg.rms_norm_eps) for x, name in ((q, "q_norm"), (k, "k_norm")))
         return rotate(q, *rope), rotate(k, *rope), v
 
     def _finish(self, w, x, attended):
@@ -110,7 +138,8 @@ class Decoder(nnx.Module):
         return x + linear(w, "down", jax.nn.silu(linear(w, "gate", h)) * linear(w, "up", h))
 
     def _rope(self, positions):
-        return mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)
+        cfg = self.cfg
+        return mrope(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section, cfg.interleaved_mrope)
 
     def prefill(
         self,
@@ -119,6 +148,7 @@ class Decoder(nnx.Module):
         prompt_len: Int[Array, " N"] | None = None,
         backend: str = "xla",
         source: Bool[Array, "N P C"] | None = None,
+        deep: Deep | None = None,
     ) -> tuple[Float[Array, "N P D"], PromptCache | Float[Array, "L N P C"]]:
         """Run the prompts alone; return the final hidden states (after the norm, before the head) and the prompt cache.
 
@@ -137,6 +167,7 @@ class Decoder(nnx.Module):
         x, layers, kept = constrain(x, GROUPS), weights(self.layers, dtype), []
         for i in range(self.cfg.num_layers):
             x, one = layer(x, layer_of(layers, i))
+            x = deep.add(x, i) if deep else x
             kept.append(one)
         kept = PromptCache(*zip(*kept, strict=True)) if source is None else jnp.stack(kept)
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), kept
@@ -149,6 +180,7 @@ class Decoder(nnx.Module):
         prompt: PromptCache,
         prompt_len: Int[Array, " N"],
         cache: ResponseCache,
+        deep: Deep | None = None,
     ) -> tuple[Float[Array, "B S D"], ResponseCache]:
         """Append S tokens to every response row, from cache index `start[b]` on; return hidden states and cache.
 
@@ -172,6 +204,7 @@ class Decoder(nnx.Module):
             values.append(cache.v[i].at[rows, :, index].set(v, mode="drop"))
             out = attend_two_part(split(q), prompt.k[i], prompt.v[i], prompt_len, split(keys[i]), split(values[i]), mask)
             x = constrain(self._finish(w, x, out.reshape(b, s, *out.shape[3:])), GROUPS)
+            x = deep.add(x, i) if deep else x
         cache = ResponseCache(tuple(keys), tuple(values))
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), cache
 
@@ -185,6 +218,7 @@ class Decoder(nnx.Module):
         response_len: Int[Array, "N G"] | None = None,
         remat: str = "none",
         backend: str = "xla",
+        deep: tuple[Deep, Deep] | None = None,
     ) -> tuple[Float[Array, "N P D"], Float[Array, "N G R D"]]:
         """Run the training forward pass: prompts [N, P] once, and responses [N, G, R], through each layer together.
 
@@ -193,20 +227,23 @@ class Decoder(nnx.Module):
         Args:
             prompt_len, response_len: real tokens (response_len None: all).
             remat: name in `REMAT_POLICIES`.
+            deep: of the prompts and of the responses.
         """
         rope_prompt, rope, dtype = self._rope(prompt_positions), self._rope(positions), x.dtype
 
-        def layer(carry, w):
-            (p, x), w = carry, gathered(self.layers, w)
+        def layer(carry, inputs):
+            (p, x), w, index = carry, gathered(self.layers, inputs[0]), inputs[1]
             pq, pk, pv = self._qkv(w, p, rope_prompt)
             q, k, v = self._qkv(w, x, rope)
             prompt_out = attention(pq, pk, pv, Causal(prompt_len), backend=backend)
             out = attention(q, k, v, Causal(response_len), Shared(pk, pv, prompt_len), backend=backend)
-            return (constrain(self._finish(w, p, prompt_out), GROUPS), constrain(self._finish(w, x, out), GROUPS)), None
+            p, x = constrain(self._finish(w, p, prompt_out), GROUPS), constrain(self._finish(w, x, out), GROUPS)
+            return (deep[0].add(p, index), deep[1].add(x, index)) if deep else (p, x), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         carry = constrain(prompt_x, GROUPS), constrain(x, GROUPS)
-        carry, _ = jax.lax.scan(layer, carry, weights(self.layers, dtype), unroll=self.cfg.num_layers <= UNROLLED)
+        inputs = weights(self.layers, dtype), jnp.arange(self.cfg.num_layers) if deep else None
+        carry, _ = jax.lax.scan(layer, carry, inputs, unroll=self.cfg.num_layers <= UNROLLED)
         norm = partial(rms_norm, scale=weights(self, dtype)["norm"], eps=self.cfg.rms_norm_eps)
         return norm(carry[0]), norm(carry[1])

@@ -122,7 +122,8 @@ class VisionBlocks(nnx.Module):
 class VisionTower(nnx.Module):
     """Vision transformer from patches to features of the decoder's width, one feature per merge unit.
 
-    A family subclasses it with its `BLOCKS` and its `feed_forward`; packing, attention and merging are shared.
+    A family subclasses it with its `BLOCKS` and its `feed_forward`, and where it differs `embed` and `merge_deep`; packing,
+    attention and merging are shared.
     Windowed attention cost: a window of 112 pixels has 64 patches, so a patch attends to 192 keys (`attend_windows`) instead of
     2560 at 640 features per image. At width 1280 that is 1 MFLOP per patch instead of 13; the block's matrices cost 39.
     """
@@ -146,6 +147,16 @@ class VisionTower(nnx.Module):
         """Apply the MLP of one block with parameters `w`."""
         raise NotImplementedError("A family defines the MLP of its tower.")
 
+    def embed(
+        self, w: dict[str, jax.Array], x: Float[Array, "B S C"], coords: Int[Array, "B S 2"], image: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """Return the input of the first block, given normalised patches and the tower's own parameters `w`."""
+        return x @ w["patch_embed"]
+
+    def merge_deep(self, index: int, x: Float[Array, "B S D"]) -> Float[Array, "B U E"]:
+        """Return the features of `cfg.deepstack[index]`, given the output of that block."""
+        raise NotImplementedError("A family with DeepStack defines its mergers.")
+
     def __call__(
         self,
         patches: UInt8[Array, "M bytes"],
@@ -156,7 +167,7 @@ class VisionTower(nnx.Module):
         dtype=jnp.float32,
         remat: bool = False,
         backend: str = "xla",
-    ) -> Float[Array, "F D"]:
+    ) -> Float[Array, "F E"]:
         """Encode a pack of images.
 
         Args:
@@ -168,7 +179,8 @@ class VisionTower(nnx.Module):
             remat: recompute the layers in the backward pass.
             backend: see `attention`.
         Returns:
-            One feature per merge unit, in the order of the patches; padding gives finite, meaningless features.
+            One feature per merge unit, in the order of the patches; padding gives finite, meaningless features. With DeepStack a
+            row is `cfg.feature_dim` wide: the last block's feature, then those of the blocks `cfg.deepstack`.
         Raises:
             ValueError: M is not a multiple of `block`.
         """
@@ -177,8 +189,8 @@ class VisionTower(nnx.Module):
         if m % block or block % cfg.merge_unit:
             raise ValueError(f"{m} patches do not fill blocks of {block}; pad the pack to a multiple.")
         blocks, unit, side = (m // block, block), cfg.merge_unit, cfg.window_side
-        x = constrain((normalise(cfg, patches).astype(dtype) @ w["patch_embed"]).reshape(*blocks, -1), GROUPS)
         coords, image = coords.reshape(*blocks, 2), image.reshape(blocks)
+        x = constrain(self.embed(w, normalise(cfg, patches).astype(dtype).reshape(*blocks, -1), coords, image), GROUPS)
         if side:
             order, window = window_order(coords, image, side, unit)
             x, coords, image = reorder(x, order, unit), reorder(coords, order, unit), window[..., 0]
@@ -201,8 +213,13 @@ class VisionTower(nnx.Module):
             return constrain(x + self.feed_forward(w, norm(w, "norm2", x)), GROUPS), None
 
         full = jnp.isin(jnp.arange(cfg.depth), jnp.asarray(cfg.full_attention_blocks, int))
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (weights(self.blocks, dtype), full))
+        inputs, deep, done = (weights(self.blocks, dtype), full), [], 0
+        for end in (*(index + 1 for index in cfg.deepstack), cfg.depth):
+            part = inputs if not cfg.deepstack else jax.tree.map(lambda x: x[done:end], inputs)  # noqa: B023 (called here)
+            x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, part)
+            deep, done = [*deep, x], end
+        deep = [self.merge_deep(index, x) for index, x in enumerate(deep[:-1])]
         x = norm(w, "merge_norm", x).reshape(blocks[0], block // unit, -1)
         x = jax.nn.gelu(linear(w, "merge_fc1", x) + w["merge_fc1_bias"], approximate=False)
-        x = linear(w, "merge_fc2", x) + w["merge_fc2_bias"]
+        x = jnp.concatenate([linear(w, "merge_fc2", x) + w["merge_fc2_bias"], *deep], axis=-1)
         return (reorder(x, jnp.argsort(order, axis=-1)) if side else x).reshape(m // unit, -1)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, per_device
 from imagent_jax.model.config import VLMConfig
 from imagent_jax.model.families import family_of
-from imagent_jax.model.text import Decoder, PromptCache, ResponseCache
+from imagent_jax.model.text import Decoder, Deep, PromptCache, ResponseCache
 
 
 class VLM(nnx.Module):
@@ -61,8 +61,8 @@ def encode_images(
     patches: UInt8[Array, "M bytes"],
     coords: Int[Array, "M 2"],
     image: Int[Array, " M"],
-) -> Float[Array, "F D"]:
-    """Return the features of a pack of images (F = M / 4); see `VisionTower`."""
+) -> Float[Array, "F E"]:
+    """Return the features of a pack of images (F = M / 4, E = `cfg.vision.feature_dim`); see `VisionTower`."""
     with jax.named_scope("vision"):
         return model.bind(params).vision(
             patches,
@@ -76,12 +76,20 @@ def encode_images(
 
 
 def embed(
-    model: Model, params: nnx.State, ids: Int[Array, "*b S"], vision: Int[Array, "*b S"], features: Float[Array, "F D"]
+    model: Model, params: nnx.State, ids: Int[Array, "*b S"], vision: Int[Array, "*b S"], features: Float[Array, "F E"]
 ) -> Float[Array, "*b S D"]:
     """Return token embeddings, with feature row `vision[...]` in place of every image placeholder (-1: text)."""
     table = constrain(jnp.asarray(model.bind(params).text.embed[...], model.dtype), "tensor")
-    shown = features.astype(table.dtype)[jnp.maximum(vision, 0)]
+    shown = features[:, : table.shape[1]].astype(table.dtype)[jnp.maximum(vision, 0)]
     return jnp.where((vision >= 0)[..., None], shown, table[ids])
+
+
+def deep_features(model: Model, vision: Int[Array, "*b S"], features: Float[Array, "F E"]) -> Deep | None:
+    """Return what the first decoder layers add at image tokens; None for a family without DeepStack."""
+    width, layers = model.cfg.vision.hidden_size, len(model.cfg.vision.deepstack)
+    if not layers:
+        return None
+    return Deep(vision, jnp.swapaxes(features[:, width:].reshape(-1, layers, width), 0, 1))
 
 
 def prefill(
@@ -91,12 +99,15 @@ def prefill(
     positions: Int[Array, "3 N P"],
     vision: Int[Array, "N P"],
     prompt_len: Int[Array, " N"],
-    features: Float[Array, "F D"],
+    features: Float[Array, "F E"],
 ) -> tuple[Float[Array, "N V"], PromptCache]:
     """Run the prompts, once per group; return the logits after the last prompt token (float32) and the prompt cache."""
     with jax.named_scope("prefill"):
         text = model.bind(params).text
-        hidden, cache = text.prefill(embed(model, params, ids, vision, features), positions, prompt_len, model.attention)
+        deep = deep_features(model, vision, features)
+        hidden, cache = text.prefill(
+            embed(model, params, ids, vision, features), positions, prompt_len, model.attention, deep=deep
+        )
         last = jnp.take_along_axis(hidden, prompt_len[:, None, None] - 1, axis=1)[:, 0]
         return logits(last, text.head(model.dtype)), cache
 
@@ -108,12 +119,13 @@ def attention_by_source(
     positions: Int[Array, "3 N S"],
     vision: Int[Array, "N S"],
     length: Int[Array, " N"],
-    features: Float[Array, "F D"],
+    features: Float[Array, "F E"],
     source: Bool[Array, "N S C"],
 ) -> Float[Array, "L N S C"]:
     """Return the share of every token's attention that goes to each of C sources, by layer; see `attention_shares`."""
     text = model.bind(params).text
-    return text.prefill(embed(model, params, ids, vision, features), positions, length, model.attention, source)[1]
+    x, deep = embed(model, params, ids, vision, features), deep_features(model, vision, features)
+    return text.prefill(x, positions, length, model.attention, source, deep)[1]
 
 
 def extend(
@@ -127,7 +139,7 @@ def extend(
     prompt: PromptCache,
     prompt_len: Int[Array, " N"],
     cache: ResponseCache,
-    features: Float[Array, "F D"] | None = None,
+    features: Float[Array, "F E"] | None = None,
 ) -> tuple[Float[Array, "B V"], ResponseCache]:
     """Append `count[b] <= S` tokens to response row b, from index `start[b]` on.
 
@@ -137,7 +149,8 @@ def extend(
     text = model.bind(params).text
     plain = features is None
     x = jnp.asarray(text.embed[...], model.dtype)[ids] if plain else embed(model, params, ids, vision, features)
-    hidden, cache = text.extend(x, positions, start, prompt, prompt_len, cache)
+    deep = None if plain else deep_features(model, vision, features)
+    hidden, cache = text.extend(x, positions, start, prompt, prompt_len, cache, deep)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return logits(last, text.head(model.dtype)), cache
 
@@ -192,7 +205,7 @@ def response_logprobs(
     response_ids: Int[Array, "N G R"],
     response_positions: Int[Array, "3 N G R"],
     response_vision: Int[Array, "N G R"],
-    features: Float[Array, "F D"],
+    features: Float[Array, "F E"],
     temperature: float = 1.0,
     response_len: Int[Array, "N G"] | None = None,
 ) -> tuple[Float[Array, "N G R"], Float[Array, "N G R"]]:
@@ -203,6 +216,7 @@ def response_logprobs(
     """
     with jax.named_scope("two_streams"):
         text = model.bind(params).text
+        deep = tuple(deep_features(model, vision, features) for vision in (prompt_vision, response_vision))
         prompt, hidden = text.two_streams(
             embed(model, params, prompt_ids, prompt_vision, features),
             prompt_positions,
@@ -212,6 +226,7 @@ def response_logprobs(
             response_len,
             model.remat,
             model.attention,
+            deep if all(deep) else None,
         )
         n, g, r, d = hidden.shape
         last = jnp.take_along_axis(prompt, prompt_len[:, None, None] - 1, axis=1)[:, None]  # [N 1 1 D]

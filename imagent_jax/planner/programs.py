@@ -152,7 +152,7 @@ class RunArrays:
             empty = partial(sampler.empty, self.model, r.groups, r.group_size, r.prompt_tokens, r.response_tokens)
             self.state = jax.tree.map(lambda x: self.on(x, *fitting(x, *sampler.axes(x))), jax.eval_shape(empty))
             rows = cfg.images.packs * self.pack // size.vision.merge_unit
-            self.features = self.on(jax.ShapeDtypeStruct((rows, size.text.hidden_size), self.settings["dtype"]))
+            self.features = self.on(jax.ShapeDtypeStruct((rows, size.vision.feature_dim), self.settings["dtype"]))
             self.batch = self._batch(micro_shapes(cfg)[-1][1])
             total = (self.trained, self.features) if self.learns else (self.trained,)
             self.total = jax.tree.map(_another, total)
@@ -271,7 +271,7 @@ def programs(held: RunArrays) -> Iterator[Program]:
     yield Program("train", learner.accumulate, (model, cfg, held.learns), accumulate, learning, micro, "update")
     if held.learns:
         unit = model.cfg.vision.merge_unit
-        cotangent = held.on(jax.ShapeDtypeStruct((held.pack // unit, model.cfg.text.hidden_size), held.features.dtype))
+        cotangent = held.on(jax.ShapeDtypeStruct((held.pack // unit, model.cfg.vision.feature_dim), held.features.dtype))
         pull, static = (held.params, *pack, cotangent), (model, learner.trained_filter(cfg))
         yield Program("vision backward", features._pull_back, static, pull, learning, cfg.images.packs, "update")
     apply = held.trained, held.opt_state, held.total[0]

@@ -64,6 +64,7 @@ FAMILY = Family(
     text=read_text,
     vision=read_tower,
     tower=Tower,
+    older_names=True,
     tensors=text.TENSORS
     | vision.TENSORS
     | tensor_names(

@@ -48,6 +48,7 @@ FAMILY = Family(
     text=read_text,
     vision=read_tower,
     tower=Tower,
+    older_names=True,
     tensors=text.TENSORS
     | vision.TENSORS
     | tensor_names("vision.blocks.", "model.visual.blocks.{}.mlp.", {"fc1": "fc1", "fc2": "fc2"}, transposed=True)
