@@ -411,7 +411,7 @@ def test_a_view_stands_in_place_of_images_and_knows_which_are_observations(task)
 def test_a_task_that_does_not_fit_is_named_with_what_to_change(collector_of, task):
     count = len(collector_of().open_task(task).prompt.ids)
     assert len(collector_of(rollout={"prompt_tokens": count}).open_task(task).prompt.ids) == count
-    sentence = f"Task {task.uid} needs {count} prompt tokens, more than rollout.prompt_tokens={count - 1}; raise it"
+    sentence = f"Task {task.uid}: the prompt needs {count} tokens, more than rollout.prompt_tokens={count - 1}; raise it"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         collector_of(rollout={"prompt_tokens": count - 1}).open_task(task)
 

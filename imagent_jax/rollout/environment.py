@@ -42,7 +42,8 @@ class ToolEnvironment:
                 image = read_image(data)
                 size, low, high = self.budget((image.height, image.width))
             except ValueError as error:
-                raise ValueError(f"Task {task.uid}: Image {number} cannot be used ({error}); mend or drop it.") from error
+                reason = str(error).rstrip(".")
+                raise ValueError(f"Task {task.uid}: Image {number} cannot be used ({reason}); mend or drop it.") from error
             registry.add(image, shown=size, min_pixels=low, max_pixels=high)
         self._registry = registry
 
