@@ -105,7 +105,7 @@ def open_split(
 ) -> JsonlTasks:
     """Read `<cfg.path>/<split>.jsonl`; see `read_jsonl`. Verdicts are remembered in `cfg.cache_dir`."""
     memory = pathlib.Path(cfg.cache_dir).expanduser() / "checked"
-    path = pathlib.Path(cfg.path).expanduser() / f"{split}.jsonl"
+    path = pathlib.Path(cfg.path) / f"{split}.jsonl"
     return read_jsonl(path, skip_bad=cfg.skip_bad, check=check, memory=memory, progress=progress)
 
 
