@@ -9,6 +9,7 @@ import jax
 from PIL import Image
 
 from imagent_jax.config import MeshConfig
+from imagent_jax.images.decode import read_pil
 from imagent_jax.rollout.policy import Policy
 from imagent_jax.runs.loading import load_policy
 from imagent_jax.types import Task, Trajectory, Turn
@@ -97,16 +98,16 @@ class Agent:
 
 
 def encoded(image: str | Path | bytes | Image.Image) -> bytes:
-    """Return an image as the bytes of an image file.
+    """Return an image as the bytes of an image file. A PIL image is turned as its EXIF orientation says.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or a PIL image has pixels without a known white (`to_rgb`).
     """
     if isinstance(image, bytes):
         return image
     if isinstance(image, Image.Image):
         out = io.BytesIO()
-        image.save(out, "PNG")
+        read_pil(image).save(out, "PNG")
         return out.getvalue()
     if not Path(image).is_file():
         raise ValueError(f"There is no image {image}; name a file, or give a PIL image or bytes.")

@@ -20,9 +20,11 @@ from typing import Any
 import jax
 from flax import nnx
 from rich.console import Console
+from rich.markup import escape
 
 from imagent_jax.config import Config, parse_args
-from imagent_jax.data.pipeline import open_tasks, task_iterator
+from imagent_jax.data.check import left_out
+from imagent_jax.data.pipeline import task_iterator
 from imagent_jax.distributed import processes
 from imagent_jax.distributed.processes import FAILED, RESTART
 from imagent_jax.evals.evaluate import HeldOut, comparison
@@ -41,7 +43,7 @@ from imagent_jax.rollout.policy import Policy, training_mesh
 from imagent_jax.rollout.prefetch import Prefetcher
 from imagent_jax.runs.folder import RunFolder
 from imagent_jax.runs.interrupt import Interrupt
-from imagent_jax.runs.report import print_step, write_report
+from imagent_jax.runs.report import print_step, progress_on, write_report
 from imagent_jax.runs.resources import CompileCounter, memory, use_compile_cache
 from imagent_jax.runs.trajectory_log import TrajectoryLog
 
@@ -67,11 +69,12 @@ class Run:
     """The parts of a training run.
 
     Raises:
-        ValueError: see `RunFolder`, `Policy`, `open_tasks`, `reward_functions`.
+        ValueError: see `RunFolder`, `Policy`, `data.pipeline.open_tasks`, `reward_functions`.
     """
 
     def __init__(self, cfg: Config, console: Console, interrupt: Interrupt):
         self.cfg, self.console, self.interrupt, self.began = cfg, console, interrupt, time.perf_counter()
+        self.evaluates = cfg.eval.most_tasks > 0
         use_compile_cache(cfg.run.compile_cache)
         console.print(
             f"[bold]imagent-jax[/]: {cfg.run.steps} steps of {cfg.rollout.groups} tasks x {cfg.rollout.group_size} rollouts of "
@@ -82,11 +85,15 @@ class Run:
             console.print(f"Step {cfg.run.profile} is traced into {folder.path}/profile, for Perfetto and XProf.")
         files = "config.yaml, metrics.jsonl, trajectories/, checkpoints/"
         console.print(f"Writes to {folder.path}: {files}. Ctrl-C saves and stops.")
-        with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)"):
+        with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)") as status:
             self.rewards = reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
             self.policy = policy = Policy(cfg, interrupt.stop)
-            tasks, held_out = open_tasks(cfg.data, "train"), policy.test_tasks(cfg.eval.tasks)
-        folder.log_faults([*tasks.faults, *policy.test_faults])
+            splits = [policy.open_tasks(split, progress_on(console, status)) for split in ("train", "test")[: 1 + self.evaluates]]
+        folder.log_faults([fault for tasks in splits for fault in tasks.faults])
+        for tasks in splits:
+            if sentence := left_out(tasks):
+                console.print(f"[yellow]{escape(sentence)}[/] All are listed in {folder.path}/data_faults.txt.")
+        tasks, held_out = splits[0], list(splits[-1][: cfg.eval.most_tasks])
         self.log = TrajectoryLog(folder, policy.processor, cfg)
         self.held_out = HeldOut(policy.collector, held_out, cfg, self.log, console)
         optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
@@ -102,7 +109,7 @@ class Run:
         """Return the state of the newest checkpoint or a new one, after evaluating the base where that was not done."""
         state = self._restore()
         self.history = self.folder.history()
-        if "base" not in state.evaluations:
+        if self.cfg.eval.tasks and "base" not in state.evaluations:
             state.evaluations["base"] = base = self.held_out(state.params, self.cfg.eval.tasks, 0, "base")
             self.folder.log({"step": 0, "time/evaluation": base["time/evaluation"]} | _prefixed("base", base))
             if self.cfg.run.checkpoint_every:
@@ -180,7 +187,7 @@ class Run:
     # ---- the end --------------------------------------------------------------------------------------------------------
 
     def end(self, state: TrainState) -> dict[str, float]:
-        """Save, evaluate and export the model. Returns the last evaluation ({}: the run was stopped)."""
+        """Save, evaluate and export the model. Returns the last evaluation ({}: the run was stopped, or evaluates nothing)."""
         self.save(state)
         self.folder.settle()
         if self.asked():
@@ -188,13 +195,14 @@ class Run:
             self._close()
             self.console.print(f"Stopped after step {state.step}; continue with --run.resume true.")
             return {}
-        state.evaluations["trained"] = trained = self.held_out(state.params, self.cfg.eval.tasks, state.step, "trained")
+        if self.cfg.eval.tasks:
+            state.evaluations["trained"] = self.held_out(state.params, self.cfg.eval.tasks, state.step, "trained")
+        trained = state.evaluations.get("trained", {})
         self.folder.log({"step": state.step, "time/total": time.perf_counter() - self.began} | _prefixed("final", trained))
         self._export(state)
         self._close()
-        names = ("base", "trained")
-        table = comparison({name: state.evaluations[name] for name in names}, f"{self.cfg.run.name}: {state.step} steps")
-        self.console.print(table)
+        if trained:
+            self.console.print(comparison(state.evaluations, f"{self.cfg.run.name}: {state.step} steps"))
         path = self.folder.path
         self.console.print(f"{time.perf_counter() - self.began:.0f} s in all. Model, metrics and checkpoints: {path}")
         self.console.print(f"Report: {path}/report.html. Look at trajectories: python -m imagent_jax.view {path}")
@@ -225,7 +233,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     """Run the whole job on the current mesh (`jax.set_mesh`).
 
     Returns:
-        The last evaluation ({}: the run was stopped before).
+        The last evaluation ({}: the run was stopped before, or `eval.tasks` is 0).
     Raises:
         ValueError: bad settings, files or data; see `Run`.
         Stopped: by SIGTERM, in an evaluation before or after training, where all that can be saved is.

@@ -1,5 +1,6 @@
 """Plain data that all rooms share: tasks, numbered images, calls, turns and trajectories. No jax."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -29,7 +30,8 @@ class Task:
         answer: the reference answer as text.
         answer_type: how an answer is compared with the reference, one of `ANSWER_TYPES`.
         kind: the family of questions the task belongs to; metrics are reported per kind.
-        meta: further facts about the task, JSON-serialisable. Never shown to the policy.
+        meta: further facts about the task, JSON-serialisable. Never shown to the policy. Every `Task` has its own copy, so that a
+            reward or an environment that changes it changes no other rollout.
     """
 
     uid: str
@@ -40,6 +42,9 @@ class Task:
     kind: str = ""
     meta: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "meta", copy.deepcopy(self.meta))
+
 
 @dataclass(frozen=True, eq=False)
 class ImageEntry:
@@ -47,16 +52,17 @@ class ImageEntry:
 
     Attributes:
         number: 1-based, as in "Image 3".
-        image: RGB pixels at their own resolution, never rescaled; a crop keeps the pixels it was cut from.
+        pixels: RGB pixels at their own resolution, never rescaled; a crop keeps the pixels it was cut from. All rollouts of a
+            group share them: only read them, or take `image`.
         shown: (height, width) in pixels at which the policy sees the image.
         parent: number of the image it was made from; None for a given image.
-        box: (left, top, right, bottom) in pixels of `parent.image` where it was cut out; None unless a crop.
+        box: (left, top, right, bottom) in pixels of the parent where it was cut out; None unless a crop.
         origin: what it is, in words, such as "crop"; "" for a given image.
         min_pixels, max_pixels: the budget that made `shown`; preparing `image` with it gives that size again.
     """
 
     number: int
-    image: Image.Image
+    pixels: Image.Image
     shown: tuple[int, int]
     parent: int | None = None
     box: tuple[int, int, int, int] | None = None
@@ -65,9 +71,14 @@ class ImageEntry:
     max_pixels: int | None = None
 
     @property
+    def image(self) -> Image.Image:
+        """A copy of `pixels`: drawing on it changes no other image."""
+        return self.pixels.copy()
+
+    @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the original pixels."""
-        return self.image.height, self.image.width
+        return self.pixels.height, self.pixels.width
 
     def describe(self) -> str:
         """Return the line shown above the image: "Image 1", "Image 4: crop of Image 2"."""
@@ -142,7 +153,7 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """One finished rollout: the exact ids, append-only. r tokens.
+    """One finished rollout: the exact ids, append-only. r tokens. Its arrays are read-only.
 
     Attributes:
         ids: int32[r].

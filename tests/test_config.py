@@ -139,9 +139,9 @@ def test_text_that_is_not_yaml_is_refused_in_one_sentence():
 AT_LEAST_ONE = (
     "run.keep_checkpoints", "images.min_pixels", "images.pack_blocks", "data.train_size", "data.test_size", "tools.max_turns",
     "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels", "tools.confirm_min_pixels", "rollout.groups",
-    "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
+    "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
     "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
-    "grpo.minibatches", "grpo.micro_groups", "grpo.length_buckets", "eval.tasks", "eval.during",
+    "grpo.minibatches", "grpo.micro_groups", "grpo.length_buckets", "eval.during",
     "eval.groups", "model.logprob_chunk", "distributed.timeout_s",
 )  # fmt: skip
 ABOVE_ZERO = (
@@ -149,8 +149,9 @@ ABOVE_ZERO = (
     "grpo.importance_cap", "lora.alpha",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every", "grpo.kl",
-    "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank", "distributed.num_processes",
+    "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every",
+    "eval.tasks", "grpo.kl", "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank",
+    "distributed.num_processes",
 )  # fmt: skip
 BELOW_ONE = ["optim.b1", "optim.b2", "grpo.clip_low"]
 MESH = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
@@ -185,6 +186,7 @@ def test_every_number_has_a_range_or_needs_none():
         *FREE,
         *(high for _, high in PAIRS),
         "images.vision_block",
+        "rollout.group_size",
     ]
     assert sorted(numbers) == sorted(ranged)
     for dotted in FREE:
@@ -200,7 +202,8 @@ def test_ranges_hold_at_their_limits():
     cases += [(name, [0.0, 0.999], [-1e-9, 1.0], "it must be at least 0 and below 1.") for name in BELOW_ONE]
     cases += [(name, [1, 7, -1], [0, -2], "it must be at least 1, or -1 for the devices that are left.") for name in MESH]
     cases += [("tools.min_box", [1e-9, 1.0], [0.0, 1.01], "it must be above 0 and at most 1."),
-              ("images.vision_block", [97], [0], "it must be at least 1.")]  # fmt: skip
+              ("images.vision_block", [97], [0], "it must be at least 1."),
+              ("rollout.group_size", [2], [0, -1], "it must be at least 2.")]  # fmt: skip
     cases += [
         (name, [], [float("inf"), float("nan")], "it must be a finite number.")
         for name, kind in SETTINGS.items()
@@ -219,6 +222,17 @@ def test_ranges_hold_at_their_limits():
 def test_pixels_are_in_order(low, high):
     assert Config.from_dict(nested({low: 3000, high: 3000})).get(high) == 3000
     assert refused(f"raise {high} or lower {low}.", **{low: 3000, high: 2999}).startswith(f"{high} 2999 is below {low} 3000;")
+
+
+def test_settings_with_which_nothing_is_learned_are_refused():
+    sentence = refused("set it to at least 2.", rollout__group_size=1)
+    assert sentence.startswith("rollout.group_size is 1, but a rollout learns by comparison with others of its task;")
+    assert Config.from_dict({"rollout": {"group_size": 2}})
+    none = {"reward__answer": 0, "reward__format": 0, "reward__tool_gain": 0}
+    assert refused("give one reward a weight.", **none).startswith("Every weight of reward is 0, so that no rollout is better")
+    assert refused("give one reward a weight.", **none | {"reward__custom": []})
+    for one in ({"reward__answer": 0.5}, {"reward__format": -1.0}, {"reward__tool_gain": 1}, {"reward__custom": ["a.b:c"]}):
+        assert Config.from_dict(nested({k.replace("__", "."): v for k, v in (none | one).items()}))
 
 
 def test_settings_that_do_not_go_together_are_refused():

@@ -2,11 +2,13 @@
 
 import dataclasses
 import io
+import json
 from types import SimpleNamespace
 
 import jax
 import pytest
 from conftest import small_config
+from PIL import Image
 from rich.console import Console
 from scripted_run import finished
 
@@ -115,6 +117,28 @@ def test_the_command_evaluates_with_the_settings_of_its_configuration(tmp_path, 
     out = " ".join(capsys.readouterr().out.split())
     assert "2/5" in out and f"Control blank: {CONTROLS['blank']}." in out and "on 5 held-out tasks of tiny_world" in out
     assert "100.0 % │ 0.0 % │ 0.0 %" in out and "warning" not in out
+
+
+def test_rows_left_out_of_an_evaluation_are_counted_on_the_screen(tmp_path, capsys, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    row = {"question": "How many?", "images": ["a.png"], "answer": "[b]7[/]", "answer_type": "exact"}
+    rows = [row, row | {"answer": None}, row | {"images": ["nowhere.png"]}, row | {"question": "Which? " * 200}, row]
+    (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    where = {"name": "jsonl", "path": str(tmp_path), "cache_dir": str(tmp_path)}
+    (tmp_path / "c.yaml").write_text(small_config(data=where | {"skip_bad": True}).to_yaml())
+    asked = []
+
+    def evaluate(engine, params, tasks, **_):
+        asked.append([task.uid for task in tasks])
+        return job.summarise(done := [finished(t, ["x"], t.answer) for t in tasks]), done
+
+    monkeypatch.setattr(job, "evaluate", evaluate)
+    assert job.main(["--config", str(tmp_path / "c.yaml"), "--eval.tasks=1"]) == 0 and asked == [["test:1"]]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "test.jsonl: 3 of 5 rows are left out (1 no answer, 1 image missing, 1 unusable prompt). The first: " in out
+    for flags, words in ((["--data.skip_bad=false"], "line 2: the row has no answer"), (["--eval.tasks=0"], "eval.tasks is 0")):
+        assert job.main(["--config", str(tmp_path / "c.yaml"), *flags]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_an_agent_that_is_as_good_without_what_it_saw_is_warned_of(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,5 @@
 """Images are prepared exactly as transformers' own Qwen2-VL processor prepares them."""
 
-import io
 import json
 import math
 
@@ -19,7 +18,6 @@ from imagent_jax.images.prepare import (
     patch_coords,
     prepare_image,
     smart_resize,
-    to_rgb,
 )  # fmt: skip
 from imagent_jax.model.config import VisionConfig
 from imagent_jax.model.vision import normalise
@@ -62,36 +60,11 @@ def test_every_pixel_value_is_normalised_as_the_reference_does():
     assert assert_equal_to_reference(Image.fromarray(ramp)).size == (56, 56)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
 def test_other_colour_modes_equal_the_reference(mode):
-    if mode == "RGBA":
-        image = noise((61, 90), channels=4)
-    elif mode == "I;16":
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 60000, (61, 90), dtype=np.uint16))
-    else:
-        image = noise((61, 90)).convert(mode)
+    image = noise((61, 90), channels=4) if mode == "RGBA" else noise((61, 90)).convert(mode)
     assert image.mode == mode
     assert_equal_to_reference(image)
-
-
-def test_a_palette_with_a_transparent_colour_is_laid_over_white():
-    image = noise((40, 60)).convert("P")
-    image.info["transparency"] = image.getpixel((0, 0))
-    assert_equal_to_reference(image)
-    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_transparent_pixels_become_white():
-    assert to_rgb(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_a_decoded_jpeg_with_an_orientation_tag_is_not_turned():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    noise((90, 140)).save(buffer, "JPEG", exif=exif)
-    ours = assert_equal_to_reference(Image.open(buffer))
-    assert ours.size[0] < ours.size[1]
 
 
 @pytest.mark.parametrize(

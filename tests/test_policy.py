@@ -40,9 +40,7 @@ def test_parts_are_made_as_the_settings_say(tmp_path):
     assert not np.array_equal(other["text/layers/q_lora_a"], adapters["text/layers/q_lora_a"])
     again = Policy(replace(cfg, lora=replace(cfg.lora, path=str(tmp_path / "adapter"), rank=9)))  # what is there counts
     assert all(np.array_equal(x, adapters[path]) for path, x in adapters_of(again).items())
-    assert [task.uid for task in made.test_tasks(40)] == [
-        open_tasks(cfg.data, "test")[i].uid for i in range(32)
-    ] and made.test_faults == ()
+    assert [task.uid for task in made.test_tasks(40)] == [task.uid for task in open_tasks(cfg.data, "test")]
 
 
 def refused(vision: VisionConfig, **changes) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from imagent_jax.runs import examples as cases
 from imagent_jax.runs import report
@@ -278,3 +279,17 @@ def test_a_case_tells_what_was_asked_said_called_and_seen():
         == 1
         == text.count("<g class=bad><rect x=10 y=20 width=50")
     )
+
+
+def test_progress_is_a_status_on_a_terminal_and_else_a_line_every_ten_seconds(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        status = console.status("Loading")
+        show = report.progress_on(console, status)
+        for now[0] in (101.0, 109.0, 111.0, 112.0, 122.0):
+            show(f"at {now[0]:.0f}")
+        assert status.status == ("at 122" if terminal else "Loading")
+        assert console.file.getvalue() == ("" if terminal else "at 111\nat 122\n")
+        now[0] = 100.0

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import small_config
+from PIL import Image
 from scripted_run import play, scripts
 from test_prefetch import Batch
 from watched_run import PAID, SMALL, Watched
@@ -396,7 +397,7 @@ def test_what_is_no_fault_of_the_input_is_not_taken_for_one(monkeypatch, error):
 # ---- whatever comes ---------------------------------------------------------------------------------------------------
 
 
-def test_random_sizes_counts_and_turns_compile_nothing_and_bad_rows_are_left_out(tmp_path, monkeypatch):
+def test_random_sizes_counts_and_turns_compile_nothing_and_bad_rows_are_left_out(tmp_path, monkeypatch, capsys):
     """The short form of benchmarks/endurance.py: 30 tasks of 1 to 8 images, rollouts of 0 to 6 calls, from JSON Lines."""
     monkeypatch.setattr(Episode, "end_turn", Episode.end_turn)  # which the script replaces
     write = endurance.write_tasks
@@ -420,8 +421,31 @@ def test_random_sizes_counts_and_turns_compile_nothing_and_bad_rows_are_left_out
     assert sum(r["compile/count"] for r in steps[1:]) == 0, [r["compile/count"] for r in steps]
     faults = (tmp_path / "run" / "data_faults.txt").read_text().splitlines()
     assert len(faults) == 2 and "train.jsonl" in faults[0] and "test.jsonl" in faults[1]
+    said = "".join(capsys.readouterr().out.split())  # the screen breaks lines anywhere
+    for split, rows in (("train", 31), ("test", 5)):
+        assert f"{split}.jsonl:1of{rows}rowsareleftout(1imagemissing).Thefirst:" in said
+    assert f"Allarelistedin{tmp_path}/run/data_faults.txt." in said
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
     assert not list((tmp_path / "run" / "trajectories").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("during", [0, 1])
+def test_where_nothing_is_evaluated_no_test_split_is_needed(tmp_path, capsys, during):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    row = {"question": "How many?", "images": ["a.png"], "answer": 0.00005, "answer_type": "number", "uid": None}
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    code = job.main([
+        "--data.name=jsonl", f"--data.path={tmp_path}", f"--data.cache_dir={tmp_path}", "--run.steps=0", "--eval.tasks=0",
+        f"--eval.every={during}", "--run.compile_cache=", f"--run.dir={tmp_path}", "--run.name=run",
+    ])  # fmt: skip
+    said = capsys.readouterr()
+    if during:
+        assert code == 2 and "test.jsonl does not exist" in said.err
+        return
+    assert code == 0 and "held-out" not in said.out and "left out" not in said.out
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "model" / "config.json").is_file()
+    [record] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert record.keys() == {"step", "time/total"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from PIL import Image
 from scripted_run import new_log, records
 
 from imagent_jax.config import Config
+from imagent_jax.images.decode import read_image
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.runs import trajectory_log
@@ -77,6 +78,20 @@ def test_an_image_is_stored_as_the_tools_have_it_where_a_browser_would_show_anot
     assert first["size"] == [60, 40] and Image.open(log.images / first["file"]).format == "PNG"
     for entry, stored in zip(registry, (first, second), strict=True):
         assert Image.open(log.images / stored["file"]).tobytes() == entry.image.tobytes()
+
+
+def test_animations_transparency_and_damaged_facts_are_stored_as_pixels(tmp_path):
+    log, frames = new_log(tmp_path), [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    files = {name: io.BytesIO() for name in ("animation", "transparency", "damaged")}
+    frames[0].save(files["animation"], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(files["transparency"], "PNG", transparency=(255, 0, 0))
+    frames[0].save(files["damaged"], "WEBP", exif=b"Exif\0\0no facts", lossless=True)
+    for name, file in files.items():
+        data = file.getvalue()
+        pixels = read_image(data)
+        stored = Image.open(log.images / log._save(data, pixels))
+        assert stored.format == "PNG" and stored.tobytes() == pixels.tobytes(), name
+        assert getattr(stored, "n_frames", 1) == 1
 
 
 def test_a_record_has_what_was_asked_answered_called_and_paid(made):

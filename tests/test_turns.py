@@ -155,7 +155,7 @@ def test_a_full_buffer_with_too_many_calls(collector_of, processor, task):
 def test_a_fault_ends_the_trajectory_and_keeps_its_error(collector_of, processor, task):
     t = play(collector_of(), task, 5, [A, "Hm. " + QWEN.render_call("broken", {}), RIGHT])
     assert t.end == EndReason.FAULT and "OSError: the disk is full" in t.error and t.answer is None
-    assert (t.executed_calls, t.invalid_calls, t.faulted_calls) == (1, 0, 1) and t.rollout == 5 and t.task is task
+    assert (t.executed_calls, t.invalid_calls, t.faulted_calls) == (1, 0, 1) and t.rollout == 5 and t.task == task
     assert kinds(t, 1) == [TEXT, CALL] and len(t.ids) == t.turns[1].stop
     assert play(collector_of(), task, 0, [RIGHT]).error is None
 
@@ -411,7 +411,7 @@ def test_a_view_stands_in_place_of_images_and_knows_which_are_observations(task)
 def test_a_task_that_does_not_fit_is_named_with_what_to_change(collector_of, task):
     count = len(collector_of().open_task(task).prompt.ids)
     assert len(collector_of(rollout={"prompt_tokens": count}).open_task(task).prompt.ids) == count
-    sentence = f"Task {task.uid} needs {count} prompt tokens, more than rollout.prompt_tokens={count - 1}; raise it"
+    sentence = f"Task {task.uid}: the prompt needs {count} tokens, more than rollout.prompt_tokens={count - 1}; raise it"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         collector_of(rollout={"prompt_tokens": count - 1}).open_task(task)
 

@@ -86,6 +86,10 @@ class Config:
 
     def validate(self) -> None:
         """Raises ValueError for a value out of range or values that do not go together; the sentence says what to change."""
+        if self.rollout.group_size == 1:
+            raise ValueError(
+                "rollout.group_size is 1, but a rollout learns by comparison with others of its task; set it to at least 2."
+            )
         self._validate_ranges()
         self._validate_images()
         if self.grpo.minibatches > self.rollout.groups:
@@ -99,6 +103,8 @@ class Config:
             raise ValueError(
                 "mask.observations is 'keep', but a sampler has no log-probabilities of observations; set grpo.recompute true."
             )
+        if not (self.reward.answer or self.reward.format or self.reward.tool_gain or self.reward.custom):
+            raise ValueError("Every weight of reward is 0, so that no rollout is better than another; give one reward a weight.")
         if self.data.name == "jsonl" and not self.data.path:
             raise ValueError("data.name is 'jsonl' but data.path is empty; name the folder with train.jsonl and test.jsonl.")
         if not self.run.name.strip():

@@ -86,8 +86,8 @@ class DataConfig:
     """Tasks."""
 
     name: Literal["tiny_world", "jsonl"] = setting("tiny_world", "the embedded world, or JSON Lines")
-    path: str = setting("", "folder with train.jsonl and test.jsonl (name=jsonl)")
-    cache_dir: str = setting("~/.cache/imagent_jax/data", "where generated tasks are kept")
+    path: str = setting("", "folder with train.jsonl, and test.jsonl where anything is evaluated (name=jsonl)")
+    cache_dir: str = setting("~/.cache/imagent_jax/data", "where generated tasks and verdicts on task files are kept")
     train_size: int = setting(3072, "training tasks of the tiny world", least=1)
     test_size: int = setting(512, "held-out tasks of the tiny world", least=1)
     seed: int = setting(0, "seed of the tiny world and of the order of tasks")
@@ -124,7 +124,7 @@ class RolloutConfig:
     """The shape of a batch of rollouts."""
 
     groups: int = setting(16, "N: tasks a step", least=1)
-    group_size: int = setting(8, "G: rollouts of each task", least=1)
+    group_size: int = setting(8, "G: rollouts of each task, which learn by comparison with each other", least=2)
     temperature: float = setting(1.0, "of the sampled softmax", above=0)
     prompt_tokens: int = setting(112, "P: tokens of the longest prompt", least=1)
     response_tokens: int = setting(192, "R: tokens of the longest response, observations included", least=1)
@@ -209,11 +209,16 @@ class EvalConfig:
     """Held-out evaluation."""
 
     every: int = setting(40, "steps between evaluations during training (0: none)", least=0)
-    tasks: int = setting(512, "held-out tasks before and after training", least=1)
+    tasks: int = setting(512, "held-out tasks before and after training (0: none)", least=0)
     during: int = setting(128, "held-out tasks during training", least=1)
     groups: int = setting(128, "tasks evaluated at once", least=1)
     seed: int = setting(1234, "seed of sampling in evaluation")
     greedy: bool = setting(False, "greedy decoding in evaluation")
+
+    @property
+    def most_tasks(self) -> int:
+        """Held-out tasks that a training run needs; 0: no test split is read."""
+        return max(self.tasks, self.during if self.every else 0)
 
 
 @dataclass(frozen=True)

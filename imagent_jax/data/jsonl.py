@@ -6,35 +6,34 @@ One object per line:
      "answer_type": "choice", "kind": "animals"}
 
 `images` are paths, absolute or relative to the file's folder. `uid` (default: file name and line), `answer_type` (default
-"exact") and `kind` are optional; other keys are kept in `Task.meta`.
+"exact") and `kind` are optional, and null is the same as absent; other keys are kept in `Task.meta`.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
+import hashlib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any, NamedTuple, NoReturn, overload
 
-from PIL import Image
-
+from imagent_jax.chat import answer_markup, extract_answer
 from imagent_jax.config import DataConfig
-from imagent_jax.types import ANSWER_TYPES, Task
+from imagent_jax.data.check import Fault, Progress, RowError, TaskCheck, Verdicts, image_sizes, tracked
+from imagent_jax.scoring import score
+from imagent_jax.types import ANSWER_TYPES, Task, quote
 
 
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """An invalid row: file, line (from 1), and the reason with a remedy."""
+class Row(NamedTuple):
+    """A row of a file: its line (from 1), its task without image bytes, and the paths of its images."""
 
-    path: str
     line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}, line {self.line}: {self.reason}"
+    task: Task
+    paths: tuple[str, ...]
 
 
 class JsonlTasks(Sequence[Task]):
@@ -44,7 +43,7 @@ class JsonlTasks(Sequence[Task]):
         faults: omitted rows, in file order; empty unless `skip_bad`.
     """
 
-    def __init__(self, rows: Sequence[tuple[Task, tuple[pathlib.Path, ...]]], faults: Sequence[Fault] = ()):
+    def __init__(self, rows: Sequence[Row], faults: Sequence[Fault] = ()):
         self._rows = tuple(rows)
         self.faults = tuple(faults)
 
@@ -58,103 +57,172 @@ class JsonlTasks(Sequence[Task]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        task, paths = self._rows[index]
-        return dataclasses.replace(task, images=tuple(path.read_bytes() for path in paths))
+        row = self._rows[index]
+        return replace(row.task, images=tuple(pathlib.Path(path).read_bytes() for path in row.paths))
 
 
-def read_jsonl(path: str | os.PathLike, *, skip_bad: bool = False, workers: int = 8) -> JsonlTasks:
-    """Read and check a file: every row is parsed and every image is decoded once.
+def read_jsonl(
+    path: str | os.PathLike, *, skip_bad: bool = False, check: TaskCheck | None = None,
+    memory: pathlib.Path | None = None, progress: Progress = lambda sentence: None,
+) -> JsonlTasks:  # fmt: skip
+    """Read and check a file: every row is parsed, its answer is scored against itself, every image is decoded once.
 
     Args:
         path: the JSON Lines file; blank lines are ignored.
         skip_bad: omit invalid rows and list them in the result's `faults`.
-        workers: threads that decode images.
+        check: tries whether a run can use a task; default: not tried.
+        memory: folder in which verdicts are remembered, see `Verdicts`; default: none.
+        progress: shows how far the check is.
 
     Returns:
         A random-access sequence of tasks.
 
     Raises:
-        ValueError: the file is missing or has no valid row; or, unless `skip_bad`, the first invalid row: not a JSON object,
-            missing question, answer or images, unknown answer type, duplicate uid, or an image that is missing or does not
-            decode.
+        ValueError: the file is missing or has no valid row; or, unless `skip_bad`, the first invalid row: not a JSON object;
+            missing question, answer or images; an answer that does not score against itself; a duplicate uid; an image that
+            is missing or does not decode; or what `check` refuses.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"The task file {path} does not exist; write it or correct data.path.")
-    rows, faults, seen = [], [], {}
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for line, parsed in _parse_lines(path):
-            try:
-                task, paths = _task_of(parsed, path, line)
-                if task.uid in seen:
-                    raise _RowError(f"the uid {task.uid!r} occurs already on line {seen[task.uid]}; give every row its own uid")
-                for reason in pool.map(_image_fault, paths):
-                    if reason:
-                        raise _RowError(reason)
-            except _RowError as error:
-                fault = Fault(str(path), line, str(error))
-                if not skip_bad:
-                    raise ValueError(f"{fault}, or set data.skip_bad to leave such rows out.") from None
-                faults.append(fault)
-                continue
-            seen[task.uid] = line
-            rows.append((task, paths))
-    if not rows:
-        first = f", the first fault: {faults[0]}" if faults else ""
+    rows, faults, content = _parse(path)
+    verdicts = Verdicts(memory, f"{path} {content}", _images(rows), check.fingerprint if check else "")
+    if (known := verdicts.recall()) is None:
+        known = _judge(path, rows, faults, check, lambda words: progress(f"Checking {path.name}: {words}"))
+        verdicts.remember(known)
+    if known and not skip_bad:
+        more = f" ({len(known) - 1:,} more rows have faults)" if known[1:] else ""
+        raise ValueError(f"{known[0]}{more}, or set data.skip_bad to leave such rows out.")
+    bad = {fault.line for fault in known}
+    if not (good := [row for row in rows if row.line not in bad]):
+        first = f", the first fault: {known[0]}" if known else ""
         raise ValueError(f"The task file {path} has no usable row{first}; add rows with question, images and answer.")
-    return JsonlTasks(rows, faults)
+    return JsonlTasks(good, known)
 
 
-def open_split(cfg: DataConfig, split: str) -> JsonlTasks:
-    """Read `<cfg.path>/<split>.jsonl`; see `read_jsonl`."""
-    return read_jsonl(pathlib.Path(cfg.path).expanduser() / f"{split}.jsonl", skip_bad=cfg.skip_bad)
+def open_split(
+    cfg: DataConfig, split: str, check: TaskCheck | None = None, progress: Progress = lambda sentence: None
+) -> JsonlTasks:
+    """Read `<cfg.path>/<split>.jsonl`; see `read_jsonl`. Verdicts are remembered in `cfg.cache_dir`."""
+    memory = pathlib.Path(cfg.cache_dir).expanduser() / "checked"
+    path = pathlib.Path(cfg.path) / f"{split}.jsonl"
+    return read_jsonl(path, skip_bad=cfg.skip_bad, check=check, memory=memory, progress=progress)
 
 
-class _RowError(Exception):
-    """Reason why a row is invalid, with a remedy."""
+# ---- the rows of a file -----------------------------------------------------------------------------------------------
 
 
-def _parse_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+def _parse(path: pathlib.Path) -> tuple[list[Row], list[Fault], str]:
+    """Return the rows that can be read, the faults of the others, and a hash of the file's content."""
+    rows, faults, content, names = [], [], hashlib.sha256(), {}
     with path.open("rb") as file:
         for line, text in enumerate(file, 1):
-            if text.strip():
-                yield line, text
+            content.update(text)
+            if not text.strip():
+                continue
+            try:
+                task, images = _task_of(text, f"{path.stem}:{line}")
+            except RowError as error:
+                faults.append(Fault(str(path), line, error.reason, error.kind))
+                continue
+            for name in images:
+                if name not in names:
+                    names[name] = os.path.join(path.parent, os.path.expanduser(name))
+            rows.append(Row(line, task, tuple(names[name] for name in images)))
+    return rows, faults, content.hexdigest()
 
 
-def _task_of(text: bytes, path: pathlib.Path, line: int) -> tuple[Task, tuple[pathlib.Path, ...]]:
-    """Return the task of a line, without image bytes, and the paths of its images."""
+def _images(rows: Sequence[Row]) -> list[str]:
+    return sorted({path for row in rows for path in row.paths})
+
+
+def _judge(
+    path: pathlib.Path, rows: Sequence[Row], faults: Sequence[Fault], check: TaskCheck | None, progress: Progress
+) -> list[Fault]:
+    """Return all faults in file order: those of parsing, and of images, prompts and repeated uids."""
+    found, seen, sizes = list(faults), {}, image_sizes(_images(rows), progress)
+    for row in tracked(rows, len(rows), "rows checked", progress):
+        try:
+            _try_row(row, sizes, check)
+            if (uid := row.task.uid) in seen:
+                raise RowError("repeated uid", f"the uid {uid!r} occurs already on line {seen[uid]}; give every row its own uid")
+        except RowError as error:
+            found.append(Fault(str(path), row.line, error.reason, error.kind))
+        else:
+            seen[uid] = row.line  # the uid of a row left out is free
+    return sorted(found, key=lambda fault: fault.line)
+
+
+def _try_row(row: Row, sizes: dict[str, tuple[int, int] | RowError], check: TaskCheck | None) -> None:
+    for image in row.paths:
+        if isinstance(fault := sizes[image], RowError):
+            raise RowError(fault.kind, fault.reason)
+    _score_itself(row.task.answer, row.task.answer_type)
     try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise _RowError(f"this is not JSON ({error}); write one object a line") from None
+        if check is not None:
+            check(row.task, [sizes[image] for image in row.paths])
+    except Exception as error:  # whatever would stop the run later
+        raise RowError("unusable prompt", str(error).rstrip(".")) from error
+
+
+def _task_of(text: bytes, default_uid: str) -> tuple[Task, list[str]]:
+    """Return the task of a line, without image bytes, and the names of its images."""
+    try:
+        row = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise RowError("not JSON", f"this is not JSON ({error}); write one object a line") from None
     if not isinstance(row, dict):
-        raise _RowError("this is not a JSON object; write one object a line")
+        raise RowError("not JSON", "this is not a JSON object; write one object a line")
+    if b"\\u" in text or b"\xed" in text:  # else no half of a surrogate pair can be in it
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end].encode("ascii", "backslashreplace").decode()
+            raise RowError("broken text", f"the row has half a character ({half}); write whole characters") from None
     question = row.pop("question", None)
     if not isinstance(question, str) or not question.strip():
-        raise _RowError('the row has no question; add "question" as text')
-    answer = row.pop("answer", None)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
-        raise _RowError('the row has no answer; add "answer" as text or number')
+        raise RowError("no question", 'the row has no question; add "question" as text')
+    answer = _plain(row.pop("answer", None))
+    if answer is None or not answer.strip():
+        raise RowError("no answer", 'the row has no answer; add "answer" as text or number')
     images = row.pop("images", None)
     if not isinstance(images, list) or not images or not all(isinstance(name, str) and name for name in images):
-        raise _RowError('the row has no images; add "images" as a list of one or more paths')
-    answer_type = row.pop("answer_type", "exact")
+        raise RowError("no images", 'the row has no images; add "images" as a list of one or more paths')
+    answer_type = _optional(row, "answer_type", "exact")
     if answer_type not in ANSWER_TYPES:
-        raise _RowError(f"the answer type {answer_type!r} does not exist; use one of {', '.join(ANSWER_TYPES)}")
-    uid, kind = str(row.pop("uid", f"{path.stem}:{line}")), str(row.pop("kind", ""))
-    task = Task(uid, question, (), answer, answer_type, kind, meta=row)
-    return task, tuple(path.parent / os.path.expanduser(name) for name in images)
+        raise RowError(
+            "unknown answer type", f"the answer type {answer_type!r} does not exist; use one of {', '.join(ANSWER_TYPES)}"
+        )
+    uid, kind = _optional(row, "uid", default_uid), _optional(row, "kind", "")
+    return Task(uid, question, (), answer, answer_type, kind, meta=row), images
 
 
-def _image_fault(path: pathlib.Path) -> str | None:
-    """Return None if the file decodes completely, else the reason."""
-    if not path.is_file():
-        return f"the image {path} does not exist; add the file or correct the path"
+def _plain(value: Any) -> str | None:
+    """Return text, or a number as decimal digits without an exponent; None for anything else."""
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f") if math.isfinite(value) else None
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+
+
+def _optional(row: dict[str, Any], name: str, default: str) -> str:
+    """Take an optional field out of a row; null is the same as absent."""
+    if (value := row.pop(name, None)) is None:
+        return default
+    if (text := _plain(value)) is None:
+        raise RowError(f"bad {name}", f'"{name}" is {quote(value)}; write text, or leave it out')
+    return text
+
+
+def _score_itself(answer: str, answer_type: str) -> None:
+    """Raise RowError where an answer, as a policy would write it, does not score 1 against itself."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-        return f"the image {path} does not decode; replace the file"
-    return None
+        right = score(extract_answer(answer_markup(answer)), answer, answer_type) == 1
+    except ValueError as error:
+        sentence = str(error).rstrip(".")
+        raise RowError("unusable answer", f"{sentence[0].lower()}{sentence[1:]}") from None
+    if not right:
+        raise RowError("unusable answer", f"the answer {quote(answer)} does not score 1 against itself; correct it or its type")
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")

@@ -8,6 +8,7 @@ from typing import Any
 import grain
 
 from imagent_jax.config import DataConfig, import_path
+from imagent_jax.data.check import Progress, TaskCheck
 from imagent_jax.types import Task
 
 SPLITS = ("train", "test")
@@ -15,10 +16,16 @@ SOURCES = {"tiny_world": "imagent_jax.tiny.tasks:open_split", "jsonl": "imagent_
 """Data sets: import path of the function that opens a split from the settings; imported on use."""
 
 
-def open_tasks(cfg: DataConfig, split: str) -> Sequence[Task]:
+def open_tasks(
+    cfg: DataConfig, split: str, check: TaskCheck | None = None, progress: Progress = lambda sentence: None
+) -> Sequence[Task]:
     """Return the tasks of a split as a random-access sequence.
 
     The attribute `faults` of the result lists omitted rows (`cfg.skip_bad`).
+
+    Args:
+        check: tries whether a run can use a task, see `rollout.prompt_check`. The tiny world's tasks are not tried.
+        progress: shows how far the check is.
 
     Raises:
         ValueError: unknown split or data set, missing file, or invalid rows (`data.jsonl.read_jsonl`).
@@ -27,7 +34,7 @@ def open_tasks(cfg: DataConfig, split: str) -> Sequence[Task]:
         raise ValueError(f"There is no split {split!r}; use one of {', '.join(SPLITS)}.")
     if cfg.name not in SOURCES:
         raise ValueError(f"There is no data set {cfg.name!r}; set data.name to {' or '.join(SOURCES)}.")
-    return import_path(SOURCES[cfg.name], "data.name")(cfg, split)
+    return import_path(SOURCES[cfg.name], "data.name")(cfg, split, check, progress)
 
 
 class TaskIterator(Iterator[list[Task]]):

@@ -68,6 +68,8 @@ def train_once(file: Path, seed: int, overrides: Sequence[str]) -> dict:
         if subprocess.run(command).returncode:
             raise RuntimeError(f"The run of {file.stem} with seed {seed} failed; its message stands above.")
         records = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    if "base/accuracy" not in records[0]:
+        raise RuntimeError(f"The run of {file.stem} evaluates nothing; set eval.tasks above 0.")
     steps = [record for record in records if "reward/total" in record]
 
     def part(record: dict, prefix: str) -> dict:

@@ -17,7 +17,7 @@ class BlankEnvironment(ToolEnvironment):
     """Environment in which all images are grey."""
 
     def view(self, entry: ImageEntry, observed: bool) -> Image.Image:
-        return Image.new("RGB", entry.image.size, (128, 128, 128))
+        return Image.new("RGB", entry.pixels.size, (128, 128, 128))
 
 
 class ShuffledEnvironment(ToolEnvironment):
@@ -31,15 +31,15 @@ class ShuffledEnvironment(ToolEnvironment):
 
     def __init__(self, *args, pool: Sequence[tuple[int, Image.Image]], seed: int):
         super().__init__(*args)
-        self.pool, self.seed = pool, seed
+        self.pool, self.seed = tuple(pool), seed  # a tuple: forks share it
 
     def view(self, entry: ImageEntry, observed: bool) -> Image.Image:
         own = fingerprint(self.images) if observed else 0
         others = [image for owner, image in self.pool if owner != own] if observed else []
         if not others:
-            return entry.image
-        rng = np.random.default_rng((self.seed, zlib.crc32(entry.image.tobytes())))
-        return others[rng.integers(len(others))].resize(entry.image.size, Image.Resampling.BICUBIC)
+            return entry.pixels
+        rng = np.random.default_rng((self.seed, zlib.crc32(entry.pixels.tobytes())))
+        return others[rng.integers(len(others))].resize(entry.pixels.size, Image.Resampling.BICUBIC)
 
 
 def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[..., ToolEnvironment]:
@@ -56,7 +56,7 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[
     if control == "blank":
         return BlankEnvironment
     pool = [
-        (fingerprint(t.images), t.images[number - 1].image)
+        (fingerprint(t.images), t.images[number - 1].pixels)
         for t in done for turn in t.turns if turn.call and turn.call.status == CallStatus.EXECUTED
         for number in turn.call.images
     ]  # fmt: skip
@@ -65,4 +65,4 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[
 
 def fingerprint(images: Sequence[ImageEntry]) -> int:
     """Return a checksum of the first image's pixels, which identifies a task."""
-    return zlib.crc32(images[0].image.tobytes())
+    return zlib.crc32(images[0].pixels.tobytes())

@@ -12,14 +12,17 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from imagent_jax.config import Config, parse_args
+from imagent_jax.data.check import left_out
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.metrics import call_metrics, summarise
 from imagent_jax.rollout.policy import Policy
+from imagent_jax.runs.report import progress_on
 from imagent_jax.runs.trajectory_log import TrajectoryLog
 from imagent_jax.types import Task, Trajectory
 
@@ -93,8 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen, cfg = parse(argv)
     console = Console()
     try:
-        parts = Policy(cfg)
-        tasks = parts.test_tasks(cfg.eval.tasks)
+        if not cfg.eval.tasks:
+            raise ValueError("eval.tasks is 0, so that nothing would be evaluated; set how many held-out tasks to evaluate.")
+        with console.status("Loading the model and the tasks") as status:
+            parts = Policy(cfg)
+            split = parts.open_tasks("test", progress_on(console, status))
+        if sentence := left_out(split):
+            console.print(f"[yellow]{escape(sentence)}[/]")
+        tasks = list(split[: cfg.eval.tasks])
         console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.name}; nothing is written.")
         with jax.set_mesh(parts.mesh):
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from imagent_jax.images.decode import to_rgb
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -70,14 +72,6 @@ def fit_budget(
         max_pixels = max_pixels * 7 // 8
         min_pixels = min(min_pixels, max_pixels)
     return shown, min_pixels, max_pixels
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image in RGB, with transparency composed over white (as transformers does). EXIF orientation is not applied."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def prepare_image(image: Image.Image, *, min_pixels: int, max_pixels: int, patch_size: int, merge_size: int) -> PreparedImage:

@@ -7,8 +7,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from imagent_jax.rollout.batch import RolloutBatch, join_batches
 from imagent_jax.rollout.engine import Engine, EngineShape, Request
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.episode import Episode, Rules
+from imagent_jax.rollout.prompt_check import PromptCheck, check_length
 from imagent_jax.tools import CallPool, ToolSet, ToolSettings, fault
 from imagent_jax.types import CallResult, Task, Trajectory, Turn
 
@@ -83,19 +84,21 @@ class Collector:
         Raises:
             ValueError: an image does not decode, or the prompt does not fit `rollout.prompt_tokens`; the task is named.
         """
+        task = replace(task)  # what the environment does to its facts ends with this opening
         environment = self.environment()
         environment.reset(task)
         images = [self.rules.prepare(environment, entry, observed=False) for entry in environment.images]
         try:
             prompt = encode_parts(self.chat.render_task(self.system, task.question, images), self.processor)
+            check_length(len(prompt.ids), self.cfg.rollout.prompt_tokens)
         except ValueError as error:
             raise ValueError(f"Task {task.uid}: {error}") from error
-        if len(prompt.ids) > self.cfg.rollout.prompt_tokens:
-            raise ValueError(
-                f"Task {task.uid} needs {len(prompt.ids)} prompt tokens, more than rollout.prompt_tokens="
-                f"{self.cfg.rollout.prompt_tokens}; raise it, or lower images.max_pixels."
-            )
         return OpenedTask(task, prompt, environment)
+
+    @cached_property
+    def check(self) -> PromptCheck:
+        """Tries whether `open_task` can open a task, for whole data sets."""
+        return PromptCheck(self.chat, self.processor, self.system, self.environment(), self.cfg.rollout.prompt_tokens)
 
     def open_in_background(self, tasks: Sequence[Task]) -> list[Future[OpenedTask]]:
         """Open this process's share of tasks on threads. Errors surface when `collect` uses the task."""

@@ -1,16 +1,20 @@
 """An environment: the world of one trajectory. The default one offers a set of tools on numbered images."""
 
-import io
+import copy
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
 from imagent_jax.chat import Action
 from imagent_jax.config import ImagesConfig
-from imagent_jax.images.prepare import fit_budget, to_rgb
+from imagent_jax.images.decode import read_image
+from imagent_jax.images.prepare import fit_budget
 from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings
 from imagent_jax.types import CallResult, ImageEntry, Task
+
+_STATE = (dict, list, set, np.ndarray)
 
 
 class ToolEnvironment:
@@ -30,24 +34,37 @@ class ToolEnvironment:
         """Number the images of a task from 1, each with the size at which the policy sees it.
 
         Raises:
-            ValueError: an image does not decode; the sentence names the task and the image.
+            ValueError: an image cannot be used; the sentence names the task and the image.
         """
-        s, registry = self.settings, ImageRegistry()
+        registry = ImageRegistry()
         for number, data in enumerate(task.images, 1):
             try:
-                image = to_rgb(Image.open(io.BytesIO(data)))
-                size, low, high = fit_budget(
-                    (image.height, image.width), s.patch_factor, self.shown.min_pixels, self.shown.max_pixels, s.most_pixels
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(f"Task {task.uid}: Image {number} cannot be used ({error}); mend or drop it.") from error
+                image = read_image(data)
+                size, low, high = self.budget((image.height, image.width))
+            except ValueError as error:
+                reason = str(error).rstrip(".")
+                raise ValueError(f"Task {task.uid}: Image {number} cannot be used ({reason}); mend or drop it.") from error
             registry.add(image, shown=size, min_pixels=low, max_pixels=high)
         self._registry = registry
 
+    def budget(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
+        """Return the (height, width) at which the policy sees a given image of `size` (height, width), and its pixel budget.
+
+        Raises:
+            ValueError: see `fit_budget`.
+        """
+        s, low, high = self.settings, self.shown.min_pixels, self.shown.max_pixels
+        return fit_budget(size, s.patch_factor, low, high, s.most_pixels)
+
     def fork(self) -> "ToolEnvironment":
-        """Return an environment in the same state, for another trajectory of the task. Pixels are shared."""
+        """Return an environment in the same state, for another trajectory of the task. Pixels are shared.
+
+        A subclass's attributes that are dictionaries, lists, sets or arrays are copied, with what they hold; all others are
+        shared.
+        """
         other = type(self).__new__(type(self))
-        other.__dict__ |= self.__dict__ | {"_registry": self._registry.fork(), "_closed": False, "_lock": threading.Lock()}
+        state = {k: copy.deepcopy(v) if isinstance(v, _STATE) else v for k, v in self.__dict__.items()}
+        other.__dict__ |= state | {"_registry": self._registry.fork(), "_closed": False, "_lock": threading.Lock()}
         return other
 
     @property
@@ -67,7 +84,7 @@ class ToolEnvironment:
 
     def view(self, entry: ImageEntry, observed: bool) -> Image.Image:
         """Return the pixels that the policy is shown for an image, of any size. `observed`: a call shows it."""
-        return entry.image
+        return entry.pixels
 
     def close(self) -> None:
         """End the trajectory."""

@@ -1,5 +1,6 @@
 """One trajectory in progress: its exact tokens turn by turn, and when it ends."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -102,10 +103,10 @@ class Episode:
         self._add(kinds, encoded.positions, vision, encoded.next_position)
 
     def trajectory(self, ids: np.ndarray, logprobs: np.ndarray) -> Trajectory:
-        """Return the finished trajectory, given its row of the engine's buffers ([R] each)."""
+        """Return the finished trajectory, given its row of the engine's buffers ([R] each). Its task and arrays are its own."""
         kinds = np.concatenate(self.kinds)
-        return Trajectory(
-            task=self.task,
+        made = Trajectory(
+            task=replace(self.task),
             rollout=self.rollout,
             ids=ids[: self.length].copy(),
             logprobs=np.where(kinds == TokenKind.OBSERVATION, 0.0, logprobs[: self.length]).astype(np.float32),
@@ -118,6 +119,9 @@ class Episode:
             images=self.environment.images,
             error=self.error,
         )
+        for array in (made.ids, made.logprobs, made.kind, made.positions, made.vision):
+            array.setflags(write=False)  # what trains is what was sampled, whatever a reward does
+        return made
 
     def _add(self, kinds: np.ndarray, positions: np.ndarray, vision: np.ndarray, position: int) -> None:
         self.kinds.append(kinds)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from imagent_jax.config import Config
+from imagent_jax.data.check import Progress
 from imagent_jax.data.pipeline import open_tasks
 from imagent_jax.distributed import processes
 from imagent_jax.distributed.mesh import make_mesh
@@ -19,6 +20,7 @@ from imagent_jax.model.processor import Processor
 from imagent_jax.model.sharding import shardings
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.tools import tools_by_name
+from imagent_jax.types import Task
 
 
 def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | int]:
@@ -82,11 +84,13 @@ class Policy:
         """Use other parameters of the same model, placed on the policy's mesh."""
         self.params = jax.device_put(params, shardings(params, self.mesh))
 
-    def test_tasks(self, count: int):
+    def open_tasks(self, split: str, progress: Progress = lambda sentence: None) -> Sequence[Task]:
+        """Return the tasks of a split, each tried against the settings of this policy; see `data.pipeline.open_tasks`."""
+        return open_tasks(self.cfg.data, split, self.collector.check, progress)
+
+    def test_tasks(self, count: int) -> list[Task]:
         """Return the first `count` held-out tasks."""
-        tasks = open_tasks(self.cfg.data, "test")
-        self.test_faults = tasks.faults
-        return [tasks[i] for i in range(min(count, len(tasks)))]
+        return list(self.open_tasks("test")[:count])
 
 
 def training_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -4,11 +4,14 @@ import html
 import json
 import math
 import re
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 
 from imagent_jax.runs.examples import Pictures, instructive
 from imagent_jax.runs.reader import RunLog, phases, read_run
@@ -71,6 +74,20 @@ def print_step(console: Console, metrics: dict[str, Any], step: int, steps: int,
     for name, sentence in metrics.get("warnings", {}).items():
         if name not in said:
             console.print(f"[yellow]warning[/] ({name}): {sentence}")
+
+
+def progress_on(console: Console, status: Status) -> Callable[[str], None]:
+    """Return a function that shows a sentence in a console's status line; off a terminal, on a line every ten seconds."""
+    said = [time.monotonic()]
+
+    def show(sentence: str) -> None:
+        if console.is_terminal:
+            status.update(sentence)
+        elif time.monotonic() - said[0] > 10:
+            said[0] = time.monotonic()
+            console.print(sentence)
+
+    return show
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------------

@@ -111,15 +111,15 @@ class TrajectoryLog:
         if entry.number <= len(given):
             data = given[entry.number - 1]
             if data not in self.names:
-                self.names[data] = self._save(data, entry.image)
+                self.names[data] = self._save(data, entry.pixels)
             return {"file": self.names[data]}
         if entry.parent is not None:
-            parent = images[entry.parent - 1].image
-            if entry.image is parent:
+            parent = images[entry.parent - 1].pixels
+            if entry.pixels is parent:
                 return {}
-            if entry.box and entry.image.tobytes() == parent.crop(entry.box).tobytes():
+            if entry.box and entry.pixels.tobytes() == parent.crop(entry.box).tobytes():
                 return {}
-        return {"file": self._save(_png(entry.image), entry.image)}
+        return {"file": self._save(_png(entry.pixels), entry.pixels)}
 
     def _save(self, data: bytes, pixels: Image.Image) -> str:
         """Write an image file unless it exists; the file displays exactly as the registry's pixels."""
@@ -127,11 +127,20 @@ class TrajectoryLog:
         if stem in self.files:
             return self.files[stem]
         with Image.open(io.BytesIO(data)) as image:
-            plain = image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION, 1) == 1
-            suffix = SUFFIXES.get(image.format) if plain else None
+            suffix = SUFFIXES.get(image.format) if _plain(image) else None
         name = self.files[stem] = f"{stem}.{suffix or 'png'}"
         _write(self.images / name, data if suffix else _png(pixels))
         return name
+
+
+def _plain(image: Image.Image) -> bool:
+    """Return whether a browser shows an image file exactly as `read_image` decodes it."""
+    try:
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+    except Exception:  # damaged EXIF data
+        return False
+    still = getattr(image, "n_frames", 1) == 1
+    return upright and still and image.mode in ("RGB", "L") and "transparency" not in image.info
 
 
 def _call(call) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _call(call) -> dict[str, Any]:
 
 
 def _lineage(entry: ImageEntry) -> dict[str, Any]:
-    facts = {"size": [entry.image.width, entry.image.height], "shown": [entry.shown[1], entry.shown[0]]}  # width, height
+    facts = {"size": [entry.pixels.width, entry.pixels.height], "shown": [entry.shown[1], entry.shown[0]]}  # width, height
     if entry.parent is not None:
         facts |= {"parent": entry.parent, "origin": entry.origin}
     return facts | ({"box": list(entry.box)} if entry.box else {})

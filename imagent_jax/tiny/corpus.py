@@ -294,7 +294,7 @@ def _targets(rng, scenes: list[Scene], leans: list[set]) -> tuple[list[int], lis
 def observation(parts: list[str | int], registry: ImageRegistry) -> Segment:
     """A tool's observation as a rollout renders it."""
     entries = [registry[part] for part in parts if not isinstance(part, str)]
-    shown = tuple(ShownImage(e.image, e.min_pixels, e.max_pixels) for e in entries)
+    shown = tuple(ShownImage(e.pixels, e.min_pixels, e.max_pixels) for e in entries)
     return Segment(_with_placeholders(QWEN.render_observation(parts)), False, shown)
 
 

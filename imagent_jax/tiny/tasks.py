@@ -38,8 +38,8 @@ class ArrayRecordTasks(Sequence[Task]):
         return self._change(builder.from_example(self._source[int(index) % len(self)]))
 
 
-def open_split(cfg: DataConfig, split: str) -> ArrayRecordTasks:
-    """Return the tasks of a split. The first use generates them into `cfg.cache_dir`."""
+def open_split(cfg: DataConfig, split: str, *_: object) -> ArrayRecordTasks:
+    """Return the tasks of a split. The first use generates them into `cfg.cache_dir`; they need no check."""
     sizes = {"train": cfg.train_size, "test": cfg.test_size}
     change = [] if cfg.permute_images or split == "test" else [in_fixed_order]
     return ArrayRecordTasks(builder.prepare(cfg.cache_dir, sizes, cfg.seed), split, *change)

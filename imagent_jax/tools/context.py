@@ -80,7 +80,7 @@ class ToolContext:
         """Register an image made by a tool and return its number. A tool shows the image by returning this number.
 
         Args:
-            image: pixels at their original resolution; resized for the policy later.
+            image: pixels at their original resolution, copied; resized for the policy later.
             parent: number of the image it was made from, if any.
             box: (left, top, right, bottom) in pixels of the parent, if it is a crop.
             origin: description in words; default: "crop" if `box` is given.
@@ -95,8 +95,9 @@ class ToolContext:
         min_pixels = self.settings.confirm_min_pixels if min_pixels is None else min_pixels
         max_pixels = self.settings.confirm_max_pixels if max_pixels is None else max_pixels
         shown, min_pixels, max_pixels = self.budget((image.height, image.width), min_pixels, max_pixels)
+        view = parent is not None and image is self.registry[parent].pixels
         return self.registry.add(
-            image,
+            image if view else image.copy(),
             shown=shown,
             parent=parent,
             box=box,
@@ -116,12 +117,12 @@ class ToolContext:
         """
         source = self.registry[number]
         shown, *_ = self.budget(source.size, min_pixels, max_pixels)
-        same: list[ImageEntry] = [e for e in self.registry if e.image is source.image and e.shown == shown]
+        same: list[ImageEntry] = [e for e in self.registry if e.pixels is source.pixels and e.shown == shown]
         if same:
             return source.number if source in same else same[0].number
         larger = shown[0] * shown[1] > source.shown[0] * source.shown[1]
         origin = "larger view" if larger else "smaller view"
-        return self.show(source.image, parent=number, origin=origin, min_pixels=min_pixels, max_pixels=max_pixels)
+        return self.show(source.pixels, parent=number, origin=origin, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def budget(self, size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[tuple[int, int], int, int]:
         """Return the (height, width) at which an image of `size` (height, width) is shown, and its budget (`fit_budget`).

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from imagent_jax.images.prepare import to_rgb
+from imagent_jax.images.decode import to_rgb
 from imagent_jax.types import ImageEntry, ToolError
 
 
@@ -60,7 +60,7 @@ class ImageRegistry:
         if height < 1 or width < 1:
             raise ValueError(f"shown must be a positive (height, width), got {tuple(shown)}")
         if parent is not None:
-            source = self[parent].image
+            source = self[parent].pixels
         if box is not None:
             if parent is None:
                 raise ValueError("a box needs the parent it was cut from; pass parent=")

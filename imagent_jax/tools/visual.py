@@ -41,7 +41,7 @@ def visual_confirmation(
     """
     entry = context.registry[image]
     box = grow_box(to_pixels(bbox_2d, entry, context.settings.coordinates), entry.size, context.settings.min_box)
-    return [context.show(entry.image.crop(box), parent=image, box=box)]
+    return [context.show(entry.pixels.crop(box), parent=image, box=box)]
 
 
 VISUAL_TOOLS: dict[str, Tool] = {item.name: item for item in (visual_reflection, visual_confirmation)}
@@ -62,7 +62,7 @@ def to_pixels(bbox: Sequence[float], entry: ImageEntry, coordinates: str, argume
         argument: name of the box in error messages.
 
     Returns:
-        (left, top, right, bottom) in pixels of `entry.image`, inside the image, at least one pixel per side.
+        (left, top, right, bottom) in pixels of the image, inside the image, at least one pixel per side.
 
     Raises:
         ToolError: the box is inverted, empty, or not inside the image.
@@ -74,15 +74,16 @@ def to_pixels(bbox: Sequence[float], entry: ImageEntry, coordinates: str, argume
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
         where = "from 0 to 1000" if coordinates == "relative_1000" else f"inside {width} x {height} pixels"
         raise ToolError(f"{argument} must lie {where}")
-    left, right = _pixel_span(x1 / width, x2 / width, entry.image.width)
-    top, bottom = _pixel_span(y1 / height, y2 / height, entry.image.height)
+    rows, columns = entry.size
+    left, right = _pixel_span(x1 / width, x2 / width, columns)
+    top, bottom = _pixel_span(y1 / height, y2 / height, rows)
     return left, top, right, bottom
 
 
 def to_bbox(box: Sequence[float], entry: ImageEntry, coordinates: str) -> tuple[float, float, float, float]:
     """Convert a box from original pixels to the declared coordinate space; inverse of `to_pixels`, without rounding."""
     width, height = coordinate_limits(entry, coordinates)
-    columns, rows = entry.image.size
+    rows, columns = entry.size
     return box[0] * width / columns, box[1] * height / rows, box[2] * width / columns, box[3] * height / rows
 
 

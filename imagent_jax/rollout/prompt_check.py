@@ -1,0 +1,86 @@
+"""Will a task's prompt open? Tried from the sizes of its images alone, so that a whole data set can be tried at the start."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from imagent_jax.chat import QwenChat
+from imagent_jax.images.prepare import PreparedImage
+from imagent_jax.model.interleave import encode_parts
+from imagent_jax.model.processor import Processor
+from imagent_jax.rollout.environment import ToolEnvironment
+from imagent_jax.types import Task
+
+
+class PromptCheck:
+    """Renders and encodes a task as `Collector.open_task` does, with images that have a size and no pixels.
+
+    Args:
+        system: content of the system turn.
+        environment: decides at which size the policy sees an image.
+        limit: most tokens of a prompt.
+
+    Attributes:
+        fingerprint: hash of all on which a verdict depends besides the task.
+    """
+
+    def __init__(self, chat: QwenChat, processor: Processor, system: str, environment: ToolEnvironment, limit: int):
+        self.chat, self.processor, self.system, self.environment, self.limit = chat, processor, system, environment, limit
+        self._tokens = functools.lru_cache(10_000)(self._count)  # texts around images are the same for all tasks
+        self._image = functools.lru_cache(10_000)(self._sized)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
+        probe = encode_parts(self.chat.render_task(self.system, "Is <tool_call> 1?", self._images([(56, 84)])), self.processor)
+        facts = self.environment.settings, self.environment.shown, self.limit, self.processor.patch_size, probe.ids.tolist()
+        return hashlib.sha256(f"{tokenizer} {self.system} {facts}".encode()).hexdigest()
+
+    def __call__(self, task: Task, sizes: Sequence[tuple[int, int]]) -> None:
+        """Try a task.
+
+        Args:
+            sizes: (height, width) of its images, as `images.decode.read_image` returns them.
+        Raises:
+            ValueError: an image is too narrow, placeholders and images do not match, or the prompt has too many tokens.
+        """
+        parts = self.chat.render_task(self.system, task.question, self._images(sizes))
+        try:
+            tokens = sum(self._tokens(part.grid if isinstance(part, PreparedImage) else part) for part in parts)
+        except ValueError:
+            encode_parts(parts, self.processor)  # its sentence is about the whole prompt
+            raise
+        check_length(tokens, self.limit)
+
+    def _count(self, part: str | tuple[int, int]) -> int:
+        """Return the tokens of a text, or of an image with a (height, width) in patches. Parts are tokenised apart."""
+        part = part if isinstance(part, str) else PreparedImage(_NO_PIXELS, part, (0, 0))
+        return len(encode_parts([part], self.processor).ids)
+
+    def _images(self, sizes: Sequence[tuple[int, int]]) -> list[PreparedImage]:
+        images = []
+        for number, size in enumerate(sizes, 1):
+            try:
+                images.append(self._image(size))
+            except ValueError as error:
+                raise ValueError(f"Image {number} cannot be used ({str(error).rstrip('.')}); mend or drop it") from error
+        return images
+
+    def _sized(self, size: tuple[int, int]) -> PreparedImage:
+        (height, width), *_ = self.environment.budget(size)
+        patch = self.processor.patch_size
+        return PreparedImage(_NO_PIXELS, (height // patch, width // patch), (height, width))
+
+
+_NO_PIXELS = np.zeros((0, 0), np.uint8)
+
+
+def check_length(tokens: int, limit: int) -> None:
+    """Raise ValueError where a prompt has more tokens than `rollout.prompt_tokens`."""
+    if tokens > limit:
+        raise ValueError(
+            f"the prompt needs {tokens} tokens, more than rollout.prompt_tokens={limit}; raise it, lower images.max_pixels, or "
+            "shorten the question."
+        )
