@@ -155,11 +155,11 @@ def ours(folder: str, args, groups: int, group_size: int, path: Path) -> dict:
     memory = common.PeakMemory()
     import jax
 
-    from imagent_jax.config import Config
+    from imagent_jax.config import TINY, load_config
     from imagent_jax.rollout.policy import Policy
     from imagent_jax.tiny.world import task_at
 
-    cfg, accelerated = Config(), jax.default_backend() != "cpu"
+    cfg, accelerated = load_config(TINY), jax.default_backend() != "cpu"
     cfg = replace(
         cfg,
         model=replace(cfg.model, path=folder, param_dtype="bfloat16" if accelerated else "float32"),

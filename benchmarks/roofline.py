@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from train_step import Shape
 
-from imagent_jax.config import Config
+from imagent_jax.config import TINY, load_config
 from imagent_jax.model.attention import choose_attention, choose_dtype
 from imagent_jax.model.config import TextConfig
 from imagent_jax.model.families import read_config
@@ -138,7 +138,7 @@ def decode_seconds(model: Model, params, shape: Shape, repeats: int) -> list[flo
 
 def train_seconds(model: Model, params, shape: Shape, repeats: int) -> list[float]:
     """Time of an update."""
-    cfg = Config()
+    cfg = load_config(TINY)
     cfg = replace(
         cfg,
         rollout=replace(cfg.rollout, groups=shape.n, group_size=shape.g, prompt_tokens=shape.p, response_tokens=shape.r),

@@ -159,7 +159,7 @@ class Ours:
     """The learner, a step at a time."""
 
     def __init__(self, folder: Path, problem: Problem, shape: Shape):
-        from imagent_jax.config import Config
+        from imagent_jax.config import TINY, load_config
         from imagent_jax.model import checkpoint
         from imagent_jax.model.attention import choose_attention, choose_dtype
         from imagent_jax.rl.learner import Learner
@@ -167,7 +167,7 @@ class Ours:
         from imagent_jax.rl.optim import make_optimizer
 
         n, g = problem.advantages.shape
-        self.shape, self.problem, cfg = shape, problem, Config()
+        self.shape, self.problem, cfg = shape, problem, load_config(TINY)
         self.cfg = replace(
             cfg,
             rollout=replace(cfg.rollout, groups=n, group_size=g, prompt_tokens=shape.p, response_tokens=shape.r),

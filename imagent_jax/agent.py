@@ -14,13 +14,6 @@ from imagent_jax.rollout.policy import Policy
 from imagent_jax.runs.loading import load_policy
 from imagent_jax.types import Task, Trajectory, Turn
 
-LARGE = {
-    "images.max_pixels": 1_003_520, "images.vision_block": 5120, "images.pack_blocks": 1, "tools.low_pixels": 200_704,
-    "tools.high_pixels": 1_003_520, "tools.confirm_min_pixels": 200_704, "tools.confirm_max_pixels": 1_003_520,
-    "rollout.prompt_tokens": 8192, "rollout.response_tokens": 4096, "rollout.observation_tokens": 512,
-}  # fmt: skip
-"""Settings of an agent that is neither a run nor the embedded base: images of up to 1280 tokens (28 x 28 pixels each)."""
-
 
 class Agent:
     """A model that answers questions about several images, and calls tools to look again.
@@ -56,8 +49,6 @@ class Agent:
         Raises:
             ValueError: there is no such model, run, checkpoint or setting, or they do not go together.
         """
-        own_settings = str(path) == "tiny" or (Path(path) / "config.yaml").is_file()
-        settings = (settings or {}) if own_settings else LARGE | dict(settings or {})
         return cls(load_policy(path, step=step, mesh=mesh, settings=settings)[0])
 
     def answer(

@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.check import left_out
-from imagent_jax.data.pipeline import task_iterator
+from imagent_jax.data.pipeline import check_source, task_iterator
 from imagent_jax.distributed import processes
 from imagent_jax.distributed.processes import FAILED, RESTART
 from imagent_jax.evals.evaluate import HeldOut, comparison
@@ -86,6 +86,7 @@ class Run:
         files = "config.yaml, metrics.jsonl, trajectories/, checkpoints/"
         console.print(f"Writes to {folder.path}: {files}. Ctrl-C saves and stops.")
         with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)") as status:
+            check_source(cfg.data)
             self.rewards = reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
             self.policy = policy = Policy(cfg, interrupt.stop)
             splits = [policy.open_tasks(split, progress_on(console, status)) for split in ("train", "test")[: 1 + self.evaluates]]

@@ -58,17 +58,17 @@ from dataclasses import replace
 
 import jax
 
-from imagent_jax.config import Config
+from imagent_jax.config import TINY, load_config
 from imagent_jax.evals.evaluate import comparison, evaluate
 from imagent_jax.rollout.policy import Policy, training_mesh
 from imagent_jax.runs.interrupt import Interrupt
 from imagent_jax.train import train
 
-cfg = Config.from_dict({
-    "run": {"name": "demo", "dir": str(RUNS), "steps": STEPS, "checkpoint_every": 20,
-            "resume": any(RUNS.glob("demo/checkpoints/[0-9]*"))},
-    "rollout": {"groups": 8 if STEPS < 10 else 16}, "grpo": {"length_buckets": 1 if STEPS < 10 else 4},  # less to compile
-    "eval": {"tasks": TASKS, "groups": min(TASKS, 64), "every": 0},
+cfg = load_config(TINY).changed({
+    "run.name": "demo", "run.dir": str(RUNS), "run.steps": STEPS, "run.checkpoint_every": 20,
+    "run.resume": any(RUNS.glob("demo/checkpoints/[0-9]*")),
+    "rollout.groups": 8 if STEPS < 10 else 16, "grpo.length_buckets": 1 if STEPS < 10 else 4,  # less to compile
+    "eval.tasks": TASKS, "eval.groups": min(TASKS, 64), "eval.every": 0,
 })  # fmt: skip
 base = Policy(cfg)
 tasks = base.test_tasks(TASKS)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagent_jax.config import Config
+from imagent_jax.config import TINY, Config, load_config
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.tiny.world import task_at
 
@@ -36,7 +36,7 @@ def few_executables():
 
 
 def small_config(**sections) -> Config:
-    """The default run at a size for tests; `sections` are dictionaries of changed settings."""
+    """The tiny run at a size for tests; `sections` are dictionaries of changed settings."""
     base = {
         "run": {"compile_cache": ""},
         "rollout": {"groups": 4, "group_size": 4, "response_tokens": 192},
@@ -46,7 +46,12 @@ def small_config(**sections) -> Config:
     }
     for name, values in sections.items():
         base.setdefault(name, {}).update(values)
-    return Config.from_dict(base)
+    return tiny_config(base)
+
+
+def tiny_config(sections: dict[str, dict]) -> Config:
+    """The tiny run with some settings changed."""
+    return load_config(TINY).changed({f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()})
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import tiny_config
 from flax import nnx
 
 from imagent_jax import train as job
@@ -58,7 +59,7 @@ IMAGES, PATCHES = 8, 16  # one image a block of 16 patches, 4 features each
 def settings(folder: str, everything: bool = False, rank: int = 0) -> Config:
     """Two micro-batches an update; with `everything` the tower learns too, and a reference holds the policy back; with a
     `rank`, adapters learn and nothing else."""
-    return Config.from_dict({
+    return tiny_config({
         "run": {"dir": folder, "name": "mesh", "compile_cache": ""},
         "model": {"freeze_vision": not everything, "logprob_chunk": 12},
         "lora": {"rank": rank, "merger": False},

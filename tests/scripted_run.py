@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from conftest import tiny_config
 from playwright.sync_api import Browser, sync_playwright
 
 from imagent_jax.chat import QWEN, Call, MalformedCall
@@ -145,7 +146,7 @@ def metrics_of(step: int, rng) -> dict[str, float]:
 
 def make_run(folder: Path, steps: int = 3):
     """A run's folder as the main job leaves it: three held-out evaluations, `steps` steps of two groups of eight."""
-    cfg = Config.from_dict({
+    cfg = tiny_config({
         "run": {"dir": str(folder), "name": "demo", "steps": steps}, "tools": {"max_turns": 3},
         "rollout": {"prompt_tokens": 512, "response_tokens": 512},
     })  # fmt: skip
@@ -181,7 +182,7 @@ def make_run(folder: Path, steps: int = 3):
 
 def new_log(folder: Path) -> TrajectoryLog:
     """The empty trajectory log of a new run."""
-    cfg = Config.from_dict({"run": {"dir": str(folder), "name": "new"}})
+    cfg = tiny_config({"run": {"dir": str(folder), "name": "new"}})
     run = RunFolder(cfg)
     run.close()
     return TrajectoryLog(run, Processor.from_pretrained(base_folder()), cfg)

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import tiny_config
 from jax import numpy as jnp
 from scripted_run import ANSWER, play, scripts
 
-from imagent_jax.config import Config, MaskConfig, read_args
+from imagent_jax.config import TINY, Config, MaskConfig, read_args
 from imagent_jax.evals import ablate
 from imagent_jax.rl.learner import batch_loss
 from imagent_jax.rl.loss import PRESETS
@@ -25,7 +26,7 @@ VARIANTS = Path(__file__).parent.parent / "configs" / "ablations"
 
 
 def settings(name: str) -> Config:
-    return read_args([f"--config={VARIANTS / 'full.yaml'}", f"--config={VARIANTS / name}.yaml"])
+    return read_args([f"--config={TINY}", f"--config={VARIANTS / 'full.yaml'}", f"--config={VARIANTS / name}.yaml"])
 
 
 @pytest.mark.slow(3)
@@ -113,7 +114,7 @@ def test_a_run_is_given_the_shared_settings_the_variant_and_the_seed(tmp_path, m
     }  # fmt: skip
     assert asked[0][1:3] == ["-m", "imagent_jax.train"]
     ablate.train_once(tmp_path / "full.yaml", 7, ["--optim.learning_rate=0.25", "--grpo.kl=0.5"])
-    assert [arg for arg in asked[1] if arg.startswith("--config")] == [f"--config={tmp_path}/full.yaml"]
+    assert [arg for arg in asked[1] if arg.startswith("--config")] == [f"--config={TINY}", f"--config={tmp_path}/full.yaml"]
     code[0] = 2
     with pytest.raises(RuntimeError, match="The run of some with seed 7 failed"):
         ablate.train_once(tmp_path / "some.yaml", 7, ["--optim.learning_rate=0.25"])
@@ -133,7 +134,7 @@ def test_the_table_shows_what_each_column_says():
 
 
 def test_the_gain_for_any_call_pays_right_answers_after_refused_calls_too(parts):
-    engine, task = Collector(parts.model, parts.processor, parts.tools, Config.from_dict(
+    engine, task = Collector(parts.model, parts.processor, parts.tools, tiny_config(
         {"rollout": {"prompt_tokens": 512, "response_tokens": 512}})), task_at(3, "train", 0)  # fmt: skip
     said = scripts(task)
     paid = [ablate.gain_for_any_call(play(engine, task, 0, said[line])) for line in (0, 1, 7, 5)]

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from flax import nnx
 from hf_oracle import IMAGE, ODD_SIZES, interleave, pixel_values, random_image, tiny_model
 from rounding import assert_rounded
 from test_model_parity import BLOCK, batch, pack
 
-from imagent_jax.config import Config
 from imagent_jax.distributed.mesh import GROUPS, constrain
 from imagent_jax.evals import attention as job
 from imagent_jax.model import checkpoint, text
@@ -262,7 +262,7 @@ def test_the_command_measures_the_tiny_base_with_and_without_tools(tmp_path):
 
 
 def test_a_run_is_measured_at_its_newest_checkpoint(parts, tmp_path):
-    runs = RunFolder(Config.from_dict({"run": {"dir": str(tmp_path), "name": "one"}}))
+    runs = RunFolder(tiny_config({"run": {"dir": str(tmp_path), "name": "one"}}))
     for step in (2, 5):
         trained = nnx.State({"text": jax.tree.map(lambda x, step=step: x + step, parts.params["text"])})
         runs.save(step, trained, {"count": jnp.zeros(3)}, {"step": step})

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_config
 from flax import nnx
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from imagent_jax.config import Config
 from imagent_jax.model import checkpoint
 from imagent_jax.runs import export as job
 from imagent_jax.runs.folder import RunFolder
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     frozen = {"vision": params["vision"]}  # a run's checkpoints hold what it trains
     states = {step: jax.tree.map(lambda x, step=step: x + step, params["text"]) for step in (2, 5)}
     elsewhere = {"dir": str(folder), "name": "one", "checkpoint_dir": str(folder / "disk")}
-    runs = RunFolder(Config.from_dict({"run": elsewhere, "mesh": {"data": 4}}))  # more devices than there are here
+    runs = RunFolder(tiny_config({"run": elsewhere, "mesh": {"data": 4}}))  # more devices than there are here
     for step, state in states.items():
         runs.save(step, nnx.State({"text": state}), {"count": jnp.zeros(3)}, {"step": step})
     runs.close()

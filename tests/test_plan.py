@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_config
 from rich.console import Console
 
-from imagent_jax.config import Config
 from imagent_jax.distributed.mesh import make_mesh
 from imagent_jax.model.splash import _GroupMask
 from imagent_jax.planner import plan
@@ -327,7 +327,7 @@ def test_a_plan_is_shown_with_its_verdict_and_bounds():
 
 
 def test_changes_that_take_less_memory_are_those_of_the_settings():
-    cfg = Config.from_dict({
+    cfg = tiny_config({
         "rollout": {"groups": 32, "group_size": 4, "response_tokens": 128}, "grpo": {"micro_groups": 16, "minibatches": 2},
         "model": {"remat": "none"},
     })  # fmt: skip
@@ -348,7 +348,7 @@ def test_changes_that_take_less_memory_are_those_of_the_settings():
 
 
 def test_the_run_of_other_slices_has_the_same_work_a_chip(monkeypatch):
-    cfg = Config.from_dict({
+    cfg = tiny_config({
         "mesh": {"fsdp": 4, "tensor": 2}, "rollout": {"groups": 16}, "grpo": {"micro_groups": 8, "minibatches": 2},
     })  # fmt: skip
     for chips, expected in ((8, (4, 8, 16)), (32, (16, 32, 64)), (4, (2, 4, 8)), (2, (1, 2, 4))):
@@ -398,7 +398,7 @@ def test_the_nearest_change_helps_the_phase_that_is_too_large(toy, monkeypatch, 
 
 
 def test_the_smallest_slice_that_fits_is_taken_else_the_last(monkeypatch):
-    cfg, chip = Config.from_dict({"rollout": {"groups": 10}}), CHIPS["v5e"]
+    cfg, chip = tiny_config({"rollout": {"groups": 10}}), CHIPS["v5e"]
     arrays = {4: 20 * 10**9, 8: 16 * 10**9, 16: 16 * 10**9}
     sizes = {4: 0, 8: 17 * 10**9, 16: 16 * 10**9}
 
@@ -500,4 +500,4 @@ def test_blocks_of_the_group_mask_are_those_of_the_whole_mask(p, g, s):
 
 def test_every_chip_has_slices_of_its_published_kind():
     assert all(CHIPS[kind].platform == "tpu" for kind in plan.SLICES)
-    assert open_topology("cpu:1")[0].memory > 1e8 and Config().model.path == "tiny"
+    assert open_topology("cpu:1")[0].memory > 1e8

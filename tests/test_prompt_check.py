@@ -7,10 +7,10 @@ import re
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 from PIL import Image
 from scripted_run import scripted_collector
 
-from imagent_jax.config import Config
 from imagent_jax.data.jsonl import read_jsonl
 from imagent_jax.images.decode import read_image
 from imagent_jax.rollout.prompt_check import check_length
@@ -21,7 +21,7 @@ from imagent_jax.types import Task
 
 def collector_of(**sections):
     sections["rollout"] = {"prompt_tokens": 512} | sections.get("rollout", {})
-    return scripted_collector(Config.from_dict(sections))
+    return scripted_collector(tiny_config(sections))
 
 
 def picture(width, height, kind="PNG") -> bytes:

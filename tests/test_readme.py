@@ -11,11 +11,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from scripted_run import ANSWER, play
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from imagent_jax.chat import QWEN
-from imagent_jax.config import SETTINGS, Config, read_args
+from imagent_jax.config import SETTINGS, TINY, Config, read_args
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
 from imagent_jax.tiny.base import base_folder
 
@@ -107,6 +108,10 @@ def test_every_setting_that_is_named_exists():
 @pytest.mark.slow(30)
 def test_your_own_data_tool_reward_and_model_do_what_the_page_says(mine, capsys):
     random_weights(mine / "weights")
+    own = yaml.safe_load((mine / "mine.yaml").read_text())
+    small = {name: values | own.pop(name, {}) for name, values in yaml.safe_load(TINY.read_text()).items()}
+    small["rollout"]["prompt_tokens"] = 512
+    (mine / "mine.yaml").write_text(yaml.safe_dump(small | own))  # the page's lines on top of small sizes
     page = {}
     for text in of("python"):
         exec(compile(text, "README.md", "exec"), page)

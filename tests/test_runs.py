@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_config
 
 from imagent_jax.config import Config
 from imagent_jax.runs import folder as runs
@@ -20,7 +21,7 @@ from imagent_jax.runs.trackers import Trackers
 
 
 def open_run(folder, name="run", **settings) -> RunFolder:
-    return RunFolder(Config.from_dict({"run": {"dir": str(folder), "name": name, **settings}}))
+    return RunFolder(tiny_config({"run": {"dir": str(folder), "name": name, **settings}}))
 
 
 def state(value: float):
@@ -219,7 +220,7 @@ def test_weights_and_biases_gets_every_record_and_the_same_run_again(tmp_path, m
             log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"))
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    cfg = Config.from_dict({"run": {"wandb": "agents", "name": "one"}})
+    cfg = tiny_config({"run": {"wandb": "agents", "name": "one"}})
     for _ in range(2):
         trackers = Trackers(cfg, tmp_path)
         trackers.log({"step": 3, "accuracy": 0.5, "warnings": {"collapse": "…"}})

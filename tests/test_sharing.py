@@ -5,11 +5,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 from PIL import Image, ImageDraw
 from scripted_run import ANSWER, crop, play, scripted_collector
 
 from imagent_jax.chat import Call
-from imagent_jax.config import Config, ImagesConfig
+from imagent_jax.config import ImagesConfig
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.tiny.world import task_at
 from imagent_jax.tools import ToolContext, ToolSet, ToolSettings, tool
@@ -105,7 +106,7 @@ def test_forks_of_an_environment_have_their_own_state(task):
 
 
 def test_rewards_of_a_group_have_their_own_task_and_read_only_arrays(task):
-    collector = scripted_collector(Config.from_dict({"rollout": {"prompt_tokens": 512, "response_tokens": 1024}}))
+    collector = scripted_collector(tiny_config({"rollout": {"prompt_tokens": 512, "response_tokens": 1024}}))
     one, other = (play(collector, task, i, [crop(1, 0, 0, 500, 500), ANSWER.format("7")]) for i in range(2))
     ids = one.ids.tolist()
     one.task.meta["boxes"].append(3)

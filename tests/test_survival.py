@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_config
 
 from imagent_jax import train
 from imagent_jax.config import Config
@@ -60,7 +61,7 @@ def test_the_comparison_sees_one_bit(tmp_path):
 
 
 def open_run(tmp_path, name="run", **settings) -> RunFolder:
-    return RunFolder(Config.from_dict({"run": {"dir": str(tmp_path), "name": name, **settings}}))
+    return RunFolder(tiny_config({"run": {"dir": str(tmp_path), "name": name, **settings}}))
 
 
 def state(value: int):

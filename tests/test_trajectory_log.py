@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 from PIL import Image
 from scripted_run import new_log, records
 
@@ -129,7 +130,7 @@ def test_a_record_has_what_was_asked_answered_called_and_paid(made):
 @pytest.mark.parametrize(("limit", "lines"), [(0, 0), (1, 8), (8, 8), (15, 8), (16, 16), (100, 16)])
 def test_as_many_whole_groups_are_logged_as_fit_the_limit(made, tmp_path, limit, lines):
     _, _, logged = made
-    cfg = Config.from_dict({"run": {"dir": str(tmp_path), "log_trajectories": limit}})
+    cfg = tiny_config({"run": {"dir": str(tmp_path), "log_trajectories": limit}})
     folder = RunFolder(cfg)
     groups, advantages = logged[1]
     TrajectoryLog(folder, Processor.from_pretrained(base_folder()), cfg).write(

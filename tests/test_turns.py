@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 import yaml
+from conftest import tiny_config
 from scripted_run import ANSWER, crop, play, scripted_collector, see
 
 from imagent_jax.chat import QWEN, Call, extract_answer
-from imagent_jax.config import Config
 from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.processor import Processor
@@ -42,7 +42,7 @@ def collector_of():
 
     @functools.cache
     def make(settings):
-        return scripted_collector(Config.from_yaml(settings))
+        return scripted_collector(tiny_config(yaml.safe_load(settings)))
 
     def changed(response_tokens=1024, **sections):
         sections["rollout"] = {"prompt_tokens": 512, "response_tokens": response_tokens} | sections.get("rollout", {})
@@ -400,7 +400,7 @@ def test_a_view_stands_in_place_of_images_and_knows_which_are_observations(task)
             asked.append((entry.number, observed, len(self.images)))
             return entry.image.transpose(0)
 
-    cfg = Config.from_dict({"rollout": {"prompt_tokens": 512, "response_tokens": 1024}})
+    cfg = tiny_config({"rollout": {"prompt_tokens": 512, "response_tokens": 1024}})
     collector, plain = scripted_collector(cfg, environment=Turned), scripted_collector(cfg)
     t = play(collector, task, 0, [A, RIGHT])
     assert asked == [(1, False, 3), (2, False, 3), (3, False, 3), (4, True, 4)] and t.end == EndReason.ANSWERED

@@ -2,6 +2,7 @@
 
 from imagent_jax.config.loading import (
     SETTINGS,
+    TINY,
     Config,
     load_config,
     parse_args,
@@ -28,6 +29,7 @@ from imagent_jax.config.settings import (
 
 __all__ = [
     "SETTINGS",
+    "TINY",
     "Config",
     "DataConfig",
     "DistributedConfig",

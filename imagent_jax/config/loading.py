@@ -105,8 +105,6 @@ class Config:
             )
         if not (self.reward.answer or self.reward.format or self.reward.tool_gain or self.reward.custom):
             raise ValueError("Every weight of reward is 0, so that no rollout is better than another; give one reward a weight.")
-        if self.data.name == "jsonl" and not self.data.path:
-            raise ValueError("data.name is 'jsonl' but data.path is empty; name the folder with train.jsonl and test.jsonl.")
         if not self.run.name.strip():
             raise ValueError("run.name is empty; give the run a name, which becomes its folder in run.dir.")
         for axis in dataclasses.fields(sections.MeshConfig):
@@ -140,6 +138,8 @@ class Config:
                 raise ValueError(f"{high} {self.get(high)} is below {low} {self.get(low)}; raise {high} or lower {low}.")
 
 
+TINY = Path(__file__).parent.parent / "tiny" / "tiny.yaml"
+"""Settings of the embedded tiny run; a command line without `--config` begins with them."""
 _SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k, t in typing.get_type_hints(kind).items()}
 """The type of every setting, by dotted name."""
@@ -167,6 +167,8 @@ def load_config(path: str | Path) -> Config:
 def read_args(argv: Sequence[str], program: str = "imagent_jax.train") -> Config:
     """The config of a command line: the files of `--config`, in order, then `--section.key VALUE` (or `=VALUE`).
 
+    Without `--config` the settings of the tiny run (`TINY`) take the place of the files.
+
     Raises:
         ValueError: see `Config.from_dict`.
     """
@@ -175,7 +177,7 @@ def read_args(argv: Sequence[str], program: str = "imagent_jax.train") -> Config
             raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
     parser = _parser(program)
     base = parser.get_defaults()
-    for path in _checked(parser.parse_args, list(argv)).config or ():
+    for path in _checked(parser.parse_args, list(argv)).config or (TINY,):
         values = _read_file(path)
         _check_names(values)
         base = _checked(parser.parse_object, values, cfg_base=base)
@@ -216,7 +218,7 @@ def _parser(program: str = "imagent_jax.train") -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    files = "YAML file of settings, may be given again; settings of the command line win"
+    files = "YAML file of settings, may be given again; settings of the command line win (without: the tiny run's)"
     parser.add_argument("--config", action="append", metavar="FILE.yaml", help=files)
     for section, kind in _SECTIONS.items():
         group = parser.add_argument_group(section, kind.__doc__)

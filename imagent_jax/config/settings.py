@@ -18,11 +18,11 @@ def setting(default: Any, help: str, **bounds: float) -> Any:
 class RunConfig:
     """The run itself and where it writes."""
 
-    name: str = setting("tiny", "folder of the run inside run.dir")
+    name: str = setting("run", "folder of the run inside run.dir")
     dir: str = setting("runs", "folder of all runs")
-    steps: int = setting(240, "training steps", least=0)
+    steps: int = setting(200, "training steps", least=0)
     seed: int = setting(0, "seed of sampling and of the order of tasks")
-    checkpoint_every: int = setting(40, "steps between checkpoints (0: only at the end)", least=0)
+    checkpoint_every: int = setting(25, "steps between checkpoints (0: only at the end)", least=0)
     keep_checkpoints: int = setting(2, "newest checkpoints kept", least=1)
     keep_best: int = setting(1, "checkpoints kept besides, of best held-out accuracy", least=0)
     checkpoint_dir: str = setting("", "folder or gs://bucket/path of all runs' checkpoints ('': in the run's folder)")
@@ -37,7 +37,7 @@ class RunConfig:
 class ModelConfig:
     """The policy's checkpoint and how it computes."""
 
-    path: str = setting("tiny", "'tiny' (the embedded base), a folder, or a hub id")
+    path: str = setting("Qwen/Qwen2-VL-2B-Instruct", "a folder, a hub id, or 'tiny' (the embedded base)")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute dtype (auto: bfloat16 on GPU and TPU, float32 on CPU)"
     )
@@ -75,9 +75,9 @@ class ImagesConfig:
     """How given images are shown, and how patches are packed."""
 
     min_pixels: int = setting(3136, "least pixels of a given image as shown", least=1)
-    max_pixels: int = setting(4704, "most pixels of a given image as shown")
-    vision_block: int = setting(96, "patches in a packed block; no image may have more", least=1)
-    pack_blocks: int = setting(12, "blocks encoded in one call", least=1)
+    max_pixels: int = setting(1_003_520, "most pixels of a given image as shown")
+    vision_block: int = setting(5120, "patches in a packed block; no image may have more", least=1)
+    pack_blocks: int = setting(1, "blocks encoded in one call", least=1)
     packs: int = setting(16, "encoded packs there is room for (with more it grows)")
 
 
@@ -85,7 +85,7 @@ class ImagesConfig:
 class DataConfig:
     """Tasks."""
 
-    name: Literal["tiny_world", "jsonl"] = setting("tiny_world", "the embedded world, or JSON Lines")
+    name: Literal["tiny_world", "jsonl"] = setting("jsonl", "JSON Lines, or the embedded world")
     path: str = setting("", "folder with train.jsonl, and test.jsonl where anything is evaluated (name=jsonl)")
     cache_dir: str = setting("~/.cache/imagent_jax/data", "where generated tasks and verdicts on task files are kept")
     train_size: int = setting(3072, "training tasks of the tiny world", least=1)
@@ -111,12 +111,12 @@ class ToolsConfig:
     max_images: int = setting(16, "images of a trajectory, given and made", least=1)
     timeout_s: float = setting(10.0, "seconds a call may take", above=0)
     patience_s: float = setting(2.0, "seconds a slow call may hold up rollouts that could go on", above=0)
-    workers: int = setting(2, "calls that run at once", least=1)
-    low_pixels: int = setting(4704, "most pixels of visual_reflection at 'low'", least=1)
-    high_pixels: int = setting(7056, "most pixels of visual_reflection at 'high'")
-    confirm_min_pixels: int = setting(7056, "least pixels of a crop as shown", least=1)
-    confirm_max_pixels: int = setting(9408, "most pixels of a crop as shown")
-    min_box: float = setting(0.08, "least side of a crop, as a fraction of the image's", above=0, most=1)
+    workers: int = setting(8, "calls that run at once", least=1)
+    low_pixels: int = setting(200_704, "most pixels of visual_reflection at 'low'", least=1)
+    high_pixels: int = setting(1_003_520, "most pixels of visual_reflection at 'high'")
+    confirm_min_pixels: int = setting(200_704, "least pixels of a crop as shown", least=1)
+    confirm_max_pixels: int = setting(1_003_520, "most pixels of a crop as shown")
+    min_box: float = setting(0.05, "least side of a crop, as a fraction of the image's", above=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ class RolloutConfig:
     groups: int = setting(16, "N: tasks a step", least=1)
     group_size: int = setting(8, "G: rollouts of each task, which learn by comparison with each other", least=2)
     temperature: float = setting(1.0, "of the sampled softmax", above=0)
-    prompt_tokens: int = setting(112, "P: tokens of the longest prompt", least=1)
-    response_tokens: int = setting(192, "R: tokens of the longest response, observations included", least=1)
-    observation_tokens: int = setting(32, "tokens of an observation appended at once", least=1)
-    decode_chunk: int = setting(16, "tokens decoded before the host looks", least=1)
+    prompt_tokens: int = setting(8192, "P: tokens of the longest prompt", least=1)
+    response_tokens: int = setting(4096, "R: tokens of the longest response, observations included", least=1)
+    observation_tokens: int = setting(512, "tokens of an observation appended at once", least=1)
+    decode_chunk: int = setting(128, "tokens decoded before the host looks", least=1)
     overlap: bool = setting(False, "sample the next step's rollouts while one trains, by weights one update older")
 
 
@@ -173,7 +173,7 @@ class GRPOConfig:
     level: Literal["token", "sequence", "constant"] = setting(
         "token", "sums are divided by kept tokens, by each trajectory's tokens, or by N*G*constant"
     )
-    constant: int = setting(192, "tokens a trajectory counts for at level=constant", least=1)
+    constant: int = setting(4096, "tokens a trajectory counts for at level=constant", least=1)
     ratio: Literal["token", "sequence"] = setting("token", "importance ratio of a token, or of its sequence (GSPO)")
     kl: float = setting(0.0, "weight of the KL to the starting policy (k3)", least=0)
     recompute: bool = setting(
@@ -183,7 +183,7 @@ class GRPOConfig:
     epochs: int = setting(1, "passes over a batch", least=1)
     minibatches: int = setting(2, "optimizer updates in a pass", least=1)
     micro_groups: int = setting(
-        2, "groups in one forward and backward pass; of short responses more, for the same tokens", least=1
+        1, "groups in one forward and backward pass; of short responses more, for the same tokens", least=1
     )
     length_buckets: int = setting(
         4, "number of response lengths that micro-batches are padded to; each adds one compilation", least=1
@@ -194,13 +194,13 @@ class GRPOConfig:
 class OptimConfig:
     """AdamW with warm-up and global-norm clipping."""
 
-    learning_rate: float = setting(4e-4, "peak learning rate", above=0)
-    schedule: Literal["constant", "cosine"] = setting("cosine", "after warm-up")
+    learning_rate: float = setting(1e-6, "peak learning rate", above=0)
+    schedule: Literal["constant", "cosine"] = setting("constant", "after warm-up")
     warmup_steps: int = setting(5, "updates of linear warm-up", least=0)
-    weight_decay: float = setting(0.0, "of matrices only", least=0)
+    weight_decay: float = setting(0.01, "of matrices only", least=0)
     clip_norm: float = setting(1.0, "global norm of the gradient", above=0)
     b1: float = setting(0.9, "first-moment decay", least=0, below=1)
-    b2: float = setting(0.98, "second-moment decay", least=0, below=1)
+    b2: float = setting(0.999, "second-moment decay", least=0, below=1)
     moment_dtype: Literal["float32", "bfloat16"] = setting("float32", "storage of the first moment")
 
 
@@ -208,10 +208,10 @@ class OptimConfig:
 class EvalConfig:
     """Held-out evaluation."""
 
-    every: int = setting(40, "steps between evaluations during training (0: none)", least=0)
+    every: int = setting(25, "steps between evaluations during training (0: none)", least=0)
     tasks: int = setting(512, "held-out tasks before and after training (0: none)", least=0)
     during: int = setting(128, "held-out tasks during training", least=1)
-    groups: int = setting(128, "tasks evaluated at once", least=1)
+    groups: int = setting(16, "tasks evaluated at once", least=1)
     seed: int = setting(1234, "seed of sampling in evaluation")
     greedy: bool = setting(False, "greedy decoding in evaluation")
 

@@ -16,6 +16,18 @@ SOURCES = {"tiny_world": "imagent_jax.tiny.tasks:open_split", "jsonl": "imagent_
 """Data sets: import path of the function that opens a split from the settings; imported on use."""
 
 
+def check_source(cfg: DataConfig) -> None:
+    """Check that the settings name a data set, before anything is loaded.
+
+    Raises:
+        ValueError: unknown data set, or no folder of JSON Lines.
+    """
+    if cfg.name not in SOURCES:
+        raise ValueError(f"There is no data set {cfg.name!r}; set data.name to {' or '.join(SOURCES)}.")
+    if cfg.name == "jsonl" and not cfg.path:
+        raise ValueError("data.name is 'jsonl' but data.path is empty; name the folder with train.jsonl and test.jsonl.")
+
+
 def open_tasks(
     cfg: DataConfig, split: str, check: TaskCheck | None = None, progress: Progress = lambda sentence: None
 ) -> Sequence[Task]:
@@ -32,8 +44,7 @@ def open_tasks(
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; use one of {', '.join(SPLITS)}.")
-    if cfg.name not in SOURCES:
-        raise ValueError(f"There is no data set {cfg.name!r}; set data.name to {' or '.join(SOURCES)}.")
+    check_source(cfg)
     return import_path(SOURCES[cfg.name], "data.name")(cfg, split, check, progress)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from imagent_jax.config import read_args
+from imagent_jax.config import TINY, read_args
 from imagent_jax.types import Trajectory
 
 CURVES = ("accuracy", "reward/total", "tools/used_rate", "tools/invalid", "mask/dropped_tokens", "length")
@@ -61,7 +61,7 @@ def train_once(file: Path, seed: int, overrides: Sequence[str]) -> dict:
         RuntimeError: the run failed; its own message was printed before.
     """
     shared = file.with_name("full.yaml")
-    configs = [*([shared] if shared.is_file() and shared != file else []), file]
+    configs = [TINY, *([shared] if shared.is_file() and shared != file else []), file]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "imagent_jax.train", *(f"--config={path}" for path in configs), *overrides,
                    f"--run.seed={seed}", f"--run.dir={folder}", "--run.name=run", "--run.log_trajectories=0"]  # fmt: skip

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.check import left_out
+from imagent_jax.data.pipeline import check_source
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
 from imagent_jax.rollout.collect import Collector
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not cfg.eval.tasks:
             raise ValueError("eval.tasks is 0, so that nothing would be evaluated; set how many held-out tasks to evaluate.")
+        check_source(cfg.data)
         with console.status("Loading the model and the tasks") as status:
             parts = Policy(cfg)
             split = parts.open_tasks("test", progress_on(console, status))

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from imagent_jax.config import Config, MeshConfig, load_config
+from imagent_jax.config import TINY, Config, MeshConfig, load_config
 from imagent_jax.rl.learner import trained_filter
 from imagent_jax.rollout.policy import Policy
 from imagent_jax.runs.folder import checkpoint_folder, load_params
@@ -30,7 +30,10 @@ def load_policy(
     """
     run = Path(path)
     is_run = (run / "config.yaml").is_file()
-    cfg = load_config(run / "config.yaml") if is_run else Config.from_dict({"model": {"path": str(path)}})
+    if is_run or str(path) == "tiny":
+        cfg = load_config(run / "config.yaml" if is_run else TINY)
+    else:
+        cfg = Config.from_dict({"model": {"path": str(path)}})
     policy = Policy(cfg := replace(cfg.changed(settings or {}), mesh=mesh or MeshConfig()))
     if not is_run:
         return policy, None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from imagent_jax.chat import ANSWER_OPEN, QWEN
-from imagent_jax.config import Config
+from imagent_jax.config import TINY, load_config
 from imagent_jax.model import checkpoint
 from imagent_jax.model.processor import Processor
 from imagent_jax.rollout.collect import Collector
@@ -53,7 +53,7 @@ def right(expected: str, text: str) -> bool:
 
 def measure(folder: Path, count: int = 256, seed: int = 0) -> dict[str, float]:
     """Return the share of right greedy answers by skill and form, from `count` questions (a multiple of 64) per form."""
-    base, rng, results = Config(), np.random.default_rng(seed), defaultdict(list)
+    base, rng, results = load_config(TINY), np.random.default_rng(seed), defaultdict(list)
     for form in FORMS:
         low, high = THUMBNAIL if form.startswith("thumb") else (SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels)
         cfg = dataclasses.replace(
