@@ -23,6 +23,7 @@ from imagent_jax.config.settings import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    SandboxConfig,
     ToolsConfig,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "SandboxConfig",
     "ToolsConfig",
     "import_path",
     "load_config",

@@ -9,7 +9,7 @@ from PIL import Image
 from imagent_jax.chat import Action
 from imagent_jax.config import ImagesConfig
 from imagent_jax.images.prepare import fit_budget, to_rgb
-from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings
+from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings, TrajectoryState
 from imagent_jax.types import CallResult, ImageEntry, Task
 
 
@@ -25,6 +25,7 @@ class ToolEnvironment:
     def __init__(self, tools: ToolSet, settings: ToolSettings, images: ImagesConfig):
         self.tools, self.settings, self.shown = tools, settings, images
         self._registry, self._closed, self._lock = ImageRegistry(), False, threading.Lock()
+        self._state = TrajectoryState()
 
     def reset(self, task: Task) -> None:
         """Number the images of a task from 1, each with the size at which the policy sees it.
@@ -44,10 +45,16 @@ class ToolEnvironment:
             registry.add(image, shown=size, min_pixels=low, max_pixels=high)
         self._registry = registry
 
-    def fork(self) -> "ToolEnvironment":
-        """Return an environment in the same state, for another trajectory of the task. Pixels are shared."""
+    def fork(self, seed: int = 0) -> "ToolEnvironment":
+        """Return an environment with the same images, for another trajectory of the task. Pixels are shared; what tools keep
+        between calls is not.
+
+        Args:
+            seed: source of everything random that a tool does in the trajectory.
+        """
         other = type(self).__new__(type(self))
-        other.__dict__ |= self.__dict__ | {"_registry": self._registry.fork(), "_closed": False, "_lock": threading.Lock()}
+        own = {"_registry": self._registry.fork(), "_state": TrajectoryState(seed), "_closed": False, "_lock": threading.Lock()}
+        other.__dict__ |= self.__dict__ | own
         return other
 
     @property
@@ -59,7 +66,7 @@ class ToolEnvironment:
         """Run a call. Images that a tool made are kept only where the call is EXECUTED. Never raises for what the policy wrote
         or a tool did."""
         fork = self._registry.fork()
-        result = self.tools.execute(call, fork, self.settings)
+        result = self.tools.execute(call, fork, self.settings, self._state)
         with self._lock:
             if not self._closed:
                 self._registry = fork
@@ -70,6 +77,7 @@ class ToolEnvironment:
         return entry.image
 
     def close(self) -> None:
-        """End the trajectory."""
+        """End the trajectory, and what tools kept for it."""
         with self._lock:
             self._closed = True
+        self._state.close()
