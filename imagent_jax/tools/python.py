@@ -4,8 +4,7 @@ import threading
 
 from imagent_jax.config import SandboxConfig
 from imagent_jax.tools.context import ToolContext
-from imagent_jax.tools.sandbox import Sandbox, Worker
-from imagent_jax.tools.sandbox.host import Ran
+from imagent_jax.tools.sandbox import Ran, Sandbox, Worker
 from imagent_jax.tools.schema import Tool, tool
 from imagent_jax.types import ToolError
 

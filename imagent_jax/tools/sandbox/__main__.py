@@ -1,7 +1,7 @@
 """`python -m imagent_jax.tools.sandbox`: tries every backend here and prints what it enforces, or why it does not hold."""
 
 from imagent_jax.config import SandboxConfig
-from imagent_jax.tools.sandbox.host import BACKENDS, Sandbox
+from imagent_jax.tools.sandbox import BACKENDS, Sandbox
 
 for backend, enforces in BACKENDS.items():
     try:

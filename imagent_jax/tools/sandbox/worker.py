@@ -142,9 +142,10 @@ def to_bytes(array):
         raise ValueError(f"show takes an image or an array [h, w] or [h, w, 3], got {array.dtype} {list(array.shape)}")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    if array.dtype.kind == "b" or (array.dtype.kind == "f" and array.size and np.nanmax(array) <= 1):
+    array = np.nan_to_num(array)
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and array.size and array.max() <= 1):
         array = array * 255.0
-    return np.nan_to_num(np.clip(array, 0, 255)).round().astype(np.uint8)
+    return np.clip(array, 0, 255).round().astype(np.uint8)
 
 
 class Printed(io.TextIOBase):
@@ -305,5 +306,6 @@ def serve(incoming: int, outgoing: int, seed: int, printed: int) -> None:
     sys.argv[:] = [""]
     seed_world(seed)
     session = Session(Wire(incoming, outgoing), printed)
+    session.wire.send({"ready": True})
     while True:
         session.call(session.wire.receive())
