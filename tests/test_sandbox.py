@@ -272,10 +272,8 @@ def test_without_its_process_the_sandbox_faults_once_and_starts_again():
     worker.run("x = 1", [], 0)
     sandbox._process.kill()
     assert gone(worker.pid)  # no worker outlives it
-    with pytest.raises(SandboxError):
+    with pytest.raises(SandboxError, match="the process that starts workers is gone"):
         worker.run("print(x)", [], 0)
-    with pytest.raises(SandboxError):
-        sandbox.open(0)
     worker.close()
     again = sandbox.open(0)
     assert again.run("print(1)", [], 0).text == "1\n"
@@ -320,6 +318,9 @@ def test_trajectories_leave_nothing_behind(sandbox):
         assert worker.run("x = bytearray(1 << 20)\nprint(len(images))", IMAGES, 0).text == "2\n"
         worker.close()
     del worker
+    deadline = time.monotonic() + 60  # the last worker is waited for after the answer
+    while left() != before and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert left() == before
 
 
@@ -350,7 +351,9 @@ def test_an_ordinary_user_has_the_sandbox_too(backend):
         "import os\nfrom imagent_jax.config import SandboxConfig\nfrom imagent_jax.tools.sandbox import Sandbox\n"
         f"s = Sandbox(SandboxConfig(backend={backend!r}))\nw = s.open(0)\nprint(os.geteuid(), w.run('print(6 * 7)', [], 0))"
     )
-    prefix = ["unshare", "--map-user=1234"] if os.geteuid() == 0 else []  # root plays one, who keeps access to this Python
+    prefix = (
+        ["unshare", "--map-user=1234", "--map-group=1234"] if os.geteuid() == 0 else []
+    )  # root plays one, who keeps access to this Python
     ended = run_python(code, *prefix)
     user, text = ended.stdout.split(maxsplit=1)
     assert user == ("1234" if prefix else str(os.geteuid())) and "text='42\\n'" in text, ended.stderr

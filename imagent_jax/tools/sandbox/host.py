@@ -1,10 +1,10 @@
 """The trainer's side of the sandbox: starts it, tests it, and starts workers."""
 
-import contextlib
 import importlib.util
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from imagent_jax.config import SandboxConfig
-from imagent_jax.tools.sandbox.link import SandboxError, Worker, release
+from imagent_jax.tools.sandbox.link import SandboxError, Worker, close_all
 from imagent_jax.types import ToolError
 
 _SHARED = (
@@ -105,23 +105,28 @@ class Sandbox:
                     Path(folder, name).touch()
             answer, process = self._ask({"open": seed, "folder": folder}, [incoming, outgoing])
         except BaseException:
-            release((requests, replies), folder)
+            close_all((requests, replies))
+            _remove(folder)
             raise
         finally:
             os.close(incoming)
             os.close(outgoing)
-        return Worker(self.settings, answer["pid"], partial(self._end, answer["pid"], process), requests, replies, folder)
+        return Worker(self.settings, answer["pid"], partial(self._end, answer["pid"], process, folder), requests, replies)
 
     def close(self) -> None:
         """End the process that starts workers, and all workers."""
         with self._lock:
             self._stop()
 
-    def _end(self, pid: int, process: subprocess.Popen, lost: bool = False) -> dict[str, Any] | None:
-        """Kill a worker of `process`. Returns its wait status (None unless it had ended by itself) and CPU seconds; None where
-        it is gone with `process`."""
-        with contextlib.suppress(SandboxError):
+    def _end(self, pid: int, process: subprocess.Popen, folder: str | None, lost: bool = False) -> dict[str, Any] | None:
+        """Kill a worker of `process` and remove its folder. If it is `lost`, returns its wait status (None unless it had ended by
+        itself) and CPU seconds; None where it is gone with `process`."""
+        try:
             return self._ask({"end": pid, "lost": lost}, [], process)[0]
+        except SandboxError:
+            return None
+        finally:
+            _remove(folder)
 
     def _ask(
         self, request: dict, descriptors: Sequence[int], process: subprocess.Popen | None = None
@@ -202,6 +207,11 @@ def _end_process(process: subprocess.Popen, control: socket.socket, owner: int) 
     if os.getpid() == owner:
         process.kill()
         process.wait()
+
+
+def _remove(folder: str | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def places() -> dict[str, list[str]]:

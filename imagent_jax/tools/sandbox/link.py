@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import struct
 import time
@@ -55,13 +54,12 @@ class Worker:
 
     def __init__(
         self, settings: SandboxConfig, pid: int, end: Callable[..., dict[str, Any] | None], requests: int, replies: int,
-        folder: str | None,
     ):  # fmt: skip
         self.pid, self.alive, self._ready = pid, True, False
         self._settings, self._requests, self._replies = settings, requests, replies
         os.set_blocking(requests, False)
         os.set_blocking(replies, False)
-        weakref.finalize(self, release, (requests, replies), folder)
+        weakref.finalize(self, close_all, (requests, replies))
         self._end_lost, self._end = partial(end, lost=True), weakref.finalize(self, _of_process, os.getpid(), end)
 
     def run(self, code: str, images: Sequence[Image.Image], room: int) -> Ran:
@@ -218,8 +216,7 @@ def _of_process(owner: int, end: Callable[[], Any]) -> None:
         end()
 
 
-def release(pipes: Sequence[int], folder: str | None) -> None:
+def close_all(pipes: Sequence[int]) -> None:
+    """Close descriptors."""
     for pipe in pipes:
         os.close(pipe)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)

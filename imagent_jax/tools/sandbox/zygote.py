@@ -46,13 +46,18 @@ def main(control: socket.socket, settings: dict) -> None:
         try:
             if "open" in request:
                 answer = {"pid": start(confine, worker, settings, base, request, descriptors)}
+            elif request["lost"]:
+                answer = lost(request["end"])
             else:
-                answer = end(request["end"], request["lost"])
+                os.kill(request["end"], signal.SIGKILL)
+                answer = {"killed": request["end"]}
         except OSError as error:
             answer = {"error": str(error)}
         for descriptor in descriptors:
             os.close(descriptor)
         control.send(json.dumps(answer).encode())
+        if "killed" in answer:
+            os.waitpid(answer["killed"], 0)  # takes longer than the trainer need wait
 
 
 def start(confine, worker, settings: dict, base: int, request: dict, descriptors: list[int]) -> int:
@@ -72,13 +77,12 @@ def start(confine, worker, settings: dict, base: int, request: dict, descriptors
         os._exit(70)
 
 
-def end(pid: int, lost: bool) -> dict:
-    """Kill a worker. Returns its wait status if it had ended by itself, else None, and the CPU seconds that it used.
+def lost(pid: int) -> dict:
+    """Return the wait status of a worker whose pipe is closed and the CPU seconds that it used.
 
-    Args:
-        lost: its pipe is closed, so that it is ending now unless it closed the pipe itself.
+    The status is None where the worker closed the pipe and did not end; it is killed.
     """
-    for _ in range(100 if lost else 0):
+    for _ in range(100):
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
             return {"status": status, "cpu_s": usage.ru_utime + usage.ru_stime}
