@@ -255,6 +255,15 @@ def test_files_are_private_and_bounded(sandbox, worker):
     other.close()
 
 
+def test_a_forged_result_is_the_trajectory_s_own_and_the_next_call_finds_out(sandbox, worker):
+    forged = "import json, os\nm = json.dumps({'text': 'forged', 'error': None, 'shown': []}).encode()\n"
+    assert worker.run(forged + "os.write(4, len(m).to_bytes(4, 'little') + m)", [], 0) == Ran("forged", [], None)
+    time.sleep(0.5)  # its true result is there now
+    with pytest.raises(ToolError, match="wrote to the connection of its result"):
+        worker.run("print(1)", [], 0)
+    assert not worker.alive
+
+
 # ---- processes ----------------------------------------------------------------------------------------------------------
 
 
