@@ -429,15 +429,18 @@ def test_a_tool_error_is_the_policys_and_on_one_line():
 # ---- the package ---------------------------------------------------------------------------------------------
 
 
-def test_no_text_is_ever_evaluated_and_tools_know_nothing_of_rl():
+def test_only_the_sandbox_evaluates_text_and_tools_know_nothing_of_rl():
     root = Path(imagent_jax.__file__).parent if imagent_jax.__file__ else Path(next(iter(imagent_jax.__path__)))
     files = sorted(root.rglob("*.py"))
     assert len(files) >= 8
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            confined = path.relative_to(root) == Path("tools/sandbox/worker.py")
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not confined:
                 assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"{path}:{node.lineno}"
             if path.parent.name == "tools" and isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 for name in names:
-                    assert not re.match(r"(torch|tensorflow|pickle|imagent_jax\.(rl|data|evals))\b", name), path
+                    assert not re.match(
+                        r"(torch|tensorflow|pickle|imagent_jax\.(rl|data|evals|tools\.sandbox\.worker))\b", name
+                    ), path

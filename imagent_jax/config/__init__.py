@@ -24,6 +24,7 @@ from imagent_jax.config.settings import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    SandboxConfig,
     ToolsConfig,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "SandboxConfig",
     "ToolsConfig",
     "import_path",
     "load_config",

@@ -31,6 +31,7 @@ class Config:
     images: sections.ImagesConfig = sections.ImagesConfig()
     data: sections.DataConfig = sections.DataConfig()
     tools: sections.ToolsConfig = sections.ToolsConfig()
+    sandbox: sections.SandboxConfig = sections.SandboxConfig()
     rollout: sections.RolloutConfig = sections.RolloutConfig()
     reward: sections.RewardConfig = sections.RewardConfig()
     mask: sections.MaskConfig = sections.MaskConfig()
@@ -116,6 +117,11 @@ class Config:
             raise ValueError(
                 "model.freeze_vision is false, but with LoRA the model's own weights stay as they are; leave it true, and set "
                 "lora.merger to adapt the vision merger."
+            )
+        if "python" in self.tools.names and self.sandbox.wall_s >= self.tools.timeout_s:
+            raise ValueError(
+                f"sandbox.wall_s is {self.sandbox.wall_s:g}, not below tools.timeout_s {self.tools.timeout_s:g}; lower it, "
+                "so that slow code is an error that the policy can repair and no fault."
             )
         if not self.lora.targets and not self.lora.merger:
             raise ValueError("lora.targets is empty, so that nothing is adapted; name matrices, or set lora.merger true.")

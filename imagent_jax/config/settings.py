@@ -120,6 +120,19 @@ class ToolsConfig:
 
 
 @dataclass(frozen=True)
+class SandboxConfig:
+    """The sandbox in which the tool 'python' runs code of the policy."""
+
+    backend: Literal["auto", "namespaces", "landlock"] = setting("auto", "how code is confined (auto: the first that holds here)")
+    wall_s: float = setting(5.0, "seconds a call may take", above=0)
+    cpu_s: int = setting(60, "processor seconds of a trajectory", least=1)
+    memory_mb: int = setting(512, "MiB of a trajectory's code, beyond the libraries", least=16)
+    disk_mb: int = setting(64, "MiB of a trajectory's files", least=1)
+    files: int = setting(64, "open files", least=16)
+    printed: int = setting(2000, "characters of output that a call returns; the rest is cut", least=1)
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """The shape of a batch of rollouts."""
 

@@ -89,7 +89,7 @@ def measure(parts: Policy, tasks: Sequence[Task], tools: bool, seed: int) -> dic
     least a tenth of the rollouts are included; `rollouts` holds how many reach each.
     """
     cfg = parts.cfg if tools else replace(parts.cfg, tools=replace(parts.cfg.tools, names=()))
-    collector = Collector(parts.model, parts.processor, tools_by_name(cfg.tools.names), cfg)
+    collector = Collector(parts.model, parts.processor, tools_by_name(cfg.tools.names, cfg.sandbox), cfg)
     rollout = collector.collect(parts.params, tasks, group_size=1, seed=seed, temperature=cfg.rollout.temperature,
                              slots=min(len(tasks), cfg.eval.groups))  # fmt: skip
     (start,) = parts.processor.encode(QWEN.turn_open)

@@ -214,6 +214,13 @@ class _Run:
 
     def turns(self) -> Iterator[Turn]:
         """Run to the end. Yields every turn once its call is answered; a turn without a call once it ends."""
+        try:
+            yield from self._turns()
+        finally:
+            for episode in self.episodes.values():
+                episode.environment.close()  # also of trajectories that were given up
+
+    def _turns(self) -> Iterator[Turn]:
         while self.queue or self.submitted or self.groups:
             self._fill()
             while due := self.calls.due(self.engine):
@@ -236,9 +243,8 @@ class _Run:
             self.engine.clock.lap("prepare")
             for key, rows, vision in self.engine.admit():
                 task, prompt, environment = self.submitted.pop(key)
-                episodes = [
-                    Episode(self.collector.rules, task, i, environment.fork(), prompt.next_position) for i in range(len(rows))
-                ]
+                forks = [environment.fork(zlib.crc32(f"{self.seed} {task.uid} {i}".encode())) for i in range(len(rows))]
+                episodes = [Episode(self.collector.rules, task, i, fork, prompt.next_position) for i, fork in enumerate(forks)]
                 self.groups[rows[0] // len(rows)] = Group(key, prompt, vision, episodes, [])
                 self.episodes |= dict(zip(rows, episodes, strict=True))
 

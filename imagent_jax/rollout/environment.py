@@ -11,7 +11,7 @@ from imagent_jax.chat import Action
 from imagent_jax.config import ImagesConfig
 from imagent_jax.images.decode import read_image
 from imagent_jax.images.prepare import fit_budget
-from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings
+from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings, TrajectoryState
 from imagent_jax.types import CallResult, ImageEntry, Task
 
 _STATE = (dict, list, set, np.ndarray)
@@ -29,6 +29,7 @@ class ToolEnvironment:
     def __init__(self, tools: ToolSet, settings: ToolSettings, images: ImagesConfig):
         self.tools, self.settings, self.shown = tools, settings, images
         self._registry, self._closed, self._lock = ImageRegistry(), False, threading.Lock()
+        self._state = TrajectoryState()
 
     def reset(self, task: Task) -> None:
         """Number the images of a task from 1, each with the size at which the policy sees it.
@@ -56,15 +57,19 @@ class ToolEnvironment:
         s, low, high = self.settings, self.shown.min_pixels, self.shown.max_pixels
         return fit_budget(size, s.patch_factor, low, high, s.most_pixels)
 
-    def fork(self) -> "ToolEnvironment":
+    def fork(self, seed: int = 0) -> "ToolEnvironment":
         """Return an environment in the same state, for another trajectory of the task. Pixels are shared.
 
         A subclass's attributes that are dictionaries, lists, sets or arrays are copied, with what they hold; all others are
-        shared.
+        shared. What tools keep between calls is not.
+
+        Args:
+            seed: source of everything random that a tool does in the trajectory.
         """
         other = type(self).__new__(type(self))
         state = {k: copy.deepcopy(v) if isinstance(v, _STATE) else v for k, v in self.__dict__.items()}
-        other.__dict__ |= state | {"_registry": self._registry.fork(), "_closed": False, "_lock": threading.Lock()}
+        own = {"_registry": self._registry.fork(), "_state": TrajectoryState(seed), "_closed": False, "_lock": threading.Lock()}
+        other.__dict__ |= state | own
         return other
 
     @property
@@ -76,7 +81,7 @@ class ToolEnvironment:
         """Run a call. Images that a tool made are kept only where the call is EXECUTED. Never raises for what the policy wrote
         or a tool did."""
         fork = self._registry.fork()
-        result = self.tools.execute(call, fork, self.settings)
+        result = self.tools.execute(call, fork, self.settings, self._state)
         with self._lock:
             if not self._closed:
                 self._registry = fork
@@ -87,6 +92,7 @@ class ToolEnvironment:
         return entry.pixels
 
     def close(self) -> None:
-        """End the trajectory."""
+        """End the trajectory, and what tools kept for it."""
         with self._lock:
             self._closed = True
+        self._state.close()

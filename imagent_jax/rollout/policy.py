@@ -62,7 +62,7 @@ class Policy:
 
     def __init__(self, cfg: Config, stop: threading.Event | None = None):
         self.cfg = cfg
-        self.tools = tools_by_name(cfg.tools.names)
+        self.tools = tools_by_name(cfg.tools.names, cfg.sandbox)
         folder = checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
         check_images(cfg, read_folder(folder).vision)

@@ -1,12 +1,14 @@
-"""Tools that show images to the policy: registry, call protocol, and the two visual tools."""
+"""Tools of the policy: registry of images, call protocol, the two visual tools, and Python in a sandbox."""
 
 from collections.abc import Sequence
 
+from imagent_jax.config import SandboxConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.tools.calls import fault, invalid
-from imagent_jax.tools.context import ToolContext, ToolSettings
+from imagent_jax.tools.context import ToolContext, ToolSettings, TrajectoryState
 from imagent_jax.tools.pool import CallPool
 from imagent_jax.tools.protocol import ToolSet
+from imagent_jax.tools.python import python_tool
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest, tool
 from imagent_jax.tools.visual import VISUAL_TOOLS, to_bbox, to_pixels, visual_confirmation, visual_reflection
@@ -24,8 +26,10 @@ __all__ = [
     "ToolError",
     "ToolSet",
     "ToolSettings",
+    "TrajectoryState",
     "fault",
     "invalid",
+    "python_tool",
     "to_bbox",
     "to_pixels",
     "tool",
@@ -35,23 +39,30 @@ __all__ = [
 ]
 
 
-def tools_by_name(names: Sequence[str]) -> ToolSet:
-    """Return the tool set with these names, in order: built-in tools, or user-defined tools as 'package.module:name'.
+def tools_by_name(names: Sequence[str], sandbox: SandboxConfig | None = None) -> ToolSet:
+    """Return the tool set with these names, in order: shipped tools, or user-defined tools as 'package.module:name'.
+
+    Args:
+        sandbox: limits of the tool 'python'.
 
     Raises:
-        ValueError: unknown name (the message suggests the nearest), or a path that cannot be imported or is not a tool.
+        ValueError: unknown name (the message suggests the nearest), a path that cannot be imported or is not a tool, or 'python'
+            where there is no sandbox.
     """
-    return ToolSet([_named(name) for name in names])
+    return ToolSet([_named(name, sandbox or SandboxConfig()) for name in names])
 
 
-def _named(name: str) -> Tool:
+def _named(name: str, sandbox: SandboxConfig) -> Tool:
     if ":" in name:
         item = import_path(name, "tools.names")
         if not isinstance(item, Tool):
             raise ValueError(f"tools.names {name!r} is not a tool; put @tool above the function.")
         return item
+    if name == "python":
+        return python_tool(sandbox)
     if name not in VISUAL_TOOLS:
-        close = nearest(name, VISUAL_TOOLS)
-        hint = f'did you mean "{close}"?' if close else f"there are {', '.join(VISUAL_TOOLS)}"
+        shipped = [*VISUAL_TOOLS, "python"]
+        close = nearest(name, shipped)
+        hint = f'did you mean "{close}"?' if close else f"there are {', '.join(shipped)}"
         raise ValueError(f'tools.names: there is no tool "{name}"; {hint}')
     return VISUAL_TOOLS[name]

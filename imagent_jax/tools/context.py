@@ -1,7 +1,9 @@
 """Tool execution: settings, the context that a tool receives, and one guarded call."""
 
 import copy
+import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +62,46 @@ class ToolSettings:
             raise ValueError(f"min_box is a fraction of the side, 0 to 1, got {self.min_box}")
 
 
-class ToolContext:
-    """State that a tool may access: the trajectory's image `registry` and the `settings`."""
+class TrajectoryState:
+    """What tools keep between the calls of one trajectory, such as a process.
 
-    def __init__(self, registry: ImageRegistry, settings: ToolSettings) -> None:
+    Args:
+        seed: source of everything random that a tool does in the trajectory.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._kept: dict[str, Any] = {}
+        self._closed, self._lock = False, threading.Lock()
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the object kept under `name`; the first call makes it. Its `close()` is called when the trajectory ends.
+
+        Raises:
+            RuntimeError: the trajectory has ended.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the trajectory has ended")
+            if name not in self._kept:
+                self._kept[name] = make()
+            return self._kept[name]
+
+    def close(self) -> None:
+        """End the trajectory."""
+        with self._lock:
+            self._closed, kept, self._kept = True, self._kept, {}
+        for item in kept.values():
+            item.close()
+
+
+class ToolContext:
+    """What a tool may access: the trajectory's image `registry`, its `state`, and the `settings`."""
+
+    def __init__(self, registry: ImageRegistry, settings: ToolSettings, state: TrajectoryState | None = None) -> None:
         self.registry = registry
         self.settings = settings
+        self.state = state or TrajectoryState()
 
     def show(
         self,
@@ -136,10 +172,12 @@ class ToolContext:
             raise ToolError(f"a piece of {size[1]} x {size[0]} pixels is too narrow to show") from error
 
 
-def run_call(item: Tool, call: Call, registry: ImageRegistry, settings: ToolSettings) -> tuple[CallResult, ImageRegistry]:
+def run_call(
+    item: Tool, call: Call, registry: ImageRegistry, settings: ToolSettings, state: TrajectoryState | None = None
+) -> tuple[CallResult, ImageRegistry]:
     """Run a checked call on `registry`, to which it may add images. Return the result and the registry; never raise."""
     try:
-        returned = item(ToolContext(registry, settings), **copy.deepcopy(call.arguments))  # keeps the record unchanged
+        returned = item(ToolContext(registry, settings, state), **copy.deepcopy(call.arguments))  # keeps the record unchanged
         parts = observation_parts(returned, registry, item.name)
         return CallResult(CallStatus.EXECUTED, call.name, call.arguments, parts), registry
     except ToolError as error:

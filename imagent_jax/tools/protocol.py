@@ -10,7 +10,7 @@ from typing import Any
 
 from imagent_jax.chat import Call, MalformedCall
 from imagent_jax.tools.calls import invalid
-from imagent_jax.tools.context import ToolSettings, run_call
+from imagent_jax.tools.context import ToolSettings, TrajectoryState, run_call
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest
 from imagent_jax.types import CallResult, CallStatus, ToolError, quote
@@ -66,8 +66,14 @@ class ToolSet:
             raise ToolError("the arguments are nested too deeply") from None
         return self._tools[call.name]
 
-    def execute(self, call: Call | MalformedCall, registry: ImageRegistry, settings: ToolSettings) -> CallResult:
-        """Run a call. Never raise on the policy's input or a tool's error.
+    def execute(
+        self,
+        call: Call | MalformedCall,
+        registry: ImageRegistry,
+        settings: ToolSettings,
+        state: TrajectoryState | None = None,
+    ) -> CallResult:
+        """Run a call. Never raise on the policy's input or a tool's error. `state`: what tools keep between calls.
 
         Images made by the tool are added to `registry` only if the call is EXECUTED.
         """
@@ -75,7 +81,7 @@ class ToolSet:
             tool = self.tool_of(call)
         except ToolError as error:
             return invalid(error, call)
-        result, fork = run_call(tool, call, registry.fork(), settings)
+        result, fork = run_call(tool, call, registry.fork(), settings, state)
         if result.status is CallStatus.EXECUTED:
             registry.adopt(fork)
         return result

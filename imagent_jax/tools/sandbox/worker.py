@@ -1,0 +1,311 @@
+"""The inside of a worker: runs the code of one trajectory, call by call. Started by `zygote.py`; nothing here is trusted.
+
+Messages are a length (4 bytes, little-endian), a JSON object of that length, and raw pixels where the object announces them.
+"""
+
+import ast
+import datetime
+import io
+import json
+import os
+import random
+import struct
+import sys
+import time
+
+import cv2
+import numpy as np
+import numpy.fft  # noqa: F401 - imported here once, so that no worker has to; so are the next
+import numpy.linalg  # noqa: F401
+import numpy.random  # noqa: F401
+import scipy.ndimage  # noqa: F401
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps  # noqa: F401
+
+SHOWN_SIDE, FRAMES, MESSAGE = 16384, 3, 300
+"""Largest side of a shown image, frames of a traceback that are reported, characters of an error's message."""
+INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"
+
+
+# ---- messages -----------------------------------------------------------------------------------------------------------
+
+
+Image.init()
+
+
+class Wire:
+    """The two pipes to the trainer."""
+
+    def __init__(self, incoming: int, outgoing: int):
+        self._incoming, self._outgoing = incoming, outgoing
+
+    def read(self, count: int) -> bytes:
+        parts = []
+        while count:
+            part = os.read(self._incoming, min(count, 1 << 20))
+            if not part:
+                os._exit(0)  # the trajectory has ended
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def receive(self) -> dict:
+        return json.loads(self.read(struct.unpack("<I", self.read(4))[0]))
+
+    def send(self, message: dict, *payload: bytes) -> None:
+        text = json.dumps(message).encode()
+        for part in (struct.pack("<I", len(text)) + text, *payload):
+            view = memoryview(part)
+            while view:
+                view = view[os.write(self._outgoing, view) :]
+
+
+# ---- what code sees -----------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """The trajectory's images by number, from 1. Pixels are fetched when they are first used; every use gets a copy."""
+
+    def __init__(self, wire: Wire):
+        self._wire, self._count, self._kept = wire, 0, {}
+
+    def __len__(self):
+        return self._count
+
+    def __iter__(self):
+        return (self[number] for number in range(1, self._count + 1))
+
+    def __getitem__(self, number):
+        if not isinstance(number, (int, np.integer)) or not 1 <= number <= self._count:
+            valid = f"image numbers are 1 to {self._count}" if self._count else "there are no images"
+            raise KeyError(f"there is no images[{number!r}]; {valid}")
+        number = int(number)
+        if number not in self._kept:
+            self._wire.send({"want": number})
+            width, height = self._wire.receive()["size"]
+            self._keep(number, Image.frombytes("RGB", (width, height), self._wire.read(width * height * 3)))
+        return self._kept[number].copy()
+
+    def _keep(self, number, image):
+        image.info = {"number": number}
+        self._kept[number] = image
+
+    def _begin(self, count):
+        """Start a call: forget what the last call showed in vain."""
+        self._count = count
+        self._kept = {number: image for number, image in self._kept.items() if number <= count}
+
+
+class Shown:
+    """The images that a call shows."""
+
+    def __init__(self, images: Images):
+        self._images, self._room, self._pixels = images, 0, 0
+        self._items = []
+
+    def _begin(self, room, pixels):
+        self._room, self._pixels, self._items = room, pixels, []
+
+    def show(self, image, parent=None):
+        """Show an image: PIL, NumPy (RGB), or the path of a file. Returns its number."""
+        rgb = to_rgb(image)
+        if parent is None:
+            parent = image.info.get("number") if isinstance(image, Image.Image) else None
+        if len(self._items) >= self._room:
+            raise ValueError("no more images can be shown")
+        if not 1 <= min(rgb.size) <= max(rgb.size) <= SHOWN_SIDE or rgb.width * rgb.height > self._pixels:
+            raise ValueError(f"an image of {rgb.width} x {rgb.height} pixels is too large to show")
+        self._pixels -= rgb.width * rgb.height
+        self._items.append((rgb, parent if isinstance(parent, int) else None))
+        number = self._images._count = self._images._count + 1
+        self._images._keep(number, rgb)
+        return number
+
+
+def to_rgb(image):
+    """A shown thing as an RGB image of its own; transparency is composed over white."""
+    if isinstance(image, (str, os.PathLike)):
+        with Image.open(image) as file:
+            image = file.copy()
+    elif not isinstance(image, Image.Image):
+        image = Image.fromarray(to_bytes(np.asarray(image)))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_bytes(array):
+    """An array as uint8 [h, w], [h, w, 3] or [h, w, 4]. Truth values and floats up to 1 span black to white."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.dtype.kind not in "biuf":
+        raise ValueError(f"show takes an image or an array [h, w] or [h, w, 3], got {array.dtype} {list(array.shape)}")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    array = np.nan_to_num(array)
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and array.size and array.max() <= 1):
+        array = array * 255.0
+    return np.clip(array, 0, 255).round().astype(np.uint8)
+
+
+class Printed(io.TextIOBase):
+    """Standard output and error of a call, up to a number of characters."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._begin()
+
+    def _begin(self):
+        self._parts, self._kept, self._total = [], 0, 0
+
+    def writable(self):
+        return True
+
+    def write(self, text):
+        self._total += len(text)
+        if part := text[: max(self._most - self._kept, 0)]:
+            self._parts.append(part)
+            self._kept += len(part)
+        return len(text)
+
+    def _text(self):
+        cut = self._total - self._kept
+        return "".join(self._parts) + (f"\n... {cut} more characters" if cut > 0 else "")
+
+
+# ---- clock and entropy --------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Simulated time: every reading takes a millisecond, and sleeping takes no real time."""
+
+    def __init__(self, start: int):
+        self.start = self.now_ns = start * 10**9
+
+    def read_ns(self, *_):
+        self.now_ns += 10**6
+        return self.now_ns
+
+    def since_ns(self, *_):
+        return self.read_ns() - self.start
+
+    def sleep(self, seconds):
+        if seconds < 0:
+            raise ValueError("sleep length must be non-negative")
+        self.now_ns += int(seconds * 10**9)
+
+
+def seed_world(seed: int) -> None:
+    """Make time and entropy, as Python code reads them, functions of `seed`."""
+    clock, entropy = Clock(1_700_000_000), random.Random(seed)
+    time.time_ns, time.sleep = clock.read_ns, clock.sleep
+    time.time = lambda: clock.read_ns() / 1e9
+    for name in ("monotonic", "perf_counter", "process_time", "thread_time"):
+        setattr(time, f"{name}_ns", clock.since_ns)
+        setattr(time, name, lambda: clock.since_ns() / 1e9)
+    time.clock_gettime_ns = lambda kind: clock.read_ns() if kind == time.CLOCK_REALTIME else clock.since_ns()
+    time.clock_gettime = lambda kind: time.clock_gettime_ns(kind) / 1e9
+    for name in ("gmtime", "localtime", "ctime"):
+        plain = getattr(time, name)
+        setattr(time, name, lambda seconds=None, plain=plain: plain(time.time() if seconds is None else seconds))
+    for name, given in (("strftime", 1), ("asctime", 0)):
+        plain = getattr(time, name)
+        setattr(time, name, lambda *a, plain=plain, given=given: plain(*a, *([time.gmtime()] if len(a) == given else [])))
+
+    class Seeded(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(time.time(), tz)
+
+        @classmethod
+        def utcnow(cls):
+            return cls.fromtimestamp(time.time(), datetime.UTC).replace(tzinfo=None)
+
+        today = now
+
+    Seeded.__name__ = Seeded.__qualname__ = "datetime"
+    datetime.datetime = Seeded
+
+    os.urandom = random._urandom = entropy.randbytes
+    os.getrandom = lambda size, flags=0: entropy.randbytes(size)
+    plain_seed = random.Random.seed
+    random.Random.seed = lambda self, a=None, version=2: plain_seed(self, entropy.randbytes(32) if a is None else a, version)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    cv2.setRNGSeed(seed % 2**31)
+
+
+# ---- calls --------------------------------------------------------------------------------------------------------------
+
+
+def describe(error: BaseException, sources: dict[str, str]) -> str:
+    """An exception in a line: its type and message, and the innermost lines of the calls' own code that it passed."""
+    lines = []
+    if isinstance(error, SyntaxError) and error.filename in sources:
+        lines, message = [(error.filename, error.lineno or 0, "")], str(error.msg)
+    else:
+        message, trace = str(error), error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            if code.co_filename in sources:
+                lines = [*lines[1 - FRAMES :], (code.co_filename, trace.tb_lineno, code.co_name)]
+            trace = trace.tb_next
+    told = []
+    for name, number, function in lines:
+        text = sources[name].splitlines()[number - 1 : number] if number else []
+        where = f" in {function}" if function not in ("", "<module>") else ""
+        told.append(f"line {number}{where}: {text[0].strip()[:80] if text else ''}")
+    head = f"{type(error).__name__}: {message[:MESSAGE]}" if message else type(error).__name__
+    return head + (f" ({'; '.join(told)})" if told else "")
+
+
+class Session:
+    """The calls of one trajectory."""
+
+    def __init__(self, wire: Wire, printed: int):
+        self.wire, self.printed = wire, Printed(printed)
+        self.images = Images(wire)
+        self.shown = Shown(self.images)
+        self.names = {"__name__": "__main__", "images": self.images, "show": self.shown.show}
+        self.sources: dict[str, str] = {}
+
+    def call(self, request: dict) -> None:
+        """Run the code of a request and send the result."""
+        code, name = request["code"], f"<call {len(self.sources) + 1}>"
+        self.sources[name] = code
+        self.images._begin(request["count"])
+        self.shown._begin(request["room"], request["pixels"])
+        self.printed._begin()
+        sys.stdout = sys.stderr = self.printed
+        error = None
+        try:
+            if INPUT in code and len(self.images):
+                self.images[1].save(INPUT, "PNG", compress_level=1)
+            exec(compile(ast.parse(code, name), name, "exec"), self.names)
+            self.show_output(code)
+        except SystemExit as end:
+            error = None if not end.code else f"SystemExit: {str(end.code)[:MESSAGE]}"
+        except BaseException as raised:  # noqa: BLE001 - whatever the code raises is its result
+            error = describe(raised, self.sources)
+        items = [] if error else self.shown._items
+        shown = [[rgb.width, rgb.height, parent] for rgb, parent in items]
+        reply = {"text": self.printed._text(), "error": error, "shown": shown}
+        self.wire.send(reply, *(rgb.tobytes() for rgb, _ in items))
+        self.shown._items = items = []
+
+    def show_output(self, code: str) -> None:
+        """Show the file in which code of Visual-ARFT's form leaves its image."""
+        if OUTPUT in code and os.path.exists(OUTPUT) and os.path.getsize(OUTPUT):
+            self.shown.show(OUTPUT, parent=1 if INPUT in code and len(self.images) else None)
+            os.truncate(OUTPUT, 0)
+
+
+def serve(incoming: int, outgoing: int, seed: int, printed: int) -> None:
+    """Answer requests until the trainer closes the pipe."""
+    os.environ.clear()
+    sys.argv[:] = [""]
+    seed_world(seed)
+    session = Session(Wire(incoming, outgoing), printed)
+    session.wire.send({"ready": True})
+    while True:
+        session.call(session.wire.receive())
