@@ -149,11 +149,11 @@ AT_LEAST_ONE = (
     "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
     "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
     "grpo.minibatches", "grpo.micro_groups", "grpo.length_buckets", "eval.during",
-    "eval.groups", "model.logprob_chunk", "distributed.timeout_s",
+    "eval.groups", "model.logprob_chunk", "distributed.timeout_s", "sandbox.cpu_s", "sandbox.disk_mb", "sandbox.printed",
 )  # fmt: skip
 ABOVE_ZERO = (
     "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
-    "grpo.importance_cap", "lora.alpha",
+    "grpo.importance_cap", "lora.alpha", "sandbox.wall_s",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every",
@@ -194,6 +194,8 @@ def test_every_number_has_a_range_or_needs_none():
         *(high for _, high in PAIRS),
         "images.vision_block",
         "rollout.group_size",
+        "sandbox.memory_mb",
+        "sandbox.files",
     ]
     assert sorted(numbers) == sorted(ranged)
     for dotted in FREE:
@@ -210,6 +212,8 @@ def test_ranges_hold_at_their_limits():
     cases += [(name, [1, 7, -1], [0, -2], "it must be at least 1, or -1 for the devices that are left.") for name in MESH]
     cases += [("tools.min_box", [1e-9, 1.0], [0.0, 1.01], "it must be above 0 and at most 1."),
               ("images.vision_block", [97], [0], "it must be at least 1."),
+              ("sandbox.memory_mb", [16], [15, 0], "it must be at least 16."),
+              ("sandbox.files", [16], [15, 0], "it must be at least 16."),
               ("rollout.group_size", [2], [0, -1], "it must be at least 2.")]  # fmt: skip
     cases += [
         (name, [], [float("inf"), float("nan")], "it must be a finite number.")
@@ -243,6 +247,9 @@ def test_settings_with_which_nothing_is_learned_are_refused():
 
 
 def test_settings_that_do_not_go_together_are_refused():
+    slow = {"tools.names": ["python"], "tools.timeout_s": 5.0}
+    assert "sandbox.wall_s is 5, not below tools.timeout_s 5" in refused("and no fault.", **slow)
+    assert Config.from_dict(nested(slow | {"sandbox.wall_s": 4.9})) and Config.from_dict(nested(slow | {"tools.names": []}))
     assert Config.from_dict(nested({"grpo.minibatches": 16}))
     assert refused("an update needs a group at least.", grpo__minibatches=17).startswith(
         "grpo.minibatches is 17, more than rollout.groups 16;")  # fmt: skip
