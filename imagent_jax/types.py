@@ -204,6 +204,6 @@ class Trajectory:
 def quote(value: Any, limit: int = 24) -> str:
     """A value as the policy wrote it, shortened to `limit` characters, printable on one line."""
     text = value if isinstance(value, str) else repr(value)
-    text = "".join(char if char.isprintable() else " " for char in text)
+    text = "".join(char if char.isprintable() else " " for char in text[: limit + 1])
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return f'"{text}"' if isinstance(value, str) else text

@@ -153,7 +153,7 @@ def expected(schema: dict[str, Any]) -> str:
 
 def nearest(name: str, names: Any) -> str | None:
     """Return the name most similar to `name`, or None if none is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5)
     return close[0] if close else None
 
 
