@@ -39,6 +39,7 @@ def read_all() -> None:
             read_turn(before + text, tools)
         for name, (before, answer) in REFERENCES.items():
             SCORERS[name](before + text, answer)
+    SCORERS["exact"]("e" + "\u0301\u0323" * 2 * LENGTH, "red")  # out of canonical order
     body = ", ".join(f'"k{i}": 0' for i in (*range(LENGTH // 4), LENGTH // 4 - 1))
     assert "given twice" in QWEN.parse(f'<tool_call>{{"name": "f", "arguments": {{{body}}}}}</tool_call>').error
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from imagent_jax.runs import examples as cases
 from imagent_jax.runs import report
 from imagent_jax.runs.examples import Pictures, instructive, source, within
 from imagent_jax.runs.reader import RunLog, read_run
-from imagent_jax.runs.report import chart, write_report
+from imagent_jax.runs.report import chart, print_step, write_report
 
 
 def test_the_report_shows_curves_tables_cases_and_faults(made, page):
@@ -278,3 +279,19 @@ def test_a_case_tells_what_was_asked_said_called_and_seen():
         == 1
         == text.count("<g class=bad><rect x=10 y=20 width=50")
     )
+
+
+def test_a_warning_is_printed_when_it_begins_and_when_its_words_change_but_not_when_its_figures_do():
+    figures = {"time/step": 2.0, "time/judge": 0.5, "time/train": 0.5, "reward/total": 1.0, "accuracy": 0.5, "tools/calls": 1.0,
+               "mask/dropped_tokens": 0.5}  # fmt: skip
+
+    def printed(now, before):
+        console = Console(file=io.StringIO(), width=200)
+        print_step(console, figures | {"warnings": {"mostly_masked": now} if now else {}}, 3, 9, before)
+        return console.file.getvalue().count("warning")
+
+    masked = "The mask drops {} % of the tokens, most of them for: {}."
+    assert printed(masked.format(60, "void"), {}) == 1
+    assert printed(masked.format(61, "void"), {"mostly_masked": masked.format(60, "void")}) == 0
+    assert printed(masked.format(60, "fault"), {"mostly_masked": masked.format(60, "void")}) == 1
+    assert printed(masked.format(60, "void"), {"calls_invalid": masked.format(60, "void")}) == 1 and printed("", {}) == 0
