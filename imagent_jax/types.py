@@ -18,6 +18,10 @@ class ToolError(Exception):
     """A mistake that the policy can repair. Its message is shown: one short line, what was wrong, what was expected."""
 
 
+class ImageNumber(int):
+    """The number of an image of a trajectory. A tool that returns one shows that image."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One question about several images, with its reference answer.
