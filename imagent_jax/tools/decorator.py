@@ -18,8 +18,8 @@ def tool(function: Callable[..., Any]) -> Tool:
     The docstring's text before "Args:" is the description; its Args entries describe the parameters.
 
     The function may be `async def`. It returns text, numbers from `context.show`, or a list of these. The declared return type
-    says what another number means: `int`, `float` and `bool` are results that the policy reads; `ImageNumber`, or no declared type,
-    is the number of an image to show.
+    says what another number means: `int`, `float` and `bool` are results that the policy reads; `ImageNumber`, or no declared
+    type, is the number of an image to show.
 
     Raises:
         ValueError: the first parameter or the return type can never work, a parameter lacks a supported type, the docstring is
