@@ -1,31 +1,100 @@
-"""Scoring of answers, used for rewards and for benchmarks alike."""
+"""Scoring of answers, used for rewards and for benchmarks alike. Texts in any script; ASCII texts score as in SQuAD."""
 
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 
 _OPTION = re.compile(r"(?:image\s+)?([1-9][0-9]*)|\(([a-z])\)|([a-z])\)?", re.IGNORECASE | re.ASCII)
-_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+_SPACE = "\u00a0\u2009\u202f"  # no-break, thin and narrow no-break space: the thousands separators of SI and of French
+_NUMBER = re.compile(
+    rf"[-+]?(?:(?:[0-9]{{1,3}}(?:(?P<mark>[,{_SPACE}])[0-9]{{3}}(?:(?P=mark)[0-9]{{3}})*)?|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\U00020000-\U0003ffff"
+)
+"""Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese (after `fold`)."""
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^{_UNSPACED}]+")
+_FULL_STOPS = (".", "。", "।", "۔", "።")
+_ARTICLES = ("a", "an", "the")
+_MARKS = 30
+"""Most combining marks after a character (UAX 15, stream-safe text): `unicodedata.normalize` sorts them in quadratic time."""
+
+
+class _Folding(dict):
+    """Table for `str.translate` from a character to its plain form."""
+
+    SHAPES = ("<wide>", "<narrow>", "<small>", "<vertical>", "<font>", "<isolated>", "<initial>", "<medial>", "<final>")
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        if unicodedata.category(char) == "Cf" or 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF:
+            plain = ""  # invisible: zero-width spaces, directions, variation selectors
+        elif (digit := unicodedata.decimal(char, None)) is not None:
+            plain = str(digit)
+        else:
+            same = unicodedata.decomposition(char).partition(" ")[0] in self.SHAPES
+            plain = unicodedata.normalize("NFKC", char) if same else char
+        self[code] = plain
+        return plain
+
+
+_FOLDING = _Folding(str.maketrans("‐‑‒–−‘’“”٫٬", "-----''\"\".,"))
+
+
+def fold(text: str) -> str:
+    """Return text with one form of each character, without case.
+
+    Full-width, half-width and styled forms, typographic quotes, hyphens and minus signs become plain ones, decimal digits of any
+    script 0 to 9, and invisible characters vanish. Composed and decomposed accents are the same (Unicode, definition D145).
+    Superscripts stay, since 10² is not 102. An ASCII text is only put into lower case.
+    """
+    if text.isascii():
+        return text.lower()
+    kept, marks = [], 0
+    for char in text.translate(_FOLDING):
+        marks = marks + 1 if unicodedata.combining(char) else 0
+        if marks <= _MARKS:
+            kept.append(char)
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", "".join(kept)).casefold())
+
+
+def _tokens(text: str) -> Iterator[str]:
+    text = "".join(c for c in fold(text) if c not in string.punctuation and unicodedata.category(c)[0] != "P")
+    for word in text.split():
+        if word not in _ARTICLES:
+            yield from _TOKEN.findall(word)
 
 
 def normalise(text: str) -> str:
-    """Return text in lower case without punctuation and articles, with single spaces (SQuAD v1.1, arXiv 1606.05250)."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """Return the tokens of a text, folded, without punctuation and articles, with single spaces.
+
+    A token is a word (SQuAD v1.1, arXiv 1606.05250), or a character of a script without spaces between words (MLQA, arXiv
+    1910.07475, does so for Chinese).
+    """
+    return " ".join(_tokens(text))
 
 
-def _plain(text: str) -> str:
-    """Return text case-folded, with single spaces, without one final full stop."""
-    return " ".join(text.split()).removesuffix(".").rstrip().casefold()
+def _unstopped(text: str) -> str:
+    """Return text folded, without white space around it and without one final full stop."""
+    text = fold(text).strip()
+    return text[:-1] if text.endswith(_FULL_STOPS) else text
+
+
+def _bare(text: str) -> str:
+    """Return text as `_unstopped`, with single spaces."""
+    return " ".join(_unstopped(text).split())
 
 
 def exact(prediction: str, answer: str) -> float:
-    """Return 1 if both texts are equal up to case, white space and one final full stop, else 0.
+    """Return 1 if both texts are equal after `fold`, up to white space and one final full stop, else 0.
 
     Stricter than SQuAD's `exact_match`, which accepts "3.5" for "35", "-5" for "5" and "the" for "A".
     """
-    return float(_plain(prediction) == _plain(answer))
+    return float(_bare(prediction) == _bare(answer))
 
 
 def exact_match(prediction: str, answer: str) -> float:
@@ -35,8 +104,8 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def _or_plain(prediction: str, answer: str) -> tuple[str, str]:
-    """Normalise both texts, or only `_plain` them if nothing of the reference would remain (as for the option "A")."""
-    rule = normalise if normalise(answer) else _plain
+    """Normalise both texts, or only `_bare` them if nothing of the reference would remain (as for the option "A")."""
+    rule = normalise if normalise(answer) else _bare
     return rule(prediction), rule(answer)
 
 
@@ -55,15 +124,15 @@ def choice(prediction: str, answer: str) -> float:
 
 
 def _option(text: str) -> str | None:
-    match = _OPTION.fullmatch(text.strip().removesuffix(".").rstrip())
+    match = _OPTION.fullmatch(_bare(text))
     return None if match is None else next(group for group in match.groups() if group).upper()
 
 
 def number(prediction: str, answer: str) -> float:
     """Return 1 if both texts are the same number ('7' and '7.0'), else 0.
 
-    Integers must be equal, other numbers within a relative 1e-6. Thousands may have commas. Units, fractions, exponents and
-    text around a number are wrong.
+    Integers must be equal, other numbers within a relative 1e-6. Thousands may have commas or thin spaces. Units,
+    fractions, exponents and text around a number are wrong.
 
     Raises:
         ValueError: the reference is not a number.
@@ -80,10 +149,10 @@ def number(prediction: str, answer: str) -> float:
 
 
 def _value(text: str) -> float | None:
-    text = text.strip().removesuffix(".")
+    text = _unstopped(text)
     if not _NUMBER.fullmatch(text):
         return None
-    value = float(text.replace(",", ""))
+    value = float(re.sub(f"[,{_SPACE}]", "", text))
     return value if math.isfinite(value) else None
 
 
@@ -104,4 +173,4 @@ def score(prediction: str | None, answer: str, answer_type: str) -> float:
     """
     if answer_type not in SCORERS:
         raise ValueError(f"There is no answer type {answer_type!r}; use one of {', '.join(SCORERS)}.")
-    return SCORERS[answer_type](prediction or "", answer) if (prediction or "").strip() else 0.0
+    return SCORERS[answer_type](prediction, answer) if prediction and fold(prediction).strip() else 0.0

@@ -103,6 +103,7 @@ class Run:
         iterator = task_iterator(tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
         self.prefetcher = Prefetcher(policy.collector, iterator, cfg.rollout, cfg.run.seed)
         self.history: list[dict[str, Any]] = []
+        self.failed: set[str] = set()
 
     # ---- the beginning --------------------------------------------------------------------------------------------------
 
@@ -156,6 +157,12 @@ class Run:
         if following < self.cfg.run.steps:
             saved = every and following % every == 0
             self.prefetcher.begin(following, state.params if self.cfg.rollout.overlap and not saved else None)
+
+    def tell_faults(self, faults: dict[str, str]) -> None:
+        """Print one error of every reward and tool that fails for the first time."""
+        for name in faults.keys() - self.failed:
+            self.console.print(f"[yellow]warning[/] ({name}) {escape(faults[name])}; its rollouts do not train.", soft_wrap=True)
+        self.failed |= faults.keys()
 
     def finish_step(self, state: TrainState) -> None:
         """Evaluate where that is due, note what the guards warn of, and log the step.
@@ -250,6 +257,7 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
                 sampled = time.perf_counter()
 
                 judged = judge(cfg, rollout, run.rewards)
+                run.tell_faults(judged.faults)
                 batch = pack_batch(
                     rollout, judged.rewards, judged.advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens
                 )

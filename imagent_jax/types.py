@@ -19,6 +19,10 @@ class ToolError(Exception):
     """A mistake that the policy can repair. Its message is shown: one short line, what was wrong, what was expected."""
 
 
+class ImageNumber(int):
+    """The number of an image of a trajectory. A tool that returns one shows that image."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One question about several images, with its reference answer.
@@ -215,6 +219,6 @@ class Trajectory:
 def quote(value: Any, limit: int = 24) -> str:
     """A value as the policy wrote it, shortened to `limit` characters, printable on one line."""
     text = value if isinstance(value, str) else repr(value)
-    text = "".join(char if char.isprintable() else " " for char in text)
+    text = "".join(char if char.isprintable() else " " for char in text[: limit + 1])
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return f'"{text}"' if isinstance(value, str) else text

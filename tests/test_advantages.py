@@ -26,7 +26,7 @@ def test_uncounted_rollouts_are_compared_but_do_not_shift_the_group():
     low, _ = group_advantages(np.array([[1.0, 0.0, -5.0, 2.0]]), counted, normalise_std=False)
     assert low.tolist() == [[0.0, -1.0, -6.0, 1.0]]
     scaled, stats = group_advantages(np.array([[1.0, 0.0, -5.0, 2.0]]), counted, normalise_std=True)
-    np.testing.assert_allclose(scaled, low / np.sqrt(2 / 3), rtol=1e-6)
+    np.testing.assert_allclose(scaled, [[0.0, -np.sqrt(1.5), -np.sqrt(3), np.sqrt(1.5)]], rtol=1e-6)  # -6 / std is bounded
     assert stats["groups/std"] == pytest.approx(np.sqrt(2 / 3))
 
 
@@ -56,3 +56,35 @@ def test_a_spread_of_no_more_than_eps_is_none():
     assert advantages.tolist() == [[0.0, 0.0], [-1.0, 1.0]] and stats["groups/flat"] == 0.5
     small = np.array([[0.0, 1e-5], [0.0, 1e-7]])
     assert group_advantages(small, np.ones((2, 2), bool), normalise_std=True)[0].tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+
+
+def test_an_uncounted_rollout_gets_no_larger_advantage_than_a_counted_one_can_have():
+    close = np.array([[1.1, 1.1001, 1.1, 0.0], [1.1, 1.1001, 1.1, 9.0]])
+    counted = np.array([[True, True, True, False]] * 2)
+    advantages, _ = group_advantages(close, counted, normalise_std=True)
+    half = np.sqrt(0.5)
+    np.testing.assert_allclose(advantages, [[-half, 2 * half, -half, s * np.sqrt(3)] for s in (-1, 1)], rtol=1e-5)
+    plain, _ = group_advantages(close, counted, normalise_std=False)
+    np.testing.assert_allclose(plain[:, 3], [-1.1, 7.9], rtol=1e-4)
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 8, 64])
+def test_the_bound_is_reached_by_one_rollout_that_differs_and_changes_no_counted_advantage(group_size):
+    rewards = np.zeros((1, group_size))
+    rewards[0, 0] = 1.0
+    advantages, _ = group_advantages(rewards, np.ones((1, group_size), bool), normalise_std=True)
+    assert advantages[0, 0] == pytest.approx(np.sqrt(group_size - 1), rel=1e-6)
+    random = np.random.default_rng(group_size).normal(size=(50, group_size))
+    advantages, _ = group_advantages(random, np.ones(random.shape, bool), normalise_std=True)
+    expected = (random - random.mean(1, keepdims=True)) / random.std(1, keepdims=True)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalise_std", [True, False])
+@pytest.mark.parametrize("value", [0.9, 1 / 3, 1.1, -0.7, 1e-12, 1e10 / 3, 1e15 / 7])
+@pytest.mark.parametrize("group_size", [2, 3, 7, 8])
+def test_equal_rewards_give_exactly_zero_whatever_their_value(value, group_size, normalise_std):
+    advantages, stats = group_advantages(
+        np.full((1, group_size), value), np.ones((1, group_size), bool), normalise_std=normalise_std, eps=0.0
+    )
+    assert advantages.tolist() == [[0.0] * group_size] and stats == {"groups/flat": 1.0, "groups/std": 0.0}

@@ -63,7 +63,7 @@ def step(parts, cfg, rollout, temperature=1.0, params=None):
         temperature: at which the sampler says its tokens were sampled; the trainer takes 1.
         params: of the policy, which sampled the tokens too.
     """
-    paid, advantages, _, metrics = job.judge(cfg, rollout, reward_functions(cfg.reward))
+    paid, advantages, _, metrics, _ = job.judge(cfg, rollout, reward_functions(cfg.reward))
     batch = pack_batch(rollout, paid, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
     of_batch = partial(score_jit, parts.model, params or parts.params, batch, rollout.store.features)
     logprobs, entropy = of_batch(temperature=1.0)
@@ -174,8 +174,8 @@ def test_boxes_read_in_another_space_than_the_policy_writes(parts, cfg, roll, he
     """The policy writes 0 to 1000 and is taken to write pixels of images of about 60."""
     engine = Collector(parts.model, parts.processor, parts.tools, replace(cfg, tools=replace(cfg.tools, coordinates="absolute")))
     planted = step(parts, cfg, roll(engine))
-    assert warned(healthy, planted) == {"calls_invalid"}
-    assert "visual_confirmation" in guards.calls_invalid([planted])
+    assert warned(healthy, planted) == {"calls_invalid", "mostly_masked"}  # the second is for what follows from the first
+    assert "visual_confirmation" in guards.calls_invalid([planted]) and "truncated" in guards.mostly_masked([planted])
 
 
 @pytest.mark.slow(3)
@@ -314,6 +314,8 @@ def test_tools_given_up_are_told_in_figures():
          [(10, {}), (10, {"tools__calls__crop__invalid": 3.0, "tools__calls__crop__faulted": 0.001})], "75 %"),
         ("calls_faulted", [(1, {"tools__calls__crop__faulted": 0.0203, "tools__calls__crop__invalid": 0.01})],
          [(1, {"tools__calls__crop__faulted": 0.0205})], "2 % of the calls of crop end with an environment error"),
+        ("rewards_failed", [(1, {"rewards__failed": 0.02})], [(5, {}), (5, {"rewards__failed": 0.1})],
+         "fails for 5 % of the rollouts"),
     ],
 )  # fmt: skip
 def test_a_guard_warns_beyond_its_limit_and_not_before(guard, quiet, loud, words):
@@ -322,14 +324,25 @@ def test_a_guard_warns_beyond_its_limit_and_not_before(guard, quiet, loud, words
 
 
 def test_refused_calls_are_the_cause_where_most_is_masked():
-    invalid = {"tools__calls__crop__invalid": 3.0, "mask__dropped_tokens": 0.9}
-    assert warns((10, invalid)) == {"calls_invalid"} and warns((10, {"mask__dropped_tokens": 0.9})) == {"mostly_masked"}
+    masked = {"mask__dropped_tokens": 0.9, "mask__dropped_tokens__invalid_call": 0.6, "mask__dropped_tokens__fault": 0.3}
+    invalid = {"tools__calls__crop__invalid": 3.0} | masked
+    assert warns((10, invalid)) == {"calls_invalid"} and warns((10, masked)) == {"mostly_masked"}
     assert warns((10, invalid | {"clip__low": 0.9})) == {"calls_invalid", "clip_away"}
     assert (
         guards.watch([]) == {}
         and list(guards.GUARDS) == [g.__name__ for g in guards.GUARDS.values()]
-        and len(guards.GUARDS) == 10
+        and len(guards.GUARDS) == 11
     )
+
+
+@pytest.mark.parametrize("cause", [{"rewards__failed": 0.5}, {"tools__calls__crop__faulted": 1.0}])
+def test_a_warning_hides_another_only_where_both_name_the_same_cause(cause):
+    faults = {"mask__dropped_tokens": 0.9, "mask__dropped_tokens__invalid_call": 0.3, "mask__dropped_tokens__fault": 0.6}
+    (name,) = warns((10, cause))
+    assert warns((10, cause | faults)) == {name}
+    invalid = {"tools__calls__crop__invalid": 9.0}
+    assert warns((10, invalid | faults)) == {"calls_invalid", "mostly_masked"}
+    assert warns((10, cause | {"mask__dropped_tokens": 0.9, "mask__dropped_tokens__void": 0.9})) == {name, "mostly_masked"}
 
 
 def test_a_control_that_changes_nothing_is_told_of():

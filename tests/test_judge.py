@@ -18,6 +18,8 @@ from imagent_jax.types import CallResult, CallStatus, EndReason, Task
 A, B = Task("a", "?", (), "7", "number", "count"), Task("b", "?", (), "red", "exact", "colour")
 CROP = CallResult(CallStatus.EXECUTED, "visual_confirmation", {})
 REFLECT = CallResult(CallStatus.EXECUTED, "visual_reflection", {})
+FAILED = CallResult(CallStatus.FAULT, "visual_confirmation", {})
+DISK = "OSError: the disk is full"
 REFUSED = CallResult(CallStatus.INVALID, "visual_confirmation", {})
 CALL, VOID = "<tool_call>{}</tool_call>", "I do not know.<|im_end|>"
 REWARD = {"answer": 2.0, "format": 0.5, "tool_gain": 0.25, "custom": ["my_rewards:picky"]}
@@ -29,9 +31,16 @@ def said(answer):
     return f"<answer>{answer}</answer><|im_end|>"
 
 
+def faulted(rollout):
+    """A rollout of task B that ended when its tool failed."""
+    t = finished(B, [CALL], None, EndReason.FAULT, rollout=rollout, calls=[FAILED])
+    t.error = f"Traceback ...\n{DISK}\n"
+    return t
+
+
 def judged(cfg, rolled):
-    """`judge` with the rewards of a configuration."""
-    return judge(cfg, rolled, reward_functions(cfg.reward))
+    """`judge` with the rewards of a configuration: all but the faults."""
+    return judge(cfg, rolled, reward_functions(cfg.reward))[:4]
 
 
 @pytest.fixture
@@ -99,7 +108,7 @@ def test_an_end_that_does_not_count_is_compared_with_those_that_do(rolled, name,
     _, whole, _, _ = judged(settings(), rolled)
     _, advantages, _, _ = judged(settings(mask={f"count_{name}": False}), rolled)
     totals = np.asarray(TOTALS[group])
-    expected = (totals - totals[counted].mean()) / totals[counted].std()
+    expected = np.clip((totals - totals[counted].mean()) / totals[counted].std(), -np.sqrt(3), np.sqrt(3))
     faulted = np.asarray([t.end == EndReason.FAULT for t in rolled.trajectories[group]])
     np.testing.assert_allclose(advantages[group], np.where(faulted, 0, expected), rtol=1e-6)
     np.testing.assert_array_equal(advantages[1 - group], whole[1 - group])
@@ -112,6 +121,7 @@ def test_every_metric_of_a_judged_batch(rolled):
     own = {
         "reward/answer": 3 / 8, "reward/format": 4 / 8, "reward/tool_gain": 1 / 8, "reward/total": np.mean(TOTALS),
         "reward/my_rewards:picky": (1 + 3 + 0 + 1 + 2 + 3) / 64, "groups/flat": 0.0, "groups/std": np.mean(deviations),
+        "rewards/failed": 1 / 8,
     }  # fmt: skip
     use = {"tools/calls/visual_confirmation/executed": 1 / 8, "tools/calls/visual_confirmation/invalid": 1 / 8,
            "tools/calls/visual_confirmation/faulted": 0.0, "tools/calls/unknown/invalid": 0.0, "tools/earned": 1 / 8,
@@ -125,3 +135,33 @@ def test_a_group_without_spread_is_flat(rolled):
     rolled.trajectories[1] = [finished(B, [said("red")], "red") for _ in range(4)]
     _, advantages, _, metrics = judged(settings(), rolled)
     assert metrics["groups/flat"] == 0.5 and not advantages[1].any() and advantages[0].any()
+
+
+def test_what_failed_is_named_with_its_error(rolled):
+    rolled.trajectories[1][1] = faulted(1)
+    found = judge(settings(), rolled, reward_functions(settings().reward))
+    error, place = found.faults.pop("reward my_rewards:picky").rsplit(" (", 1)
+    assert error == "OSError: the judge is away" and place.startswith("test_judge.py, line ")
+    assert found.faults == {"tool visual_confirmation": DISK} and found.metrics["rewards/failed"] == 1 / 8
+
+
+def test_a_batch_of_nothing_but_faults_stops_with_the_most_frequent_cause(rolled):
+    sys.modules["my_rewards"].picky = lambda t: t.anwser if t.task is B or t.rollout else t.task.missing
+    words = (
+        r"^All 8 rollouts of this step failed on an environment error and nothing can train; 7 of them on reward "
+        r"my_rewards:picky: AttributeError: 'Trajectory' object has no attribute 'anwser'.* \(test_judge.py, line \d+\)\. "
+        "Mend it, then start again"
+    )
+    with pytest.raises(ValueError, match=words):
+        judged(settings(), rolled)
+    sys.modules["my_rewards"].picky = sys.exit
+    with pytest.raises(ValueError, match="on reward my_rewards:picky: SystemExit"):
+        judged(settings(), rolled)
+
+
+def test_tools_that_always_fail_stop_it_too(rolled):
+    rolled.trajectories[:] = [[faulted(i) for i in range(4)] for _ in range(2)]
+    with pytest.raises(
+        ValueError, match="All 8 rollouts .* 8 of them on tool visual_confirmation: OSError: the disk is full. Mend"
+    ):
+        judged(settings(), rolled)

@@ -22,7 +22,7 @@ from imagent_jax.types import Task
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
-    return DataConfig(cache_dir=str(tmp_path_factory.mktemp("cache")), train_size=50, test_size=8, seed=11)
+    return DataConfig("tiny_world", cache_dir=str(tmp_path_factory.mktemp("cache")), train_size=50, test_size=8, seed=11)
 
 
 def _uids(iterator, batches):
@@ -64,7 +64,7 @@ def test_a_process_that_comes_second_reads_what_the_first_has_written(tmp_path, 
 
     monkeypatch.setattr(tiny_world_builder, "_write", beaten)
     monkeypatch.setenv("HOME", str(tmp_path))
-    cfg = DataConfig(cache_dir="~/cache", train_size=2, test_size=1, seed=4)
+    cfg = DataConfig("tiny_world", cache_dir="~/cache", train_size=2, test_size=1, seed=4)
     assert open_tasks(cfg, "train")[1] == tiny_world.task_at(4, "train", 1)
     assert len(homes) == 1 and homes[0].is_relative_to(tmp_path / "cache") and not homes[0].exists()
 
@@ -90,7 +90,7 @@ def test_another_version_of_the_world_uses_another_folder(tmp_path, monkeypatch)
 
 
 def test_a_write_that_is_cut_short_leaves_nothing_to_be_used(tmp_path, monkeypatch):
-    cfg = DataConfig(cache_dir=str(tmp_path), train_size=5, test_size=2)
+    cfg = DataConfig("tiny_world", cache_dir=str(tmp_path), train_size=5, test_size=2)
     real, calls = tiny_world.task_at, []
 
     def cut_short(seed, split, index):
@@ -112,7 +112,7 @@ def test_a_folder_left_by_a_killed_process_is_never_read(tmp_path):
     left = tmp_path / "tiny_world" / f".{tiny_world_builder.version_hash(sizes, 0)}-killed" / "tiny_world"
     left.mkdir(parents=True)
     (left / "garbage").write_bytes(b"half")
-    assert len(open_tasks(DataConfig(cache_dir=str(tmp_path), train_size=3, test_size=2), "test")) == 2
+    assert len(open_tasks(DataConfig("tiny_world", cache_dir=str(tmp_path), train_size=3, test_size=2), "test")) == 2
 
 
 def test_an_epoch_holds_every_task_once_and_the_next_is_shuffled_anew(cfg):
@@ -193,7 +193,7 @@ def test_tensorflow_and_torch_are_never_imported(tmp_path):
 import sys
 from imagent_jax.config import DataConfig
 from imagent_jax.data.pipeline import open_tasks, task_iterator
-tasks = open_tasks(DataConfig(cache_dir={str(tmp_path)!r}, train_size=3, test_size=1), "train")
+tasks = open_tasks(DataConfig("tiny_world", cache_dir={str(tmp_path)!r}, train_size=3, test_size=1), "train")
 print(len(next(task_iterator(tasks, 4, seed=0))), {{"tensorflow", "torch"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -212,11 +212,11 @@ print(len(next(task_iterator(tasks, 4, seed=0))), {{"tensorflow", "torch"}} & se
 )
 def test_bad_settings_are_refused_in_one_sentence(changes, split, message):
     with pytest.raises(ValueError, match=message):
-        open_tasks(DataConfig(**changes), split)
+        open_tasks(DataConfig(**{"name": "tiny_world"} | changes), split)
 
 
 def test_an_unreadable_cache_is_named(tmp_path):
-    cfg = DataConfig(cache_dir=str(tmp_path), train_size=2, test_size=1)
+    cfg = DataConfig("tiny_world", cache_dir=str(tmp_path), train_size=2, test_size=1)
     folder = tiny_world_builder.prepare(tmp_path, {"train": 2, "test": 1}, 0)
     (folder / "dataset_info.json").unlink()
     with pytest.raises(ValueError, match="cannot be read; delete it and start again"):

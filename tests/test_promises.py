@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+import zlib
 from functools import partial
 
 import jax
@@ -19,7 +20,7 @@ from imagent_jax.rl.learner import batch_loss, score
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rollout import sampler
-from imagent_jax.rollout.collect import Collector, Stopped
+from imagent_jax.rollout.collect import Collector, Stopped, draws
 from imagent_jax.rollout.engine import Engine
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.runs.resources import CompileCounter
@@ -78,6 +79,26 @@ def test_a_seed_gives_the_same_rollouts_whatever_stands_beside_a_task(parts, tas
     for group, other in zip(rollout.trajectories, again.trajectories[::-1], strict=True):
         for a, b in zip(group, other, strict=True):
             assert np.array_equal(a.ids, b.ids) and a.end == b.end
+
+
+def test_a_task_drawn_again_into_a_batch_has_other_rollouts_and_the_first_draw_the_same_as_alone(parts, tasks, rollout):
+    drawn = [tasks[1], tasks[0], tasks[1], tasks[1], tasks[1]]
+    out = parts.collector.collect(parts.params, drawn, group_size=4, seed=11, temperature=1.0)
+    for group, n in ((out.trajectories[0], 1), (out.trajectories[1], 0)):
+        assert [t.ids.tolist() for t in group] == [t.ids.tolist() for t in rollout.trajectories[n]]
+    four = [out.trajectories[i] for i in (0, 2, 3, 4)]
+    assert len({tuple(np.concatenate([t.logprobs for t in group]).tolist()) for group in four}) == 4
+    warm = parts.collector.collect(parts.params, [tasks[0]] * 4, group_size=4, seed=11, temperature=3.0)
+    assert len({tuple(t.ids.tolist()) for group in warm.trajectories for t in group}) == 16
+
+
+def test_every_draw_of_a_batch_has_a_stream_of_its_own(tasks):
+    a, b = tasks[:2]
+    streams = [draw.stream for draw in draws([a, b, a, a, b])]
+    assert len(set(streams)) == 5 and all(0 <= stream < 2**31 for stream in streams)
+    assert streams[:2] == [zlib.crc32(task.uid.encode()) >> 1 for task in (a, b)]
+    assert [draw.stream for draw in draws([b, b, a])] == [streams[1], streams[4], streams[0]]  # whatever else is there
+    assert [draw.task for draw in draws([b, a])] == [b, a]
 
 
 def test_a_slow_tool_does_not_hold_up_the_rows_that_could_go_on(parts, config, rollout, tasks, monkeypatch):

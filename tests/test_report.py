@@ -14,7 +14,7 @@ from imagent_jax.runs import examples as cases
 from imagent_jax.runs import report
 from imagent_jax.runs.examples import Pictures, instructive, source, within
 from imagent_jax.runs.reader import RunLog, read_run
-from imagent_jax.runs.report import chart, write_report
+from imagent_jax.runs.report import chart, print_step, write_report
 
 
 def test_the_report_shows_curves_tables_cases_and_faults(made, page):
@@ -293,3 +293,19 @@ def test_progress_is_a_status_on_a_terminal_and_else_a_line_every_ten_seconds(mo
         assert status.status == ("at 122" if terminal else "Loading")
         assert console.file.getvalue() == ("" if terminal else "at 111\nat 122\n")
         now[0] = 100.0
+
+
+def test_a_warning_is_printed_when_it_begins_and_when_its_words_change_but_not_when_its_figures_do():
+    figures = {"time/step": 2.0, "time/judge": 0.5, "time/train": 0.5, "reward/total": 1.0, "accuracy": 0.5, "tools/calls": 1.0,
+               "mask/dropped_tokens": 0.5}  # fmt: skip
+
+    def printed(now, before):
+        console = Console(file=io.StringIO(), width=200)
+        print_step(console, figures | {"warnings": {"mostly_masked": now} if now else {}}, 3, 9, before)
+        return console.file.getvalue().count("warning")
+
+    masked = "The mask drops {} % of the tokens, most of them for: {}."
+    assert printed(masked.format(60, "void"), {}) == 1
+    assert printed(masked.format(61, "void"), {"mostly_masked": masked.format(60, "void")}) == 0
+    assert printed(masked.format(60, "fault"), {"mostly_masked": masked.format(60, "void")}) == 1
+    assert printed(masked.format(60, "void"), {"calls_invalid": masked.format(60, "void")}) == 1 and printed("", {}) == 0

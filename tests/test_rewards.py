@@ -60,6 +60,7 @@ def mine(monkeypatch):
     module.not_a_number = lambda t: float("nan")
     module.infinite = lambda t: float("inf")
     module.nothing = lambda t: None
+    module.leaves = sys.exit
     module.constant = 3
     monkeypatch.setitem(sys.modules, "my_rewards", module)
 
@@ -71,7 +72,7 @@ def test_a_reward_of_ones_own_is_named_by_its_path(mine):
 
 FAILURES = {
     "broken": "ZeroDivisionError", "not_a_number": "'my_rewards:not_a_number' is nan", "infinite": "is inf",
-    "nothing": "TypeError",
+    "nothing": "TypeError", "leaves": "SystemExit",
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ FAILURES = {
 def test_a_reward_that_fails_is_a_fault_and_says_why(mine, name, error):
     t = trajectory("7", calls=[RAN])
     scored = score_trajectory(t, reward_functions(RewardConfig(custom=(f"my_rewards:{name}",))))
-    assert scored["fault"] is True and error in t.error
+    assert error in scored["fault"] and error in t.error and scored["fault"].startswith(f"reward my_rewards:{name}: ")
     t.error = "the tool died"
     score_trajectory(t, reward_functions(RewardConfig(custom=(f"my_rewards:{name}",))))
     assert t.error == "the tool died"

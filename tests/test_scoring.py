@@ -1,8 +1,13 @@
 """Scoring of answers, as a table of cases."""
 
+import re
+import string
+from collections import Counter
+
+import numpy as np
 import pytest
 
-from imagent_jax.scoring import SCORERS, exact_match, score
+from imagent_jax.scoring import SCORERS, exact_match, fold, normalise, score
 from imagent_jax.types import ANSWER_TYPES
 
 TABLE = [
@@ -22,13 +27,40 @@ TABLE = [
     ("number", "1234", "1,234", 1), ("number", "1234", "12,34", 0), ("number", "1234567", "1234,567", 0),
     ("number", "10000000", "10000001", 0), ("number", "0.333333", "0.3333333", 1), ("number", "0.3333", "0.333", 0),
     ("number", "0", "0.0000001", 0), ("number", "7", "nan", 0), ("number", "7", "9" * 400, 0),
-    ("number", "7", "77", 0), ("number", "7", "٧", 0), ("number", "0.5", ".5", 1), ("number", "100", "1e2", 0),
+    ("number", "7", "77", 0), ("number", "7", "٧", 1), ("number", "0.5", ".5", 1), ("number", "100", "1e2", 0),
     ("number", "0.5", "0.5000004", 1), ("number", "0.5", "0.500001", 0), ("number", "1,234.5", "+1234.5", 1),
     ("number", "-0.5", "-.5", 1), ("number", "0.0000000000001", "0.0000000000002", 1), ("number", "7", "7.5", 0),
     ("number", "7", "7..", 0), ("f1", "red red", "red", 2 / 3), ("f1", "an apple", "Apple!", 1),
     ("f1", "a b c d", "b c x", 4 / 6), ("f1", "the red bus", "Red bus", 1), ("f1", "red bus", "red car", 0.5),
     ("f1", "red bus", "a bus", 2 / 3),
     ("f1", "red bus", "green car", 0), ("f1", "red", "red red", 2 / 3), ("f1", "A", "the", 0), ("f1", "A", "a", 1),
+    # composed and decomposed, full-width, styled, invisible characters, case beyond ASCII
+    ("exact", "Caf\u00e9", "Cafe\u0301", 1), ("exact", "Cafe", "Café", 0), ("f1", "Cafe\u0301", "caf\u00e9!", 1),
+    ("exact", "Ϊ́", "\u0390", 1), ("exact", "ΣΟΦΟΣ", "σοφος", 1), ("exact", "Åse", "A\u030aSE", 1),
+    ("exact", "ﬁne", "FINE", 1),
+    ("exact", "ABC 12", "ＡＢＣ　１２．", 1), ("exact", "バス", "ﾊﾞｽ｡", 1),
+    ("exact", "한국", "\u1112\u1161\u11ab\u1100\u116e\u11a8", 1),
+    ("exact", "x", "𝐱", 1), ("exact", "سلام", "ﺳﻼﻡ", 1), ("exact", "red\u00adbus", "\ufeffred\u200bbus", 1),
+    ("exact", "❤", "❤\ufe0f", 1),
+    ("exact", "10²", "102", 0), ("exact", "x₁", "x1", 0), ("exact", "½", "1/2", 0), ("exact", "red", "\u200b", 0),
+    # full stops, quotes, hyphens, minus signs
+    ("exact", "红色", "红色。", 1), ("exact", "红色", "红色。。", 0), ("exact", "लाल", "लाल।", 1),
+    ("exact", "don't", "don’t", 1),
+    ("exact", "-5", "\u22125", 1), ("exact", "5", "\u22125", 0), ("exact", "1990-95", "1990–95", 1),
+    ("choice", "B", "（Ｂ）。", 1), ("choice", "2", "Image ２", 1), ("choice", "2", "Image ²", 0),
+    ("number", "-5", "\u22125", 1), ("number", "-5", "–５。", 1), ("number", "5", "−5", 0), ("number", "7", "７．０", 1),
+    ("number", "1234.5", "１，２３４．５", 1), ("number", "1234567", "1\u202f234\u202f567", 1),
+    ("number", "1234", "1\u2009234", 1),
+    ("number", "1234567", "1\u202f234,567", 0), ("number", "1234", "12\u00a034", 0), ("number", "1234", "1 234", 0),
+    ("number", "-1234.5", "−١٬٢٣٤٫٥", 1), ("number", "102", "10²", 0), ("number", "7", "七", 0),
+    ("number", "7", "7\u200e", 1),
+    # words and characters
+    ("f1", "红色", "红色。", 1), ("f1", "红色的汽车", "一辆红色的汽车", 10 / 12), ("f1", "红色", "蓝色", 0.5),
+    ("f1", "赤いバス", "「赤い」バス！", 1),
+    ("f1", "3只猫", "３ 只 猫", 1), ("f1", "iPhone手机", "iphone 手", 0.8), ("f1", "รถแดง", "แดง", 6 / 8),
+    ("f1", "빨간 버스", "빨간 차", 0.5),
+    ("f1", "A型", "型", 2 / 3), ("f1", "à la carte", "A\u0300 la «carte»…", 1), ("f1", "red bus", "“The red—bus”", 0),
+    ("f1", "5 €", "5 €!", 1),
 ]  # fmt: skip
 
 
@@ -60,3 +92,43 @@ def test_a_reference_that_is_not_of_its_type_is_refused():
 def test_published_exact_match_ignores_articles_and_punctuation():
     assert exact_match("The red bus!", "red bus") == 1.0 and exact_match("red car", "red bus") == 0.0
     assert exact_match("a.", "A") == 1.0 and exact_match("the", "A") == 0.0  # nothing of this reference is left
+
+
+def squad(text):
+    """`normalize_answer` of SQuAD's evaluate-v1.1.py."""
+    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def test_ascii_texts_are_normalised_as_in_squad():
+    rng = np.random.default_rng(0)
+    pieces = [*string.printable, "a", "an", "the", "The", "A.", "-the-", "red", "3.5", " "]
+    for _ in range(2000):
+        text = "".join(rng.choice(pieces, rng.integers(0, 12)))
+        assert normalise(text) == squad(text)
+        assert fold(text) == text.lower()
+
+
+def mlqa_zh(prediction, answer):
+    """Token F1 of MLQA's mlqa_evaluation_v1.py for Chinese: Latin words, and single Chinese characters."""
+
+    def tokens(text):
+        words, word = [], ""
+        for char in text.lower():
+            if re.search(r"[\u4e00-\u9fa5]", char):
+                words, word = [*words, *word.split(), char], ""
+            elif char not in string.punctuation + "，。！？、：；「」《》（）":
+                word += char
+        return [*words, *word.split()]
+
+    a, b = tokens(prediction), tokens(answer)
+    same = sum((Counter(a) & Counter(b)).values())
+    return 2 * same / (len(a) + len(b)) if same else 0.0
+
+
+def test_chinese_is_scored_by_characters_as_in_mlqa():
+    rng = np.random.default_rng(1)
+    pieces = [*"红蓝色的汽车猫只一，。！（）", "iPhone ", " 12 ", "Bus", " "]
+    for _ in range(500):
+        prediction, answer = ("".join(rng.choice(pieces, rng.integers(1, 10))) + "猫" for _ in range(2))
+        assert score(prediction, answer, "f1") == pytest.approx(mlqa_zh(prediction, answer), abs=1e-12), (prediction, answer)

@@ -471,6 +471,34 @@ def test_bad_input_is_one_sentence(tmp_path, data, capsys, flags, words):
 # ---- its parts alone --------------------------------------------------------------------------------------------------
 
 
+def misspelt(t):
+    return t.anwser == "7"
+
+
+def misspelt_at_times(t):
+    return t.anwser == "7" if t.rollout else 0.5
+
+
+def test_a_reward_that_always_fails_ends_the_first_step_in_one_sentence(tmp_path, data, capsys):
+    run = Watched(tmp_path, data, "typo", f"--reward.custom=[{__name__}:misspelt]", "--eval.tasks=1", "--eval.groups=1")
+    said = capsys.readouterr().err
+    assert run.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: All 12 rollouts of this step failed on an environment error and nothing can train; ")
+    assert f"reward {__name__}:misspelt: AttributeError: 'Trajectory' object has no attribute 'anwser'" in said
+    assert "(test_train.py, line " in said and run.updates == [] and run.checkpoints == {"0"}
+
+
+def test_a_reward_that_fails_at_times_is_told_of_once_and_at_once(tmp_path, data):
+    flags = "--eval.tasks=1", "--eval.groups=1", "--eval.every=0", "--run.steps=2"
+    run = Watched(tmp_path, data, "often", f"--reward.custom=[{__name__}:misspelt_at_times]", *flags)
+    lines = [line for line in run.out.splitlines() if "misspelt_at_times" in line]
+    error = "AttributeError: 'Trajectory' object has no attribute 'anwser'"
+    assert run.code == 0 and len(lines) == 1 and lines[0].startswith(f"warning (reward {__name__}:misspelt_at_times) {error}")
+    assert lines[0].endswith("; its rollouts do not train.") and run.out.index(lines[0]) < run.out.index("step    1/2")
+    assert [record["rewards/failed"] for record in run.steps] == [0.75, 0.75]
+    assert all("rewards_failed" in record["warnings"] for record in run.steps)
+
+
 def fails_or_pays(t):
     """A reward that fails where nothing is known."""
     return {"I do not know.<|im_end|>": float("nan")}.get(t.turns[-1].text, 0.25 * t.rollout)
@@ -487,7 +515,7 @@ def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
     tasks = [task_at(3, "train", i) for i in range(2)]
     groups = [[play(engine, task, g, texts) for g, texts in enumerate(scripts(task)[:7])] for task in tasks]
     assert groups[0][6].end == EndReason.VOID
-    rewards, advantages, scored, metrics = job.judge(cfg, Batch(trajectories=groups), reward_functions(cfg.reward))
+    rewards, advantages, scored, metrics, _ = job.judge(cfg, Batch(trajectories=groups), reward_functions(cfg.reward))
     right = [True, False, True, True, True, False, False]
     for group, paid, gained, scores in zip(groups, rewards, advantages, scored, strict=True):
         assert (

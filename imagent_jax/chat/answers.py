@@ -3,8 +3,7 @@
 import re
 
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
-_ANSWERS = re.compile(rf"{ANSWER_OPEN}((?:(?!{ANSWER_OPEN}).)*?){ANSWER_CLOSE}", re.DOTALL)
-_ANSWER_LAST = re.compile(rf"{ANSWER_OPEN}\s*\S.*{ANSWER_CLOSE}\s*(<\|\w+\|>)?\s*\Z", re.DOTALL)
+_STOP_TOKEN = re.compile(r"(?:<\|\w+\|>)?")
 
 
 def answer_markup(answer: object) -> str:
@@ -14,11 +13,12 @@ def answer_markup(answer: object) -> str:
 
 def extract_answer(text: str) -> str | None:
     """Return the content of the last `<answer>…</answer>` of a turn, or None where there is none."""
-    answers = _ANSWERS.findall(text)
-    return answers[-1].strip() if answers else None
+    opened = text.rfind(ANSWER_OPEN, 0, max(text.rfind(ANSWER_CLOSE), 0))
+    return None if opened < 0 else text[opened + len(ANSWER_OPEN) :].partition(ANSWER_CLOSE)[0].strip()
 
 
 def well_formed_answer(text: str) -> bool:
     """Return whether a text has exactly one answer, not blank, with nothing but a stop token after it."""
     once = text.count(ANSWER_OPEN) == text.count(ANSWER_CLOSE) == 1
-    return once and bool(_ANSWER_LAST.search(text))
+    answer, closed, rest = text.partition(ANSWER_OPEN)[2].partition(ANSWER_CLOSE)
+    return once and bool(closed and answer.strip() and _STOP_TOKEN.fullmatch(rest.strip()))

@@ -180,10 +180,11 @@ def _load_json(text: str) -> Any:
         raise ToolError(f"bad JSON: {word} is not a JSON number")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ToolError(f"bad JSON: {quote(next(k for k in keys if keys.count(k) > 1))} is given twice")
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ToolError(f"bad JSON: {quote(key)} is given twice")
+            result[key] = value
         return result
 
     try:

@@ -16,7 +16,8 @@ def group_advantages(
 
     Args:
         rewards: [N G].
-        counted: rollouts that enter mean and (population) standard deviation; the others still get an advantage.
+        counted: rollouts that enter mean and (population) standard deviation. The others still get an advantage; divided by the
+            deviation, it is bounded by sqrt(G - 1), the most that a counted rollout can have (Samuelson's inequality).
         eps: a group whose counted rewards have at most this standard deviation gets zeros.
         fault: rollouts that failed on an environment error. They never count and get 0, as do non-finite rewards.
     Returns:
@@ -26,9 +27,12 @@ def group_advantages(
     usable = np.isfinite(rewards) if fault is None else np.isfinite(rewards) & ~np.asarray(fault, bool)
     rewards, counted = np.where(usable, rewards, 0.0), np.asarray(counted, bool) & usable
     n = np.maximum(counted.sum(1, keepdims=True), 1)
+    rewards = rewards - np.take_along_axis(rewards, counted.argmax(1)[:, None], 1)  # equal rewards are now exact zeros
     mean = np.where(counted, rewards, 0.0).sum(1, keepdims=True) / n
     std = np.sqrt(np.where(counted, (rewards - mean) ** 2, 0.0).sum(1, keepdims=True) / n)
     flat = std <= eps
-    scale = np.where(flat, 1.0, std) if normalise_std else 1.0
-    advantages = np.where(usable & ~flat, (rewards - mean) / scale, 0.0)
+    advantages = np.where(usable & ~flat, rewards - mean, 0.0)
+    if normalise_std:
+        limit = np.sqrt(rewards.shape[1] - 1)
+        advantages = np.clip(advantages / np.where(flat, 1.0, std), -limit, limit)
     return advantages.astype(np.float32), {"groups/flat": float(flat.mean()), "groups/std": float(std.mean())}

@@ -2,7 +2,8 @@
 
 A guard is a pure function from the metrics of all steps so far, oldest first, to a sentence or None. It compares the last
 `WINDOW` steps with the first `WINDOW` steps or with a limit. The default arguments are those used in training. They detect:
-the policy stops using tools that help, collects the tool bonus with useless calls, or its entropy or clipped share diverges.
+the policy stops using tools that help, collects the tool bonus with useless calls, its entropy or clipped share diverges, or
+much of what is sampled does not train.
 """
 
 import math
@@ -26,7 +27,7 @@ WINDOW = 10
 def watch(history: History) -> dict[str, str]:
     """Return the warnings that hold after the last step of `history` (metrics of all steps so far), by name of the guard."""
     said = {name: guard(history) for name, guard in GUARDS.items()} if history else {}
-    if said.get("calls_invalid"):  # the cause of `mostly_masked`: refused calls, their repeats and extra turns are masked
+    if said.get("mostly_masked") and any(said.get(name) for name in SAME_CAUSE.get(_masked_for(history), ())):
         said["mostly_masked"] = None
     return {name: sentence for name, sentence in said.items() if sentence}
 
@@ -120,8 +121,7 @@ def groups_flat(history: History, limit: float = 0.9) -> str | None:
 def mostly_masked(history: History, limit: float = 0.5) -> str | None:
     """Warn if the mask drops more than `limit` of the sampled tokens."""
     if (dropped := _mean(history, "mask/dropped_tokens")) > limit:
-        reasons = {k.rpartition("/")[2]: _mean(history, k) for k in history[-1] if k.startswith("mask/dropped_tokens/")}
-        reason = max(reasons, key=reasons.get, default="unknown").replace("_", " ")
+        reason = _masked_for(history).replace("_", " ")
         return f"The mask drops {_percent(dropped)} of the sampled tokens, most of them for: {reason}."
     return None
 
@@ -136,11 +136,20 @@ def calls_faulted(history: History, limit: float = 0.02) -> str | None:
     return _bad_calls(history, "faulted", limit, "end with an environment error; the trajectories' `error` says which")
 
 
+def rewards_failed(history: History, limit: float = 0.02) -> str | None:
+    """Warn if a reward function fails for more than `limit` of the rollouts."""
+    if (failed := _mean(history, "rewards/failed")) > limit:
+        return f"A reward function fails for {_percent(failed)} of the rollouts, which do not train; their `error` says why."
+    return None
+
+
 GUARDS: dict[str, Callable[[History], str | None]] = {
     guard.__name__: guard
     for guard in (tools_abandoned, bonus_unearned, bonus_without_gain, entropy_away, clip_away, length_growth,
-                  groups_flat, mostly_masked, calls_invalid, calls_faulted)
+                  groups_flat, mostly_masked, calls_invalid, calls_faulted, rewards_failed)
 }  # fmt: skip
+SAME_CAUSE = {"invalid_call": ("calls_invalid",), "fault": ("calls_faulted", "rewards_failed")}
+"""Guards that name the cause of `mostly_masked` more exactly and replace it, by the main reason of the mask."""
 
 
 def looks_unused(right: Bool[np.ndarray, " T"], control: Bool[np.ndarray, " T"], what: str) -> str | None:
@@ -171,6 +180,12 @@ def _bad_calls(history: History, status: str, limit: float, words: str) -> str |
         if tool != "unknown" and bad > limit * (bad + rest) and bad > 0.01:
             found.append(f"{_percent(bad / (bad + rest))} of the calls of {tool}")
     return f"{' and '.join(found)} {words}." if found else None
+
+
+def _masked_for(history: History) -> str:
+    """Return the reason for which the mask drops most tokens."""
+    reasons = {k.rpartition("/")[2]: _mean(history, k) for k in history[-1] if k.startswith("mask/dropped_tokens/")}
+    return max(reasons, key=reasons.get, default="unknown")
 
 
 def _mean(history: History, key: str) -> float:

@@ -1,5 +1,6 @@
 """From rollouts to rewards and advantages."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.rewards import Reward, score_trajectory
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.metrics import call_metrics, summarise
-from imagent_jax.types import EndReason
+from imagent_jax.types import EndReason, Trajectory
 
 
 class Judged(NamedTuple):
@@ -21,12 +22,14 @@ class Judged(NamedTuple):
         rewards, advantages: float32[N, G].
         parts: every reward of every trajectory, by name.
         metrics: by name.
+        faults: by the name of a reward or tool that failed, one of its errors.
     """
 
     rewards: np.ndarray
     advantages: np.ndarray
     parts: list[list[dict[str, float]]]
     metrics: dict[str, float]
+    faults: dict[str, str]
 
 
 def judge(cfg: Config, rollout: RolloutBatch, functions: dict[str, tuple[float, Reward]]) -> Judged:
@@ -36,19 +39,34 @@ def judge(cfg: Config, rollout: RolloutBatch, functions: dict[str, tuple[float, 
 
     Args:
         functions: see `reward_functions`.
+    Raises:
+        ValueError: every trajectory is a fault, so that nothing would train.
     """
     own = processes.share(rollout.trajectories)  # each process scores its own rollouts, whose images it holds
     parts = processes.join([[score_trajectory(t, functions) for t in group] for group in own])
-    for group, scored in zip(rollout.trajectories, parts, strict=True):
-        for t, part in zip(group, scored, strict=True):
-            if part.pop("fault", False):
-                t.end = EndReason.FAULT
+    flat, faults, failed = [t for group in rollout.trajectories for t in group], [], 0
+    for t, part in zip(flat, [part for group in parts for part in group], strict=True):
+        if fault := part.pop("fault", None):
+            t.end, t.error, failed = EndReason.FAULT, t.error or fault, failed + 1
+        if t.end == EndReason.FAULT:
+            faults.append(fault or _tool_fault(t))
+    if len(faults) == len(flat):
+        cause, count = Counter(faults).most_common(1)[0]
+        raise ValueError(
+            f"All {len(flat)} rollouts of this step failed on an environment error and nothing can train; {count} of them on "
+            f"{cause}. Mend it, then start again or continue from the last checkpoint with --run.resume true."
+        )
     rewards = np.asarray([[p["total"] for p in group] for group in parts], np.float32)
     end = np.asarray([[t.end for t in group] for group in rollout.trajectories], np.uint8)
     counted = mask_tables(cfg.mask).counted[end]
     advantages, stats = group_advantages(rewards, counted, normalise_std=cfg.grpo.normalise_std, fault=end == EndReason.FAULT)
-    flat = [t for group in rollout.trajectories for t in group]
     means = {f"reward/{name}": float(np.mean([p[name] for group in parts for p in group])) for name in parts[0][0]}
     metrics = means | {k: float(v) for k, v in stats.items()} | summarise(flat)
-    metrics |= call_metrics(rollout.trajectories, cfg.tools.names)
-    return Judged(rewards, np.asarray(advantages), parts, metrics)
+    metrics |= call_metrics(rollout.trajectories, cfg.tools.names) | {"rewards/failed": failed / len(flat)}
+    return Judged(rewards, np.asarray(advantages), parts, metrics, dict(fault.split(": ", 1) for fault in faults))
+
+
+def _tool_fault(t: Trajectory) -> str:
+    """Return the name and the error of the tool on which a trajectory failed: the last line of its traceback."""
+    name = next((turn.call.name for turn in reversed(t.turns) if turn.call), None)
+    return f"tool {name}: {(t.error or 'unknown').strip().splitlines()[-1]}"

@@ -3,6 +3,7 @@
 import math
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from imagent_jax.chat import well_formed_answer
 from imagent_jax.config import RewardConfig
@@ -53,18 +54,27 @@ def reward_functions(cfg: RewardConfig) -> dict[str, tuple[float, Reward]]:
     return named | {path: (1.0, custom_reward(path)) for path in cfg.custom}
 
 
-def score_trajectory(t: Trajectory, functions: dict[str, tuple[float, Reward]]) -> dict[str, float]:
+def score_trajectory(t: Trajectory, functions: dict[str, tuple[float, Reward]]) -> dict[str, float | str]:
     """Return every reward by name and their weighted sum, `total`.
 
-    A reward that raises or is not finite is an environment error: the result then has `fault` set and zero rewards, which must
-    neither train nor count. `t.error` is set to the traceback unless it holds an earlier error.
+    A reward that raises or is not finite is an environment error: the result then has zero rewards, which must neither train nor
+    count, and `fault`, the reward's name and error. `t.error` is set to the traceback unless it holds an earlier error.
     """
-    try:
-        parts = {name: float(function(t)) for name, (_, function) in functions.items()}
-        for name, value in parts.items():
-            if not math.isfinite(value):
-                raise ValueError(f"Reward {name!r} is {value}; it must be a finite number.")
-    except Exception:
-        t.error = t.error or traceback.format_exc()
-        return {name: 0.0 for name in functions} | {"total": 0.0, "fault": True}
+    parts = {}
+    for name, (_, function) in functions.items():
+        try:
+            parts[name] = float(function(t))
+            if not math.isfinite(parts[name]):
+                raise ValueError(f"Reward {name!r} is {parts[name]}; it must be a finite number.")
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a reward of the user's
+            t.error = t.error or traceback.format_exc()
+            return {name: 0.0 for name in functions} | {"total": 0.0, "fault": f"reward {name}: {_described(error)}"}
     return parts | {"total": sum(weight * parts[name] for name, (weight, _) in functions.items())}
+
+
+def _described(error: BaseException) -> str:
+    """Return an error's type, message and place on one line."""
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return (
+        f"{' '.join(''.join(traceback.format_exception_only(error)).split())} ({Path(place.filename).name}, line {place.lineno})"
+    )

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -53,7 +53,8 @@ class OpenedTask(NamedTuple):
 
 
 class Collector:
-    """Collects rollouts of a policy. All that is random is a function of (seed, task uid, rollout, token).
+    """Collects rollouts of a policy. All that is random is a function of (seed, task uid, draw, rollout, token), `draw` being how
+    often the batch held the task before.
 
     Args:
         environment: makes the environment of a task; called as `ToolEnvironment` is.
@@ -130,8 +131,8 @@ class Collector:
         params = (params if isinstance(params, Weights) else self.weights(params)).params
         sampling, packs = (group_size, seed, temperature), packs or self.cfg.images.packs
         if jax.process_count() == 1:
-            return self._collect(params, tasks, opened, slots or len(tasks), packs, sampling)
-        own, part, room = None, processes.share(tasks), -(-(slots or len(tasks)) // jax.process_count())
+            return self._collect(params, draws(tasks), opened, slots or len(tasks), packs, sampling)
+        own, part, room = None, processes.share(draws(tasks)), -(-(slots or len(tasks)) // jax.process_count())
         params = processes.own_copy(params)
         with contextlib.suppress(Stopped), processes.alone():
             own = self._collect(params, part, opened, room, packs, sampling)
@@ -149,7 +150,7 @@ class Collector:
             Stopped: `stop` was set.
         """
         params = (params if isinstance(params, Weights) else self.weights(params)).params
-        run = _Run(self, self._engine(params, 1, 1, self.cfg.images.packs), [task], None, seed, temperature)
+        run = _Run(self, self._engine(params, 1, 1, self.cfg.images.packs), draws([task]), None, seed, temperature)
         yield from run.turns()
         yield run.done[0].trajectories[0]
 
@@ -163,24 +164,36 @@ class Collector:
         self.warm.add(compiled)
         return engine
 
-    def _collect(self, params, tasks, opened, slots: int, packs: int, sampling: tuple[int, int, float]) -> RolloutBatch:
+    def _collect(self, params, drawn, opened, slots: int, packs: int, sampling: tuple[int, int, float]) -> RolloutBatch:
         """Collect on the current mesh."""
         group_size, seed, temperature = sampling
         engine = self._engine(params, slots, group_size, packs)
-        run = _Run(self, engine, tasks, opened, seed, temperature)
+        run = _Run(self, engine, drawn, opened, seed, temperature)
         for _ in run.turns():
             pass
         engine.store.params = None  # it encodes no more: gathered parameters are not kept while training
         count = sum(turn.stop - turn.start for group in run.done for t in group.trajectories for turn in t.turns)
         return RolloutBatch(
-            list(tasks), [group.prompt for group in run.done], [group.vision for group in run.done],
+            [draw.task for draw in drawn], [group.prompt for group in run.done], [group.vision for group in run.done],
             [group.trajectories for group in run.done], engine.store, engine.clock.times, count, self.processor.image_token_id,
         )  # fmt: skip
 
 
-def stream_of(task: Task) -> int:
-    """Return the number of a task's stream of random numbers, below 2**31."""
-    return zlib.crc32(task.uid.encode()) >> 1
+class Draw(NamedTuple):
+    """A task of a batch, and the number of its stream of random numbers, below 2**31."""
+
+    task: Task
+    stream: int
+
+
+def draws(tasks: Sequence[Task]) -> list[Draw]:
+    """Return the tasks of a batch with streams that differ where a task occurs more than once."""
+    before, found = Counter(), []
+    for task in tasks:
+        again = f"\0{before[task.uid]}" if task.uid in before else ""
+        found.append(Draw(task, zlib.crc32(f"{task.uid}{again}".encode()) >> 1))
+        before[task.uid] += 1
+    return found
 
 
 @dataclass
@@ -202,14 +215,14 @@ class _Run:
     `tools.patience_s`), so that a run repeats to the bit.
     """
 
-    def __init__(self, collector: Collector, engine: Engine, tasks, opened, seed: int, temperature: float):
-        self.collector, self.engine, self.tasks = collector, engine, list(tasks)
+    def __init__(self, collector: Collector, engine: Engine, drawn: Sequence[Draw], opened, seed: int, temperature: float):
+        self.collector, self.engine, self.drawn = collector, engine, drawn
         self.seed, self.temperature, self.futures = seed, temperature, opened
-        self.queue = deque(range(len(self.tasks)))
+        self.queue = deque(range(len(self.drawn)))
         self.submitted: dict[int, OpenedTask] = {}
         self.groups: dict[int, Group] = {}  # by slot
         self.episodes: dict[int, Episode] = {}  # by row
-        self.done: list[Group] = [None] * len(self.tasks)
+        self.done: list[Group] = [None] * len(self.drawn)
         self.calls = PendingCalls(collector.rules, collector.cfg.tools)
 
     def turns(self) -> Iterator[Turn]:
@@ -249,10 +262,10 @@ class _Run:
                 self.episodes |= dict(zip(rows, episodes, strict=True))
 
     def _submit(self, index: int) -> None:
-        task = self.tasks[index]
+        task, stream = self.drawn[index]
         opened = self.futures[index].result() if self.futures else self.collector.open_task(task)
         self.submitted[index] = opened
-        self.engine.submit(Request(index, opened.prompt, self.seed, stream_of(task), self.temperature))
+        self.engine.submit(Request(index, opened.prompt, self.seed, stream, self.temperature))
 
     def _respond(self, due: dict[int, tuple[CallResult, list[PreparedImage]]]) -> None:
         """Give rows the results of their calls."""

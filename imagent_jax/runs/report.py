@@ -64,15 +64,16 @@ def write_report(path: Path) -> Path:
 
 
 def print_step(console: Console, metrics: dict[str, Any], step: int, steps: int, said: dict[str, str]) -> None:
-    """Print one line for a training step, and its warnings that are not in `said`."""
+    """Print one line for a training step, and its warnings that `said` has not, or had with other words than figures."""
     rollout = metrics["time/step"] - metrics["time/judge"] - metrics["time/train"]
     console.print(
         f"step {step:4d}/{steps}  reward {metrics['reward/total']:.3f}  right {100 * metrics['accuracy']:5.1f} %  "
         f"tools {metrics['tools/calls']:.2f} a rollout  dropped {100 * metrics['mask/dropped_tokens']:4.1f} %  "
         f"{metrics['time/step']:.1f} s (rollout {rollout:.1f}, train {metrics['time/train']:.1f})"
     )
+    known = {(name, _words(sentence)) for name, sentence in said.items()}
     for name, sentence in metrics.get("warnings", {}).items():
-        if name not in said:
+        if (name, _words(sentence)) not in known:
             console.print(f"[yellow]warning[/] ({name}): {sentence}")
 
 
@@ -88,6 +89,10 @@ def progress_on(console: Console, status: Status) -> Callable[[str], None]:
             console.print(sentence)
 
     return show
+
+
+def _words(sentence: str) -> str:
+    return sentence.translate(str.maketrans("", "", "0123456789.e+-"))
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ from imagent_jax.config import SandboxConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.context import ToolContext, ToolSettings, TrajectoryState
+from imagent_jax.tools.decorator import tool
 from imagent_jax.tools.pool import CallPool
 from imagent_jax.tools.protocol import ToolSet
 from imagent_jax.tools.python import python_tool
 from imagent_jax.tools.registry import ImageRegistry
-from imagent_jax.tools.schema import Tool, nearest, tool
+from imagent_jax.tools.schema import Tool, nearest
 from imagent_jax.tools.visual import VISUAL_TOOLS, to_bbox, to_pixels, visual_confirmation, visual_reflection
-from imagent_jax.types import CallResult, CallStatus, ImageEntry, ToolError
+from imagent_jax.types import CallResult, CallStatus, ImageEntry, ImageNumber, ToolError
 
 __all__ = [
     "VISUAL_TOOLS",
@@ -20,6 +21,7 @@ __all__ = [
     "CallResult",
     "CallStatus",
     "ImageEntry",
+    "ImageNumber",
     "ImageRegistry",
     "Tool",
     "ToolContext",

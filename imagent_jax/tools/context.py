@@ -1,6 +1,7 @@
 """Tool execution: settings, the context that a tool receives, and one guarded call."""
 
 import copy
+import json
 import threading
 import traceback
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from imagent_jax.images.prepare import fit_budget
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool
-from imagent_jax.types import CallResult, CallStatus, ImageEntry, ToolError
+from imagent_jax.types import CallResult, CallStatus, ImageEntry, ImageNumber, ToolError
 
 COORDINATES = ("relative_1000", "absolute")
 
@@ -112,7 +113,7 @@ class ToolContext:
         origin: str = "",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-    ) -> int:
+    ) -> ImageNumber:
         """Register an image made by a tool and return its number. A tool shows the image by returning this number.
 
         Args:
@@ -142,7 +143,7 @@ class ToolContext:
             max_pixels=max_pixels,
         )
 
-    def show_again(self, number: int, min_pixels: int, max_pixels: int) -> int:
+    def show_again(self, number: int, min_pixels: int, max_pixels: int) -> ImageNumber:
         """Return the number under which image `number` is shown within a pixel budget.
 
         This is `number` itself, or an earlier view of the image, if the shown size is the same. Otherwise a new image is
@@ -178,7 +179,7 @@ def run_call(
     """Run a checked call on `registry`, to which it may add images. Return the result and the registry; never raise."""
     try:
         returned = item(ToolContext(registry, settings, state), **copy.deepcopy(call.arguments))  # keeps the record unchanged
-        parts = observation_parts(returned, registry, item.name)
+        parts = observation_parts(returned, registry, item)
         return CallResult(CallStatus.EXECUTED, call.name, call.arguments, parts), registry
     except ToolError as error:
         return invalid(error, call), registry
@@ -186,21 +187,26 @@ def run_call(
         return fault(traceback.format_exc(), call), registry
 
 
-def observation_parts(returned: Any, registry: ImageRegistry, name: str) -> list[str | int]:
+def observation_parts(returned: Any, registry: ImageRegistry, tool: Tool) -> list[str | int]:
     """Return a tool's return value as observation parts, with a line of text that names each image before it.
 
+    An `ImageNumber` shows the image. Another number is text where the tool declares that it returns numbers; otherwise an integer
+    shows the image.
+
     Raises:
-        TypeError: the value is not text, a registered image number, or a list of these.
+        TypeError: the value is not text, a number, a registered image number, or a list of these.
     """
-    items = returned if isinstance(returned, (list, tuple)) else [returned]
+    name, items = tool.name, returned if isinstance(returned, (list, tuple)) else [returned]
     parts: list[str | int] = []
     for item in items:
         if isinstance(item, str):
             parts.append(escape(item))
-        elif type(item) is int:
+        elif isinstance(item, (bool, int, float)) and type(item) is not ImageNumber and tool.returns_numbers:
+            parts.append(json.dumps(item))
+        elif type(item) in (int, ImageNumber):
             if not 1 <= item <= len(registry):
                 raise TypeError(f"tool {name} returned image number {item}, which is not registered")
-            parts += [escape(registry[item].describe()), item]
+            parts += [escape(registry[item].describe()), int(item)]
         elif isinstance(item, Image.Image):
             raise TypeError(f"tool {name} returned a PIL image; return context.show(image, parent=...) instead")
         else:

@@ -4,9 +4,10 @@ import threading
 
 from imagent_jax.config import SandboxConfig
 from imagent_jax.tools.context import ToolContext
+from imagent_jax.tools.decorator import tool
 from imagent_jax.tools.sandbox import Ran, Sandbox, Worker
-from imagent_jax.tools.schema import Tool, tool
-from imagent_jax.types import ToolError
+from imagent_jax.tools.schema import Tool
+from imagent_jax.types import ImageNumber, ToolError
 
 
 class Session:
@@ -44,7 +45,7 @@ def python_tool(settings: SandboxConfig) -> Tool:
     sandbox = Sandbox(settings)
 
     @tool
-    def python(context: ToolContext, code: str) -> list[str | int]:
+    def python(context: ToolContext, code: str) -> list[str | ImageNumber]:
         """Run Python. images[1] is Image 1 (PIL); show(image) shows a PIL image, an RGB array or a file. Variables are kept.
         There are numpy, PIL, cv2 and scipy; no network, threads or processes.
 

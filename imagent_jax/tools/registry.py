@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from PIL import Image
 
 from imagent_jax.images.decode import to_rgb
-from imagent_jax.types import ImageEntry, ToolError
+from imagent_jax.types import ImageEntry, ImageNumber, ToolError
 
 
 class ImageRegistry:
@@ -26,7 +26,7 @@ class ImageRegistry:
         Raises:
             ToolError: no such image; the message names the valid numbers.
         """
-        if type(number) is int and 1 <= number <= len(self._entries):
+        if type(number) in (int, ImageNumber) and 1 <= number <= len(self._entries):
             return self._entries[number - 1]
         valid = {0: "there are no images", 1: "the only image is 1"}
         raise ToolError(f"there is no Image {str(number)[:12]}; " + valid.get(len(self), f"image numbers are 1 to {len(self)}"))
@@ -41,7 +41,7 @@ class ImageRegistry:
         origin: str = "",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-    ) -> int:
+    ) -> ImageNumber:
         """Register an image and return its number.
 
         Args:
@@ -70,7 +70,7 @@ class ImageRegistry:
             box = (left, top, right, bottom)
         rgb = to_rgb(image)
         rgb.load()  # decode once here: tools in several threads only read it
-        number = len(self._entries) + 1
+        number = ImageNumber(len(self._entries) + 1)
         self._entries.append(ImageEntry(number, rgb, (height, width), parent, box, origin, min_pixels, max_pixels))
         return number
 

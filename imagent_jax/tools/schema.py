@@ -1,5 +1,6 @@
-"""The `@tool` decorator, which turns a typed Python function into a tool with a JSON schema, and the check of arguments."""
+"""Tools: functions with a JSON schema, the schemas of Python types, and the check of arguments."""
 
+import asyncio
 import difflib
 import inspect
 import math
@@ -7,7 +8,7 @@ import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from imagent_jax.types import ToolError, quote
 
@@ -18,14 +19,20 @@ _EXPECTED = {"string": "a string", "integer": "an integer", "number": "a number"
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the policy can call, `function(context, **arguments)`, with its name and its schema in OpenAI form."""
+    """A function that the policy can call, `function(context, **arguments)`, with its name and its schema in OpenAI form.
+
+    `returns_numbers`: the numbers that it returns are results to read, not numbers of images to show.
+    """
 
     name: str
     function: Callable[..., Any]
     schema: dict[str, Any]
+    returns_numbers: bool = False
 
     def __call__(self, context: Any, /, **arguments: Any) -> Any:
-        return self.function(context, **arguments)
+        """Call the function; an `async def` function runs to its end."""
+        returned = self.function(context, **arguments)
+        return asyncio.run(returned) if inspect.iscoroutine(returned) else returned
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Check arguments against the schema.
@@ -44,44 +51,6 @@ class Tool:
         for name, value in arguments.items():
             if not matches(properties[name], value):
                 raise ToolError(f"{name} must be {expected(properties[name])}, got {quote(value)}")
-
-
-def tool(function: Callable[..., Any]) -> Tool:
-    """Turn a function into a Tool. Its first parameter receives the ToolContext and is not part of the schema.
-
-    The schema has OpenAI's function form, as Hugging Face's `get_json_schema` makes it and Qwen's chat template prints it.
-    Types: str, int, float, bool, dict, list, list[T], tuple[T, T, ...] of fixed length, Literal, and `T | None`.
-    The docstring's text before "Args:" is the description; its Args entries describe the parameters.
-
-    Raises:
-        ValueError: a parameter lacks a supported type, the docstring is missing, or it describes an unknown parameter.
-    """
-    name = function.__name__
-    parameters = list(inspect.signature(function).parameters.values())
-    if not parameters:
-        raise ValueError(f"tool {name} needs a first parameter for the ToolContext")
-    description, documented = parse_docstring(inspect.getdoc(function) or "")
-    if not description:
-        raise ValueError(f"tool {name} needs a docstring: its first paragraph tells the policy what the tool does")
-    hints = get_type_hints(function)
-    properties: dict[str, Any] = {}
-    required: list[str] = []
-    for parameter in parameters[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise ValueError(f"tool {name}: parameter {parameter.name} must be an ordinary named parameter")
-        if parameter.name not in hints:
-            raise ValueError(f"tool {name}: parameter {parameter.name} needs a type annotation")
-        properties[parameter.name] = type_schema(hints[parameter.name], f"tool {name}: parameter {parameter.name}")
-        if parameter.name in documented:
-            properties[parameter.name]["description"] = documented.pop(parameter.name)
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
-    documented.pop(parameters[0].name, None)
-    if documented:
-        raise ValueError(f"tool {name}: the docstring describes {', '.join(documented)}, which is not a parameter")
-    schema = {"type": "object", "properties": properties, "required": required}
-    body = {"name": name, "description": description, "parameters": schema}
-    return Tool(name, function, {"type": "function", "function": body})
 
 
 def type_schema(hint: Any, where: str) -> dict[str, Any]:
@@ -153,7 +122,7 @@ def expected(schema: dict[str, Any]) -> str:
 
 def nearest(name: str, names: Any) -> str | None:
     """Return the name most similar to `name`, or None if none is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5)
     return close[0] if close else None
 
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 from imagent_jax.tools.context import ToolContext
-from imagent_jax.tools.schema import Tool, tool
-from imagent_jax.types import ImageEntry, ToolError
+from imagent_jax.tools.decorator import tool
+from imagent_jax.tools.schema import Tool
+from imagent_jax.types import ImageEntry, ImageNumber, ToolError
 
 
 @tool
-def visual_reflection(context: ToolContext, images: list[int], resolution: Literal["low", "high"] = "low") -> list[int]:
+def visual_reflection(context: ToolContext, images: list[int], resolution: Literal["low", "high"] = "low") -> list[ImageNumber]:
     """Show images again.
 
     Args:
@@ -22,7 +23,7 @@ def visual_reflection(context: ToolContext, images: list[int], resolution: Liter
         raise ToolError("images must name each image once")
     settings = context.settings
     budget = settings.high_pixels if resolution == "high" else settings.low_pixels
-    shown: list[int] = []
+    shown: list[ImageNumber] = []
     for number in images:
         least = context.registry[number].min_pixels or settings.patch_factor**2
         shown.append(context.show_again(number, min(least, budget), budget))
@@ -32,7 +33,7 @@ def visual_reflection(context: ToolContext, images: list[int], resolution: Liter
 @tool
 def visual_confirmation(
     context: ToolContext, image: int, bbox_2d: tuple[float, float, float, float], label: str = ""
-) -> list[int]:
+) -> list[ImageNumber]:
     """Crop and enlarge.
 
     Args:

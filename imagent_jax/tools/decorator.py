@@ -1,0 +1,99 @@
+"""The `@tool` decorator, which turns a typed Python function into a tool."""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from imagent_jax.tools.context import ToolContext
+from imagent_jax.tools.schema import Tool, parse_docstring, type_schema
+from imagent_jax.types import ImageNumber
+
+
+def tool(function: Callable[..., Any]) -> Tool:
+    """Turn a function into a Tool. Its first parameter receives the ToolContext and is not part of the schema.
+
+    The schema has OpenAI's function form, as Hugging Face's `get_json_schema` makes it and Qwen's chat template prints it.
+    Types: str, int, float, bool, dict, list, list[T], tuple[T, T, ...] of fixed length, Literal, and `T | None`.
+    The docstring's text before "Args:" is the description; its Args entries describe the parameters.
+
+    The function may be `async def`. It returns text, numbers from `context.show`, or a list of these. The declared return type
+    says what another number means: `int`, `float` and `bool` are results that the policy reads; `ImageNumber`, or no declared
+    type, is the number of an image to show.
+
+    Raises:
+        ValueError: the first parameter or the return type can never work, a parameter lacks a supported type, the docstring is
+            missing, or it describes an unknown parameter.
+    """
+    name = function.__name__
+    parameters = list(inspect.signature(function).parameters.values())
+    hints = _hints(function, name)
+    _check_context(parameters, hints, name)
+    description, documented = parse_docstring(inspect.getdoc(function) or "")
+    if not description:
+        raise ValueError(f"tool {name} needs a docstring: its first paragraph tells the policy what the tool does")
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for parameter in parameters[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise ValueError(f"tool {name}: parameter {parameter.name} must be an ordinary named parameter")
+        if parameter.name not in hints:
+            raise ValueError(f"tool {name}: parameter {parameter.name} needs a type annotation")
+        properties[parameter.name] = type_schema(hints[parameter.name], f"tool {name}: parameter {parameter.name}")
+        if parameter.name in documented:
+            properties[parameter.name]["description"] = documented.pop(parameter.name)
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
+    documented.pop(parameters[0].name, None)
+    if documented:
+        raise ValueError(f"tool {name}: the docstring describes {', '.join(documented)}, which is not a parameter")
+    schema = {"type": "object", "properties": properties, "required": required}
+    body = {"name": name, "description": description, "parameters": schema}
+    return Tool(name, function, {"type": "function", "function": body}, _returns_numbers(function, hints, name))
+
+
+def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except NameError as error:
+        raise ValueError(f"tool {name}: an annotation cannot be read ({error}); import what it names") from error
+
+
+def _check_context(parameters: list[inspect.Parameter], hints: dict[str, Any], name: str) -> None:
+    if not parameters:
+        raise ValueError(f"tool {name} needs a first parameter for the ToolContext")
+    first = parameters[0]
+    by_position = first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+    if not by_position or not any(_fits(leaf, ToolContext) for leaf in _leaves(hints.get(first.name, Any))):
+        raise ValueError(f"tool {name}: its first parameter receives the ToolContext, which ({first}) cannot; put one before it")
+
+
+def _returns_numbers(function: Callable[..., Any], hints: dict[str, Any], name: str) -> bool:
+    """Return whether numbers of the declared return type are results, not images.
+
+    Raises:
+        ValueError: nothing of the declared type can be shown to a policy.
+    """
+    leaves = list(_leaves(hints.get("return", Any)))
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ValueError(f"tool {name} yields; return a list")
+    if not any(_fits(leaf, str, int, float, list, tuple) for leaf in leaves):
+        raise ValueError(f"tool {name} returns {hints['return']}; return text, numbers, context.show(image), or a list of them")
+    return ImageNumber not in leaves and any(leaf in (int, float, bool) for leaf in leaves)
+
+
+def _fits(hint: Any, *types: type) -> bool:
+    """Return whether a value of one of `types` may have the type `hint`, as far as classes say it."""
+    if not isinstance(hint, type) or hint in (Any, object) or getattr(hint, "_is_protocol", False):
+        return True
+    return any(issubclass(hint, kind) or issubclass(kind, hint) for kind in types)
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    """Yield the types that a hint is made of: `list[str | int]` has str and int."""
+    if get_origin(hint) is Literal:
+        yield from map(type, get_args(hint))
+    elif get_args(hint):
+        yield from itertools.chain.from_iterable(map(_leaves, get_args(hint)))
+    else:
+        yield hint
