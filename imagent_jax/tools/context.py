@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from imagent_jax.chat import Call, escape
+from imagent_jax.chat import Call
 from imagent_jax.images.prepare import fit_budget
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.registry import ImageRegistry
@@ -157,11 +157,11 @@ def observation_parts(returned: Any, registry: ImageRegistry, name: str) -> list
     parts: list[str | int] = []
     for item in items:
         if isinstance(item, str):
-            parts.append(escape(item))
+            parts.append(item)
         elif type(item) is int:
             if not 1 <= item <= len(registry):
                 raise TypeError(f"tool {name} returned image number {item}, which is not registered")
-            parts += [escape(registry[item].describe()), item]
+            parts += [registry[item].describe(), item]
         elif isinstance(item, Image.Image):
             raise TypeError(f"tool {name} returned a PIL image; return context.show(image, parent=...) instead")
         else:
