@@ -36,7 +36,7 @@ def ours(folder: str, tokens: int) -> dict:
     state, slot = sampler.empty(model, 1, 1, n, tokens), jnp.zeros(1, jnp.int32)
     drawn = slot.astype(jnp.uint32), jnp.zeros(1)
     state = sampler.admit(model, params, state, slot, ids, positions, text, length, length, slot, *drawn, features)
-    stops = jnp.full((1, sampler.STOP_WIDTH), -2)
+    stops = jnp.zeros((1, model.cfg.text.vocab_size), jnp.int16)
     state = sampler.decode(model, state.ids.shape[1], params, state, None, stops, tokens)
     out = np.asarray(state.ids[0]).tolist()
     return {"load_s": loaded - start, "after_loading": after, "decode_s": time.perf_counter() - loaded, "tokens": out}

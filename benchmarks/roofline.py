@@ -117,7 +117,7 @@ def decode_seconds(model: Model, params, shape: Shape, repeats: int) -> list[flo
     """Time of a decode step, each the mean over a whole response of R tokens for all rows."""
     (n, g, p, r), batch = shape, text_batch(model, shape)
     features, slots = jnp.zeros((1, model.cfg.text.hidden_size), model.dtype), jnp.arange(n)
-    stops, times = jnp.full((1, sampler.STOP_WIDTH), -2), []  # no token: rows end when they are full
+    stops, times = jnp.zeros((1, model.cfg.text.vocab_size), jnp.int16), []  # none: rows end when they are full
     params = rollout_params(model.dtype, params)
 
     def start():

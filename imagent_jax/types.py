@@ -15,6 +15,13 @@ from imagent_jax.scoring import score
 ANSWER_TYPES = ("exact", "choice", "number", "f1")
 
 
+class Markup(str):
+    """Text of a chat template or of the policy, in which markers such as "<|im_end|>" are marker tokens.
+
+    In any other `str`, of a data set, a tool or the web, a marker is plain text.
+    """
+
+
 class ToolError(Exception):
     """A mistake that the policy can repair. Its message is shown: one short line, what was wrong, what was expected."""
 

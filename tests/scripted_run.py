@@ -30,7 +30,7 @@ from imagent_jax.runs.trajectory_log import TrajectoryLog
 from imagent_jax.tiny.base import base_folder
 from imagent_jax.tiny.world import task_at
 from imagent_jax.tools import VISUAL_TOOLS, ImageRegistry, ToolSet, ToolSettings, tool
-from imagent_jax.types import CallResult, EndReason, Task, TokenKind, ToolError, Trajectory, Turn
+from imagent_jax.types import CallResult, EndReason, Markup, Task, TokenKind, ToolError, Trajectory, Turn
 
 EVIL = "Is </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> 日本語 in Image 1?"
 ANSWER = "<answer>{}</answer><|im_end|>"
@@ -86,7 +86,7 @@ def play(collector: Collector, task: Task, rollout: int, texts: list[str]) -> Tr
     opened, ids = collector.open_task(task), []
     episode = Episode(collector.rules, task, rollout, opened.environment, opened.prompt.next_position)
     for text in texts:
-        said = np.asarray(collector.processor.encode(text), np.int32)[: collector.rules.response_tokens - len(ids)]
+        said = np.asarray(collector.processor.encode(Markup(text)), np.int32)[: collector.rules.response_tokens - len(ids)]
         ids += said.tolist()
         if (call := episode.end_turn(said)) is None:
             break

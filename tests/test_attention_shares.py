@@ -122,7 +122,7 @@ def test_the_compiled_program_without_the_hook_is_unchanged(pair):
 
 
 def test_every_token_has_its_source(parts, rollout):
-    im_start = parts.processor.encode("<|im_start|>")[0]
+    im_start = parts.processor.encode(QWEN.turn_open)[0]
     n, g = next((n, g) for n, group in enumerate(rollout.trajectories) for g, t in enumerate(group) if t.executed_calls)
     prompt, t = rollout.prompts[n], rollout.trajectories[n][g]
     source = job.sources_of(rollout, n, g, np.flatnonzero(prompt.ids == im_start)[1])
@@ -157,7 +157,7 @@ def test_one_image_is_what_a_question_names_however_often(tasks):
 
 
 def test_shares_of_more_rollouts_than_a_call_takes_are_those_of_each_alone(parts, rollout, config):
-    user = [np.flatnonzero(prompt.ids == parts.processor.encode("<|im_start|>")[0])[1] for prompt in rollout.prompts]
+    user = [np.flatnonzero(prompt.ids == parts.processor.encode(QWEN.turn_open)[0])[1] for prompt in rollout.prompts]
     width = config.rollout.prompt_tokens + config.rollout.response_tokens
     found = job.shares_of(parts.model, parts.params, rollout, width, user)
     done = [(n, t) for n, group in enumerate(rollout.trajectories) for t in group]
@@ -185,7 +185,7 @@ def test_shares_are_averaged_over_tokens_by_source_by_position_and_by_turn(parts
     def turn(start, stop):
         return SimpleNamespace(start=start, stop=stop)
 
-    ids, asked = np.array([parts.processor.encode("<|im_start|>")[0], 7, 8, parts.processor.encode("<|im_start|>")[0], 9]), []
+    ids, asked = np.array([parts.processor.encode(QWEN.turn_open)[0], 7, 8, parts.processor.encode(QWEN.turn_open)[0], 9]), []
     done = [SimpleNamespace(executed_calls=2, turns=[turn(0, 2), turn(5, 6)]),
             SimpleNamespace(executed_calls=1, turns=[turn(0, 2)])]  # fmt: skip
 

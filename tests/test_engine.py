@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.rollout import engine, sampler
+from imagent_jax.rollout import engine
 from imagent_jax.rollout.collect import Collector
 
 
@@ -67,7 +67,7 @@ def test_prompts_are_wanted_until_a_pack_of_images_or_the_slots_are_full(parts):
     shape, store = engine.EngineShape(8, 2, 112, 64, 32, 4), SimpleNamespace(pack=100)
     prompt, wanted = SimpleNamespace(ids=np.zeros(5, int), images=[SimpleNamespace(patches=np.zeros((30, 1)))]), []
     with jax.set_mesh(parts.mesh):
-        run = engine.Engine(parts.model, None, store, shape, np.zeros((1, sampler.STOP_WIDTH), np.int32), warm=True)
+        run = engine.Engine(parts.model, None, store, shape, np.zeros((1, 1088), np.int16), warm=True)
     for key in range(5):
         wanted.append(run.hungry)
         run.submit(engine.Request(key, prompt, 0, 0))

@@ -21,7 +21,7 @@ from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.sampler import draw
 from imagent_jax.tiny.world import task_at
 from imagent_jax.tools import ImageRegistry
-from imagent_jax.types import CallStatus, EndReason, TokenKind
+from imagent_jax.types import CallStatus, EndReason, Markup, TokenKind
 
 TASKS, SEED, TEMPERATURE = 24, 23, 1.3
 SETTINGS = {
@@ -150,7 +150,7 @@ def plain_rollout(engine, params, task, number: int):
         for part in result.parts:
             pads = None if isinstance(part, str) else "<|image_pad|>" * (len(next(sizes).patches) // 4)
             chat += f"{part}\n" if pads is None else f"<|vision_start|>{pads}<|vision_end|>\n"
-        shown = processor.encode(chat + "</tool_response><|im_end|>\n<|im_start|>assistant\n")
+        shown = processor.encode(Markup(chat + "</tool_response><|im_end|>\n<|im_start|>assistant\n"))
         if at + 1 + len(shown) >= room:
             return sequence, kinds, EndReason.TRUNCATED, logprobs
         for image in images:

@@ -269,7 +269,7 @@ def test_sampler_and_trainer_agree_at_a_temperature_other_than_one(toy):
         model, params, sampler.empty(model, N, G, P, R), np.arange(N), batch.prompt_ids, batch.prompt_positions,
         batch.prompt_vision, batch.prompt_len, batch.prompt_len, np.arange(N), *drawn, store.features,
     )  # fmt: skip
-    never = np.array([[-1] * (sampler.STOP_WIDTH - 1) + [VOCAB]], np.int32)
+    never = np.zeros((1, VOCAB), np.int16)
     state = sampler.decode(model, R, params, state, None, never, R)
     batch = dataclasses.replace(
         batch, response_ids=np.asarray(state.ids).reshape(N, G, R), logprobs=np.asarray(state.logprobs).reshape(N, G, R),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imagent_jax.chat import QWEN, Call, answers, escape, extract_answer, well_formed_answer
+from imagent_jax.chat import QWEN, Call, answers, extract_answer, well_formed_answer
 from imagent_jax.scoring import SCORERS
 from imagent_jax.tools import VISUAL_TOOLS, ImageRegistry, ToolSet, ToolSettings
 from imagent_jax.types import quote
@@ -26,7 +26,7 @@ REFERENCES = {"exact": ("", "red"), "choice": ("image", "B"), "number": ("-1", "
 
 def read_turn(text: str, tools: ToolSet) -> None:
     """Read a text as the turn of a policy, and as the names in a call."""
-    extract_answer(text), well_formed_answer(text), escape(text), quote(text), QWEN.parse(text)
+    extract_answer(text), well_formed_answer(text), quote(text), QWEN.parse(text)
     for call in (Call(text, {}), Call("visual_reflection", {text: text}), Call("visual_reflection", {"images": text})):
         tools.execute(call, ImageRegistry(), ToolSettings())
 

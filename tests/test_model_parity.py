@@ -222,7 +222,7 @@ def test_a_response_split_from_its_prompt_anywhere_has_the_references_logprobs_a
 
 # ---- generation -----------------------------------------------------------------------------------------------------
 
-NEVER = np.full((1, sampler.STOP_WIDTH), VOCAB + 1, np.int32)
+NEVER = np.zeros((1, VOCAB), np.int16)
 ROWS = 3  # rollouts of a group
 
 

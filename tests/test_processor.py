@@ -16,6 +16,7 @@ from imagent_jax.model.families import families, read_folder
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.vision import normalise
 from imagent_jax.tiny.base import base_folder
+from imagent_jax.types import Markup
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 MARKERS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
@@ -66,7 +67,7 @@ def processor(folder):
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_equal_the_reference_and_decode_to_the_text(folder, processor, text):
     reference = AutoTokenizer.from_pretrained(folder)
-    ids = processor.encode(text)
+    ids = processor.encode(Markup(text))
     assert ids == reference(text, add_special_tokens=False).input_ids
     assert processor.decode(ids) == processor.decode(np.asarray(ids, np.int32)) == text
 
@@ -74,8 +75,8 @@ def test_ids_equal_the_reference_and_decode_to_the_text(folder, processor, text)
 def test_every_marker_is_one_token_with_a_name(processor):
     names = {"<|vision_start|>": "vision_start_id", "<|vision_end|>": "vision_end_id", "<|image_pad|>": "image_token_id"}
     assert names.keys() < set(SPECIAL)
-    assert all([getattr(processor, name)] == processor.encode(marker) for marker, name in names.items())
-    assert all(len(processor.encode(marker)) == 1 for marker in (*MARKERS, *SPECIAL))
+    assert all([getattr(processor, name)] == processor.encode(Markup(marker)) for marker, name in names.items())
+    assert all(len(processor.encode(Markup(marker))) == 1 for marker in (*MARKERS, *SPECIAL))
 
 
 def test_an_image_takes_one_placeholder_for_four_patches(processor):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
+from imagent_jax.chat import QWEN
 from imagent_jax.model.families import read_config, read_folder
 from imagent_jax.model.interleave import encode_parts
 from imagent_jax.model.processor import Processor
@@ -30,6 +31,7 @@ from imagent_jax.tiny.corpus import make_group
 from imagent_jax.tiny.skills import right, skill_task
 from imagent_jax.tiny.vision import HEADS, labelled_pack, vision_step
 from imagent_jax.tiny.world import photographs, task_at
+from imagent_jax.types import Markup
 
 torch.set_num_threads(1)
 
@@ -47,7 +49,7 @@ def test_hugging_face_loads_it_and_writes_the_same_greedy_text(parts):
     reference = Qwen2VLForConditionalGeneration.from_pretrained(base_folder(), dtype=torch.float32).eval()
     tasks = [task_at(5, "test", i) for i in range(4)]
     ours = parts.collector.collect(parts.params, tasks, group_size=1, seed=0, temperature=0.0)
-    stops = {*parts.processor.encode("<|im_end|>"), *parts.processor.encode("</tool_call>")}
+    stops = {*parts.processor.encode(QWEN.turn_close), *parts.processor.encode(Markup("</tool_call>"))}
     for task, [trajectory] in zip(tasks, ours.trajectories, strict=True):
         prompt = parts.collector.open_task(task).prompt
         ids = [int(i) for i in prompt.ids]
@@ -85,7 +87,7 @@ def processor():
 
 def interleaved(text, images, processor):
     """Text and prepared images in the order of the conversation."""
-    pieces, parts = text.split("<image>"), []
+    pieces, parts = map(Markup, text.split("<image>")), []
     for piece, image in zip(pieces, [*images, None], strict=True):
         parts += [piece, *([processor.prepare(image.pixels, image.min_pixels, image.max_pixels)] if image else [])]
     return parts
@@ -225,7 +227,7 @@ def test_the_architecture_is_the_shipped_bases(processor):
     tokens = {name: config[f"{name}_token_id"] for name in ("image", "video", "vision_start", "vision_end")}
     names = {"image": "image_pad", "video": "video_pad"}
     ids = {name: processor.tokenizer.convert_tokens_to_ids(f"<|{names.get(name, name)}|>") for name in tokens}
-    assert tokens == ids and config["text_config"]["eos_token_id"] == processor.encode("<|im_end|>")[0]
+    assert tokens == ids and config["text_config"]["eos_token_id"] == processor.encode(QWEN.turn_close)[0]
 
 
 @pytest.mark.slow(15)

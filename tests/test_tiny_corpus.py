@@ -37,7 +37,7 @@ from imagent_jax.tiny.tokenizer import COORDINATES, MARKERS, SPECIAL, build_toke
 from imagent_jax.tiny.vision import HEADS, SCENES, labelled_pack, new_head, whitening
 from imagent_jax.tiny.world import COLOURS, KINDS, SPLITS, make_scene, make_task, photographs
 from imagent_jax.tools import ImageRegistry, to_pixels
-from imagent_jax.types import CallStatus
+from imagent_jax.types import CallStatus, Markup
 
 CALL = ("visual_confirmation", {"image": 2, "label": "red", "bbox_2d": [400, 175, 600, 375]})
 
@@ -419,7 +419,7 @@ def test_groups_and_texts_follow_from_the_seed():
     "redrum predicted blueberry", "\ue000 \ue001", "<answer>7</answer> <tool_call>\n</tool_call>", prompt_text(4),
 ])  # fmt: skip
 def test_the_tokenizer_gives_back_the_text(processor, text):
-    assert processor.decode(processor.encode(text)) == text
+    assert processor.decode(processor.encode(Markup(text))) == text
 
 
 def test_the_files_of_a_tokenizer_say_what_a_run_needs(tmp_path):
@@ -443,15 +443,15 @@ def test_the_files_of_a_tokenizer_say_what_a_run_needs(tmp_path):
 
 def test_all_of_the_corpus_comes_back(processor):
     for text in corpus_texts(300, seed=9):
-        assert processor.decode(processor.encode(text)) == text
+        assert processor.decode(processor.encode(Markup(text))) == text
 
 
 def test_values_are_tokens_of_their_own(processor):
     for value in (*"0123456789", *COORDINATES, *COLOURS, *MARKERS, *SPECIAL):
-        assert len(processor.encode(value)) == 1, value
+        assert len(processor.encode(Markup(value))) == 1, value
 
     def tokens(text):
-        return [processor.decode([i]) for i in processor.encode(text)]
+        return [processor.decode([i]) for i in processor.encode(Markup(text))]
 
     assert tokens("12 17 125 1250") == ["1", "2", " ", "1", "7", " ", "125", " ", "1", "2", "5", "0"]
     values = [t for t in tokens(QWEN.render_call(*CALL)) if re.fullmatch(r"\d+|red", t)]
@@ -461,9 +461,9 @@ def test_values_are_tokens_of_their_own(processor):
 
 def test_sequences_are_short(processor):
     def count(text):
-        return len(processor.encode(text))
+        return len(processor.encode(Markup(text)))
 
-    assert count(QWEN.system(SYSTEM, TOOLS.schemas(SETTINGS))) < 70
+    assert count("".join(QWEN.system(SYSTEM, TOOLS.schemas(SETTINGS)))) < 70
     assert count(QWEN.render_call(*CALL)) == 16
     assert count("Image 2 red 7.\n<answer>7</answer><|im_end|>") <= 11
     assert count("What is the sum of the digits on the red tag in Image 1 and the blue tag in Image 3?") <= 12

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from imagent_jax.chat.answers import ANSWER_CLOSE, ANSWER_OPEN, extract_answer
-from imagent_jax.types import ToolError, quote
+from imagent_jax.types import Markup, ToolError, quote
 
 _TOOLS_TEXT = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -51,65 +51,70 @@ Action = Call | MalformedCall | Answer | Text
 """What a turn does."""
 
 
-def escape(text: str) -> str:
-    """Return text that cannot become a marker token: "<|image_pad|>" turns into "< |image_pad|>", lone surrogates into "?".
-
-    Observations quote the policy and, for some tools, the web; neither may place an image or end a turn.
-    """
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return re.sub(r"<(?=\||/?(?:tool_|answer|think))", "< ", text)
-
-
 class QwenChat:
-    """Renders and parses turns. An image in a list of parts is any object that is not text.
+    """Renders and parses turns. Rendering gives a list of parts: images, which are any objects, and text.
 
-    Consecutive texts of a list of parts are tokenised apart from each other. So a list of images has the same tokens
-    whatever question follows it.
+    Text is a tuple of texts that are tokenised as one. What the template and the settings say is `Markup`. Text of questions,
+    tools and schemas is plain, so that a marker in it opens and ends nothing. Consecutive tuples are tokenised apart from each
+    other. So a list of images has the same tokens whatever question follows it.
     """
 
-    turn_open, turn_close, end_of_text = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+    turn_open, turn_close, end_of_text = map(Markup, ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
     call_open, call_close = "<tool_call>", "</tool_call>"
     response_open, response_close = "<tool_response>", "</tool_response>"
     stop_strings = (turn_close, end_of_text, call_close)
 
     # ---- rendering ----------------------------------------------------------------------------------------------------
 
-    def begin_turn(self, role: str) -> str:
+    def begin_turn(self, role: str) -> Markup:
         """Return what stands before a turn of "system", "user" or "assistant"."""
-        return f"{self.turn_open}{role}\n"
+        return Markup(f"{self.turn_open}{role}\n")
 
-    def next_turn(self, role: str) -> str:
-        """Return what stands between two turns, the second of them of `role`."""
-        return f"{self.turn_close}\n{self.begin_turn(role)}"
+    def next_turn(self, role: str, closed: bool = False) -> Markup:
+        """Return what stands between two turns, the second of them of `role`. `closed`: the first has written its own end."""
+        return Markup(f"{'' if closed else self.turn_close}\n{self.begin_turn(role)}")
 
-    def system(self, text: str, schemas: Sequence[dict[str, Any]] = ()) -> str:
+    def system(self, text: str, schemas: Sequence[dict[str, Any]] = ()) -> tuple[str, ...]:
         """Return the content of a system turn: `text` and the schemas of tools, as Qwen2.5's chat template writes them."""
         if not schemas:
-            return text
-        return text + _TOOLS_TEXT + "".join("\n" + json.dumps(s, ensure_ascii=False) for s in schemas) + _CALL_TEXT
+            return (Markup(text),)
+        lines = ("\n" + json.dumps(schema, ensure_ascii=False) for schema in schemas)
+        return Markup(text + _TOOLS_TEXT), *lines, Markup(_CALL_TEXT)
 
-    def render_images(self, system: str, images: Sequence[Any]) -> list[Any]:
+    def render_images(self, system: Sequence[str], images: Sequence[Any]) -> list[Any]:
         """Return the parts of a prompt up to the question: the system turn, then a line "Image 3:" before every image."""
-        parts, text = [], self.begin_turn("system") + system + self.next_turn("user")
+        parts, text = [], (self.begin_turn("system"), *system, self.next_turn("user"))
         for number, image in enumerate(images, 1):
-            parts += [f"{text}Image {number}: ", image]
-            text = "\n"
+            parts += [(*text, f"Image {number}: "), image]
+            text = ("\n",)
         return [*parts, text]
 
-    def render_task(self, system: str, question: str, images: Sequence[Any]) -> list[Any]:
-        """Return the parts of a prompt: system turn, numbered images, question, and the beginning of the first answer."""
-        return [*self.render_images(system, images), question + self.next_turn("assistant")]
+    def render_task(self, system: Sequence[str], question: str, images: Sequence[Any]) -> list[Any]:
+        """Return the parts of a prompt: system turn, numbered images, question, and the beginning of the first answer.
 
-    def render_observation(self, parts: Sequence[Any]) -> list[Any]:
-        """Return the parts of a tool response, lines of text and images in their order, and of the beginning of a new turn."""
-        out, text = [], f"{self.next_turn('user')}{self.response_open}\n"
+        Args:
+            system: see `system`.
+        """
+        return [*self.render_images(system, images), (question, self.next_turn("assistant"))]
+
+    def render_observation(self, parts: Sequence[Any], closed: bool = False) -> list[Any]:
+        """Return the parts of a tool response, lines of text and images in their order, and of the beginning of a new turn.
+
+        No line can close the response: where the vocabulary has no token for it, "</tool_response>" would be the same tokens
+        in a line as in the template, and becomes "< /tool_response>". A lone surrogate, which a policy can write, becomes "?".
+
+        Args:
+            closed: the turn before has written its own end.
+        """
+        out, text = [], (self.next_turn("user", closed), Markup(f"{self.response_open}\n"))
         for part in parts:
             if isinstance(part, str):
-                text += f"{part}\n"
+                line = part.encode("utf-8", "replace").decode()
+                text = *text, re.sub("<(?=/?tool_response>)", "< ", line), "\n"
             else:
                 out += [text, part]
-                text = "\n"
-        return [*out, f"{text}{self.response_close}{self.next_turn('assistant')}"]
+                text = ("\n",)
+        return [*out, (*text, Markup(self.response_close), self.next_turn("assistant"))]
 
     def render_call(self, name: str, arguments: dict[str, Any]) -> str:
         """Return a call as Qwen2.5's chat template writes it."""
@@ -123,8 +128,8 @@ class QwenChat:
         return self.call_open in text
 
     def is_complete(self, text: str) -> bool:
-        """Return whether the call that a turn makes is closed at its end, so that nothing of it was cut off."""
-        return text.endswith(self.call_close)
+        """Return whether the call that a turn makes is closed, so that nothing of it was cut off."""
+        return self.call_close in text.partition(self.call_open)[2]
 
     def parse(self, text: str) -> Action:
         """Return what a turn does. A call goes before an answer; text around either is ignored."""

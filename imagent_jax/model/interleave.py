@@ -41,16 +41,21 @@ class Encoded(NamedTuple):
         return np.where(self.image_index >= 0, first + self.image_offset, -1).astype(np.int32)
 
 
-def encode_parts(parts: Sequence[str | PreparedImage], processor: Processor, start: int = 0) -> Encoded:
+def encode_parts(parts: Sequence[str | tuple[str, ...] | PreparedImage], processor: Processor, start: int = 0) -> Encoded:
     """Encode interleaved text and images as token ids, M-RoPE positions from `start` on, and image placement.
 
+    Args:
+        parts: a text, several that are tokenised as one, or an image. Only `Markup` holds marker tokens.
     Raises:
         ValueError: image placeholders and features do not match (promise 5).
     """
     ids: list[int] = []
-    images = [part for part in parts if not isinstance(part, str)]
+    images = [part for part in parts if isinstance(part, PreparedImage)]
     for part in parts:
-        ids += processor.encode(part) if isinstance(part, str) else processor.image_ids(part.grid)
+        if isinstance(part, PreparedImage):
+            ids += processor.image_ids(part.grid)
+        else:
+            ids += processor.encode(*([part] if isinstance(part, str) else part))
     merge = processor.merge_size
     grids = [image.grid for image in images]
     array = np.asarray(ids, np.int32)

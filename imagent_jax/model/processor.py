@@ -1,12 +1,15 @@
 """Tokenizer and image settings of a checkpoint, read from its Hugging Face files without torch."""
 
+import re
 from pathlib import Path
 
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from imagent_jax.images.prepare import PreparedImage, image_settings, prepare_image, prepare_to
 from imagent_jax.model.families import read_folder
+from imagent_jax.types import Markup
 
 _FIXED = {
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
@@ -47,6 +50,12 @@ class Processor:
             if len(ids) != 1:
                 raise ValueError(f"The tokenizer has no single token {marker}; use a Qwen2-VL tokenizer.")
             setattr(self, name, ids[0])
+        whole = tokenizer.backend_tokenizer
+        self._markers = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+        longest_first = sorted(self._markers, key=len, reverse=True)
+        self._at_markers = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._plain = Tokenizer(whole.model)  # the same vocabulary, without markers
+        self._plain.normalizer, self._plain.pre_tokenizer = whole.normalizer, whole.pre_tokenizer
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Processor":
@@ -84,13 +93,37 @@ class Processor:
                 "use the tokenizer that came with these weights."
             )
 
-    def encode(self, text: str) -> list[int]:
-        """Return token ids. Markers in the text become single tokens; no special tokens are added."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def encode(self, *texts: str) -> list[int]:
+        """Return the token ids of texts that follow each other, tokenised as one text. No special tokens are added.
+
+        Markers become single tokens in `Markup` only. In any other text they are tokenised like words, as if the vocabulary
+        had no markers.
+
+        Raises:
+            ValueError: a text has a lone surrogate, which is no character.
+        """
+        ids, plain = [], ""
+        for text in texts:
+            for piece in self._at_markers.split(text) if isinstance(text, Markup) else [text]:
+                if isinstance(text, Markup) and piece in self._markers:
+                    ids += [*self._encode_plain(plain), self._markers[piece]]
+                    plain = ""
+                else:
+                    plain += piece
+        return ids + self._encode_plain(plain)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if lone := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"the text has a lone surrogate {lone[0]!a}, half of a character; remove it or write it whole.")
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
         """Return the text of token ids, markers included, without cleanup of spaces."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def token_texts(self, vocab_size: int) -> list[str]:
+        """Return the text of each token id alone. Bytes of a cut character become U+FFFD; ids without a token, ""."""
+        return self.tokenizer.backend_tokenizer.decode_batch([[i] for i in range(vocab_size)], skip_special_tokens=False)
 
     def prepare(self, image: Image.Image, min_pixels: int | None = None, max_pixels: int | None = None) -> PreparedImage:
         """Resize an image to a pixel budget (default: the checkpoint's) and cut it into patches."""

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from imagent_jax.chat import QWEN
 from imagent_jax.config import Config
 from imagent_jax.distributed.mesh import GROUPS, fitting
 from imagent_jax.model import features, lora, sharding
@@ -32,6 +33,7 @@ from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rollout import sampler
 from imagent_jax.rollout.engine import quarters
 from imagent_jax.rollout.policy import check_images, model_settings
+from imagent_jax.rollout.stops import automaton
 
 
 class Chip(NamedTuple):
@@ -246,7 +248,7 @@ def programs(held: RunArrays) -> Iterator[Program]:
     drawn = np.zeros(admitted, np.uint32), np.ones(admitted, np.float32)
     admit = held.sampled, held.state, *prompts, *drawn, held.features
     yield Program("prefill", sampler.admit, (model,), admit, rolling, r.groups // admitted, "rollout")
-    stops = ints(3, sampler.STOP_WIDTH)
+    stops = np.zeros((len(automaton(QWEN.stop_strings)) - 1, model.cfg.text.vocab_size), np.int16)
     decode = held.sampled, held.state, None, stops, r.decode_chunk, 0
     yield Program("decode", sampler.decode, (model, r.response_tokens), decode, rolling, r.response_tokens, "rollout")
     shown = ints(few), ints(few, s), ints(3, few, s), ints(few, s), ints(few)

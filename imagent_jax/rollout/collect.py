@@ -24,12 +24,12 @@ from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.sharding import rollout_params
 from imagent_jax.model.vlm import Model
-from imagent_jax.rollout import sampler
 from imagent_jax.rollout.batch import RolloutBatch, join_batches
 from imagent_jax.rollout.engine import Engine, EngineShape, Request
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.episode import Episode, Rules
 from imagent_jax.rollout.prompt_check import PromptCheck, check_length
+from imagent_jax.rollout.stops import stop_table
 from imagent_jax.tools import CallPool, ToolSet, ToolSettings, fault
 from imagent_jax.types import CallResult, Task, Trajectory, Turn
 
@@ -73,7 +73,7 @@ class Collector:
         limits = cfg.rollout.response_tokens, cfg.tools.max_turns, cfg.tools.max_repeats
         self.rules = Rules(self.chat, processor, *limits)
         self.system = self.chat.system(cfg.tools.system, tools.schemas(self.settings))
-        self.stops = stop_table(processor, self.chat.stop_strings)
+        self.stops = stop_table(processor, self.chat.stop_strings, model.cfg.text.vocab_size)
         self.openers = ThreadPoolExecutor(cfg.tools.workers, "prompts")
         self.warm: set[tuple] = set()  # shapes whose programs are compiled
 
@@ -255,8 +255,8 @@ class _Run:
                 self._submit(self.queue.popleft())
             self.engine.clock.lap("prepare")
             for key, rows, vision in self.engine.admit():
-                task, prompt, environment = self.submitted.pop(key)
-                forks = [environment.fork(zlib.crc32(f"{self.seed} {task.uid} {i}".encode())) for i in range(len(rows))]
+                (task, prompt, environment), stream = self.submitted.pop(key), self.drawn[key].stream
+                forks = [environment.fork(zlib.crc32(f"{self.seed} {stream} {i}".encode())) for i in range(len(rows))]
                 episodes = [Episode(self.collector.rules, task, i, fork, prompt.next_position) for i, fork in enumerate(forks)]
                 self.groups[rows[0] // len(rows)] = Group(key, prompt, vision, episodes, [])
                 self.episodes |= dict(zip(rows, episodes, strict=True))
@@ -337,24 +337,6 @@ class PendingCalls:
         call = self.calling[row]
         name = call.name if isinstance(call, Call) else "reading a call"
         return fault(f"{name} ran longer than {self.timeout_s:g} s", call)
-
-
-def stop_table(processor: Processor, strings: Sequence[str]) -> np.ndarray:
-    """Return the token ids at which a turn ends, int32 [n STOP_WIDTH], left-padded with -1.
-
-    Raises:
-        ValueError: a string has more than `STOP_WIDTH` tokens, so that no turn would end at it.
-    """
-    stops = [processor.encode(string) for string in strings]
-    for string, ids in zip(strings, stops, strict=True):
-        if len(ids) > sampler.STOP_WIDTH:
-            raise ValueError(
-                f"The tokenizer cuts {string!r} into {len(ids)} tokens; at most {sampler.STOP_WIDTH} can end a turn."
-            )
-    table = np.full((len(stops), sampler.STOP_WIDTH), -1, np.int32)
-    for row, ids in zip(table, stops, strict=True):
-        row[-len(ids) :] = ids
-    return table
 
 
 def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:

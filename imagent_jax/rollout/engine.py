@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -96,14 +97,14 @@ class Engine:
     Args:
         params: as `sharding.rollout_params` gives them.
         store: encodes the images.
-        stops: token ids at which a turn ends, int32 [n STOP_WIDTH], left-padded with -1.
+        stops: automaton that finds where a turn ends, int16 [states V] (see `stops.stop_table`).
         warm: the programs of this shape and store were compiled before.
     """
 
     def __init__(
         self, model: Model, params: nnx.State, store: FeatureStore, shape: EngineShape, stops: np.ndarray, *, warm: bool = False
     ):
-        self.model, self.params, self.store, self.shape, self.stops = model, params, store, shape, stops
+        self.model, self.params, self.store, self.shape, self.stops = model, params, store, shape, jnp.asarray(stops)
         self.rows, self.parts = shape.slots * shape.group_size, sampler.parts(shape.slots)
         self.admitted, self.quarter = quarters(shape.slots, shape.group_size)
         least = max(-(-self.quarter // 4), min(2, self.quarter))  # one row is not worth its compilation

@@ -47,6 +47,7 @@ class Episode:
         self.positions: list[np.ndarray] = []
         self.vision: list[np.ndarray] = []
         self.length, self.position = 0, position
+        self.closed = False  # the last turn has written its own end
         self.executed: dict[str, int] = {}  # how often each call was executed
         self.end: EndReason | None = None
         self.error: str | None = None
@@ -55,6 +56,7 @@ class Episode:
         """Add the sampled tokens of a turn. Returns the call that it makes; None where the episode ended with it."""
         chat, text = self.rules.chat, self.rules.processor.decode(ids)
         self.turns.append(Turn(self.length, self.length + len(ids), text))
+        self.closed = ids[-1:].tolist() == self.rules.processor.encode(chat.turn_close)
         positions = np.tile(self.position + np.arange(len(ids), dtype=np.int32), (3, 1))
         kinds = token_kinds(ids, text, self.rules.processor, chat)
         self._add(kinds, positions, np.full(len(ids), -1, np.int32), self.position + len(ids))
@@ -88,7 +90,8 @@ class Episode:
             if self.executed[key] > self.rules.max_repeats:
                 return self._finish(EndReason.REPEATED)
         shown = iter(images)
-        parts = self.rules.chat.render_observation([part if isinstance(part, str) else next(shown) for part in result.parts])
+        parts = [part if isinstance(part, str) else next(shown) for part in result.parts]
+        parts = self.rules.chat.render_observation(parts, self.closed)
         try:
             encoded = encode_parts(parts, self.rules.processor, self.position)
         except ValueError as error:

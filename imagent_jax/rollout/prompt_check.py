@@ -54,9 +54,9 @@ class PromptCheck:
             raise
         check_length(tokens, self.limit)
 
-    def _count(self, part: str | tuple[int, int]) -> int:
+    def _count(self, part: tuple[str, ...] | tuple[int, int]) -> int:
         """Return the tokens of a text, or of an image with a (height, width) in patches. Parts are tokenised apart."""
-        part = part if isinstance(part, str) else PreparedImage(_NO_PIXELS, part, (0, 0))
+        part = PreparedImage(_NO_PIXELS, part, (0, 0)) if isinstance(part[0], int) else part
         return len(encode_parts([part], self.processor).ids)
 
     def _images(self, sizes: Sequence[tuple[int, int]]) -> list[PreparedImage]:

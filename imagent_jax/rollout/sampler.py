@@ -18,7 +18,6 @@ from imagent_jax.model.params import pad_to
 from imagent_jax.model.text import PromptCache, ResponseCache
 from imagent_jax.model.vlm import Model, empty_cache, extend, prefill
 
-STOP_WIDTH = 8
 BLOCK = 128
 """Vocabulary tokens per block of the two-stage draw (`draw`)."""
 
@@ -31,6 +30,7 @@ class SamplerState(NamedTuple):
         length: tokens of a row, all of them in `cache`.
         position: next M-RoPE position.
         live: rows that are being decoded.
+        match: state of the stop automaton (`stops.stop_table`); 0 where a turn begins.
         logits: logits of the next token.
         key: random key of the row.
         temperature: softmax temperature of the row (0: greedy).
@@ -43,6 +43,7 @@ class SamplerState(NamedTuple):
     length: Int[Array, " B"]
     position: Int[Array, " B"]
     live: Bool[Array, " B"]
+    match: Int[Array, " B"]
     logits: Float[Array, "B V"]
     key: UInt32[Array, "B words"]
     temperature: Float[Array, " B"]
@@ -61,6 +62,7 @@ def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, respons
         length=jnp.zeros(rows, jnp.int32),
         position=jnp.zeros(rows, jnp.int32),
         live=jnp.zeros(rows, bool),
+        match=jnp.zeros(rows, jnp.int16),
         logits=jnp.zeros((rows, model.cfg.text.vocab_size), jnp.float32),
         key=jax.random.key_data(jax.random.split(jax.random.key(0), rows)),
         temperature=jnp.ones(rows, jnp.float32),
@@ -102,6 +104,7 @@ def admit(
             length=_put(state.length, rows, 0),
             position=_put(state.position, rows, jnp.repeat(next_position, g)),
             live=_put(state.live, rows, True),
+            match=_put(state.match, rows, 0),
             logits=_put(state.logits, rows, jnp.repeat(logits, g, axis=0)),
             key=_put(state.key, rows, jax.random.key_data(keys.reshape(-1))),
             temperature=_put(state.temperature, rows, jnp.repeat(temperature, g)),
@@ -161,13 +164,13 @@ def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) ->
 def decode(model: Model, width: int, params: nnx.State, state: SamplerState, rows, stops, max_steps, enough=0) -> SamplerState:
     """Sample up to `max_steps` tokens for every live row from softmax(logits / temperature).
 
-    A row stops, inside the loop, when its last tokens equal one of `stops` or its buffer is full. A token's random numbers depend
-    on the row's key and the token's index only, not on the batch or the chunking.
+    A row stops, inside the loop, when its text completes a stop string or its buffer is full. A token's random numbers depend on
+    the row's key and the token's index only, not on the batch or the chunking.
 
     Args:
         width: only this part of the response cache is used; no response may exceed it during the call (R: no restriction).
         rows: rows to decode, [F] (see `parts`); None: all.
-        stops: stop sequences, [n STOP_WIDTH], left-padded with -1.
+        stops: automaton of the stop strings, [states V] (see `stops.stop_table`).
         enough: stop as soon as no more than this many rows are live.
     """
     with jax.named_scope("decode"):
@@ -199,15 +202,14 @@ def _decode(model, params, state, stops, max_steps, enough):
             model, params, token[:, None], positions, None, jnp.ones(b, jnp.int32), at, prompt, prompt_len, s.cache
         )
         length = s.length + s.live
-        window = length[:, None] - STOP_WIDTH + jnp.arange(STOP_WIDTH)
-        tail = jnp.where(window >= 0, jnp.take_along_axis(ids, jnp.clip(window, 0, r - 1), axis=1), -2)
-        stopped = jnp.any(jnp.all((stops == -1) | (tail[:, None] == stops), axis=-1), axis=-1)
+        match = jnp.where(s.live, stops[s.match, token], s.match)
         new = s._replace(
             ids=ids,
             logprobs=s.logprobs.at[rows, at].set(logprob, mode="drop"),
             length=length,
             position=s.position + s.live,
-            live=s.live & ~stopped & (length < r),
+            live=s.live & (match < len(stops)) & (length < r),
+            match=match,
             logits=jnp.where(s.live[:, None], new_logits, s.logits),
             cache=cache,
         )
@@ -270,6 +272,7 @@ def observe(model: Model, params: nnx.State, state: SamplerState, rows, ids, pos
             length=part.length + count,
             position=jnp.where(chosen, last + 1, part.position),
             live=part.live | chosen,
+            match=jnp.where(chosen, 0, part.match),
             logits=jnp.where(chosen[:, None], logits, part.logits),
             cache=cache,
         )

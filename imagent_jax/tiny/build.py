@@ -29,6 +29,7 @@ from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.vlm import create, encode_images, response_logprobs
 from imagent_jax.tiny.skills import measure
+from imagent_jax.types import Markup
 
 BLOCK = 144
 FIRST = 0.15
@@ -110,7 +111,7 @@ def encode_group(group, processor: Processor):
         return processor.prepare(image.pixels, min_pixels=image.min_pixels, max_pixels=image.max_pixels)
 
     def interleave(text: str, images):
-        pieces = text.split("<image>")
+        pieces = [Markup(piece) for piece in text.split("<image>")]
         assert len(pieces) == len(images) + 1, text
         parts = [pieces[0]]
         for image, piece in zip(images, pieces[1:], strict=True):

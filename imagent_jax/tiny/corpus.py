@@ -84,7 +84,7 @@ def prompt_text(count: int) -> str:
 
 
 def _with_placeholders(parts: Sequence[Any]) -> str:
-    return "".join(part if isinstance(part, str) else "<image>" for part in parts)
+    return "".join("".join(part) if isinstance(part, tuple) else "<image>" for part in parts)
 
 
 def ask(question: str) -> Segment:

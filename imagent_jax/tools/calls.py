@@ -1,6 +1,6 @@
 """Results of failed calls."""
 
-from imagent_jax.chat import Call, MalformedCall, escape
+from imagent_jax.chat import Call, MalformedCall
 from imagent_jax.types import CallResult, CallStatus, ToolError
 
 FAULT_TEXT = "Error: the tool failed."
@@ -8,7 +8,7 @@ FAULT_TEXT = "Error: the tool failed."
 
 def invalid(error: ToolError, call: Call | MalformedCall) -> CallResult:
     """Return the INVALID result of an error that the policy can correct. The policy reads its message on one line."""
-    line = escape("Error: " + " ".join(str(error).split()))
+    line = "Error: " + " ".join(str(error).split())
     return CallResult(CallStatus.INVALID, *_named(call), [line], line)
 
 

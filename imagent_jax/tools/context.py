@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from imagent_jax.chat import Call, escape
+from imagent_jax.chat import Call
 from imagent_jax.images.prepare import fit_budget
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.registry import ImageRegistry
@@ -200,13 +200,13 @@ def observation_parts(returned: Any, registry: ImageRegistry, tool: Tool) -> lis
     parts: list[str | int] = []
     for item in items:
         if isinstance(item, str):
-            parts.append(escape(item))
+            parts.append(item)
         elif isinstance(item, (bool, int, float)) and type(item) is not ImageNumber and tool.returns_numbers:
             parts.append(json.dumps(item))
         elif type(item) in (int, ImageNumber):
             if not 1 <= item <= len(registry):
                 raise TypeError(f"tool {name} returned image number {item}, which is not registered")
-            parts += [escape(registry[item].describe()), int(item)]
+            parts += [registry[item].describe(), int(item)]
         elif isinstance(item, Image.Image):
             raise TypeError(f"tool {name} returned a PIL image; return context.show(image, parent=...) instead")
         else:
