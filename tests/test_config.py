@@ -135,6 +135,7 @@ def test_text_that_is_not_yaml_is_refused_in_one_sentence():
 # ---- ranges: what is just good, and what is just bad ------------------------------------------------------------------
 
 AT_LEAST_ONE = (
+    "sandbox.cpu_s", "sandbox.disk_mb", "sandbox.printed",
     "run.keep_checkpoints", "images.min_pixels", "images.pack_blocks", "data.train_size", "data.test_size", "tools.max_turns",
     "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels", "tools.confirm_min_pixels", "rollout.groups",
     "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
@@ -143,6 +144,7 @@ AT_LEAST_ONE = (
     "eval.groups", "model.logprob_chunk", "distributed.timeout_s",
 )  # fmt: skip
 ABOVE_ZERO = (
+    "sandbox.wall_s",
     "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
     "grpo.importance_cap", "lora.alpha",
 )  # fmt: skip
@@ -183,6 +185,8 @@ def test_every_number_has_a_range_or_needs_none():
         *FREE,
         *(high for _, high in PAIRS),
         "images.vision_block",
+        "sandbox.memory_mb",
+        "sandbox.files",
     ]
     assert sorted(numbers) == sorted(ranged)
     for dotted in FREE:
