@@ -136,6 +136,13 @@ def test_the_sandbox_s_time_must_be_below_that_of_calls():
         Config.from_dict({"tools": {"timeout_s": 4.0, "names": ["python"]}})
 
 
+@pytest.mark.parametrize("name", ["memory_mb", "files"])
+def test_a_sandbox_too_small_for_the_libraries_is_refused(name):
+    assert getattr(Config.from_dict({"sandbox": {name: 16}}).sandbox, name) == 16
+    with pytest.raises(ValueError, match=f"sandbox.{name} is 15; it must be at least 16"):
+        Config.from_dict({"sandbox": {name: 15}})
+
+
 def test_a_misspelt_tool_is_named():
     with pytest.raises(ValueError, match='no tool "pyton"; did you mean "python"?'):
         tools_by_name(["pyton"])

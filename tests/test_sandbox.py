@@ -264,6 +264,13 @@ def test_a_forged_result_is_the_trajectory_s_own_and_the_next_call_finds_out(san
     assert not worker.alive
 
 
+@pytest.mark.parametrize("shown", ["[[9999, 9999, None]]", "[[4096, 4096, 1], [1, 1, 1]]", "[[1, 1, 1]] * 3", "[[0, 1, 1]]"])
+def test_a_forged_image_is_refused_before_its_pixels_are_read(sandbox, worker, shown):
+    code = f"import json, os\nm = json.dumps({{'text': '', 'error': None, 'shown': {shown}}}).encode()\n"
+    with pytest.raises(ToolError, match="wrote to the connection of its result"):
+        worker.run(code + "os.write(4, len(m).to_bytes(4, 'little') + m)\nwhile True: pass", [], 2)
+
+
 # ---- processes ----------------------------------------------------------------------------------------------------------
 
 
