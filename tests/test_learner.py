@@ -164,6 +164,7 @@ class ByHand:
         grpo, a = self.cfg.grpo, self.batch.advantages[..., None]
         logprobs = chosen(logits, self.batch, self.cfg.rollout.temperature)
         difference = logprobs - old
+        sampler = jnp.where(self.batch.kind == TokenKind.OBSERVATION, old, self.batch.logprobs)
         if grpo.ratio == "sequence":
             mean = jnp.where(self.mask, difference, 0).sum(-1, keepdims=True) / np.maximum(self.mask.sum(-1, keepdims=True), 1)
             difference = jax.lax.stop_gradient(mean - logprobs) + logprobs
@@ -172,7 +173,8 @@ class ByHand:
         away = k3(self.reference - logprobs)
         loss = -jnp.minimum(ratio * a, clipped * a) * importance + grpo.kl * away
         return {
-            "loss": loss, "ratio/mean": ratio, "kl/sampler": k3(old - logprobs), "kl/reference": away,
+            "loss": loss, "ratio/mean": ratio, "kl/sampler": k3(sampler - logprobs), "kl/reference": away,
+            "importance/mean": importance, "importance/capped": np.float32(importance == grpo.importance_cap),
             "clip/low": (clipped > ratio) & (a < 0), "clip/high": (clipped < ratio) & (a > 0),
         }  # fmt: skip
 

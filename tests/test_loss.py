@@ -118,25 +118,56 @@ def test_truncated_importance_weights_scale_the_policy_term_alone():
     cfg, (logprobs, old, advantages, mask, ref) = preset("dapo", kl=0.04, importance_cap=1.5), sample(2)
     weights = np.random.default_rng(5).uniform(0.2, 3.0, logprobs.shape)
     with jax.enable_x64(True):
-        loss, _ = loss_of(cfg, logprobs, old, advantages, mask, jnp.asarray(ref), importance=jnp.asarray(weights))
+        loss, _ = loss_of(
+            cfg, logprobs, old, advantages, mask, jnp.asarray(ref), sampler_logprobs=jnp.asarray(old - np.log(weights))
+        )
     assert abs(float(loss) - by_hand(logprobs, old, advantages, mask, ref, cfg, weights)) < 1e-12
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("moved", [-1.0, 0.0, 1.0, 0.3])
+def test_a_sampler_that_differs_from_the_trainer_is_measured_in_every_mode(name, recompute, moved):
+    """`moved`: nats by which the sampler's log-probabilities differ from the trainer's, which has not been updated."""
+    cfg, (logprobs, _, advantages, mask, _) = preset(name, importance_cap=1.5), sample(4)
+    sampler = logprobs + moved
+    with jax.enable_x64(True):
+        if recompute:
+            metrics = loss_of(cfg, logprobs, logprobs, advantages, mask, sampler_logprobs=jnp.asarray(sampler))[1]
+        else:
+            metrics = loss_of(cfg, logprobs, sampler, advantages, mask)[1]
+        metrics = finish_metrics(metrics)
+    weight = np.exp(-moved) if recompute else 1.0
+    assert float(metrics["kl/sampler"]) == pytest.approx(np.exp(moved) - moved - 1, abs=1e-12)  # 0.3679 for -1
+    assert float(metrics["importance/mean"]) == pytest.approx(min(weight, 1.5))
+    assert float(metrics["importance/capped"]) == pytest.approx(float(weight > 1.5))
+
+
+def test_the_share_of_truncated_weights_is_that_of_the_loss():
+    cfg, (logprobs, old, advantages, mask, _) = preset("grpo", importance_cap=1.2), sample(5)
+    sampler = old - np.random.default_rng(6).normal(0, 0.5, old.shape)
+    with jax.enable_x64(True):
+        metrics = finish_metrics(loss_of(cfg, logprobs, old, advantages, mask, sampler_logprobs=jnp.asarray(sampler))[1])
+    weights = np.exp(old - sampler)
+    assert float(metrics["importance/mean"]) == pytest.approx(means_by_hand(np.minimum(weights, 1.2), mask, cfg))
+    assert float(metrics["importance/capped"]) == pytest.approx(means_by_hand(weights > 1.2, mask, cfg))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("poison", [1e3, -7.0, np.nan, np.inf, -np.inf])
 def test_dropped_tokens_leave_loss_and_gradient_bit_identical(name, poison):
     cfg, (logprobs, old, advantages, mask, ref) = preset(name, kl=0.04), sample()
-    importance = np.ones_like(old)
+    sampler = old - 0.1
     per_token = np.broadcast_to(advantages[..., None], mask.shape)
 
-    def run(logprobs, old, advantages, ref, importance):
+    def run(logprobs, old, advantages, ref, sampler):
         def f(x):
-            return loss_of(cfg, x, old, advantages, mask, jnp.asarray(ref), importance=jnp.asarray(importance))
+            return loss_of(cfg, x, old, advantages, mask, jnp.asarray(ref), sampler_logprobs=jnp.asarray(sampler))
 
         return jax.value_and_grad(f, has_aux=True)(jnp.asarray(logprobs))
 
-    clean, gradient = run(logprobs, old, per_token, ref, importance)
-    arrays = [np.where(mask, x, poison) for x in (logprobs, old, per_token, ref, importance)]
+    clean, gradient = run(logprobs, old, per_token, ref, sampler)
+    arrays = [np.where(mask, x, poison) for x in (logprobs, old, per_token, ref, sampler)]
     dirty, changed = run(*arrays)
     before, after = (jax.tree.leaves(jax.device_get(tree)) for tree in ((clean, gradient), (dirty, changed)))
     assert [x.tobytes() for x in before] == [x.tobytes() for x in after]
@@ -194,6 +225,7 @@ def test_metrics_are_means_over_the_kept_tokens(level):
         metrics = finish_metrics(loss_of(cfg, logprobs, old, advantages, mask, entropy=jnp.asarray(entropy))[1])
     ratio, a = np.exp(logprobs - old), advantages[..., None]
     expected = {
+        "importance/mean": np.ones_like(ratio), "importance/capped": np.zeros_like(ratio),
         "entropy": entropy, "ratio/mean": ratio, "kl/sampler": np.exp(old - logprobs) - (old - logprobs) - 1,
         "clip/low": (ratio < 0.8) & (a < 0), "clip/high": (ratio > 1.2) & (a > 0),
     }  # fmt: skip

@@ -46,11 +46,11 @@ def batch_loss(model, cfg, trained, frozen, features, batch: GroupBatch, tables:
     params = nnx.merge_state(trained, frozen)
     logprobs, entropy = score(model, params, batch, features, cfg.rollout.temperature)
     mask = two_level_mask(batch.kind, batch.end, batch.advantages, tables.action, tables.trajectory)
-    sampled = mask & (batch.kind != TokenKind.OBSERVATION)  # observations that train (an ablation) were not sampled
-    importance = None if old is None else jnp.exp(jnp.where(sampled, old - batch.logprobs, 0.0))
+    observed = batch.kind == TokenKind.OBSERVATION  # observations that train (an ablation) were not sampled: their weight is 1
+    sampler = None if old is None else jnp.where(observed, old, batch.logprobs)
     return policy_loss(
         logprobs, batch.logprobs if old is None else old, batch.advantages, mask, cfg=cfg.grpo, normaliser=normaliser,
-        ref_logprobs=reference, importance=importance, entropy=entropy,
+        ref_logprobs=reference, sampler_logprobs=sampler, entropy=entropy,
     )  # fmt: skip
 
 

@@ -38,20 +38,20 @@ def policy_loss(
     cfg: GRPOConfig,
     normaliser: Float[Array, ""],
     ref_logprobs: Float[Array, "N G R"] | None = None,
-    importance: Float[Array, "N G R"] | None = None,
+    sampler_logprobs: Float[Array, "N G R"] | None = None,
     entropy: Float[Array, "N G R"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return the clipped policy-gradient loss of one micro-batch: a weighted sum over kept tokens divided by `normaliser`.
 
     Args:
         logprobs: log-probabilities of the response tokens under the current parameters.
-        old_logprobs: log-probabilities under the sampler, the denominator of the ratio.
+        old_logprobs: log-probabilities before the update, the denominator of the ratio: the sampler's, or the trainer's.
         advantages: one per rollout, or one per token.
         mask: tokens that train. Values of other tokens, NaN included, affect neither loss nor gradient.
         normaliser: `loss_normaliser` summed over the whole update, so that losses and gradients of micro-batches sum exactly.
         ref_logprobs: log-probabilities under the reference policy; adds `cfg.kl` times the k3 estimate of the KL per token.
-        importance: weights exp(trainer's log-probability before the update - sampler's), truncated at `cfg.importance_cap`, that
-            correct stale or low-precision samples. `old_logprobs` are then the trainer's before the update.
+        sampler_logprobs: log-probabilities under the sampler where `old_logprobs` are the trainer's. The weights
+            exp(old_logprobs - sampler_logprobs), truncated at `cfg.importance_cap`, then correct stale or low-precision samples.
         entropy: entropy per token, for metrics only.
     Returns:
         The loss, and metrics with the token weights of the loss. Both sum over micro-batches; `finish_metrics` of the sums gives
@@ -73,9 +73,15 @@ def policy_loss(
     low = (ratio < 1 - cfg.clip_low) & (advantage < 0)
     high = (ratio > 1 + cfg.clip_high) & (advantage > 0)
     token = -advantage * jnp.where(high, 1 + cfg.clip_high, jnp.where(low, 1 - cfg.clip_low, ratio))
-    if importance is not None:
-        token = token * jax.lax.stop_gradient(jnp.minimum(kept(importance), cfg.importance_cap))
-    metrics = {"clip/low": low, "clip/high": high, "ratio/mean": ratio, "kl/sampler": _k3(old - logprobs)}
+    sampler, importance = old, jnp.ones_like(old)
+    if sampler_logprobs is not None:
+        sampler = kept(sampler_logprobs)
+        importance = jax.lax.stop_gradient(jnp.minimum(_exp(old - sampler), cfg.importance_cap))
+        token = token * importance
+    metrics = {
+        "clip/low": low, "clip/high": high, "ratio/mean": ratio, "kl/sampler": _k3(sampler - logprobs),
+        "importance/mean": importance, "importance/capped": (importance >= cfg.importance_cap) & (sampler_logprobs is not None),
+    }  # fmt: skip
     if ref_logprobs is not None:
         metrics["kl/reference"] = divergence = _k3(kept(ref_logprobs) - logprobs)
         token = token + cfg.kl * divergence

@@ -24,6 +24,7 @@ CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl; {
     "share dropped by the mask": {"tokens": "mask/dropped_tokens", "trajectories": "mask/dropped_trajectories"},
     "entropy, nats a token": {"entropy": "entropy"},
     "KL": {"to the sampler": "kl/sampler", "to the reference": "kl/reference"},
+    "importance weights": {"mean": "importance/mean", "at the cap": "importance/capped"},
     "gradient norm": {"norm": "grad_norm"},
     "groups without spread": {"share": "groups/flat"},
     "share of tokens clipped": {"low": "clip/low", "high": "clip/high"},
