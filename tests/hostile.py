@@ -85,7 +85,7 @@ FILES = ["/etc/passwd", "/etc/hostname", "/etc/hosts", "/proc/self/environ", "/p
 READING = [
     *(Program("reading", f"assert open('{path}', 'rb').read(1)") for path in FILES),
     Program("reading", "assert open('/etc/shadow', 'rb').read(1)", root=True),
-    Program("reading", "assert open('/proc/1/maps', 'rb').read(1)", root=True),
+    Program("reading", "assert open('/proc/1/maps', 'rb').read(1)", untried="some machines refuse it to root as well"),
     *programs(
         "reading",
         "assert '$secret' in open('$file').read()",
@@ -117,8 +117,6 @@ READING = [
         "import fileinput\nassert '$secret' in next(fileinput.input('$file'))",
         "import csv\nassert list(csv.reader(open('$file')))",
         "import zipimport, shelve, netrc\nnetrc.netrc('$netrc')",
-        "import os\nfor f in range(256):\n    try:\n        d = os.open('..', os.O_RDONLY, dir_fd=f)\n    except OSError:\n        continue\n"
-        "    break\nelse:\n    d = os.open('..', 0)\nassert len(os.listdir(d)) > 5 or os.open('../$file', 0, dir_fd=d)",
         "import pwd\nassert pwd.getpwnam('root').pw_dir",
         "import grp\nassert grp.getgrall()",
         "import os\nassert os.path.expanduser('~root') != '~root'",

