@@ -69,18 +69,17 @@ class Run:
     """The parts of a training run.
 
     Raises:
-        ValueError: see `RunFolder`, `Policy`, `data.pipeline.open_tasks`, `reward_functions`.
+        ValueError: see `Policy`, `data.pipeline.open_tasks`, `reward_functions`.
     """
 
-    def __init__(self, cfg: Config, console: Console, interrupt: Interrupt):
-        self.cfg, self.console, self.interrupt, self.began = cfg, console, interrupt, time.perf_counter()
+    def __init__(self, cfg: Config, folder: RunFolder, console: Console, interrupt: Interrupt):
+        self.cfg, self.folder, self.console, self.interrupt, self.began = cfg, folder, console, interrupt, time.perf_counter()
         self.evaluates = cfg.eval.most_tasks > 0
         use_compile_cache(cfg.run.compile_cache)
         console.print(
             f"[bold]imagent-jax[/]: {cfg.run.steps} steps of {cfg.rollout.groups} tasks x {cfg.rollout.group_size} rollouts of "
             f"{cfg.model.path} on {cfg.data.name}, {jax.sharding.get_mesh().size} {jax.devices()[0].platform} device(s)."
         )
-        self.folder = folder = RunFolder(cfg)
         if cfg.run.profile:
             console.print(f"Step {cfg.run.profile} is traced into {folder.path}/profile, for Perfetto and XProf.")
         files = "config.yaml, metrics.jsonl, trajectories/, checkpoints/"
@@ -200,7 +199,7 @@ class Run:
         self.folder.settle()
         if self.asked():
             self.prefetcher.close()
-            self._close()
+            self._report()
             self.console.print(f"Stopped after step {state.step}; continue with --run.resume true.")
             return {}
         if self.cfg.eval.tasks:
@@ -208,7 +207,7 @@ class Run:
         trained = state.evaluations.get("trained", {})
         self.folder.log({"step": state.step, "time/total": time.perf_counter() - self.began} | _prefixed("final", trained))
         self._export(state)
-        self._close()
+        self._report()
         if trained:
             self.console.print(comparison(state.evaluations, f"{self.cfg.run.name}: {state.step} steps"))
         path = self.folder.path
@@ -227,8 +226,7 @@ class Run:
                 if self.cfg.lora.on:
                     lora.save(path / "adapter", policy.model, params, base=self.cfg.model.path)
 
-    def _close(self) -> None:
-        self.folder.close()
+    def _report(self) -> None:
         if processes.is_writer():
             write_report(self.folder.path)
 
@@ -243,12 +241,15 @@ def train(cfg: Config, console: Console, interrupt: Interrupt) -> dict[str, floa
     Returns:
         The last evaluation ({}: the run was stopped before, or `eval.tasks` is 0).
     Raises:
-        ValueError: bad settings, files or data; see `Run`.
+        ValueError: bad settings, files or data; see `RunFolder` and `Run`.
         Stopped: by SIGTERM, in an evaluation before or after training, where all that can be saved is.
     """
-    compiles = CompileCounter()
-    run = Run(cfg, console, interrupt)
-    state = run.start()
+    with RunFolder(cfg) as folder:
+        return _train(Run(cfg, folder, console, interrupt))
+
+
+def _train(run: Run) -> dict[str, float]:
+    cfg, compiles, state = run.cfg, CompileCounter(), run.start()
     while state.step < cfg.run.steps and not run.asked():
         try:
             with run.traced(state.step + 1):
@@ -300,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Stopped by SIGTERM; start again with --run.resume true.", file=sys.stderr)
         code = RESTART
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *(error, *getattr(error, "__notes__", ())), file=sys.stderr)
     except Exception:
         if watcher is None:
             raise

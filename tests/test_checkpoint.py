@@ -170,6 +170,32 @@ def test_a_tied_checkpoint_that_also_stores_its_head_is_accepted(tmp_path):
     assert_same(params, checkpoint.load(folder)[1])
 
 
+@pytest.mark.parametrize("name", ["tied", "2.5-tied", "3-tied"])
+def test_a_stored_head_that_differs_is_used_though_the_config_says_tied(name, tmp_path, monkeypatch):
+    """As transformers reads it; what is saved then says untied, and is read alike by both. The last of many blocks differs."""
+    monkeypatch.setattr(checkpoint, "_ROWS", 7)
+    folder = save_checkpoint(REFERENCES[name], tmp_path / "in", older=name != "3-tied")
+    head = REFERENCES[name].state_dict()["lm_head.weight"].numpy().copy()
+    head[-1, -1] += 1
+    edit(folder, lambda t: t | {"lm_head.weight": head})
+    theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()["lm_head.weight"].numpy()
+    np.testing.assert_array_equal(theirs, head)
+    model, params = checkpoint.load(folder)
+    np.testing.assert_array_equal(params["text"]["lm_head"][...], head.T)
+    checkpoint.save(tmp_path / "out", model, params)
+    assert_same(params, checkpoint.load(tmp_path / "out")[1])
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    np.testing.assert_array_equal(again.state_dict()["lm_head.weight"].numpy(), head)
+    assert not again.config.tie_word_embeddings
+
+
+def test_a_stored_head_of_another_shape_is_a_fault(tmp_path):
+    folder = save_checkpoint(REFERENCES["tied"], tmp_path)
+    edit(folder, lambda t: t | {"lm_head.weight": t["model.language_model.embed_tokens.weight"][1:].copy()})
+    with pytest.raises(ValueError, match="lm_head.weight has shape"):
+        checkpoint.load(folder)
+
+
 def test_tokenizer_and_preprocessor_files_travel_with_the_weights(tmp_path):
     source = save_checkpoint(REFERENCES["tied"], tmp_path / "in")
     for name in (

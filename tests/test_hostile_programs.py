@@ -70,8 +70,10 @@ class World:
         for file in self.folder.iterdir():
             file.chmod(0o644)
         self.files = self.listing()
-        if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen(["sleep", "1000"], env={"HOSTILE_SECRET": self.secret})
+        if self.process:  # one of its own for every program: a signal may be on its way to the old one
+            self.process.kill()
+            self.process.wait()
+        self.process = subprocess.Popen(["sleep", "1000"], env={"HOSTILE_SECRET": self.secret})
         self.heard.clear()
 
     def listing(self) -> dict[str, tuple]:
@@ -97,7 +99,7 @@ def world():
 
 @pytest.fixture(scope="module", params=list(BACKENDS))
 def sandbox(request):
-    made = Sandbox(SandboxConfig(backend=request.param, wall_s=8.0, **LIMITS))
+    made = Sandbox(SandboxConfig(backend=request.param, wall_s=3.0, **LIMITS))
     yield made
     made.close()
 

@@ -6,13 +6,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 from conftest import small_config
-from scripted_run import finished
+from scripted_run import finished, play, scripts
+from test_prefetch import Batch
 
 from imagent_jax.model.features import EncodedPacks
 from imagent_jax.rl.judge import judge
 from imagent_jax.rl.rewards import reward_functions
 from imagent_jax.rollout.batch import RolloutBatch
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.metrics import call_metrics, summarise
+from imagent_jax.tiny.world import task_at
 from imagent_jax.types import CallResult, CallStatus, EndReason, Task
 
 A, B = Task("a", "?", (), "7", "number", "count"), Task("b", "?", (), "red", "exact", "colour")
@@ -165,3 +168,41 @@ def test_tools_that_always_fail_stop_it_too(rolled):
         ValueError, match="All 8 rollouts .* 8 of them on tool visual_confirmation: OSError: the disk is full. Mend"
     ):
         judged(settings(), rolled)
+
+
+def fails_or_pays(t):
+    """A reward that fails where nothing is known."""
+    return {"I do not know.<|im_end|>": float("nan")}.get(t.turns[-1].text, 0.25 * t.rollout)
+
+
+@pytest.mark.slow(2)
+@pytest.mark.parametrize("normalise_std", [True, False])
+def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
+    cfg = small_config(
+        tools={"max_turns": 3}, rollout={"prompt_tokens": 512, "response_tokens": 512},
+        mask={"count_repeated": False, "drop_repeated": False},
+        reward={"answer": 3.0, "custom": [f"{__name__}:fails_or_pays"]}, grpo={"normalise_std": normalise_std},
+    )  # fmt: skip
+    engine = Collector(parts.model, parts.processor, parts.tools, cfg)
+    tasks = [task_at(3, "train", i) for i in range(2)]
+    groups = [[play(engine, task, g, texts) for g, texts in enumerate(scripts(task)[:7])] for task in tasks]
+    assert groups[0][6].end == EndReason.VOID
+    rewards, advantages, scored, metrics, _ = judge(cfg, Batch(trajectories=groups), reward_functions(cfg.reward))
+    right = [True, False, True, True, True, False, False]
+    for group, paid, gained, scores in zip(groups, rewards, advantages, scored, strict=True):
+        assert (
+            group[6].end == EndReason.FAULT and "must be a finite number" in group[6].error and group[3].end == EndReason.REPEATED
+        )
+        assert [s["answer"] for s in scores] == [
+            float(ok and t.end == EndReason.ANSWERED) for ok, t in zip(right, group, strict=True)
+        ]
+        assert paid.dtype == np.float32 and paid.tolist() == pytest.approx([s["total"] for s in scores]) and paid[6] == 0
+        assert paid[0] == pytest.approx(3 + 0.1 + 0.2) and paid[1] == pytest.approx(0.1 + 0.25)
+        counted = paid[[0, 1, 2, 4, 5]]
+        wanted = (paid - counted.mean()) / (counted.std() if normalise_std else 1)
+        assert gained[:6] == pytest.approx(wanted[:6], rel=1e-5) and gained[6] == 0
+    flat = [s for scores in scored for s in scores]
+    for name in ("answer", "format", "tool_gain", "total", f"{__name__}:fails_or_pays"):
+        assert metrics[f"reward/{name}"] == pytest.approx(np.mean([s[name] for s in flat]))
+    assert metrics["end/fault"] == pytest.approx(1 / 7) and "fault" not in flat[6] and metrics["groups/flat"] == 0
+    assert metrics["tools/calls/visual_reflection/executed"] == pytest.approx(1 / 7)

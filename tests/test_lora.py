@@ -143,13 +143,15 @@ def flat_specs(params) -> dict[str, tuple]:
 # ---- PEFT's files ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("settings", [MERGER_TOO, ATTENTION], ids=["all", "attention"])
-def test_peft_loads_what_we_save_and_gives_our_logits(base, tmp_path, settings):
+def test_peft_loads_what_we_save_and_gives_our_logits(tmp_path_factory, tmp_path, settings, family):
+    theirs = tiny_model(family=family)
+    base = checkpoint.load(hf_oracle.save_checkpoint(theirs, tmp_path_factory.mktemp(family)), vision_block=BLOCK)
     model, params = lora.attach(*base, **settings)
     params = shaken(params)
     lora.save(tmp_path, model, params, base="somewhere/qwen2-vl")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    theirs = tiny_model()
     loaded = PeftModel.from_pretrained(theirs, tmp_path)
     names = {name.replace(".default", "") for name, _ in loaded.named_parameters() if "lora_" in name}
     assert names == set(load_file(tmp_path / "adapter_model.safetensors"))

@@ -112,6 +112,7 @@ def test_changing_an_image_does_not_change_the_trajectory_s(worker):
         ("np.full((4, 4), 300)", None, (255, 255, 255)),
         ("np.full((4, 4), np.nan)", None, (0, 0, 0)),
         ("Image.new('RGBA', (4, 4), (0, 0, 0, 0))", None, (255, 255, 255)),
+        ("Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))", None, (128, 128, 128)),
         ("Image.new('RGB', (4, 4), 'red'), 2", 2, (255, 0, 0)),
     ],
 )
@@ -130,6 +131,11 @@ def test_what_is_shown_comes_back_with_its_parent(worker, shown, parent, pixel):
         ("show(5)", "show takes an image or an array [h, w] or [h, w, 3], got int64 []"),
         ("import numpy as np\nshow(np.zeros((4, 4, 2)))", "got float64 [4, 4, 2]"),
         ("show('no.png')", "No such file or directory: 'no.png'"),
+        (
+            "from PIL import Image\nshow(Image.new('F', (4, 4)))",
+            "its pixels are 32-bit numbers (mode F), whose white is not known",
+        ),
+        ("open('path_to_output_image.jpg', 'w').close()\nshow('path_to_output_image.jpg')", "it does not decode"),
     ],
 )
 def test_what_cannot_be_shown_is_an_error(worker, code, message):

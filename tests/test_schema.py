@@ -1,157 +1,20 @@
 """Tools from typed functions: their schemas, the values that fit, and what is refused."""
 
 import inspect
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import pytest
-from PIL import Image
-from test_tools import brighten, search, with_context
+from test_tools import search, with_context
 from transformers.utils.chat_template_utils import get_json_schema
 
 from imagent_jax.tools import (
-    ImageNumber,
-    ToolContext,
-    ToolSet,
     tool,
-    tools_by_name,
 )
 from imagent_jax.tools.schema import expected, matches, parse_docstring, quote, type_schema
 
 
 def test_the_schema_of_a_function_is_the_one_hugging_face_makes():
     assert tool(with_context(search)).schema == get_json_schema(search)
-
-
-def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
-    def untyped(context, x):
-        """Text."""
-
-    def odd(context, x: complex):
-        """Text."""
-
-    def silent(context, x: int):
-        pass
-
-    def typo(context, number: int):
-        """Text.
-
-        Args:
-            nunber: a number
-        """
-
-    def variadic(context, *numbers: int):
-        """Text."""
-
-    def bare():
-        """Text."""
-
-    def keywords(context, **numbers: int):
-        """Text."""
-
-    def positional(context, number: int, /):
-        """Text."""
-
-    def typed_first(image: int, factor: float):
-        """Text."""
-
-    def pixels_first(image: Image.Image, factor: float):
-        """Text."""
-
-    def listed_first(boxes: list[float] | None):
-        """Text."""
-
-    def keyword_first(*, context):
-        """Text."""
-
-    def catch_all(**everything):
-        """Text."""
-
-    def yields(context):
-        """Text."""
-        yield "text"
-
-    async def yields_later(context):
-        """Text."""
-        yield "text"
-
-    def gives_pixels(context) -> Image.Image:
-        """Text."""
-
-    def gives_records(context) -> list[dict]:
-        """Text."""
-
-    def gives_nothing(context) -> None:
-        """Text."""
-
-    def unknown(context: "Contxt"):
-        """Text."""
-
-    cases = [
-        (untyped, "parameter x needs a type annotation"),
-        (odd, r"parameter x has the type <class 'complex'>; use str"),
-        (silent, "tool silent needs a docstring"),
-        (typo, "describes nunber, which is not a parameter"),
-        (variadic, "must be an ordinary named parameter"),
-        (keywords, "parameter numbers must be an ordinary named parameter"),
-        (positional, "parameter number must be an ordinary named parameter"),
-        (bare, "needs a first parameter"),
-        (typed_first, r"first parameter receives the ToolContext, which \(image: int\) cannot"),
-        (pixels_first, r"which \(image: .*Image\) cannot; put one before it"),
-        (listed_first, r"which \(boxes: .*\) cannot"),
-        (keyword_first, r"which \(context\) cannot"),
-        (catch_all, r"which \(\*\*everything\) cannot"),
-        (yields, "tool yields yields; return a list"),
-        (yields_later, "tool yields_later yields; return a list"),
-        (gives_pixels, r"returns <class 'PIL.Image.Image'>; return text, numbers, context.show\(image\)"),
-        (gives_records, r"returns list\[dict\]; return text"),
-        (gives_nothing, "returns <class 'NoneType'>; return text"),
-        (unknown, "tool unknown: an annotation cannot be read .*Contxt"),
-    ]
-    for function, reason in cases:
-        with pytest.raises(ValueError, match=reason):
-            tool(function)
-    with pytest.raises(TypeError, match="search is not a tool; put @tool above the function"):
-        ToolSet([search])
-    with pytest.raises(ValueError, match="two tools are called brighten"):
-        ToolSet([brighten, brighten])
-    with pytest.raises(ValueError, match='no tool "visual_reflect"; did you mean "visual_reflection"'):
-        tools_by_name(["visual_reflect"])
-    with pytest.raises(ValueError, match='no tool "zzz"; there are visual_reflection, visual_confirmation, python'):
-        tools_by_name(["zzz"])
-
-
-def test_a_first_parameter_that_can_be_the_context_is_taken_whatever_it_is_called_or_typed_as():
-    class Shows(Protocol):
-        settings: Any
-
-    class Mine(ToolContext):
-        pass
-
-    for hint in (ToolContext, "ToolContext", Mine, Shows, Any, object, ToolContext | None):
-
-        def look(anything, image: int):
-            """Look."""
-
-        look.__annotations__["anything"] = hint
-        assert list(tool(look).schema["function"]["parameters"]["properties"]) == ["image"]
-
-
-@pytest.mark.parametrize(
-    "hint, numbers",
-    [
-        (int, True), (float, True), (bool, True), (list[float], True), (tuple[str, int], True), (Literal[1, 2], True),
-        (str, False),
-        (ImageNumber, False), (list[ImageNumber], False), (list[str | ImageNumber], False), (ImageNumber | int, False),
-        (list, False), (Any, False), (object, False), (str | None, False), (Any | None, False),
-    ],
-)  # fmt: skip
-def test_the_declared_return_type_says_whether_numbers_are_results(hint, numbers):
-    def count(context):
-        """Count."""
-
-    assert not tool(count).returns_numbers
-    count.__annotations__["return"] = hint
-    assert tool(count).returns_numbers == numbers
 
 
 TYPES = [  # annotation, JSON schema, in words, values that fit, values that do not

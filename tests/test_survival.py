@@ -3,6 +3,8 @@
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -179,11 +181,11 @@ def test_a_damaged_checkpoint_is_one_sentence_and_the_one_before_is_whole(two, d
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(two):
     """Files may not grow over 20 kB, which the arrays do."""
-    folder = open_run(two, resume=True)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    unwritten = pytest.raises(ValueError, match="Checkpoint 3 could not be written to .*; checkpoint 2 is whole")
     try:
-        with pytest.raises(ValueError, match="Checkpoint 3 could not be written to .*; checkpoint 2 is whole") as error:
+        with unwritten as error, open_run(two, resume=True) as folder:
             folder.save(3, *state(3), {"step": 3})
             folder.settle()
     finally:
@@ -194,6 +196,90 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(two):
     folder.save(3, *state(3), {"step": 3})
     assert same(folder.restore(*like())[:2], state(3))
     folder.close()
+
+
+def test_an_error_waits_for_the_checkpoint_being_written(tmp_path):
+    params = {"w": jnp.zeros((3000, 3000))}  # large enough to be still on its way
+    with pytest.raises(ValueError, match="^a fault$"), open_run(tmp_path) as folder:
+        folder.save(1, params, {}, {"step": 1})
+        raise ValueError("a fault")
+    assert (tmp_path / "run/checkpoints/1").is_dir()
+    with open_run(tmp_path, resume=True) as folder:
+        assert folder.restore(params, {})[2]["step"] == 1
+
+
+def test_an_error_says_too_that_the_checkpoint_was_not_written(two):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(ValueError, match="^a fault") as error, open_run(two, resume=True) as folder:
+            folder.save(3, *state(3), {"step": 3})
+            raise ValueError("a fault")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    (note,) = error.value.__notes__
+    assert note.startswith("Checkpoint 3 could not be written") and "checkpoint 2 is whole" in note
+
+
+FAILING = """
+import sys
+import jax.numpy as jnp
+from imagent_jax import train
+def failing(run):
+    run.folder.save(1, {"w": jnp.zeros((4000, 4000))}, {}, {"step": 1})
+    raise OSError("No space left on device: metrics.jsonl")
+train._train = failing
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow(12)
+def test_a_run_that_fails_keeps_its_checkpoint_and_says_one_sentence(tmp_path):
+    command = [sys.executable, "-c", FAILING, f"--run.dir={tmp_path}", "--run.name=run", "--run.compile_cache="]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and ended.stderr == "error: No space left on device: metrics.jsonl\n"
+    assert (tmp_path / "run/checkpoints/1").is_dir()
+
+
+# ---- one writer -----------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from imagent_jax.runs.folder import RunFolder
+from imagent_jax.config import Config
+folder = RunFolder(Config.from_dict({"run": {"dir": sys.argv[1], "name": "run"}}))
+folder.log({"step": 0})
+print("holds", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_same_command_twice_leaves_the_live_run_alone(tmp_path, resume):
+    """A second start is refused, by name of the first; once that is dead, however it died, it is not."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "holds\n"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    name = rf"/run is being written by process {holder.pid} on {socket.gethostname()}; wait for it, stop it, or choose another"
+    with pytest.raises(ValueError, match=name):
+        open_run(tmp_path, resume=resume)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    holder.kill()
+    holder.wait()
+    open_run(tmp_path, resume=resume).close()
+    assert (tmp_path / "run.1").exists() != resume
+
+
+def test_a_folder_is_free_again_after_its_run_failed_or_was_refused(tmp_path):
+    elsewhere = {"checkpoint_dir": str(tmp_path / "disk")}
+    with open_run(tmp_path, **elsewhere) as folder:
+        folder.save(1, *state(1), {})
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run") as refused:  # the error keeps what was opened
+        open_run(tmp_path, **elsewhere)
+    with pytest.raises(ValueError, match="a fault") as failed, open_run(tmp_path, resume=True, **elsewhere):
+        raise ValueError("a fault")
+    open_run(tmp_path, resume=True, **elsewhere).close()
+    assert refused.value and failed.value
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The tool protocol: schemas from signatures, strict calls, and who is to blame when one fails."""
 
 import ast
-import asyncio
 import inspect
 import json
 import re
@@ -20,7 +19,6 @@ from transformers.utils.chat_template_utils import get_json_schema, render_jinja
 import imagent_jax
 from imagent_jax.chat import QWEN
 from imagent_jax.tools import (
-    ImageNumber,
     ImageRegistry,
     ToolContext,
     ToolSet,
@@ -392,71 +390,6 @@ def test_a_full_trajectory_is_a_repairable_error_and_adds_nothing():
     again = run(QWEN.render_call("visual_reflection", {"images": [1, 4]}), registry, settings=ToolSettings(max_images=4))
     assert again.status is CallStatus.INVALID  # 4, a crop, would be shown smaller: an image more
     assert run(QWEN.render_call("visual_reflection", {"images": [1]}), registry, settings=settings).images == [1]
-
-
-# ---- settings other than the defaults --------------------------------------------------------------------------
-
-
-# ---- what a tool returns ---------------------------------------------------------------------------------------
-
-
-def returned(function):
-    """The result of a call of a tool without arguments, on two images."""
-    return run(QWEN.render_call(function.__name__, {}), registry_of(2), ToolSet([tool(function)]))
-
-
-def test_a_number_is_a_result_where_the_tool_declares_numbers_and_an_image_where_it_does_not():
-    def added(context) -> int:
-        """Add."""
-        return 1 + 1
-
-    def shares(context) -> list[float]:
-        """Divide."""
-        return [0.5, 2, 1e-9]
-
-    def larger(context) -> bool:
-        """Compare."""
-        return True
-
-    def again(context):
-        """Show."""
-        return 2
-
-    def declared(context) -> ImageNumber:
-        """Show."""
-        return 2
-
-    def made(context) -> int:
-        """Show: the number comes from the context."""
-        return context.show(Image.new("RGB", (40, 60)), origin="blank")
-
-    def both(context) -> list[str | int]:
-        """Show and count."""
-        return ["two of", context.registry[2].number, 2]
-
-    assert [returned(f).parts for f in (added, shares, larger)] == [["2"], ["0.5", "2", "1e-09"], ["true"]]
-    assert [returned(f).parts for f in (again, declared)] == [["Image 2", 2]] * 2
-    assert returned(made).parts == ["Image 3: blank", 3] and returned(both).parts == ["two of", "Image 2", 2, "2"]
-    assert all(type(part) in (str, int) for part in returned(made).parts)
-
-
-def test_an_async_tool_runs_to_its_end_and_fails_as_any_other():
-    async def waits(context) -> str:
-        """Wait."""
-        await asyncio.sleep(0.001)
-        return "waited"
-
-    async def breaks(context) -> str:
-        """Break."""
-        raise OSError("the disk is full")
-
-    async def refuses(context) -> str:
-        """Refuse."""
-        raise ToolError("not now")
-
-    assert returned(waits).parts == ["waited"]
-    assert returned(breaks).status is CallStatus.FAULT and "the disk is full" in returned(breaks).error
-    assert returned(refuses).parts == ["Error: not now"]
 
 
 # ---- faults --------------------------------------------------------------------------------------------------

@@ -8,15 +8,11 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
 from PIL import Image
-from scripted_run import play, scripts
-from test_prefetch import Batch
 from watched_run import PAID, SMALL, Watched
 
 from imagent_jax import train as job
@@ -24,13 +20,10 @@ from imagent_jax.config import Config, read_args
 from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.evals import evaluate as evaluation
 from imagent_jax.model import checkpoint
-from imagent_jax.rl.rewards import reward_functions
-from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.episode import Episode
 from imagent_jax.runs import export
 from imagent_jax.runs.reader import phases
 from imagent_jax.tiny.base import base_folder
-from imagent_jax.tiny.world import task_at
 from imagent_jax.types import EndReason, TokenKind
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -495,49 +488,3 @@ def test_a_reward_that_fails_at_times_is_told_of_once_and_at_once(tmp_path, data
     assert lines[0].endswith("; its rollouts do not train.") and run.out.index(lines[0]) < run.out.index("step    1/2")
     assert [record["rewards/failed"] for record in run.steps] == [0.75, 0.75]
     assert all("rewards_failed" in record["warnings"] for record in run.steps)
-
-
-def fails_or_pays(t):
-    """A reward that fails where nothing is known."""
-    return {"I do not know.<|im_end|>": float("nan")}.get(t.turns[-1].text, 0.25 * t.rollout)
-
-
-@pytest.mark.parametrize("normalise_std", [True, False])
-def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
-    cfg = small_config(
-        tools={"max_turns": 3}, rollout={"prompt_tokens": 512, "response_tokens": 512},
-        mask={"count_repeated": False, "drop_repeated": False},
-        reward={"answer": 3.0, "custom": [f"{__name__}:fails_or_pays"]}, grpo={"normalise_std": normalise_std},
-    )  # fmt: skip
-    engine = Collector(parts.model, parts.processor, parts.tools, cfg)
-    tasks = [task_at(3, "train", i) for i in range(2)]
-    groups = [[play(engine, task, g, texts) for g, texts in enumerate(scripts(task)[:7])] for task in tasks]
-    assert groups[0][6].end == EndReason.VOID
-    rewards, advantages, scored, metrics, _ = job.judge(cfg, Batch(trajectories=groups), reward_functions(cfg.reward))
-    right = [True, False, True, True, True, False, False]
-    for group, paid, gained, scores in zip(groups, rewards, advantages, scored, strict=True):
-        assert (
-            group[6].end == EndReason.FAULT and "must be a finite number" in group[6].error and group[3].end == EndReason.REPEATED
-        )
-        assert [s["answer"] for s in scores] == [
-            float(ok and t.end == EndReason.ANSWERED) for ok, t in zip(right, group, strict=True)
-        ]
-        assert paid.dtype == np.float32 and paid.tolist() == pytest.approx([s["total"] for s in scores]) and paid[6] == 0
-        assert paid[0] == pytest.approx(3 + 0.1 + 0.2) and paid[1] == pytest.approx(0.1 + 0.25)
-        counted = paid[[0, 1, 2, 4, 5]]
-        wanted = (paid - counted.mean()) / (counted.std() if normalise_std else 1)
-        assert gained[:6] == pytest.approx(wanted[:6], rel=1e-5) and gained[6] == 0
-    flat = [s for scores in scored for s in scores]
-    for name in ("answer", "format", "tool_gain", "total", f"{__name__}:fails_or_pays"):
-        assert metrics[f"reward/{name}"] == pytest.approx(np.mean([s[name] for s in flat]))
-    assert metrics["end/fault"] == pytest.approx(1 / 7) and "fault" not in flat[6] and metrics["groups/flat"] == 0
-    assert metrics["tools/calls/visual_reflection/executed"] == pytest.approx(1 / 7)
-
-
-def test_memory_is_what_the_process_and_its_first_device_say(monkeypatch):
-    resident = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
-    assert job.memory() == {"memory/resident_gb": pytest.approx(resident, rel=0.1)}
-    device = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 3e9, "peak_bytes_in_use": 5e9})
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    found = job.memory()
-    assert (found.pop("memory/device_gb"), found.pop("memory/device_peak_gb")) == (3, 5) and len(found) == 1

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 
 from imagent_jax.config import import_path
+from imagent_jax.model.config import untied
 from imagent_jax.model.families import family_of, read_folder
 from imagent_jax.model.sharding import check_heads, shardings
 from imagent_jax.model.vlm import VLM, Model, abstract
@@ -111,6 +112,21 @@ def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     return found
 
 
+def _own_head(stored: Mapping[str, tuple[Path, list[int], str]], embedding: str) -> bool:
+    """Return whether the files hold an output matrix `lm_head.weight` that differs from the tensor `embedding`."""
+    names = {name.replace("model.model.", "model."): name for name in stored}
+    head, table = names.get("lm_head.weight"), names.get(embedding) or names.get(older_name(embedding))
+    if head is None or table is None:
+        return False
+    if stored[head][1] != stored[table][1]:
+        return True
+    with _open(stored[head][0]) as a, _open(stored[table][0]) as b:
+        one, other = a.get_slice(head), b.get_slice(table)
+        count = stored[head][1][0]
+        blocks = [slice(i, min(i + _ROWS, count)) for i in range(0, count, _ROWS)]
+        return not all(np.array_equal(one[block], other[block], equal_nan=True) for block in blocks)
+
+
 def _match(
     folder: Path, stored: Mapping[str, tuple], shapes: nnx.State, tensors: Mapping[str, tuple[str, bool]]
 ) -> dict[str, list[tuple[Path, str]]]:
@@ -158,11 +174,12 @@ def _copy(out: np.ndarray, tensor, index: tuple[slice, ...], transposed: bool) -
         out[i - start : block.stop - start] = part
 
 
-def _read(sources: list[tuple[Path, str]], form: tuple[str, bool], leaf, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the slice `index` of a parameter. Files are memory-mapped during the call only.
+def _read(key: str, form: tuple[str, bool], sources: list[tuple[Path, str]], leaf, index: tuple[slice, ...]) -> np.ndarray:
+    """Return the slice `index` of the parameter `key`. Files are memory-mapped during the call only.
 
     Args:
-        form: tensor name, and whether it is stored transposed.
+        form: tensor name in a checkpoint, and whether it is stored transposed.
+        sources: file and tensor name of every layer.
         leaf: shape and dtype of the parameter.
     """
     name, transposed = form
@@ -197,6 +214,8 @@ def load(
 ) -> tuple[Model, nnx.State]:
     """Load a model and its parameters from a folder in Hugging Face's format.
 
+    A stored output matrix is used where it differs from the embedding, whatever config.json says, as transformers does.
+
     Args:
         param_dtype: storage dtype of the parameters; None: as in the files.
         mesh: mesh over which the parameters are sharded (`distributed.mesh.make_mesh`); default: the default device.
@@ -207,12 +226,13 @@ def load(
             or a mesh that does not divide the model. All checks run before the first weight is read.
     """
     folder = Path(folder)
-    cfg = read_folder(folder)
-    stored = _stored(folder)
+    cfg, stored = read_folder(folder), _stored(folder)
+    tensors = family_of(cfg).tensors
+    if cfg.text.tie_word_embeddings and _own_head(stored, tensors["text.embed"][0]):
+        cfg = untied(cfg)
     if param_dtype is None:
         param_dtype = _DTYPES.get(next(iter(stored.values()))[2], "float32")
     model, shapes = abstract(cfg, jnp.dtype(param_dtype), **settings)
-    tensors = family_of(cfg).tensors
     sources, where = _match(folder, stored, shapes, tensors), {}
     if mesh is not None:
         check_heads(cfg, mesh)
@@ -224,7 +244,7 @@ def load(
         task = bar.add_task("Loading weights", total=sum(sizes.values()))
         for path, variable in nnx.to_flat_state(shapes):
             key, leaf = ".".join(map(str, path)), variable.get_value()
-            value = _place(partial(_read, sources[key], tensors[key], leaf), leaf.shape, where.get(key))
+            value = _place(partial(_read, key, tensors[key], sources[key], leaf), leaf.shape, where.get(key))
             leaves.append((path, variable.replace(value)))
             bar.advance(task, sizes[key])
     return model, nnx.from_flat_state(leaves)

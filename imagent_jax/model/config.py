@@ -1,6 +1,7 @@
 """Configuration of a vision-language model: the decoder, the vision tower and the token ids of the vision markers."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD
@@ -111,6 +112,15 @@ class VLMConfig:
     name: str = field(compare=False, default="")
     hf: str = field(repr=False, compare=False, default="{}")
     folder: str = field(repr=False, compare=False, default="")
+
+
+def untied(cfg: VLMConfig) -> VLMConfig:
+    """Return the configuration of the same model with an output matrix of its own, apart from the embedding."""
+    hf = json.loads(cfg.hf)
+    for part in (hf, hf.get("text_config") or {}):
+        if part.get("tie_word_embeddings"):
+            part["tie_word_embeddings"] = False
+    return replace(cfg, text=replace(cfg.text, tie_word_embeddings=False), hf=json.dumps(hf))
 
 
 def read_text(

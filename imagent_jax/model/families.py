@@ -1,5 +1,6 @@
 """Model families. Each is one package beside this module, `model/<model_type>/`, whose `FAMILY` says how it differs."""
 
+import functools
 import importlib
 import json
 import pkgutil
@@ -66,6 +67,7 @@ def hub_config(model_type: str, architecture: str, decoder: PublishedDecoder, to
     }  # fmt: skip
 
 
+@functools.cache
 def families() -> dict[str, Family]:
     """Return every family by `model_type`."""
     packages = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.ispkg]

@@ -125,6 +125,16 @@ class Processor:
         """Return the text of each token id alone. Bytes of a cut character become U+FFFD; ids without a token, ""."""
         return self.tokenizer.backend_tokenizer.decode_batch([[i] for i in range(vocab_size)], skip_special_tokens=False)
 
+    def unsampled_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """Return the ids that a policy must not sample: placeholders of images and videos, and ids without a token.
+
+        Args:
+            vocab_size: V, the rows of the embedding.
+        """
+        placeholders = {self._markers.get(marker) for marker in ("<|image_pad|>", "<|video_pad|>")}
+        tokens = set(self.tokenizer.get_vocab().values()) - placeholders
+        return tuple(i for i in range(vocab_size) if i not in tokens)
+
     def prepare(self, image: Image.Image, min_pixels: int | None = None, max_pixels: int | None = None) -> PreparedImage:
         """Resize an image to a pixel budget (default: the checkpoint's) and cut it into patches."""
         return prepare_image(

@@ -18,13 +18,13 @@ def mrope(
     """
     angles = positions[..., None].astype(jnp.float32) * _frequencies(head_dim, theta)  # [3 *b S H/2]
     if interleaved:
-        index = jnp.arange(head_dim // 2)
+        index, half = jnp.arange(head_dim // 2), angles[0]
         for part in (1, 2):
-            angles = angles.at[0].set(jnp.where((index % 3 == part) & (index < 3 * section[part]), angles[part], angles[0]))
-        full = jnp.concatenate([angles[0], angles[0]], axis=-1)
-        return jnp.cos(full), jnp.sin(full)
-    edges = (0, section[0], section[0] + section[1], sum(section))
-    parts = [angles[i, ..., edges[i] : edges[i + 1]] for i in range(3)]
+            half = jnp.where((index % 3 == part) & (index < 3 * section[part]), angles[part], half)
+        parts = [half]
+    else:
+        edges = (0, section[0], section[0] + section[1], sum(section))
+        parts = [angles[i, ..., edges[i] : edges[i + 1]] for i in range(3)]
     full = jnp.concatenate([*parts, *parts], axis=-1)
     return jnp.cos(full), jnp.sin(full)
 

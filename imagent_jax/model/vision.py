@@ -1,6 +1,7 @@
 """The vision tower over packed patches. Image sizes and counts are data, not static arguments."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,17 @@ def normalise(cfg: VisionConfig, patches: UInt8[Array | np.ndarray, "*b bytes"])
     scale, shift = (x.astype(np.float32)[:, None, None] for x in (1 / std, np.asarray(cfg.image_mean) / std * 255))
     x = patches.reshape(*patches.shape[:-1], cfg.in_channels, 1, -1).astype(jnp.float32) * scale - shift
     return jnp.repeat(x, cfg.temporal_patch_size, axis=-2).reshape(*patches.shape[:-1], -1)
+
+
+def two_layers(
+    w: dict[str, jax.Array], names: tuple[str, str], act: Callable[[Array], Array], x: Float[Array, "*b D"]
+) -> Float[Array, "*b E"]:
+    """Apply two matrices with biases, by their names in the parameters `w`, with an activation between them."""
+    first, second = names
+    return linear(w, second, act(linear(w, first, x) + w[f"{first}_bias"])) + w[f"{second}_bias"]
+
+
+gelu = partial(jax.nn.gelu, approximate=False)
 
 
 def window_order(
@@ -119,6 +131,16 @@ class VisionBlocks(nnx.Module):
         self.proj, self.proj_bias = make((d, d), ("heads", "embed")), make.zeros(d)
 
 
+class MlpBlocks(VisionBlocks):
+    """Parameters of all blocks with LayerNorm and an MLP of two matrices."""
+
+    def __init__(self, cfg: VisionConfig, make: Maker):
+        super().__init__(cfg, make, layer_norm=True)
+        d, hidden = cfg.embed_dim, cfg.intermediate_size
+        self.fc1, self.fc1_bias = make((d, hidden), ("embed", "mlp")), make.zeros(hidden, "mlp")
+        self.fc2, self.fc2_bias = make((hidden, d), ("mlp", "embed")), make.zeros(d)
+
+
 class VisionTower(nnx.Module):
     """Vision transformer from patches to features of the decoder's width, one feature per merge unit.
 
@@ -129,6 +151,10 @@ class VisionTower(nnx.Module):
     """
 
     BLOCKS: Callable[[VisionConfig, Maker], VisionBlocks]
+    feed_forward: Callable[[dict[str, jax.Array], Float[Array, "*b D"]], Float[Array, "*b D"]]
+    """Applies the MLP of one block, given its parameters."""
+    merge_deep: Callable[[int, Float[Array, "B S D"]], Float[Array, "B U E"]]
+    """Returns the features of `cfg.deepstack[index]`, given the output of that block; only of a family with DeepStack."""
 
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, dtype):
         self.cfg = cfg
@@ -142,20 +168,11 @@ class VisionTower(nnx.Module):
         self.merge_fc2 = make((merged, cfg.hidden_size), ("merged", "embed"))
         self.merge_fc2_bias = make.zeros(cfg.hidden_size)
 
-    @staticmethod
-    def feed_forward(w: dict[str, jax.Array], x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        """Apply the MLP of one block with parameters `w`."""
-        raise NotImplementedError("A family defines the MLP of its tower.")
-
     def embed(
         self, w: dict[str, jax.Array], x: Float[Array, "B S C"], coords: Int[Array, "B S 2"], image: Int[Array, "B S"]
     ) -> Float[Array, "B S D"]:
         """Return the input of the first block, given normalised patches and the tower's own parameters `w`."""
         return x @ w["patch_embed"]
-
-    def merge_deep(self, index: int, x: Float[Array, "B S D"]) -> Float[Array, "B U E"]:
-        """Return the features of `cfg.deepstack[index]`, given the output of that block."""
-        raise NotImplementedError("A family with DeepStack defines its mergers.")
 
     def __call__(
         self,
@@ -220,6 +237,5 @@ class VisionTower(nnx.Module):
             deep, done = [*deep, x], end
         deep = [self.merge_deep(index, x) for index, x in enumerate(deep[:-1])]
         x = norm(w, "merge_norm", x).reshape(blocks[0], block // unit, -1)
-        x = jax.nn.gelu(linear(w, "merge_fc1", x) + w["merge_fc1_bias"], approximate=False)
-        x = jnp.concatenate([linear(w, "merge_fc2", x) + w["merge_fc2_bias"], *deep], axis=-1)
+        x = jnp.concatenate([two_layers(w, ("merge_fc1", "merge_fc2"), gelu, x), *deep], axis=-1)
         return (reorder(x, jnp.argsort(order, axis=-1)) if side else x).reshape(m // unit, -1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -41,7 +42,11 @@ class VLM(nnx.Module):
 
 
 class Model(NamedTuple):
-    """Static part of a model: module definition and compute settings (hashable, a static argument of `jax.jit`)."""
+    """Static part of a model: module definition and compute settings (hashable, a static argument of `jax.jit`).
+
+    Attributes:
+        unsampled: ids that a policy never samples and whose probability is 0; see `Processor.unsampled_ids`.
+    """
 
     graphdef: nnx.GraphDef
     cfg: VLMConfig
@@ -50,6 +55,7 @@ class Model(NamedTuple):
     vision_block: int = 144
     logprob_chunk: int = 2048
     attention: str = "xla"
+    unsampled: tuple[int, ...] = ()
 
     def bind(self, params: nnx.State) -> VLM:
         return nnx.merge(self.graphdef, params)
@@ -167,16 +173,27 @@ def logits(hidden: Float[Array, "*b D"], head: Float[Array, "D V"]) -> Float[Arr
     return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
 
+def sampled_only(logits: Float[Array, "*b V"], unsampled: tuple[int, ...]) -> Float[Array, "*b V"]:
+    """Return logits with -inf at the ids `unsampled`."""
+    if not unsampled:
+        return logits
+    return jnp.where(np.isin(np.arange(logits.shape[-1]), unsampled), -jnp.inf, logits)
+
+
 def token_logprobs(
     hidden: Float[Array, "T D"],
     head: Float[Array, "D V"],
     targets: Int[Array, " T"],
     temperature: float = 1.0,
     chunk: int = 2048,
+    unsampled: tuple[int, ...] = (),
 ) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
     """Compute the log-probability of every target and the entropy (nats) of every softmax(hidden @ head / temperature).
 
     Memory: logits exist for `chunk` tokens at a time in the forward and the backward pass, never as [T, V].
+
+    Args:
+        unsampled: ids without a share of the softmax. As targets they get their logit less the others' log-sum, which is finite.
     """
     total = hidden.shape[0]
     chunk = min(chunk, total)
@@ -187,8 +204,10 @@ def token_logprobs(
     @jax.checkpoint
     def one(_, inputs):
         h, t = inputs
-        logprobs = jax.nn.log_softmax(logits(h, head) / temperature, axis=-1)
-        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        scores = logits(h, head) / temperature
+        chances = sampled_only(scores, unsampled)
+        logprobs = scores - jax.nn.logsumexp(chances, axis=-1, keepdims=True)
+        entropy = -jnp.sum(jnp.where(chances > -jnp.inf, jnp.exp(logprobs) * logprobs, 0), axis=-1)
         return None, (jnp.take_along_axis(logprobs, t[:, None], axis=-1)[:, 0], jax.lax.stop_gradient(entropy))
 
     _, (logprobs, entropy) = jax.lax.scan(one, None, (hidden, targets))
@@ -234,7 +253,9 @@ def response_logprobs(
     with jax.named_scope("logprobs"):
 
         def own_tokens(hidden, targets, head):
-            values = token_logprobs(hidden.reshape(-1, d), head, targets.reshape(-1), temperature, model.logprob_chunk)
+            values = token_logprobs(
+                hidden.reshape(-1, d), head, targets.reshape(-1), temperature, model.logprob_chunk, model.unsampled
+            )
             return tuple(x.reshape(targets.shape) for x in values)
 
         rows = fitting(response_ids, GROUPS)  # per-device chunks: the head is gathered, and its gradient reduced, once

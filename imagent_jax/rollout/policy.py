@@ -65,11 +65,13 @@ class Policy:
         self.tools = tools_by_name(cfg.tools.names, cfg.sandbox)
         folder = checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
-        check_images(cfg, read_folder(folder).vision)
+        found = read_folder(folder)
+        check_images(cfg, found.vision)
         self.mesh = make_mesh(**vars(cfg.mesh))
         self.model, self.params = checkpoint.load(
-            folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype, **model_settings(cfg)
-        )
+            folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype,
+            unsampled=self.processor.unsampled_ids(found.text.vocab_size), **model_settings(cfg),
+        )  # fmt: skip
         if cfg.lora.path:
             self.model, self.params = lora.load(cfg.lora.path, self.model, self.params)
         elif cfg.lora.rank:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, per_device, shard_count
 from imagent_jax.model.params import pad_to
 from imagent_jax.model.text import PromptCache, ResponseCache
-from imagent_jax.model.vlm import Model, empty_cache, extend, prefill
+from imagent_jax.model.vlm import Model, empty_cache, extend, prefill, sampled_only
 
 BLOCK = 128
 """Vocabulary tokens per block of the two-stage draw (`draw`)."""
@@ -164,8 +164,8 @@ def put_rows(state: SamplerState, rows: Int[Array, " F"], part: SamplerState) ->
 def decode(model: Model, width: int, params: nnx.State, state: SamplerState, rows, stops, max_steps, enough=0) -> SamplerState:
     """Sample up to `max_steps` tokens for every live row from softmax(logits / temperature).
 
-    A row stops, inside the loop, when its text completes a stop string or its buffer is full. A token's random numbers depend on
-    the row's key and the token's index only, not on the batch or the chunking.
+    Ids in `model.unsampled` have no share of it. A row stops, inside the loop, when its text completes a stop string or its
+    buffer is full. A token's random numbers depend on the row's key and the token's index only, not on the batch or the chunking.
 
     Args:
         width: only this part of the response cache is used; no response may exceed it during the call (R: no restriction).
@@ -194,7 +194,7 @@ def _decode(model, params, state, stops, max_steps, enough):
 
     def step(carry):
         count, s = carry
-        token, logprob = draw(s.logits / scale, jax.vmap(_uniform)(keys, s.length), greedy)
+        token, logprob = draw(sampled_only(s.logits / scale, model.unsampled), jax.vmap(_uniform)(keys, s.length), greedy)
         at = jnp.where(s.live, s.length, r)  # r: out of bounds, dropped
         ids = s.ids.at[rows, at].set(token, mode="drop")
         positions = jnp.broadcast_to(s.position[:, None], (3, b, 1))

@@ -14,6 +14,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from imagent_jax.config import Config, RunConfig
 from imagent_jax.distributed import processes
+from imagent_jax.runs.lock import Lock
 from imagent_jax.runs.trackers import Trackers
 
 
@@ -48,18 +49,29 @@ class RunFolder:
     With several processes, all take part in checkpoints, and process 0 writes everything else. A checkpoint is one Orbax
     checkpoint, written in the background and renamed when complete. It holds the trained parameters, the optimizer state, the
     run's progress, and checksums of all. The newest `run.keep_checkpoints` and the `run.keep_best` with the highest held-out
-    accuracy are kept.
+    accuracy are kept. A folder has one writer (`Lock`), from construction to `close`.
+
+    As a context manager, it is closed at the end of the block. After an error, the checkpoint being written is completed too.
 
     Raises:
-        ValueError: `run.resume` is set and the run does not exist, or `run.resume` is not set and checkpoints exist.
+        ValueError: `run.resume` is set and the run does not exist, `run.resume` is not set and checkpoints exist, or another
+            process writes into the folder.
     """
 
     def __init__(self, cfg: Config):
         self.path = Path(cfg.run.dir) / cfg.run.name
         self.checkpoints, self.seed = checkpoint_folder(cfg.run, self.path), cfg.run.seed
+        self.writing = None  # the checkpoint being written: its step and its future
         if processes.is_writer():
             self._prepare(cfg)
         processes.barrier("the run's folder is there")
+        try:
+            self._open(cfg)
+        except BaseException:
+            self._release()
+            raise
+
+    def _open(self, cfg: Config) -> None:
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(cfg.run.keep_checkpoints)]
         if cfg.run.keep_best:
@@ -78,7 +90,6 @@ class RunFolder:
         except Exception as error:
             sentence = f"The checkpoints in {self.checkpoints} cannot be read ({_reason(error)}); delete what is damaged there."
             raise ValueError(sentence) from error
-        self.writing = None  # the checkpoint being written: its step and its future
         if self.latest is not None and not cfg.run.resume:
             raise ValueError(
                 f"{self.checkpoints} holds checkpoints of an earlier run; continue it with --run.resume true, or "
@@ -94,16 +105,21 @@ class RunFolder:
         there = (self.path / "config.yaml").exists() or "://" in self.checkpoints or Path(self.checkpoints).is_dir()
         if cfg.run.resume and not there:
             raise ValueError(f"run.resume is on, but {self.path} holds no checkpoints; check run.dir and run.name.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = Lock(self.path)
         if not cfg.run.resume and (self.path / "metrics.jsonl").exists():
             self._set_aside()
-        (self.path / "trajectories").mkdir(parents=True, exist_ok=True)
+        (self.path / "trajectories").mkdir(exist_ok=True)
 
     def _set_aside(self) -> None:
-        """Rename the folder of an earlier run of the same name, appending a number."""
+        """Rename the folder of an earlier run of the same name, appending a number, and lock a new one."""
         number = 1
         while (kept := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.rename(self.path, kept)
+        self.path.mkdir()
+        before, self.lock = self.lock, Lock(self.path)
+        before.release()
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and pass it to the trackers (`Trackers`)."""
@@ -197,11 +213,30 @@ class RunFolder:
         return tree["params"], tree["opt_state"], progress
 
     def close(self) -> None:
-        """Wait for the checkpoint being written (see `settle`), and close the trackers."""
+        """Wait for the checkpoint being written (see `settle`), close the trackers and release the folder."""
         self.settle()
         self.manager.close()
         if processes.is_writer():
             self.trackers.close()
+        self._release()
+
+    def _release(self) -> None:
+        if processes.is_writer():
+            self.lock.release()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            return self.close()
+        if isinstance(error, KeyboardInterrupt):  # at once
+            return
+        try:  # the manager stays open: closing it waits for other processes, which do not know of the error
+            self.settle()
+        except ValueError as unwritten:
+            error.add_note(str(unwritten))
+        self._release()
 
 
 def _crc(progress: dict[str, Any]) -> int:

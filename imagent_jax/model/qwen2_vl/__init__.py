@@ -7,28 +7,17 @@ import jax
 from imagent_jax.model import text, vision
 from imagent_jax.model.config import VisionConfig, read_text, read_vision
 from imagent_jax.model.families import Family, PublishedDecoder, hub_config
-from imagent_jax.model.params import Maker, tensor_names
-
-
-class Blocks(vision.VisionBlocks):
-    """Parameters of all blocks, stacked on a leading `layers` axis."""
-
-    def __init__(self, cfg: VisionConfig, make: Maker):
-        super().__init__(cfg, make, layer_norm=True)
-        d, hidden = cfg.embed_dim, cfg.intermediate_size
-        self.fc1, self.fc1_bias = make((d, hidden), ("embed", "mlp")), make.zeros(hidden, "mlp")
-        self.fc2, self.fc2_bias = make((hidden, d), ("mlp", "embed")), make.zeros(d)
+from imagent_jax.model.params import tensor_names
 
 
 class Tower(vision.VisionTower):
     """The vision tower. Equals transformers' `Qwen2VisionTransformerPretrainedModel`."""
 
-    BLOCKS = Blocks
+    BLOCKS = vision.MlpBlocks
 
     @staticmethod
     def feed_forward(w, x):
-        h = x @ w["fc1"] + w["fc1_bias"]
-        return (h * jax.nn.sigmoid(1.702 * h)) @ w["fc2"] + w["fc2_bias"]
+        return vision.two_layers(w, ("fc1", "fc2"), lambda h: h * jax.nn.sigmoid(1.702 * h), x)
 
 
 def read_tower(hf: dict[str, Any]) -> VisionConfig:

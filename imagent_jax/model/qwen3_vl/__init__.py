@@ -9,17 +9,7 @@ from flax import nnx
 from imagent_jax.model import text, vision
 from imagent_jax.model.config import TextConfig, VisionConfig, read_text, read_vision
 from imagent_jax.model.families import Family
-from imagent_jax.model.params import Maker, layer_of, linear, tensor_names, weights
-
-
-class Blocks(vision.VisionBlocks):
-    """Parameters of all blocks, stacked on a leading `layers` axis."""
-
-    def __init__(self, cfg: VisionConfig, make: Maker):
-        super().__init__(cfg, make, layer_norm=True)
-        d, hidden = cfg.embed_dim, cfg.intermediate_size
-        self.fc1, self.fc1_bias = make((d, hidden), ("embed", "mlp")), make.zeros(hidden, "mlp")
-        self.fc2, self.fc2_bias = make((hidden, d), ("mlp", "embed")), make.zeros(d)
+from imagent_jax.model.params import Maker, gathered, layer_of, tensor_names, weights
 
 
 class DeepMergers(nnx.Module):
@@ -60,7 +50,7 @@ def interpolation(coords: jax.Array, image: jax.Array, side: int) -> tuple[jax.A
 class Tower(vision.VisionTower):
     """The vision tower. Equals transformers' `Qwen3VLVisionModel`."""
 
-    BLOCKS = Blocks
+    BLOCKS = vision.MlpBlocks
 
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, dtype):
         super().__init__(cfg, rngs, dtype)
@@ -71,7 +61,7 @@ class Tower(vision.VisionTower):
 
     @staticmethod
     def feed_forward(w, x):
-        return jax.nn.gelu(x @ w["fc1"] + w["fc1_bias"], approximate=True) @ w["fc2"] + w["fc2_bias"]
+        return vision.two_layers(w, ("fc1", "fc2"), jax.nn.gelu, x)  # the tanh approximation
 
     def embed(self, w, x, coords, image):
         indices, shares = interpolation(coords, image, self.cfg.position_side)
@@ -79,10 +69,9 @@ class Tower(vision.VisionTower):
         return x @ w["patch_embed"] + w["patch_embed_bias"] + position.astype(x.dtype)
 
     def merge_deep(self, index, x):
-        w = layer_of(weights(self.deep, x.dtype), index)
+        w = gathered(self.deep, layer_of(weights(self.deep, x.dtype), index))
         x = vision.norm(w, "norm", x.reshape(x.shape[0], -1, x.shape[-1] * self.cfg.merge_unit))
-        x = jax.nn.gelu(linear(w, "fc1", x) + w["fc1_bias"], approximate=False)
-        return linear(w, "fc2", x) + w["fc2_bias"]
+        return vision.two_layers(w, ("fc1", "fc2"), vision.gelu, x)
 
 
 def read_decoder(hf: dict[str, Any]) -> TextConfig:

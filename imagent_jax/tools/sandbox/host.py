@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from imagent_jax.config import SandboxConfig
+from imagent_jax.images import decode
 from imagent_jax.tools.sandbox.link import SandboxError, Worker, close_all
 from imagent_jax.types import ToolError
 
@@ -234,4 +235,5 @@ def places() -> dict[str, list[str]]:
     packages += [str(folder) for parent in parents for folder in Path(parent).glob("*.libs")]
     inner = [entry.path for folder in standard for entry in os.scandir(folder) if entry.path not in hidden]
     listed = [f"{folder}/" for folder in standard]
-    return {"path": parents, "visible": standard + packages, "hidden": hidden, "readable": inner + packages + listed}
+    own = [str(Path(decode.__file__).parent)]  # of the package, only what imports nothing else of it
+    return {"path": own + parents, "visible": standard + packages, "hidden": hidden, "readable": inner + packages + listed}

@@ -14,6 +14,7 @@ import sys
 import time
 
 import cv2
+import decode
 import numpy as np
 import numpy.fft  # noqa: F401 - imported here once, so that no worker has to; so are the next
 import numpy.linalg  # noqa: F401
@@ -122,16 +123,14 @@ class Shown:
 
 
 def to_rgb(image):
-    """A shown thing as an RGB image of its own; transparency is composed over white."""
+    """A shown thing as an RGB image of its own, by the rules of `images/decode.py`."""
     if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as file:
-            image = file.copy()
-    elif not isinstance(image, Image.Image):
+        with open(image, "rb") as file:
+            return decode.read_image(file.read())
+    if not isinstance(image, Image.Image):
         image = Image.fromarray(to_bytes(np.asarray(image)))
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+    rgb = decode.to_rgb(image)
+    return image.copy() if rgb is image else rgb
 
 
 def to_bytes(array):
