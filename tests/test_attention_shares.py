@@ -16,6 +16,7 @@ from hf_oracle import IMAGE, ODD_SIZES, interleave, pixel_values, random_image, 
 from rounding import assert_rounded
 from test_model_parity import BLOCK, batch, pack
 
+from imagent_jax.chat import QWEN
 from imagent_jax.distributed.mesh import GROUPS, constrain
 from imagent_jax.evals import attention as job
 from imagent_jax.model import checkpoint, text
