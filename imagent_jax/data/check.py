@@ -74,13 +74,13 @@ def image_sizes(images: Iterable[tuple[Key, str | bytes]], total: int, progress:
     """Decode every image on all cores; return its size, or why it cannot be used, by key.
 
     Args:
-        images: key, and path or bytes, of each of `total` images. At most a few hundred are in memory at one time.
+        images: key, and path or bytes, of each of `total` images. At most 64 are in memory at one time.
     """
 
     def decoded() -> Iterator[tuple[Key, Size | RowError]]:
         stream = iter(images)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            while part := list(itertools.islice(stream, 256)):
+            while part := list(itertools.islice(stream, 64)):
                 yield from zip((key for key, _ in part), pool.map(_size, (image for _, image in part)), strict=True)
 
     return dict(tracked(decoded(), total, "images decoded", progress))
