@@ -18,6 +18,7 @@ from conftest import small_config
 from PIL import Image
 
 from imagent_jax import train as job
+from imagent_jax.cli import main as cli
 from imagent_jax.config import Config, DataConfig, load_config
 from imagent_jax.data import files
 from imagent_jax.data.check import Fault
@@ -371,6 +372,21 @@ def test_the_earlier_name_says_what_to_write(folder):
     (folder / "c.yaml").write_text("data: {name: jsonl, path: x}\n")
     with pytest.raises(ValueError, match="data.name 'jsonl' is now 'files'"):
         load_config(folder / "c.yaml")
+
+
+def test_the_command_says_what_is_in_a_data_set(folder, capsys):
+    write(folder, ".jsonl", OWN, VERIFIERS, MESSAGES, {"question": "?", "answer": ""}, name="train")
+    assert cli(["data", str(folder), f"--out={folder}/out.json"]) == 0
+    out = capsys.readouterr().out
+    for words in (f"train: {folder}/train.jsonl", "rows: 3", "formats: imagent-jax: 1, prime verifiers: 1, chat messages: 1",
+                  "images a row: 0: 1, 1: 1, 2: 1", "answer types: choice: 1, number: 1, exact: 1", "faults: no answer: 1",
+                  f"{folder}/train.jsonl, line 4: the row has no", "answer characters: least: 1, mean: 2, most: 5"):  # fmt: skip
+        assert words in out, words
+    found = json.loads((folder / "out.json").read_text())
+    assert list(found) == ["train"] and found["train"]["question characters"]["least"] == len("1 + 1?")
+    write(folder, ".jsonl", VERIFIERS, name="test")
+    assert cli(["data", str(folder)]) == 0 and "test: " in capsys.readouterr().out
+    assert cli(["data", str(folder / "gone")]) == 2 and "gone" in capsys.readouterr().err
 
 
 # ---- training ---------------------------------------------------------------------------------------------------------

@@ -56,15 +56,16 @@ class FileTasks(Sequence[Task]):
     """The valid rows of files as tasks. Image bytes are read when a task is accessed.
 
     Attributes:
+        rows: the rows, in order.
         faults: omitted rows, in the order of files and rows; empty unless `skip_bad`.
     """
 
     def __init__(self, rows: Sequence[Row], faults: Sequence[Fault] = ()):
-        self._rows = tuple(rows)
+        self.rows = tuple(rows)
         self.faults = tuple(faults)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -73,7 +74,7 @@ class FileTasks(Sequence[Task]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = self._rows[index]
+        row = self.rows[index]
         return replace(row.task, images=row.images())
 
 
