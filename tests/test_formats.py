@@ -228,6 +228,13 @@ def test_lines_of_a_tsv_file_are_those_of_an_editor(folder):
     assert "the row has 2 cells and the header 9" in str(tasks.faults[0])
 
 
+def test_an_image_of_a_tsv_file_may_be_that_of_an_earlier_row(folder):
+    rows = [MMBENCH, MMBENCH | {"index": "1000005", "image": "5", "question": "Or?"}, MMBENCH | {"index": "6", "image": "7"}]
+    tasks = read(path := write(folder, ".tsv", *rows), skip_bad=True)
+    assert [task.images for task in tasks] == [(ONE,), (ONE,)] and tasks[1].question == "Look.\nOr?"
+    assert str(tasks.faults[0]).startswith(f"{path}, line 4: the image {folder}/7 does not exist")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

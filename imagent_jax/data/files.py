@@ -90,9 +90,13 @@ class JsonList(_File):
 
 
 class Tsv(_File):
-    """Tab-separated cells under a header, quoted as pandas does. A blank cell is absent."""
+    """Tab-separated cells under a header, quoted as pandas does. A blank cell is absent.
+
+    As in VLMEvalKit, `image` may be the `index` of an earlier row, which has the image.
+    """
 
     def rows(self):
+        self.places: dict[str, int] = {}  # of the rows that have their image, by index
         with self.path.open("rb") as file:
             cells = self._reader(file)
             self.header = [name.lstrip("\ufeff") for name in next(cells, [])]
@@ -101,7 +105,10 @@ class Tsv(_File):
                 if (row := next(cells, None)) is None:
                     return
                 if row:
-                    yield line, place, self._row(row)
+                    found = self._row(row)
+                    if isinstance(found, dict) and len(found.get("image", "")) > 64:
+                        self.places.setdefault(found.get("index", ""), place)
+                    yield line, place, found
 
     def read(self, place: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
@@ -120,6 +127,8 @@ class Tsv(_File):
             "".join(row.values()).encode()
         except UnicodeEncodeError:
             return RowError("broken text", "the row is not UTF-8; write the file in UTF-8")
+        if (place := self.places.get(row.get("image", ""))) is not None:
+            row["image"] = self.read(place)["image"]
         return row
 
 
