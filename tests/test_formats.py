@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import io
 import json
+import pathlib
 import re
 import tracemalloc
 
@@ -171,6 +172,18 @@ def test_images_are_paths_or_bytes_in_any_form(folder, image):
         assert task.images == (ONE,)
 
 
+def test_the_rows_that_the_documentation_shows_are_tasks(folder):
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    for name in ("a.jpg", "b.png"):
+        (folder / name).write_bytes(ONE)
+    (folder / "train.jsonl").write_text(page.split("```json\n")[1].split("```")[0])
+    tasks = read(folder / "train.jsonl")
+    assert [(len(task.images), task.answers, task.answer_type) for task in tasks] == [
+        (2, ("Image 2",), "choice"), (2, ("yes", "the same"), "exact"), (1, ("B",), "choice"), (0, ("21",), "number")
+    ]  # fmt: skip
+    assert all(f"| {name}" in page for name in ("verl", "chat", "VLMEvalKit", "PyVision", "prime verifiers", "EasyR1", "TRL"))
+
+
 # ---- faults -----------------------------------------------------------------------------------------------------------
 
 GOOD = {"question": "How many?", "answer": "2", "task": "x"}
@@ -179,12 +192,14 @@ FAULTY = [
     ({"messages": [{"role": "user", "content": "a"}]}, "the row has no answer", "no answer"),
     ({"messages": "a"}, "the row has no answer", "no answer"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2},
-     "the messages before the answer are of user, assistant, user; a task is one message of a user", "several turns"),
+     'the messages before the answer are of "user", "assistant", "user"; a task is one message of a user', "several turns"),
     ({"messages": ["a"]}, '"messages" is not a list of messages', "no question"),
     ({"prompt": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "answer": "1"},
      'a message has a part "video"; only text and images can be shown', "not text or image"),
     ({"prompt": [SYSTEM], "answer": "1"}, "the messages before the answer are of none", "several turns"),
     ({"prompt": [{"role": "user", "content": "<image>"}], "images": ["1.png"], "answer": "1"}, "has no question", "no question"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, "are of \"['user']\"; a task is one message", "several turns"),
+    ({"question": "?", "answer": "1", "note": json.loads("[" * 900 + "]" * 900)}, "nested too deeply", "nested too deeply"),
     ({"problem": "<image><image>?", "images": ["1.png"], "answer": "1"}, "has 2 marks", "marks and images"),
     ({"prompt": "a", "reward_model": "rule"}, "the row has no answer", "no answer"),
     ({"index": 1, "question": "a", "image": "https://x.org/1.png", "answer": "b"}, "is on the web", "image by address"),
@@ -214,6 +229,14 @@ def test_rows_inside_a_parquet_file_are_decoded_once_and_faults_name_their_row(f
         reason = "an image inside the row cannot be used (it does not decode); replace the file"
         assert tasks.faults == (Fault(str(path), 2, reason, "image unusable", "row"),)
     assert str(tasks.faults[0]) == f"{path}, row 2: {reason}" and len(list(memory.iterdir())) == 1
+
+
+def test_rows_of_every_row_group_are_found(folder):
+    rows = [EASYR1 | {"problem": f"{n}?", "images": [{"bytes": png(n), "path": None}]} for n in range(50)]
+    tasks = read(path := write(folder, ".parquet", *rows, row_group_size=21))
+    assert pq.ParquetFile(path).num_row_groups == 3
+    for n in (0, 15, 16, 20, 21, 41, 42, 49):
+        assert (tasks[n].uid, tasks[n].question, tasks[n].images) == (f"train:{n + 1}", f"{n}?", (png(n),))
 
 
 def test_lines_of_a_tsv_file_are_those_of_an_editor(folder):

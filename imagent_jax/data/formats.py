@@ -157,8 +157,12 @@ def read_row(row: Row, form: Format, default_uid: str, shuffle: int | None = Non
         )
     if options and answer_type != "choice":
         raise RowError("bad options", f'a row with options has answer type "choice", not {quote(answer_type)}')
-    meta = json.loads(json.dumps(row, default=_described))
-    return Task(uid, question, (b"",) * len(images), answers[0], answer_type, kind, meta, parts, answers[1:], options), images
+    try:
+        meta = json.loads(json.dumps(row, default=_described))
+        task = Task(uid, question, (b"",) * len(images), answers[0], answer_type, kind, meta, parts, answers[1:], options)
+    except RecursionError:
+        raise RowError("nested too deeply", "the row is nested too deeply; write its facts as flat fields") from None
+    return task, images
 
 
 # ---- questions and images ---------------------------------------------------------------------------------------------
@@ -174,14 +178,14 @@ def _messages(row: Row, column: str) -> tuple[Any, Any]:
         return messages, None
     if not all(isinstance(message, dict) for message in messages):
         raise RowError("no question", f'"{column}" is not a list of messages; write them as {{"role": ..., "content": ...}}')
-    turns = [(m.get("role") or m.get("from"), m.get("content") or m.get("value")) for m in messages]
+    turns = [(str(m.get("role") or m.get("from")), m.get("content") or m.get("value")) for m in messages]
     turns = [(_ROLES.get(role, role), content) for role, content in turns]
     if system := [content for role, content in turns if role == "system"]:
         row.setdefault("system", system[0])
     turns = [turn for turn in turns if turn[0] != "system"]
     answer = turns.pop()[1] if turns and turns[-1][0] == "assistant" else None
     if [role for role, _ in turns] != ["user"]:
-        roles = ", ".join(str(role) for role, _ in turns) or "none"
+        roles = ", ".join(quote(role) for role, _ in turns) or "none"
         raise RowError("several turns", f"the messages before the answer are of {roles}; a task is one message of a user")
     return turns[0][1], answer
 
