@@ -40,7 +40,7 @@ def measure(folder: Path) -> dict:
     from imagent_jax.rollout.collect import Collector
     from imagent_jax.tools import tools_by_name
 
-    cfg = Config().changed({"data.name": "jsonl", "data.path": str(folder), "data.cache_dir": str(folder / "cache")})
+    cfg = Config().changed({"data.name": "files", "data.path": str(folder), "data.cache_dir": str(folder / "cache")})
     processor = Processor.from_pretrained(checkpoint.resolve("tiny"))
     check = Collector(None, processor, tools_by_name(cfg.tools.names), cfg).check
     memory, sentences, began = PeakMemory(), [], time.perf_counter()

@@ -1,6 +1,7 @@
 """Plain data that all rooms share: tasks, numbered images, calls, turns and trajectories. No jax."""
 
 import copy
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -32,17 +33,23 @@ class ImageNumber(int):
 
 @dataclass(frozen=True)
 class Task:
-    """One question about several images, with its reference answer.
+    """One question, with any number of images, and its reference answer.
 
     Attributes:
         uid: unique name of the task within its data set; logs and errors name it.
         question: the question as plain text, without image markers. Images are called "Image 1", "Image 2", ...
-        images: encoded files (JPEG, PNG, ...) in the order shown; `images[0]` is Image 1.
-        answer: the reference answer as text.
+        images: encoded files (JPEG, PNG, ...) in the order shown; `images[0]` is Image 1. May be empty.
+        answer: the reference answer as text; with `options`, a letter.
         answer_type: how an answer is compared with the reference, one of `ANSWER_TYPES`.
         kind: the family of questions the task belongs to; metrics are reported per kind.
         meta: further facts about the task, JSON-serialisable. Never shown to the policy. Every `Task` has its own copy, so that a
             reward or an environment that changes it changes no other rollout.
+        parts: the question as shown, in order: texts, and numbers of images where they stand. (): all images, then `question`.
+        other_answers: further references. The best score counts.
+        options: options of a multiple-choice question, shown after it as lines "A. ...".
+
+    Raises:
+        ValueError: `parts` do not show every image once, in order, or `options` and answers do not go together.
     """
 
     uid: str
@@ -52,9 +59,45 @@ class Task:
     answer_type: str = "exact"
     kind: str = ""
     meta: dict = field(default_factory=dict)
+    parts: tuple[str | int, ...] = ()
+    other_answers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "meta", copy.deepcopy(self.meta))
+        numbers, count = [part for part in self.parts if isinstance(part, int)], len(self.images)
+        if self.parts and numbers != [*range(1, count + 1)]:
+            raise ValueError(f"Task {self.uid}: parts show images {numbers}; show each of its {count} images once, in order.")
+        if self.options and (self.answer_type != "choice" or len(self.options) > 26 or {*self.answers} - {*self.letters}):
+            raise ValueError(
+                f"Task {self.uid}: with {len(self.options)} options, the answer type is {self.answer_type!r} and the answer "
+                f"{', '.join(self.answers)!r}; use answer type 'choice', at most 26 options, and the letter of one as the answer."
+            )
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All references."""
+        return self.answer, *self.other_answers
+
+    @property
+    def letters(self) -> str:
+        """The letters of the options."""
+        return string.ascii_uppercase[: len(self.options)]
+
+    @property
+    def option_lines(self) -> tuple[str, ...]:
+        """The options as shown."""
+        return tuple(f"{letter}. {option}" for letter, option in zip(self.letters, self.options, strict=True))
+
+    @property
+    def shown(self) -> tuple[str | int, ...]:
+        """What the policy is shown, in order: texts, each on lines of its own, and the numbers of images."""
+        return *(self.parts or (*range(1, len(self.images) + 1), self.question)), *self.option_lines
+
+    @property
+    def text(self) -> str:
+        """The question and its options as one text, for logs."""
+        return "\n".join([self.question, *self.option_lines])
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,12 +235,12 @@ class Trajectory:
 
     @cached_property
     def score(self) -> float:
-        """How right the answer is, 0 to 1, by the task's own kind of scoring.
+        """How right the answer is, 0 to 1, by the task's own kind of scoring; with several references, the best score.
 
         Raises:
             ValueError: the task's reference is not of its answer type.
         """
-        return score(self.answer, self.task.answer, self.task.answer_type)
+        return max(score(self.answer, reference, self.task.answer_type) for reference in self.task.answers)
 
     @property
     def right(self) -> bool:

@@ -124,7 +124,7 @@ def test_rows_left_out_of_an_evaluation_are_counted_on_the_screen(tmp_path, caps
     row = {"question": "How many?", "images": ["a.png"], "answer": "[b]7[/]", "answer_type": "exact"}
     rows = [row, row | {"answer": None}, row | {"images": ["nowhere.png"]}, row | {"question": "Which? " * 200}, row]
     (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    where = {"name": "jsonl", "path": str(tmp_path), "cache_dir": str(tmp_path)}
+    where = {"name": "files", "path": str(tmp_path), "cache_dir": str(tmp_path)}
     (tmp_path / "c.yaml").write_text(small_config(data=where | {"skip_bad": True}).to_yaml())
     asked = []
 

@@ -11,7 +11,8 @@ from conftest import tiny_config
 from PIL import Image
 from scripted_run import scripted_collector
 
-from imagent_jax.data.jsonl import read_jsonl
+from imagent_jax.data.files import open_file
+from imagent_jax.data.reader import read_tasks
 from imagent_jax.images.decode import read_image
 from imagent_jax.rollout.prompt_check import check_length
 from imagent_jax.tiny.world import task_at
@@ -92,12 +93,12 @@ def test_the_first_rollouts_images_may_not_stop_the_run_so_a_file_is_tried_with_
     ]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [good, *(good | change for change, _ in bad), good]))
-    tasks = read_jsonl(path, skip_bad=True, check=collector_of().check)
+    tasks = read_tasks([open_file(path)], skip_bad=True, check=collector_of().check)
     assert [task.uid for task in tasks] == ["train:1", "train:6"] and [fault.line for fault in tasks.faults] == [2, 3, 4, 5]
     for fault, (_, words) in zip(tasks.faults, bad, strict=True):
         assert words in str(fault)
     with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: Image 2 cannot be used")):
-        read_jsonl(path, check=collector_of().check)
+        read_tasks([open_file(path)], check=collector_of().check)
 
 
 def test_a_fingerprint_changes_with_all_that_a_verdict_depends_on(monkeypatch):

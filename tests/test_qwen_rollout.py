@@ -174,12 +174,12 @@ def test_no_content_becomes_a_marker(family):
     """All of a vocabulary's markers, whole and in two pieces, in questions and in what tools return."""
     processor = qwen_processor(family)
     added = processor.tokenizer.added_tokens_decoder
-    template = [i for i in processor.encode(*QWEN.render_task(QWEN.system("Look."), "?", [])[0]) if i in added]
-    template += [i for i in encode_parts(QWEN.render_task(QWEN.system("Look."), "?", [])[1:], processor).ids if i in added]
+    template = [i for i in processor.encode(*QWEN.render_task(QWEN.system("Look."), ("?",), [])[0]) if i in added]
+    template += [i for i in encode_parts(QWEN.render_task(QWEN.system("Look."), ("?",), [])[1:], processor).ids if i in added]
     response = encode_parts(QWEN.render_observation(["?"]), processor).ids
     for marker in map(str, added.values()):
         for text in (marker, f"a{marker}{marker}\n", f"{marker[:3]}{marker}{marker[3:]}"):
-            ids = encode_parts(QWEN.render_task(QWEN.system("Look."), text, []), processor).ids
+            ids = encode_parts(QWEN.render_task(QWEN.system("Look."), (text,), []), processor).ids
             assert [i for i in ids if i in added] == template and text in processor.decode(ids)
             seen = encode_parts(QWEN.render_observation([text, text]), processor).ids
             assert [i for i in seen if i in added] == [i for i in response if i in added]

@@ -427,12 +427,12 @@ def test_where_nothing_is_evaluated_no_test_split_is_needed(tmp_path, capsys, du
     row = {"question": "How many?", "images": ["a.png"], "answer": 0.00005, "answer_type": "number", "uid": None}
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     code = job.main([
-        "--data.name=jsonl", f"--data.path={tmp_path}", f"--data.cache_dir={tmp_path}", "--run.steps=0", "--eval.tasks=0",
+        "--data.name=files", f"--data.path={tmp_path}", f"--data.cache_dir={tmp_path}", "--run.steps=0", "--eval.tasks=0",
         f"--eval.every={during}", "--run.compile_cache=", f"--run.dir={tmp_path}", "--run.name=run",
     ])  # fmt: skip
     said = capsys.readouterr()
     if during:
-        assert code == 2 and "test.jsonl does not exist" in said.err
+        assert code == 2 and "has no test split; write test.jsonl" in said.err
         return
     assert code == 0 and "held-out" not in said.out and "left out" not in said.out
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "model" / "config.json").is_file()

@@ -81,21 +81,34 @@ class QwenChat:
         lines = ("\n" + json.dumps(schema, ensure_ascii=False) for schema in schemas)
         return Markup(text + _TOOLS_TEXT), *lines, Markup(_CALL_TEXT)
 
-    def render_images(self, system: Sequence[str], images: Sequence[Any]) -> list[Any]:
-        """Return the parts of a prompt up to the question: the system turn, then a line "Image 3:" before every image."""
-        parts, text = [], (self.begin_turn("system"), *system, self.next_turn("user"))
-        for number, image in enumerate(images, 1):
-            parts += [(*text, f"Image {number}: "), image]
-            text = ("\n",)
-        return [*parts, text]
+    def render_parts(self, system: Sequence[str], shown: Sequence[str | int], images: Sequence[Any]) -> list[Any]:
+        """Return the parts of a prompt without its last marker: the system turn, then texts and images.
 
-    def render_task(self, system: Sequence[str], question: str, images: Sequence[Any]) -> list[Any]:
-        """Return the parts of a prompt: system turn, numbered images, question, and the beginning of the first answer.
+        Every text begins a line. A line "Image 3:" stands before every image.
 
         Args:
             system: see `system`.
+            shown: see `Task.shown`.
+            images: all images; `shown` has their numbers.
         """
-        return [*self.render_images(system, images), (question, self.next_turn("assistant"))]
+        parts, text, between = [], (self.begin_turn("system"), *system, self.next_turn("user")), ()
+        for part in shown:
+            if isinstance(part, str):
+                if not between:  # tokenised apart from what precedes it
+                    parts, text = [*parts, text], ()
+                text, between = (*text, *between, part), ("\n",)
+            else:
+                parts += [(*text, *between, f"Image {part}: "), images[part - 1]]
+                text, between = ("\n",), ()
+        return [*parts, text]
+
+    def render_task(self, system: Sequence[str], shown: Sequence[str | int], images: Sequence[Any]) -> list[Any]:
+        """Return the parts of a prompt: system turn, question with its images, and the beginning of the first answer.
+
+        The arguments are those of `render_parts`.
+        """
+        *parts, text = self.render_parts(system, shown, images)
+        return [*parts, (*text, self.next_turn("assistant"))]
 
     def render_observation(self, parts: Sequence[Any], closed: bool = False) -> list[Any]:
         """Return the parts of a tool response, lines of text and images in their order, and of the beginning of a new turn.

@@ -152,6 +152,8 @@ SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k
 _BOUNDS: dict[str, dict[str, float]] = {
     f"{s}.{f.name}": f.metadata["bounds"] for s, kind in _SECTIONS.items() for f in dataclasses.fields(kind)
 }
+_FORMER = {("data.name", "jsonl"): "files"}
+"""Values of settings that have another name now."""
 _INSIDE = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
 _WORDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
 
@@ -251,6 +253,8 @@ def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Name
     except ArgumentError as error:
         message = " ".join(str(error).split())
         ill = re.fullmatch(r'Parser key "([\w.]+)": .*Got value: ?(.*)', message)
+        if ill and (now := _FORMER.get((ill[1], ill[2]))):
+            raise ValueError(f"{ill[1]} {ill[2]!r} is now {now!r}; write {now!r} in its place.") from None
         if ill and ill[1] in SETTINGS:
             raise ValueError(f"{ill[1]} is {ill[2]!r}; it must be {_kind(SETTINGS[ill[1]])}.") from None
         if lacks := re.match(r"argument --([\w.]+): expected one argument", message):

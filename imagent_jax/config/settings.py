@@ -85,12 +85,14 @@ class ImagesConfig:
 class DataConfig:
     """Tasks."""
 
-    name: Literal["tiny_world", "jsonl"] = setting("jsonl", "JSON Lines, or the embedded world")
-    path: str = setting("", "folder with train.jsonl, and test.jsonl where anything is evaluated (name=jsonl)")
+    name: Literal["tiny_world", "files"] = setting("files", "your own files, or the embedded world")
+    path: str = setting("", "folder with train.* and, where anything is evaluated, test.*; a file, a pattern, or a hub id")
+    test_path: str = setting("", "held-out tasks, where they are not in data.path; as data.path")
     cache_dir: str = setting("~/.cache/imagent_jax/data", "where generated tasks and verdicts on task files are kept")
     train_size: int = setting(3072, "training tasks of the tiny world", least=1)
     test_size: int = setting(512, "held-out tasks of the tiny world", least=1)
-    seed: int = setting(0, "seed of the tiny world and of the order of tasks")
+    seed: int = setting(0, "seed of the tiny world, of the order of tasks and of options")
+    shuffle_options: bool = setting(False, "show the options of a question in an order of its own (files)")
     permute_images: bool = setting(True, "in random order; else what the answer needs comes first (tiny world, training)")
     skip_bad: bool = setting(False, "skip rows with faults (counted and listed) instead of stopping")
 

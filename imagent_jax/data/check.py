@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -18,22 +19,27 @@ from imagent_jax.types import Task
 
 Progress = Callable[[str], None]
 """Shows a sentence about work in progress; called up to a hundred times for each part of the work."""
+Size = tuple[int, int]
+"""(height, width) of an image in pixels."""
+Key = str | tuple[str, int, int]
+"""An image: its path; or source, row and place in the row."""
 T = TypeVar("T")
-VERSION = 1
-"""Of the checks here and in `jsonl`; remembered verdicts of another version do not count."""
+VERSION = 2
+"""Of the checks here and in `reader`; remembered verdicts of another version do not count."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An invalid row: file, line (from 1), the reason with a remedy, and the kind of reason in a few words."""
+    """An invalid row: file, line (from 1), the reason with a remedy, the kind of reason in a few words, what `line` counts."""
 
     path: str
     line: int
     reason: str
     kind: str
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"{self.path}, line {self.line}: {self.reason}"
+        return f"{self.path}, {self.unit} {self.line}: {self.reason}"
 
 
 class RowError(Exception):
@@ -64,21 +70,32 @@ def left_out(tasks: Sequence[Task]) -> str:
     return f"{name}: {len(faults):,} of {rows:,} rows are left out ({counts}). The first: {faults[0]}."
 
 
-def image_sizes(paths: Sequence[str], progress: Progress) -> dict[str, tuple[int, int] | RowError]:
-    """Decode every file on all cores; return its (height, width), or why it cannot be used, by path."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(paths, tracked(pool.map(_size, paths), len(paths), "images decoded", progress), strict=True))
+def image_sizes(images: Iterable[tuple[Key, str | bytes]], total: int, progress: Progress) -> dict[Key, Size | RowError]:
+    """Decode every image on all cores; return its size, or why it cannot be used, by key.
+
+    Args:
+        images: key, and path or bytes, of each of `total` images. At most 64 are in memory at one time.
+    """
+
+    def decoded() -> Iterator[tuple[Key, Size | RowError]]:
+        stream = iter(images)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            while part := list(itertools.islice(stream, 64)):
+                yield from zip((key for key, _ in part), pool.map(_size, (image for _, image in part)), strict=True)
+
+    return dict(tracked(decoded(), total, "images decoded", progress))
 
 
-def _size(path: str) -> tuple[int, int] | RowError:
+def _size(image: str | bytes) -> Size | RowError:
+    name = f"the image {image}" if isinstance(image, str) else "an image inside the row"
     try:
-        image = read_image(pathlib.Path(path).read_bytes())
+        pixels = read_image(pathlib.Path(image).read_bytes() if isinstance(image, str) else image)
     except FileNotFoundError:
-        return RowError("image missing", f"the image {path} does not exist; add the file or correct the path")
+        return RowError("image missing", f"{name} does not exist; add the file or correct the path")
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        return RowError("image unusable", f"the image {path} cannot be used ({reason}); replace the file")
-    return image.height, image.width
+        return RowError("image unusable", f"{name} cannot be used ({reason}); replace the file")
+    return pixels.height, pixels.width
 
 
 def tracked(items: Iterable[T], total: int, words: str, progress: Progress) -> Iterator[T]:
@@ -90,9 +107,9 @@ def tracked(items: Iterable[T], total: int, words: str, progress: Progress) -> I
 
 
 class Verdicts:
-    """The faults of one task file, remembered in a folder under a key of all that they depend on.
+    """The faults of task files, remembered in a folder under a key of all that they depend on.
 
-    That is the content of the file, path, size and modification time of every image, and the check's fingerprint.
+    That is the content of the files, path, size and modification time of every image, and the check's fingerprint.
 
     Args:
         folder: None: nothing is remembered.
@@ -119,7 +136,7 @@ class Verdicts:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps([[f.path, f.line, f.reason, f.kind] for f in faults]))
+            part.write_text(json.dumps([[f.path, f.line, f.reason, f.kind, f.unit] for f in faults]))
             part.replace(self.path)
 
 

@@ -12,7 +12,7 @@ from imagent_jax.data.check import Progress, TaskCheck
 from imagent_jax.types import Task
 
 SPLITS = ("train", "test")
-SOURCES = {"tiny_world": "imagent_jax.tiny.tasks:open_split", "jsonl": "imagent_jax.data.jsonl:open_split"}
+SOURCES = {"tiny_world": "imagent_jax.tiny.tasks:open_split", "files": "imagent_jax.data.reader:open_split"}
 """Data sets: import path of the function that opens a split from the settings; imported on use."""
 
 
@@ -20,12 +20,12 @@ def check_source(cfg: DataConfig) -> None:
     """Check that the settings name a data set, before anything is loaded.
 
     Raises:
-        ValueError: unknown data set, or no folder of JSON Lines.
+        ValueError: unknown data set, or no path of files.
     """
     if cfg.name not in SOURCES:
         raise ValueError(f"There is no data set {cfg.name!r}; set data.name to {' or '.join(SOURCES)}.")
-    if cfg.name == "jsonl" and not cfg.path:
-        raise ValueError("data.name is 'jsonl' but data.path is empty; name the folder with train.jsonl and test.jsonl.")
+    if cfg.name == "files" and not cfg.path:
+        raise ValueError("data.name is 'files' but data.path is empty; name the folder with train.jsonl and test.jsonl.")
 
 
 def open_tasks(
@@ -40,7 +40,7 @@ def open_tasks(
         progress: shows how far the check is.
 
     Raises:
-        ValueError: unknown split or data set, missing file, or invalid rows (`data.jsonl.read_jsonl`).
+        ValueError: unknown split or data set, missing file, or invalid rows (`data.reader.read_tasks`).
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; use one of {', '.join(SPLITS)}.")

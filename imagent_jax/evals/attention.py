@@ -74,12 +74,14 @@ def shares_of(model, params, rollout: RolloutBatch, width: int, user: Sequence[i
 
 
 def about_one_image(task: Task) -> Task | None:
-    """Return the same question with only the image that it names, as Image 1; None if it does not name exactly one."""
-    named = set(re.findall(r"Image (\d+)", task.question))
-    if len(named) != 1 or not 1 <= (number := int(named.pop())) <= len(task.images):
+    """Return the same question with only the image that it names, as Image 1; None if it does not name exactly one, or
+    images stand within its text."""
+    named = set(re.findall(r"Image (\d+)", task.text))
+    if task.parts or len(named) != 1 or not 1 <= (number := int(named.pop())) <= len(task.images):
         return None
-    question = re.sub(r"Image \d+", "Image 1", task.question)
-    return replace(task, uid=f"{task.uid}, one image", question=question, images=(task.images[number - 1],))
+    question, *options = (re.sub(r"Image \d+", "Image 1", text) for text in (task.question, *task.options))
+    return replace(task, uid=f"{task.uid}, one image", question=question, options=tuple(options),
+                   images=(task.images[number - 1],))  # fmt: skip
 
 
 def measure(parts: Policy, tasks: Sequence[Task], tools: bool, seed: int) -> dict[str, Any]:

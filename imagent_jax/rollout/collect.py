@@ -90,7 +90,7 @@ class Collector:
         environment.reset(task)
         images = [self.rules.prepare(environment, entry, observed=False) for entry in environment.images]
         try:
-            prompt = encode_parts(self.chat.render_task(self.system, task.question, images), self.processor)
+            prompt = encode_parts(self.chat.render_task(self.system, task.shown, images), self.processor)
             check_length(len(prompt.ids), self.cfg.rollout.prompt_tokens)
         except ValueError as error:
             raise ValueError(f"Task {task.uid}: {error}") from error

@@ -34,7 +34,9 @@ class PromptCheck:
     @functools.cached_property
     def fingerprint(self) -> str:
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
-        probe = encode_parts(self.chat.render_task(self.system, "Is <tool_call> 1?", self._images([(56, 84)])), self.processor)
+        probe = encode_parts(
+            self.chat.render_task(self.system, (1, "Is <tool_call> 1?"), self._images([(56, 84)])), self.processor
+        )
         facts = self.environment.settings, self.environment.shown, self.limit, self.processor.patch_size, probe.ids.tolist()
         return hashlib.sha256(f"{tokenizer} {self.system} {facts}".encode()).hexdigest()
 
@@ -46,7 +48,7 @@ class PromptCheck:
         Raises:
             ValueError: an image is too narrow, placeholders and images do not match, or the prompt has too many tokens.
         """
-        parts = self.chat.render_task(self.system, task.question, self._images(sizes))
+        parts = self.chat.render_task(self.system, task.shown, self._images(sizes))
         try:
             tokens = sum(self._tokens(part.grid if isinstance(part, PreparedImage) else part) for part in parts)
         except ValueError:

@@ -60,7 +60,7 @@ class TrajectoryLog:
     def record(self, t: Trajectory, rewards: dict[str, float], advantage: float | None = None) -> dict[str, Any]:
         """Return a trajectory as a JSON-serialisable dictionary."""
         return {
-            "task": t.task.uid, "kind": t.task.kind, "question": t.task.question, "truth": t.task.answer,
+            "task": t.task.uid, "kind": t.task.kind, "question": t.task.text, "truth": " | ".join(t.task.answers),
             "rollout": t.rollout, "answer": t.answer, "right": t.right, "end": t.end.name, "error": t.error,
             "dropped": advantage is not None and not bool(self.tables.trajectory[t.end]),
             "rewards": rewards, "advantage": advantage, "length": len(t.ids),

@@ -80,7 +80,7 @@ class PretrainGroup:
 def prompt_text(count: int) -> str:
     """System turn and the images of a user turn, exactly as a rollout renders them."""
     system = QWEN.system(SYSTEM, TOOLS.schemas(SETTINGS))
-    return _with_placeholders(QWEN.render_images(system, range(count)))
+    return _with_placeholders(QWEN.render_parts(system, range(1, count + 1), range(count)))
 
 
 def _with_placeholders(parts: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Tasks from JSON Lines: what a row becomes, and one clear sentence for every fault."""
+"""Tasks from JSON Lines: what a row becomes, and one clear sentence for every fault. The other formats: `test_formats`."""
 
 import dataclasses
 import json
@@ -18,13 +18,18 @@ from PIL import Image
 from imagent_jax.config import DataConfig
 from imagent_jax.data import check
 from imagent_jax.data.check import Fault, left_out
-from imagent_jax.data.jsonl import read_jsonl
+from imagent_jax.data.files import open_file
 from imagent_jax.data.pipeline import open_tasks, task_iterator
+from imagent_jax.data.reader import read_tasks
 from imagent_jax.images.prepare import smart_resize
 from imagent_jax.rollout.prompt_check import check_length
 from imagent_jax.scoring import score
 
 GOOD = {"uid": "a", "question": "Which image is darker?", "images": ["one.png", "sub/two.jpg"], "answer": "Image 1"}
+
+
+def read_jsonl(path, **options):
+    return read_tasks([open_file(path)], **options)
 
 
 @pytest.fixture
@@ -119,8 +124,9 @@ def _bad(**changes):
     return {**GOOD, "uid": "b", **changes}
 
 
-NO_IMAGES = 'the row has no images; add "images" as a list of one or more paths'
-NO_ANSWER = 'the row has no answer; add "answer" as text or number'
+NO_IMAGE = "is no image; write a path, bytes, base64 text or a data URI"
+MARKS = 'the question has 1 marks "<image>" and the row 2 images; write one mark for each image, or no mark'
+NO_ANSWER = 'the row has no answer; add "answer" as text or number, or as a list of them'
 NO_QUESTION = 'the row has no question; add "question" as text'
 HALF = "the row has half a character (\\ud83d); write whole characters"
 DOES_NOT_DECODE = "cannot be used (it does not decode); replace the file"
@@ -133,13 +139,31 @@ BAD = [
     (_bad(images=["a\0b"]), "cannot be used (embedded null byte); replace the file", "image unusable"),
     (_bad(images=["gone.png"]), "gone.png does not exist; add the file or correct the path", "image missing"),
     (_bad(images=["text.png", "gone.png"]), f"text.png {DOES_NOT_DECODE}", "image unusable"),
-    (_bad(images="one.png"), NO_IMAGES, "no images"),
-    (_bad(images=["one.png", ""]), NO_IMAGES, "no images"),
-    (_bad(images=["one.png", 3]), NO_IMAGES, "no images"),
-    (_bad(images=[]), NO_IMAGES, "no images"),
-    (_bad(images=None), NO_IMAGES, "no images"),
+    (_bad(images=["one.png", ""]), f'"" {NO_IMAGE}', "bad images"),
+    (_bad(images=["one.png", 3]), f"3 {NO_IMAGE}", "bad images"),
+    (_bad(images=[{"bytes": None, "path": ""}]), f"None {NO_IMAGE}", "bad images"),
+    (_bad(images=["https://example.com/a.png"]), "is on the web; download it and write its path", "image by address"),
+    (_bad(images=["data:image/png;base64,AAA"]), "an image's base64 text is damaged", "image unusable"),
+    (_bad(images=["data:image/png;base64,AAAA"]), "an image inside the row cannot be used (it does not", "image unusable"),
+    (_bad(question="Is <image> red?"), MARKS, "marks and images"),
+    (_bad(question="Is <image> red?", images=[]), 'has 1 marks "<image>" and the row 0 images', "marks and images"),
+    (
+        _bad(options=["x", "y"]),
+        'the answer "Image 1" means none of the options; write one letter of A to B',
+        "answer and options",
+    ),
+    (_bad(options=["B", "A"], answer="A"), 'the answer "A" means A and B of the options', "answer and options"),
+    (_bad(options=["x", "x"], answer="x"), 'the answer "x" means A and B of the options', "answer and options"),
+    (_bad(options=["x", "y"], answer="C"), 'the answer "C" means none of the options', "answer and options"),
+    (_bad(options=["x"], answer="A"), '"options" is no list of 2 to 26 texts', "bad options"),
+    (_bad(options=["x", " "], answer="A"), '"options" is no list of 2 to 26 texts', "bad options"),
+    (_bad(options="xy", answer="A"), '"options" is no list of 2 to 26 texts', "bad options"),
+    (_bad(options=["x", "y"], answer="A", answer_type="f1"), 'a row with options has answer type "choice"', "bad options"),
     (_bad(answer=True), NO_ANSWER, "no answer"),
-    (_bad(answer=["3"]), NO_ANSWER, "no answer"),
+    (_bad(answer=[]), NO_ANSWER, "no answer"),
+    (_bad(answer=["3", None]), NO_ANSWER, "no answer"),
+    (_bad(answer={"a": "3"}), NO_ANSWER, "no answer"),
+    (_bad(answer=["3", "."], answer_type="f1"), 'the answer "." does not score 1 against itself', "unusable answer"),
     (_bad(answer=" "), NO_ANSWER, "no answer"),
     (_bad(answer=None), NO_ANSWER, "no answer"),
     (json.dumps(_bad(answer=0)).replace('"answer": 0', '"answer": 1e999'), NO_ANSWER, "no answer"),
@@ -273,7 +297,7 @@ def test_the_check_says_how_far_it_is(folder):
 def test_a_file_without_usable_rows_or_no_file_is_refused(folder):
     with pytest.raises(ValueError, match=r"has no usable row, the first fault: .*line 1: the row has no answer"):
         read_jsonl(_write(folder, {**GOOD, "answer": ""}, {**GOOD, "question": ""}), skip_bad=True)
-    with pytest.raises(ValueError, match="has no usable row; add rows with question, images and answer"):
+    with pytest.raises(ValueError, match="has no usable row; add rows with question and answer"):
         read_jsonl(_write(folder, ""))
     with pytest.raises(ValueError, match="absent.jsonl does not exist; write it or correct data.path"):
         read_jsonl(folder / "absent.jsonl")
@@ -281,13 +305,13 @@ def test_a_file_without_usable_rows_or_no_file_is_refused(folder):
 
 def test_settings_open_the_file_of_the_split(folder):
     _write(folder, GOOD, {**GOOD, "uid": "b"})
-    tasks = open_tasks(DataConfig(name="jsonl", path=str(folder), cache_dir=str(folder)), "train")
+    tasks = open_tasks(DataConfig(name="files", path=str(folder), cache_dir=str(folder)), "train")
     assert sorted(task.uid for task in next(task_iterator(tasks, 2, seed=0))) == ["a", "b"]
 
 
 def test_settings_say_whether_bad_rows_are_left_out_and_a_split_is_a_file_of_its_own(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
-    cfg = DataConfig(name="jsonl", path=f"~/{folder.name}", cache_dir="~/cache")
+    cfg = DataConfig(name="files", path=f"~/{folder.name}", cache_dir="~/cache")
     (folder / "test.jsonl").write_bytes(_write(folder, {**GOOD, "uid": "held out"}).read_bytes())
     _write(folder, GOOD, {**GOOD, "uid": "b", "answer": ""})
     with pytest.raises(ValueError, match="line 2: the row has no answer"):

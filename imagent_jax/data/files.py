@@ -1,0 +1,280 @@
+"""Containers of rows: JSON Lines, JSON, TSV, Parquet, and data sets of the Hugging Face hub. Rows are read one at a time."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NoReturn, Protocol
+
+from imagent_jax.config import DataConfig
+from imagent_jax.data.check import RowError
+
+BATCH = 16
+"""Rows of a Parquet file or a hub data set in memory at one time."""
+
+
+class Source(Protocol):
+    """Rows with random access.
+
+    Attributes:
+        name: path or id, for messages.
+        unit: what `rows` counts: "line" or "row".
+    """
+
+    name: str
+    unit: str
+
+    def content(self) -> str:
+        """Return a checksum of the content."""
+
+    def rows(self) -> Iterator[tuple[int, Any, dict[str, Any] | RowError]]:
+        """Yield the number of each row (from 1), its place for `read`, and the row or why it cannot be read."""
+
+    def read(self, place: Any) -> dict[str, Any]:
+        """Return one row again."""
+
+
+class _File:
+    unit = "line"
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.name = path, str(path)
+
+    def content(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class JsonLines(_File):
+    """One JSON object a line; blank lines are ignored."""
+
+    def rows(self):
+        with self.path.open("rb") as file:
+            place = 0
+            for line, text in enumerate(file, 1):
+                if text.strip():
+                    yield line, place, _parsed(text)
+                place += len(text)
+
+    def read(self, place: int) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(place)
+            return json.loads(file.readline())
+
+
+class JsonList(_File):
+    """A JSON list of objects. It is read whole."""
+
+    unit = "row"
+
+    def rows(self):
+        try:
+            rows = json.loads(text := self.path.read_bytes(), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.name} is not JSON ({error}); write a list of objects.") from None
+        if not isinstance(rows, list):
+            raise ValueError(f"{self.name} holds no list; write a list of objects, or one object a line in a .jsonl file.")
+        for number, row in enumerate(rows, 1):
+            yield number, row, _checked(row, text)
+
+    def read(self, place: dict[str, Any]) -> dict[str, Any]:
+        return place
+
+
+class Tsv(_File):
+    """Tab-separated cells under a header, quoted as pandas does. A blank cell is absent.
+
+    As in VLMEvalKit, `image` may be the `index` of an earlier row, which has the image.
+    """
+
+    def rows(self):
+        self.places: dict[str, int] = {}  # of the rows that have their image, by index
+        with self.path.open("rb") as file:
+            cells = self._reader(file)
+            self.header = [name.lstrip("\ufeff") for name in next(cells, [])]
+            while True:
+                line, place = cells.line_num + 1, file.tell()
+                if (row := next(cells, None)) is None:
+                    return
+                if row:
+                    found = self._row(row)
+                    if isinstance(found, dict) and len(found.get("image", "")) > 64:
+                        self.places.setdefault(found.get("index", ""), place)
+                    yield line, place, found
+
+    def read(self, place: int) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(place)
+            return self._row(next(self._reader(file)))
+
+    def _reader(self, file):
+        csv.field_size_limit(2**31 - 1)  # a cell may hold an image
+        return csv.reader((line.decode("utf-8", "surrogateescape") for line in file), delimiter="\t")
+
+    def _row(self, cells: list[str]) -> dict[str, Any] | RowError:
+        if len(cells) != len(self.header):
+            return RowError("not TSV", f"the row has {len(cells)} cells and the header {len(self.header)}; mend the row")
+        row = {name: cell for name, cell in zip(self.header, cells, strict=True) if cell.strip()}
+        try:
+            "".join(row.values()).encode()
+        except UnicodeEncodeError:
+            return RowError("broken text", "the row is not UTF-8; write the file in UTF-8")
+        if (place := self.places.get(row.get("image", ""))) is not None:
+            row["image"] = self.read(place)["image"]
+        return row
+
+
+class Parquet(_File):
+    """A Parquet file. A row is found by reading its row group from the beginning, a few rows at a time."""
+
+    unit = "row"
+
+    def rows(self):
+        number = 0
+        with self._open() as file:
+            for group in range(file.num_row_groups):
+                for index, row in enumerate(self._group(file, group)):
+                    number += 1
+                    yield number, (group, index), row
+
+    def read(self, place: tuple[int, int]) -> dict[str, Any]:
+        with self._open() as file:
+            index = place[1]
+            for batch in file.iter_batches(BATCH, row_groups=[place[0]]):
+                if index < len(batch):
+                    return batch.slice(index, 1).to_pylist()[0]
+                index -= len(batch)
+        raise ValueError(f"{self.name} has changed since the run began; start again.")
+
+    def _group(self, file, group: int) -> Iterator[dict[str, Any]]:
+        for batch in file.iter_batches(BATCH, row_groups=[group]):
+            yield from batch.to_pylist()
+
+    def _open(self):
+        parquet = _extra("pyarrow.parquet")
+        try:
+            return parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"The Parquet file {self.name} cannot be read ({error}); write it again.") from error
+
+
+class HubSplit:
+    """A split of a data set on the Hugging Face hub, or of one that `datasets` saved to a folder."""
+
+    unit = "row"
+
+    def __init__(self, name: str, split: str):
+        self.name = f"{name} ({split})"
+        datasets = _extra("datasets")
+        try:
+            saved = (pathlib.Path(name) / "dataset_dict.json").is_file()
+            data = datasets.load_from_disk(name)[split] if saved else datasets.load_dataset(name, split=split)
+        except Exception as error:  # whatever the hub or a file of it raises
+            reason = " ".join(str(error).split())
+            raise ValueError(f"There is no file or folder {name}, and no data set {self.name} ({reason}).") from error
+        self.path = pathlib.Path(name) / split
+        self._hash, self._data = data._fingerprint, data.with_format("arrow")
+
+    def content(self) -> str:
+        return self._hash
+
+    def rows(self):
+        number = 0
+        for batch in self._data.iter(BATCH):
+            for row in batch.to_pylist():
+                yield number + 1, number, row
+                number += 1
+
+    def read(self, place: int) -> dict[str, Any]:
+        return self._data[place : place + 1].to_pylist()[0]
+
+
+CONTAINERS = {".jsonl": JsonLines, ".json": JsonList, ".parquet": Parquet, ".tsv": Tsv}
+
+
+def open_file(path: str | os.PathLike) -> Source:
+    """Return the rows of a file.
+
+    Raises:
+        ValueError: there is no such file, or its name ends in none of `CONTAINERS`.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"The task file {path} does not exist; write it or correct data.path.")
+    if path.suffix not in CONTAINERS:
+        raise ValueError(f"The task file {path} ends in {path.suffix!r}; use one of {', '.join(CONTAINERS)}.")
+    return CONTAINERS[path.suffix](path)
+
+
+def open_sources(cfg: DataConfig, split: str) -> list[Source]:
+    """Return the files of a split: of a folder, those named `<split>.*` or `<split>-*.*`, also in its folder `data`; else the
+    file, the files of a glob pattern, or the split of a hub data set.
+
+    Raises:
+        ValueError: there is no such file, folder or data set.
+    """
+    name = os.path.expanduser(cfg.test_path if split == "test" and cfg.test_path else cfg.path)
+    if os.path.isfile(os.path.join(name, "dataset_dict.json")):
+        return [HubSplit(name, split)]
+    if os.path.isdir(name):
+        return [open_file(path) for path in _files_of(pathlib.Path(name), split)]
+    found = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
+    if not found and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and os.path.splitext(name)[1] not in CONTAINERS:
+        return [HubSplit(name, split)]
+    if split == "test" and not cfg.test_path:
+        raise ValueError(
+            f"data.path {cfg.path} names training tasks only; set data.test_path to held-out tasks, or eval.tasks and eval.every "
+            "to 0 to evaluate nothing."
+        )
+    return [open_file(path) for path in found or [name]]
+
+
+def _files_of(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+    places = [path for place in (folder, folder / "data") if place.is_dir() for path in place.iterdir()]
+    found = sorted(path for path in places if path.suffix in CONTAINERS and re.match(rf"{split}[.-]", path.name))
+    kinds = {path.suffix for path in found}
+    if len(kinds) == 1:
+        return found
+    if kinds:
+        raise ValueError(f"{folder} has {' and '.join(sorted(kinds))} files of the {split} split; name one file in data.path.")
+    raise ValueError(f"{folder} has no {split} split; write {split}.jsonl (or {', '.join(list(CONTAINERS)[1:])}) there.")
+
+
+def _extra(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f'{module} is not installed; run pip install "imagent-jax[data]".') from None
+
+
+def _parsed(text: bytes) -> dict[str, Any] | RowError:
+    try:
+        row = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        return RowError("not JSON", f"this is not JSON ({error}); write one object a line")
+    return _checked(row, text)
+
+
+def _checked(row: Any, text: bytes) -> dict[str, Any] | RowError:
+    """Return a row of JSON `text`, or why it is none."""
+    if not isinstance(row, dict):
+        return RowError("not JSON", "this is not a JSON object; write one object a line")
+    if b"\\u" in text or b"\xed" in text:  # else no half of a surrogate pair can be in it
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end].encode("ascii", "backslashreplace").decode()
+            return RowError("broken text", f"the row has half a character ({half}); write whole characters")
+    return row
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")
