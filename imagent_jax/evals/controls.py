@@ -64,5 +64,5 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[
 
 
 def fingerprint(images: Sequence[ImageEntry]) -> int:
-    """Return a checksum of the first image's pixels, which identifies a task with images."""
-    return zlib.crc32(images[0].pixels.tobytes()) if images else 0
+    """Return a checksum of the first image's pixels, which identifies a task."""
+    return zlib.crc32(images[0].pixels.tobytes())
