@@ -10,6 +10,7 @@ COMMANDS = {
     "data": "say what is in a data set, and which rows cannot be used",
     "view": "open a run's trajectories and report in the browser",
     "export": "write a training checkpoint as a Hugging Face model",
+    "prompt": "print what the policy reads of a task",
     "plan": "say whether a run fits its chips, without them",
     "attention": "measure where an agent's attention goes",
     "ablate": "train ablations and compare them",

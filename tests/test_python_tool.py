@@ -219,7 +219,7 @@ def test_each_rollout_has_its_own_seed_and_rollouts_given_up_are_closed(monkeypa
 
     def seeds_of(seed, draw=0):
         seeds.clear()
-        cfg = Config.from_dict({"rollout": {"prompt_tokens": 512, "response_tokens": 1024}})
+        cfg = Config.from_dict({"rollout": {"prompt_tokens": 1024, "response_tokens": 1024}})
         collector = scripted_collector(cfg, environment=Watched)
         data = io.BytesIO()
         Image.new("RGB", (56, 56)).save(data, "PNG")

@@ -110,7 +110,7 @@ def test_your_own_data_tool_reward_and_model_do_what_the_page_says(mine, capsys)
     random_weights(mine / "weights")
     own = yaml.safe_load((mine / "mine.yaml").read_text())
     small = {name: values | own.pop(name, {}) for name, values in yaml.safe_load(TINY.read_text()).items()}
-    small["rollout"]["prompt_tokens"] = 512
+    small["rollout"]["prompt_tokens"] = 1024
     (mine / "mine.yaml").write_text(yaml.safe_dump(small | own))  # the page's lines on top of small sizes
     page = {}
     for text in of("python"):

@@ -19,8 +19,8 @@ from imagent_jax.model.vision import normalise
 from imagent_jax.tiny.base import base_folder
 from imagent_jax.tiny.corpus import (
     FORMS,
+    PROMPT,
     SETTINGS,
-    SYSTEM,
     THUMBNAIL,
     THUMBNAIL_MIX,
     TOOLS,
@@ -463,7 +463,7 @@ def test_sequences_are_short(processor):
     def count(text):
         return len(processor.encode(Markup(text)))
 
-    assert count("".join(QWEN.system(SYSTEM, TOOLS.schemas(SETTINGS)))) < 70
+    assert count("".join(QWEN.system(PROMPT.system, TOOLS.schemas(SETTINGS, PROMPT)))) < 70
     assert count(QWEN.render_call(*CALL)) == 16
     assert count("Image 2 red 7.\n<answer>7</answer><|im_end|>") <= 11
     assert count("What is the sum of the digits on the red tag in Image 1 and the blue tag in Image 3?") <= 12
@@ -479,11 +479,11 @@ def test_text_cut_as_a_rollout_cuts_it_gives_the_same_tokens(processor):
 def test_the_chat_template_writes_the_prompt_of_a_rollout(processor):
     images = [{"type": "text", "text": "Image 1: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
     messages = [
-        {"role": "system", "content": SYSTEM},
+        {"role": "system", "content": PROMPT.system},
         {"role": "user", "content": [*images, {"type": "text", "text": "What digit is on the red tag in Image 1?"}]},
     ]
     text = processor.tokenizer.apply_chat_template(
-        messages, tools=TOOLS.schemas(SETTINGS), tokenize=False, add_generation_prompt=True
+        messages, tools=TOOLS.schemas(SETTINGS, PROMPT), tokenize=False, add_generation_prompt=True
     )
     shown = prompt_text(1).replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
     assert text == f"{shown}What digit is on the red tag in Image 1?<|im_end|>\n<|im_start|>assistant\n"

@@ -158,10 +158,11 @@ def test_the_system_prompt_is_qwens_own():
 
 def test_the_visual_tools_cost_few_words_and_declare_their_coordinates():
     relative, absolute = (VISUAL.schemas(ToolSettings(coordinates=space)) for space in ("relative_1000", "absolute"))
-    assert sum(len(json.dumps(schema).split()) for schema in relative) <= 110
+    assert sum(len(json.dumps(schema).split()) for schema in relative) <= 250
     bbox = [schemas[1]["function"]["parameters"]["properties"]["bbox_2d"] for schemas in (relative, absolute)]
-    assert bbox[0]["description"] == "[x1, y1, x2, y2], 0 to 1000"
-    assert bbox[1]["description"] == "[x1, y1, x2, y2], pixels"
+    begin = "the part as [x1, y1, x2, y2], its left, top, right and bottom edge, "
+    assert bbox[0]["description"] == f"{begin}from 0 to 1000 across the whole width and the whole height of the image"
+    assert bbox[1]["description"] == f"{begin}in pixels of the image as it is shown to you"
     assert "pixels" in "".join(QWEN.system("", VISUAL.schemas(ToolSettings(coordinates="absolute"))))
 
 

@@ -11,6 +11,7 @@ from conftest import tiny_config
 from scripted_run import ANSWER, crop, play, scripted_collector, see
 
 from imagent_jax.chat import QWEN, Call, extract_answer
+from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.processor import Processor
@@ -362,7 +363,7 @@ def test_a_turn_that_wrote_its_own_end_gets_no_second_one(collector_of, processo
 def test_the_prompt_holds_system_text_tools_images_and_question(collector_of, processor, task):
     collector = collector_of(tools={"system": "Be brief.", "coordinates": "absolute"})
     _, prompt, environment = collector.open_task(task)
-    system = "".join(QWEN.system("Be brief.", collector.tools.schemas(ToolSettings(coordinates="absolute"))))
+    system = "".join(QWEN.system("Be brief.", collector.tools.schemas(ToolSettings(coordinates="absolute"), read_prompt("tiny"))))
     images = "".join(f"Image {entry.number}: {pads(entry.shown)}" for entry in environment.images)
     assert processor.decode(prompt.ids) == (
         f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{images}{task.question}<|im_end|>\n<|im_start|>assistant\n"

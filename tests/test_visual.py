@@ -14,6 +14,7 @@ from imagent_jax.tools import (
     ImageRegistry,
     ToolContext,
     ToolSettings,
+    tools_by_name,
 )
 
 
@@ -95,3 +96,21 @@ def test_what_a_tool_shows_has_the_budget_and_the_words_that_the_tool_gives():
 def test_a_sliver_that_cannot_be_shown_is_a_repairable_error():
     result = run(confirm(image=1, bbox_2d=[0, 0, 1000, 1]), settings=ToolSettings(min_box=0.0))
     assert result.parts == ["Error: a piece of 280 x 1 pixels is too narrow to show"]
+
+
+@pytest.mark.parametrize("coordinates", ["relative_1000", "absolute"])
+def test_the_zoom_tool_of_other_models_is_a_close_look_with_images_from_0_and_relative_boxes(coordinates):
+    """Qwen-Agent's name and arguments, whatever the space of visual_confirmation's boxes."""
+    zoom, settings = tools_by_name(("image_zoom_in_tool",)), ToolSettings(coordinates=coordinates)
+    (schema,) = zoom.schemas(settings)
+    assert schema["function"]["parameters"]["required"] == ["bbox_2d", "label", "img_idx"]
+
+    def call(**arguments):
+        registry = registry_of(2)
+        return run(QWEN.render_call("image_zoom_in_tool", arguments), registry, zoom, settings), registry
+
+    result, registry = call(bbox_2d=[400, 400, 600, 600], label="tag", img_idx=1)
+    assert result.parts == ["Image 3: crop of Image 2", 3] and registry[3].box == (112, 112, 168, 168)
+    assert call(bbox_2d=[0, 0, 500, 500], label="tag", img_idx=0)[1][3].parent == 1
+    for wrong in (-1, 2):
+        assert call(bbox_2d=[0, 0, 500, 500], label="tag", img_idx=wrong)[0].error == "Error: img_idx must be from 0 to 1"

@@ -104,7 +104,8 @@ class ToolsConfig:
     names: tuple[str, ...] = setting(
         ("visual_reflection", "visual_confirmation"), "tools the policy may call; your own as 'package.module:name'"
     )
-    system: str = setting("Answer with <answer>...</answer>.", "system text before the tools")
+    prompt: str = setting("default", "system text and descriptions of tools: 'default', 'tiny', or a YAML file of your own")
+    system: str = setting("", "system text before the tools ('': the prompt's)")
     coordinates: Literal["relative_1000", "absolute"] = setting(
         "relative_1000", "space of boxes: 0 to 1000, or pixels of the image as shown"
     )

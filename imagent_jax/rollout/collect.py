@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from imagent_jax.chat import QWEN, Call, MalformedCall
+from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config, ToolsConfig
 from imagent_jax.distributed import processes
 from imagent_jax.images.prepare import PreparedImage
@@ -72,7 +73,9 @@ class Collector:
         self.chat = QWEN
         limits = cfg.rollout.response_tokens, cfg.tools.max_turns, cfg.tools.max_repeats
         self.rules = Rules(self.chat, processor, *limits)
-        self.system = self.chat.system(cfg.tools.system, tools.schemas(self.settings))
+        prompt = read_prompt(cfg.tools.prompt)
+        text = cfg.tools.system or prompt.text(bool(tools.names))
+        self.system = self.chat.system(text, tools.schemas(self.settings, prompt))
         self.stops = stop_table(processor, self.chat.stop_strings, model.cfg.text.vocab_size)
         self.openers = ThreadPoolExecutor(cfg.tools.workers, "prompts")
         self.warm: set[tuple] = set()  # shapes whose programs are compiled
@@ -90,11 +93,15 @@ class Collector:
         environment.reset(task)
         images = [self.rules.prepare(environment, entry, observed=False) for entry in environment.images]
         try:
-            prompt = encode_parts(self.chat.render_task(self.system, task.shown, images), self.processor)
+            prompt = encode_parts(self.parts(task, images), self.processor)
             check_length(len(prompt.ids), self.cfg.rollout.prompt_tokens)
         except ValueError as error:
             raise ValueError(f"Task {task.uid}: {error}") from error
         return OpenedTask(task, prompt, environment)
+
+    def parts(self, task: Task, images: Sequence[PreparedImage]) -> list[str | tuple[str, ...] | PreparedImage]:
+        """Return the prompt of a task in parts (`interleave.encode_parts`), given its images."""
+        return self.chat.render_task(self.system, task.shown, images)
 
     @cached_property
     def check(self) -> PromptCheck:

@@ -19,13 +19,14 @@ import numpy as np
 from PIL import Image
 
 from imagent_jax.chat import QWEN, Call, answer_markup
+from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.images.prepare import smart_resize
 from imagent_jax.tiny.world import COLOURS, Scene, Tag, make_scene
 from imagent_jax.tools import ImageRegistry, ToolSettings, tools_by_name
 
 THUMBNAIL = (3136, 4704)
 """Pixel budget of the images a question is asked of (least, most); the default run's own."""
-SYSTEM = "Answer with <answer>...</answer>."
+PROMPT = read_prompt("tiny")
 BOX = 200
 """Side of a box around a tag, thousandths of the image's side."""
 STEP = 25
@@ -79,7 +80,7 @@ class PretrainGroup:
 
 def prompt_text(count: int) -> str:
     """System turn and the images of a user turn, exactly as a rollout renders them."""
-    system = QWEN.system(SYSTEM, TOOLS.schemas(SETTINGS))
+    system = QWEN.system(PROMPT.system, TOOLS.schemas(SETTINGS, PROMPT))
     return _with_placeholders(QWEN.render_parts(system, range(1, count + 1), range(count)))
 
 

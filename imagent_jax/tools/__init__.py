@@ -12,7 +12,7 @@ from imagent_jax.tools.protocol import ToolSet
 from imagent_jax.tools.python import python_tool
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest
-from imagent_jax.tools.visual import VISUAL_TOOLS, to_bbox, to_pixels, visual_confirmation, visual_reflection
+from imagent_jax.tools.visual import ALIASES, VISUAL_TOOLS, to_bbox, to_pixels, visual_confirmation, visual_reflection
 from imagent_jax.types import CallResult, CallStatus, ImageEntry, ImageNumber, ToolError
 
 __all__ = [
@@ -62,9 +62,10 @@ def _named(name: str, sandbox: SandboxConfig) -> Tool:
         return item
     if name == "python":
         return python_tool(sandbox)
-    if name not in VISUAL_TOOLS:
-        shipped = [*VISUAL_TOOLS, "python"]
+    visual = VISUAL_TOOLS | ALIASES
+    if name not in visual:
+        shipped = [*visual, "python"]
         close = nearest(name, shipped)
         hint = f'did you mean "{close}"?' if close else f"there are {', '.join(shipped)}"
         raise ValueError(f'tools.names: there is no tool "{name}"; {hint}')
-    return VISUAL_TOOLS[name]
+    return visual[name]

@@ -9,11 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from imagent_jax.chat import Call, MalformedCall
+from imagent_jax.chat.prompts import Prompt
 from imagent_jax.tools.calls import invalid
 from imagent_jax.tools.context import ToolSettings, TrajectoryState, run_call
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest
 from imagent_jax.types import CallResult, CallStatus, ToolError, quote
+
+_SPACES = {
+    "relative_1000": ("0 to 1000", "from 0 to 1000 across the whole width and the whole height of the image"),
+    "absolute": ("pixels", "in pixels of the image as it is shown to you"),
+}
 
 
 class ToolSet:
@@ -41,12 +47,18 @@ class ToolSet:
         """Names of the tools, in order."""
         return tuple(self._tools)
 
-    def schemas(self, settings: ToolSettings | None = None) -> list[dict[str, Any]]:
-        """Return the tools' schemas in OpenAI function form; "{coordinates}" in a description becomes the coordinate space."""
-        space = (settings or ToolSettings()).coordinates
-        words = "0 to 1000" if space == "relative_1000" else "pixels"
-        text = json.dumps([item.schema for item in self._tools.values()], ensure_ascii=False)
-        return json.loads(text.replace("{coordinates}", words))
+    def schemas(self, settings: ToolSettings | None = None, prompt: Prompt | None = None) -> list[dict[str, Any]]:
+        """Return the tools' schemas in OpenAI function form.
+
+        In a description, "{coordinates}" becomes the coordinate space in two words, and "{space}" in a clause.
+
+        Args:
+            prompt: texts in place of the tools' own.
+        """
+        coordinates, space = _SPACES[(settings or ToolSettings()).coordinates]
+        schemas = [prompt.described(item.schema) if prompt else item.schema for item in self._tools.values()]
+        text = json.dumps(schemas, ensure_ascii=False)
+        return json.loads(text.replace("{coordinates}", coordinates).replace("{space}", space))
 
     def tool_of(self, call: Call | MalformedCall) -> Tool:
         """Return the tool that a call names, after checking the arguments.

@@ -12,10 +12,11 @@ from imagent_jax.types import ImageEntry, ImageNumber, ToolError
 
 @tool
 def visual_reflection(context: ToolContext, images: list[int], resolution: Literal["low", "high"] = "low") -> list[ImageNumber]:
-    """Show images again.
+    """Show whole images again, to look at them with a question in mind or to compare them. They may be larger than before.
 
     Args:
-        images: image numbers
+        images: numbers of the images to show, in the order in which you want to see them
+        resolution: high shows more detail and costs more of your text
     """
     if not images:
         raise ToolError("images must name at least one image")
@@ -34,18 +35,41 @@ def visual_reflection(context: ToolContext, images: list[int], resolution: Liter
 def visual_confirmation(
     context: ToolContext, image: int, bbox_2d: tuple[float, float, float, float], label: str = ""
 ) -> list[ImageNumber]:
-    """Crop and enlarge.
+    """Look closely at a part of an image: it is cut out of the original and enlarged, so that small text and details can be read.
 
     Args:
-        image: image number
-        bbox_2d: [x1, y1, x2, y2], {coordinates}
+        image: number of the image
+        bbox_2d: the part as [x1, y1, x2, y2], its left, top, right and bottom edge, {space}
+        label: what you expect to see there, in a few words
     """
+    return _look_closely(context, image, bbox_2d, context.settings.coordinates)
+
+
+@tool
+def image_zoom_in_tool(
+    context: ToolContext, bbox_2d: tuple[float, float, float, float], label: str, img_idx: int
+) -> list[ImageNumber]:
+    """Zoom in on a part of an image: it is cut out of the original and enlarged.
+
+    Args:
+        bbox_2d: the part as [x1, y1, x2, y2], from 0 to 1000 across the width and the height of the image
+        label: what there is in the part
+        img_idx: number of the image, from 0
+    """
+    if not 0 <= img_idx < len(context.registry):
+        raise ToolError(f"img_idx must be from 0 to {len(context.registry) - 1}")
+    return _look_closely(context, img_idx + 1, bbox_2d, "relative_1000")
+
+
+def _look_closely(context: ToolContext, image: int, bbox_2d: Sequence[float], coordinates: str) -> list[ImageNumber]:
     entry = context.registry[image]
-    box = grow_box(to_pixels(bbox_2d, entry, context.settings.coordinates), entry.size, context.settings.min_box)
+    box = grow_box(to_pixels(bbox_2d, entry, coordinates), entry.size, context.settings.min_box)
     return [context.show(entry.pixels.crop(box), parent=image, box=box)]
 
 
 VISUAL_TOOLS: dict[str, Tool] = {item.name: item for item in (visual_reflection, visual_confirmation)}
+ALIASES: dict[str, Tool] = {"image_zoom_in_tool": image_zoom_in_tool}
+"""Tools of other systems' models: visual_confirmation with the name and arguments of Qwen-Agent."""
 
 
 def coordinate_limits(entry: ImageEntry, coordinates: str) -> tuple[float, float]:
