@@ -59,7 +59,9 @@ class PlainSequence:
         room = (0, LENGTH - len(ids))
         arrays = np.pad(ids, room)[None], np.pad(positions, [(0, 0), room])[:, None], np.pad(rows, room, constant_values=-1)[None]
         arrays = [x.astype(np.int32) for x in arrays]
-        return np.asarray(whole_forward(self.model, self.params, *arrays, np.asarray([len(ids)]), self.features)[0][0])
+        found = np.array(whole_forward(self.model, self.params, *arrays, np.asarray([len(ids)]), self.features)[0][0])
+        found[list(self.model.unsampled)] = -np.inf
+        return found
 
 
 def inverse_transform(logits: np.ndarray, uniform) -> int:
