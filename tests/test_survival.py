@@ -1,5 +1,6 @@
 """Runs survive: killed and resumed to the same bits, whatever is half-written, full or damaged is one clear sentence."""
 
+import errno
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from conftest import tiny_config
 from imagent_jax import train
 from imagent_jax.config import Config
 from imagent_jax.runs import folder as runs
+from imagent_jax.runs import lock
 from imagent_jax.runs.folder import RunFolder, checkpoint_folder
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -268,6 +270,18 @@ def test_the_same_command_twice_leaves_the_live_run_alone(tmp_path, resume):
     holder.wait()
     open_run(tmp_path, resume=resume).close()
     assert (tmp_path / "run.1").exists() != resume
+
+
+def test_a_file_system_without_locks_forbids_no_run(tmp_path, monkeypatch):
+    """As some network file systems answer; a lock that is held answers otherwise."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with open_run(tmp_path) as folder:
+        folder.log({"step": 0})
+    assert (tmp_path / "run/metrics.jsonl").is_file()
 
 
 def test_a_folder_is_free_again_after_its_run_failed_or_was_refused(tmp_path):

@@ -117,7 +117,7 @@ class RunFolder:
         while (kept := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.rename(self.path, kept)
-        self.path.mkdir()
+        self.path.mkdir(exist_ok=True)  # where another start was faster, its lock says so
         before, self.lock = self.lock, Lock(self.path)
         before.release()
 
