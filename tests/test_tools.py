@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import get_json_schema, render_jinja
 
 import imagent_jax
 from imagent_jax.chat import QWEN
+from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.tools import (
     ImageRegistry,
     ToolContext,
@@ -156,14 +157,22 @@ def test_the_system_prompt_is_qwens_own():
     assert QWEN.system(base, ToolSet([]).schemas()) == (base,)
 
 
-def test_the_visual_tools_cost_few_words_and_declare_their_coordinates():
-    relative, absolute = (VISUAL.schemas(ToolSettings(coordinates=space)) for space in ("relative_1000", "absolute"))
-    assert sum(len(json.dumps(schema).split()) for schema in relative) <= 250
+@pytest.mark.parametrize(
+    ("prompt", "words", "begin", "spaces"),
+    [
+        ("tiny", 110, "[x1, y1, x2, y2], ", ("0 to 1000", "pixels")),
+        ("default", 190, "the part as [x1, y1, x2, y2], its left, top, right and bottom edge, ",
+         ("from 0 to 1000 across the whole width and the whole height of the image",
+          "in pixels of the image as it is shown to you")),
+    ],
+)  # fmt: skip
+def test_the_visual_tools_cost_few_words_and_declare_their_coordinates(prompt, words, begin, spaces):
+    settings = [ToolSettings(coordinates=space) for space in ("relative_1000", "absolute")]
+    relative, absolute = (VISUAL.schemas(one, read_prompt(prompt)) for one in settings)
+    assert sum(len(json.dumps(schema).split()) for schema in relative) <= words
     bbox = [schemas[1]["function"]["parameters"]["properties"]["bbox_2d"] for schemas in (relative, absolute)]
-    begin = "the part as [x1, y1, x2, y2], its left, top, right and bottom edge, "
-    assert bbox[0]["description"] == f"{begin}from 0 to 1000 across the whole width and the whole height of the image"
-    assert bbox[1]["description"] == f"{begin}in pixels of the image as it is shown to you"
-    assert "pixels" in "".join(QWEN.system("", VISUAL.schemas(ToolSettings(coordinates="absolute"))))
+    assert [one["description"] for one in bbox] == [begin + space for space in spaces]
+    assert "pixels" in "".join(QWEN.system("", VISUAL.schemas(settings[1])))
 
 
 def test_a_new_tool_takes_few_lines_and_its_image_gets_a_number():
