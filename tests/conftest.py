@@ -14,6 +14,7 @@ import pytest
 
 from imagent_jax.config import TINY, Config, load_config
 from imagent_jax.rl.batch import pack_batch
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.tiny.world import task_at
 
 
@@ -73,9 +74,10 @@ def tasks():
 
 
 @pytest.fixture(scope="session")
-def rollout(parts, tasks):
-    """4 tasks x 4 rollouts of the shipped base, sampled."""
-    return parts.collector.collect(parts.params, tasks, group_size=4, seed=11)
+def rollout(parts, tasks, config):
+    """4 tasks x 4 rollouts of the shipped base, sampled by a collector that has done nothing before, whatever tests ran."""
+    collector = Collector(parts.model, parts.processor, parts.tools, config)
+    return collector.collect(parts.params, tasks, group_size=4, seed=11)
 
 
 @pytest.fixture(scope="session")

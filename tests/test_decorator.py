@@ -106,7 +106,8 @@ def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
         ToolSet([brighten, brighten])
     with pytest.raises(ValueError, match='no tool "visual_reflect"; did you mean "visual_reflection"'):
         tools_by_name(["visual_reflect"])
-    with pytest.raises(ValueError, match='no tool "zzz"; there are visual_reflection, visual_confirmation, python'):
+    names = "visual_reflection, visual_confirmation, image_zoom_in_tool, python"
+    with pytest.raises(ValueError, match=f'no tool "zzz"; there are {names}'):
         tools_by_name(["zzz"])
 
 
