@@ -73,7 +73,8 @@ class World:
         if self.process:  # one of its own for every program: a signal may be on its way to the old one
             self.process.kill()
             self.process.wait()
-        self.process = subprocess.Popen(["sleep", "1000"], env={"HOSTILE_SECRET": self.secret})
+        # In a session of its own: that of these tests may have begun outside of a container, where its number reads 0.
+        self.process = subprocess.Popen(["sleep", "1000"], env={"HOSTILE_SECRET": self.secret}, start_new_session=True)
         self.heard.clear()
 
     def listing(self) -> dict[str, tuple]:
