@@ -28,7 +28,7 @@ GROUPS, CALLS, WARM = 5, 6, 20
 """Tasks a step, most calls of a rollout, steps before memory is looked at."""
 SETTINGS = [
     f"--rollout.groups={GROUPS}", "--rollout.group_size=4", "--rollout.prompt_tokens=448", "--rollout.response_tokens=512",
-    "--images.max_pixels=25088", "--images.vision_block=576", "--images.pack_blocks=2", "--images.packs=32",
+    "--images.max_pixels=25088", "--images.vision_block=576", "--images.pack_blocks=2", "--images.pages=4",
     "--tools.confirm_max_pixels=25088", "--tools.max_turns=7", "--tools.max_images=16", "--grpo.micro_groups=1",
     "--eval.tasks=4", "--eval.every=0", "--run.log_trajectories=0", "--run.checkpoint_every=50", "--data.name=files",
 ]  # fmt: skip

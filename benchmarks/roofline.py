@@ -116,7 +116,7 @@ def text_batch(model: Model, shape: Shape) -> GroupBatch:
 def decode_seconds(model: Model, params, shape: Shape, repeats: int) -> list[float]:
     """Time of a decode step, each the mean over a whole response of R tokens for all rows."""
     (n, g, p, r), batch = shape, text_batch(model, shape)
-    features, slots = jnp.zeros((1, model.cfg.text.hidden_size), model.dtype), jnp.arange(n)
+    shown, slots = jnp.zeros((n, p, model.cfg.vision.feature_dim), model.dtype), jnp.arange(n)
     stops, times = jnp.zeros((1, model.cfg.text.vocab_size), jnp.int16), []  # none: rows end when they are full
     params = rollout_params(model.dtype, params)
 
@@ -124,7 +124,7 @@ def decode_seconds(model: Model, params, shape: Shape, repeats: int) -> list[flo
         return jax.block_until_ready(
             sampler.admit(
                 model, params, sampler.empty(model, n, g, p, r), slots, batch.prompt_ids, batch.prompt_positions,
-                batch.prompt_vision, batch.prompt_len, batch.prompt_len, slots, jnp.zeros(n, jnp.uint32), jnp.ones(n), features,
+                batch.prompt_vision, batch.prompt_len, batch.prompt_len, slots, jnp.zeros(n, jnp.uint32), jnp.ones(n), shown,
             )
         )  # fmt: skip
 
@@ -146,7 +146,7 @@ def train_seconds(model: Model, params, shape: Shape, repeats: int) -> list[floa
     )
     learner = Learner(model, cfg, make_optimizer(cfg.optim, 1000), mask_tables(cfg.mask))
     learner.shapes = learner.shapes[-1:]  # every response is as long
-    batch, store, kept = text_batch(model, shape), FeatureStore(model, params, 1, packs=1), [params, learner.init(params)]
+    batch, store, kept = text_batch(model, shape), FeatureStore(model, params, 1, pages=1), [params, learner.init(params)]
 
     def step():
         kept[:] = jax.block_until_ready(learner.update(*kept, batch, store)[:2])

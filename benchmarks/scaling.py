@@ -33,7 +33,8 @@ def measure(size: str, prompt: int, group_size: int, repeats: int) -> dict:
     dtype = choose_dtype("auto")
     cfg, shape = read_config(common.hf_config(size)), Shape(GROUPS, group_size, prompt, RESPONSE)
     model, params = create(cfg, param_dtype=dtype, vision_block=64, dtype=dtype, attention=choose_attention("auto", dtype))
-    batch, features, slots = text_batch(model, shape), jnp.zeros((1, cfg.text.hidden_size), model.dtype), jnp.arange(GROUPS)
+    batch, slots = text_batch(model, shape), jnp.arange(GROUPS)
+    shown = jnp.zeros((GROUPS, prompt, cfg.vision.feature_dim), model.dtype)
     weights = rollout_params(model.dtype, params)
     empty = jax.jit(lambda: sampler.empty(model, GROUPS, group_size, prompt, RESPONSE))
     prefill = []
@@ -42,7 +43,7 @@ def measure(size: str, prompt: int, group_size: int, repeats: int) -> dict:
         prefill += common.seconds(
             lambda state=state: jax.block_until_ready(sampler.admit(
                 model, weights, state, slots, batch.prompt_ids, batch.prompt_positions, batch.prompt_vision, batch.prompt_len,
-                batch.prompt_len, slots, jnp.zeros(GROUPS, jnp.uint32), jnp.ones(GROUPS), features,
+                batch.prompt_len, slots, jnp.zeros(GROUPS, jnp.uint32), jnp.ones(GROUPS), shown,
             ).logits), 1, 0,
         )  # fmt: skip
     decode = common.median(decode_seconds(model, params, shape, repeats))

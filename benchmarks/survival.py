@@ -23,7 +23,7 @@ import numpy as np
 SMALL = [
     "--rollout.groups=2", "--rollout.group_size=2", "--rollout.response_tokens=96", "--grpo.micro_groups=1",
     "--grpo.length_buckets=2", "--grpo.minibatches=1",
-    "--images.pack_blocks=4", "--images.packs=4", "--eval.tasks=4", "--eval.during=2",
+    "--images.pack_blocks=4", "--images.pages=2", "--eval.tasks=4", "--eval.during=2",
     "--eval.groups=2", "--eval.every=3", "--data.train_size=64", "--data.test_size=32", "--run.checkpoint_every=1",
     "--tools.timeout_s=600", "--tools.patience_s=600",  # nothing depends on the clock
 ]  # fmt: skip

@@ -186,7 +186,7 @@ class Ours:
         """Encodes the images and makes one update; its loss and gradient norm."""
         from imagent_jax.model.features import FeatureStore
 
-        store = FeatureStore(self.model, self.params, pack_blocks=8, packs=4)
+        store = FeatureStore(self.model, self.params, pack_blocks=8)
         batch = pack(self.problem, store, self.shape)
         self.params, self.state, metrics = self.learner.update(self.params, self.state, batch, store)
         return {name: metrics[name] for name in ("loss", "grad_norm")}

@@ -3,7 +3,7 @@
 import copy
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
@@ -106,23 +106,30 @@ class ImageEntry:
 
     Attributes:
         number: 1-based, as in "Image 3".
-        pixels: RGB pixels at their own resolution, never rescaled; a crop keeps the pixels it was cut from. All rollouts of a
-            group share them: only read them, or take `image`.
+        source: RGB pixels at their own resolution, never rescaled. Crops and views of an image share its source, and all
+            rollouts of a group do: only read it.
         shown: (height, width) in pixels at which the policy sees the image.
         parent: number of the image it was made from; None for a given image.
         box: (left, top, right, bottom) in pixels of the parent where it was cut out; None unless a crop.
         origin: what it is, in words, such as "crop"; "" for a given image.
         min_pixels, max_pixels: the budget that made `shown`; preparing `image` with it gives that size again.
+        region: (left, top, right, bottom) in pixels of `source` that the image is; None: all of it.
     """
 
     number: int
-    pixels: Image.Image
+    source: Image.Image
     shown: tuple[int, int]
     parent: int | None = None
     box: tuple[int, int, int, int] | None = None
     origin: str = ""
     min_pixels: int | None = None
     max_pixels: int | None = None
+    region: tuple[int, int, int, int] | None = None
+
+    @property
+    def pixels(self) -> Image.Image:
+        """RGB pixels at their own resolution. Only read them, or take `image`."""
+        return self.source if self.region is None else self.source.crop(self.region)
 
     @property
     def image(self) -> Image.Image:
@@ -132,7 +139,13 @@ class ImageEntry:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the original pixels."""
-        return self.pixels.height, self.pixels.width
+        left, top, right, bottom = self.region or (0, 0, *self.source.size)
+        return bottom - top, right - left
+
+    def part(self, box: tuple[int, int, int, int] | None) -> "ImageEntry":
+        """Return the entry with the region of a box in its pixels (None: all of them)."""
+        left, top, *_ = self.region or (0, 0)
+        return self if box is None else replace(self, region=(box[0] + left, box[1] + top, box[2] + left, box[3] + top))
 
     def describe(self) -> str:
         """Return the line shown above the image: "Image 1", "Image 4: crop of Image 2"."""

@@ -10,7 +10,6 @@ import math
 import re
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +25,11 @@ from imagent_jax.model import attention as seam
 from imagent_jax.model import lora
 from imagent_jax.model.attention import Causal, Shared, attention
 from imagent_jax.model.families import read_config
-from imagent_jax.model.features import FeatureStore
+from imagent_jax.model.features import EncodedImages, FeatureStore, Pages
 from imagent_jax.model.sharding import LOGICAL_TO_MESH, shardings
 from imagent_jax.model.vlm import abstract
 from imagent_jax.rl.batch import GroupBatch, place_groups, take_groups
-from imagent_jax.rl.learner import Learner, accumulate, group_normalisers
+from imagent_jax.rl.learner import Learner, accumulate, group_normalisers, shown_in
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.runs.folder import RunFolder
@@ -50,7 +49,7 @@ HF = {
 }  # fmt: skip
 JOB = [
     "--run.compile_cache=", "--run.steps=2", "--rollout.groups=4", "--rollout.group_size=2", "--rollout.response_tokens=96",
-    "--grpo.micro_groups=4", "--grpo.minibatches=1", "--grpo.length_buckets=2", "--images.pack_blocks=4", "--images.packs=8",
+    "--grpo.micro_groups=4", "--grpo.minibatches=1", "--grpo.length_buckets=2", "--images.pack_blocks=4", "--images.pages=2",
     "--eval.tasks=4", "--eval.groups=4", "--eval.every=0", "--data.train_size=64", "--data.test_size=32",
 ]  # fmt: skip
 IMAGES, PATCHES = 8, 16  # one image a block of 16 patches, 4 features each
@@ -126,12 +125,13 @@ class Case:
     def __exit__(self, *error) -> None:
         self._current.__exit__(*error)
 
-    def store(self) -> FeatureStore | SimpleNamespace:
-        """Encoded images; for a tower that does not learn, any features will do."""
-        if self.cfg.model.freeze_vision:
-            return SimpleNamespace(features=jnp.asarray(np.random.default_rng(1).normal(size=(4 * IMAGES, 64)), jnp.float32))
+    def store(self) -> EncodedImages:
+        """Encoded images, two on a page; for a tower that does not learn, any features will do."""
         rng = np.random.default_rng(1)
-        store = FeatureStore(self.model, self.params, IMAGES, packs=1)
+        if self.cfg.model.freeze_vision:
+            features = rng.normal(size=(IMAGES // 2, 8, 64)).astype(np.float32)
+            return EncodedImages(self.model, Pages(IMAGES, lambda page: jnp.asarray(features[page])), 8)
+        store = FeatureStore(self.model, self.params, 2, pages=1)
         patches = rng.integers(0, 256, (IMAGES, PATCHES, self.model.cfg.vision.patch_bytes), np.uint8)
         store.add([PreparedImage(p, (4, 4), (16, 16)) for p in patches])
         return store
@@ -142,20 +142,20 @@ class Case:
 
     def gradient(self):
         """Of the whole batch; as `Learner.update` computes it, with no update."""
-        parts = [place_groups(take_groups(self.batch, index, R)) for index in np.arange(N).reshape(2, -1)]
+        parts = [take_groups(self.batch, index, R) for index in np.arange(N).reshape(2, -1)]
         weight = np.sum(group_normalisers(self.cfg, self.batch, self.learner.tables))
-        kl = self.learner._score(self.params, parts[0], self.store().features) if self.cfg.grpo.kl else None
+        kl = self.learner._score(self.params, parts[0], self.store()) if self.cfg.grpo.kl else None
         parts = [(part, kl, None) for part in parts]
         return host(self.learner._gradient(self.params, parts, self.store(), weight, fresh=True)[0])
 
     def exchanged(self) -> dict[str, list[int]]:
         """Elements of every collective's result in the compiled gradient of a micro-batch, by kind."""
-        learner, features = self.learner, self.store().features
+        learner = self.learner
         trained, frozen = learner.split(self.params)
-        part = place_groups(take_groups(self.batch, np.arange(N // 2), R))
-        total = jax.tree.map(jnp.zeros_like, (trained,))
+        part = take_groups(self.batch, np.arange(N // 2), R)
+        total, shown = jax.tree.map(jnp.zeros_like, trained), shown_in(self.store(), part)
         text = accumulate.lower(
-            self.model, self.cfg, False, trained, frozen, total, features, part, learner.tables,
+            self.model, self.cfg, False, trained, frozen, total, shown, place_groups(part), learner.tables,
             np.float32(1), None, None,
         ).compile().as_text()  # fmt: skip
         found: dict[str, list[int]] = {}

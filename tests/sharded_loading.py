@@ -14,7 +14,7 @@ import numpy as np
 from imagent_jax.distributed.mesh import make_mesh
 from imagent_jax.model import checkpoint
 from imagent_jax.model.sharding import LOGICAL_TO_MESH
-from imagent_jax.model.vlm import encode_images, prefill
+from imagent_jax.model.vlm import at_tokens, encode_images, prefill
 
 MESHES = [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": -1}]
 
@@ -25,7 +25,8 @@ def logits(model, params, prompts):
     @jax.jit
     def forward(params):
         features = encode_images(model, params, prompts["patches"], prompts["coords"], prompts["image_id"])
-        return prefill(model, params, *(prompts[name] for name in ("ids", "positions", "vision", "length")), features)[0]
+        shown = at_tokens(features, prompts["vision"])
+        return prefill(model, params, *(prompts[name] for name in ("ids", "positions", "vision", "length")), shown)[0]
 
     return np.asarray(forward(params))
 

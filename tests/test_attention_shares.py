@@ -22,7 +22,7 @@ from imagent_jax.evals import attention as job
 from imagent_jax.model import checkpoint, text
 from imagent_jax.model.attention import Causal, attention, attention_shares, cached
 from imagent_jax.model.params import gathered, weights
-from imagent_jax.model.vlm import attention_by_source, encode_images
+from imagent_jax.model.vlm import at_tokens, attention_by_source, encode_images
 from imagent_jax.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow(2)
@@ -76,7 +76,9 @@ def test_shares_equal_those_of_transformers_eager_attention(pair):
     b, s = batch([(ids, images)], first), len(ids)
     features = jax.jit(encode_images, static_argnums=0)(model, params, *packed)
     shares = jax.jit(attention_by_source, static_argnums=0)
-    ours = np.asarray(shares(model, params, b.ids, b.positions, b.vision, b.length, features, source))
+    ours = np.asarray(
+        shares(model, params, b.ids, b.positions, b.vision, b.length, jax.jit(at_tokens)(features, b.vision), source)
+    )
     assert ours.shape == (len(theirs), 1, 96, 4) == (3, 1, 96, 4)
     for layer, weight in zip(ours, theirs, strict=True):
         assert_rounded(layer[0, :s], weight[0].mean(0).numpy() @ source[0, :s], hf_oracle.terms(reference))

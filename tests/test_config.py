@@ -144,7 +144,8 @@ def test_text_that_is_not_yaml_is_refused_in_one_sentence():
 # ---- ranges: what is just good, and what is just bad ------------------------------------------------------------------
 
 AT_LEAST_ONE = (
-    "run.keep_checkpoints", "images.min_pixels", "images.pack_blocks", "data.train_size", "data.test_size", "tools.max_turns",
+    "run.keep_checkpoints", "images.min_pixels", "images.pack_blocks", "images.pages",
+    "data.train_size", "data.test_size", "tools.max_turns",
     "tools.max_repeats", "tools.max_images", "tools.workers", "tools.low_pixels", "tools.confirm_min_pixels", "rollout.groups",
     "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
     "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
@@ -164,7 +165,7 @@ BELOW_ONE = ["optim.b1", "optim.b2", "grpo.clip_low"]
 MESH = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
 PAIRS = [("images.min_pixels", "images.max_pixels"), ("tools.low_pixels", "tools.high_pixels"),
          ("tools.confirm_min_pixels", "tools.confirm_max_pixels")]  # fmt: skip
-FREE = ["run.seed", "images.packs", "data.seed", "reward.answer", "reward.format", "reward.tool_gain", "eval.seed",
+FREE = ["run.seed", "data.seed", "reward.answer", "reward.format", "reward.tool_gain", "eval.seed",
         "distributed.process_id"]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def test_a_cancelled_row_stops_where_it_is_and_the_others_go_on(parts, config, t
 
     def decoded(*requests, cancel=()):
         weights = collector.weights(parts.params).params
-        store = FeatureStore(parts.model, weights, config.images.pack_blocks, config.images.packs, frozen=True)
+        store = FeatureStore(parts.model, weights, config.images.pack_blocks, config.images.pages, frozen=True)
         shape = engine.EngineShape(2, 2, 112, 64, 32, 4)
         with jax.set_mesh(parts.mesh):
             run = engine.Engine(parts.model, weights, store, shape, collector.stops)

@@ -74,12 +74,12 @@ class Recorder(Collector):
 
 
 def test_what_is_evaluated_reaches_the_engine_in_pieces_of_four_rounds(done):
-    engine, told = Recorder(small_config(images={"packs": 3}), done), []
+    engine, told = Recorder(small_config(), done), []
     tasks = [task_at(1, "test", i) for i in range(8)]
     metrics, out = job.evaluate(
         engine, "weights", tasks, groups=1, seed=77, greedy=True, temperature=0.3, progress=lambda *at: told.append(at)
     )
-    wanted = {"group_size": 1, "seed": 77, "temperature": 0.0, "slots": 1, "packs": 12}
+    wanted = {"group_size": 1, "seed": 77, "temperature": 0.0, "slots": 1}
     assert engine.asked == [("weights", tasks[:4], wanted), ("weights", tasks[4:], wanted)]
     assert told == [(4, 8), (8, 8)] and all(a is b for a, b in zip(out, done, strict=True))
     use = {"tools/calls/visual_reflection/executed": 1 / 8, "tools/calls/visual_reflection/invalid": 2 / 8,

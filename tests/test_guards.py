@@ -21,7 +21,7 @@ from imagent_jax import train as job
 from imagent_jax.config import RewardConfig
 from imagent_jax.rl import guards, rewards
 from imagent_jax.rl.batch import pack_batch
-from imagent_jax.rl.learner import score_jit
+from imagent_jax.rl.learner import score_jit, shown_in
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import dropped_shares, mask_tables, two_level_mask
 from imagent_jax.rl.rewards import reward_functions
@@ -65,7 +65,7 @@ def step(parts, cfg, rollout, temperature=1.0, params=None):
     """
     paid, advantages, _, metrics, _ = job.judge(cfg, rollout, reward_functions(cfg.reward))
     batch = pack_batch(rollout, paid, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
-    of_batch = partial(score_jit, parts.model, params or parts.params, batch, rollout.store.features)
+    of_batch = partial(score_jit, parts.model, params or parts.params, batch, shown_in(rollout.store, batch))
     logprobs, entropy = of_batch(temperature=1.0)
     action, trajectory, _ = mask_tables(cfg.mask)
     mask = two_level_mask(batch.kind, batch.end, advantages, action, trajectory)

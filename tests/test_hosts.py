@@ -23,7 +23,7 @@ from imagent_jax.distributed.processes import RESTART
 
 JOB = [
     "--run.steps=2", "--rollout.groups=4", "--rollout.group_size=4", "--rollout.response_tokens=64", "--grpo.micro_groups=4",
-    "--grpo.minibatches=1", "--grpo.length_buckets=1", "--images.pack_blocks=4", "--images.packs=8",
+    "--grpo.minibatches=1", "--grpo.length_buckets=1", "--images.pack_blocks=4", "--images.pages=2",
     "--eval.tasks=5", "--eval.groups=4", "--eval.every=0", "--data.train_size=64", "--data.test_size=32",
     "--tools.timeout_s=600", "--tools.patience_s=600", "--run.checkpoint_every=1",
 ]  # fmt: skip

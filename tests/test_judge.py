@@ -9,7 +9,7 @@ from conftest import small_config
 from scripted_run import finished, play, scripts
 from test_prefetch import Batch
 
-from imagent_jax.model.features import EncodedPacks
+from imagent_jax.model.features import EncodedImages
 from imagent_jax.rl.judge import judge
 from imagent_jax.rl.rewards import reward_functions
 from imagent_jax.rollout.batch import RolloutBatch
@@ -72,7 +72,7 @@ def rolled(monkeypatch):
             finished(B, [CALL, said("blue")], "blue", calls=[REFLECT], rollout=3),
         ],
     ]
-    store = EncodedPacks.__new__(EncodedPacks)  # no images
+    store = EncodedImages.__new__(EncodedImages)  # no images
     return RolloutBatch([A, B], [], [], groups, store, {}, 0, 0)
 
 

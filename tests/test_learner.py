@@ -22,7 +22,7 @@ from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import lora
 from imagent_jax.model.families import read_config
 from imagent_jax.model.features import FeatureStore
-from imagent_jax.model.vlm import create, embed, encode_images, logits
+from imagent_jax.model.vlm import at_tokens, create, embed, encode_images, logits
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import GroupBatch, micro_batches, micro_shapes, take_groups
 from imagent_jax.rl.learner import Learner
@@ -74,7 +74,7 @@ def toy():
 
 def store_of(model, params) -> FeatureStore:
     """Two images of four feature rows, in one pack."""
-    store, rng = FeatureStore(model, params, 2, packs=1), np.random.default_rng(0)
+    store, rng = FeatureStore(model, params, 2, pages=1), np.random.default_rng(0)
     patches = rng.integers(0, 256, (2, 16, model.cfg.vision.patch_bytes), np.uint8)
     assert store.add([PreparedImage(p, (4, 4), (16, 16)) for p in patches]) == [0, 4]
     return store
@@ -120,7 +120,7 @@ def logits_by_hand(model, params, batch: GroupBatch, pack):
     ids, vision = rows(batch.prompt_ids, batch.response_ids), rows(batch.prompt_vision, batch.response_vision)
     positions = jnp.stack([rows(p, q) for p, q in zip(batch.prompt_positions, batch.response_positions, strict=True)])
     text = model.bind(params).text
-    hidden, _ = text.prefill(embed(model, params, ids, vision, encode_images(model, params, *pack)), positions)
+    hidden, _ = text.prefill(embed(model, params, ids, vision, at_tokens(encode_images(model, params, *pack), vision)), positions)
     return logits(hidden[:, P - 1 : -1], text.head(model.dtype)).reshape(n, g, r, -1)
 
 
@@ -269,7 +269,7 @@ def test_sampler_and_trainer_agree_at_a_temperature_other_than_one(toy):
     drawn = np.full(N, seed, np.uint32), np.full(N, cfg.rollout.temperature, np.float32)
     state = sampler.admit(
         model, params, sampler.empty(model, N, G, P, R), np.arange(N), batch.prompt_ids, batch.prompt_positions,
-        batch.prompt_vision, batch.prompt_len, batch.prompt_len, np.arange(N), *drawn, store.features,
+        batch.prompt_vision, batch.prompt_len, batch.prompt_len, np.arange(N), *drawn, store.show(batch.prompt_vision),
     )  # fmt: skip
     never = np.zeros((1, VOCAB), np.int16)
     state = sampler.decode(model, R, params, state, None, never, R)

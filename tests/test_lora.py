@@ -21,9 +21,9 @@ from imagent_jax.config import Config
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.sharding import shardings
-from imagent_jax.model.vlm import encode_images
+from imagent_jax.model.vlm import at_tokens, encode_images
 from imagent_jax.rl.batch import GroupBatch, pack_batch
-from imagent_jax.rl.learner import Learner, batch_loss, group_normalisers, score
+from imagent_jax.rl.learner import Learner, batch_loss, group_normalisers, score, shown_in
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rollout.collect import Collector
@@ -253,7 +253,7 @@ TABLES = mask_tables(CFG.mask)
 
 def store_of(model, params) -> FeatureStore:
     """Two images, encoded: 4 and 12 feature rows."""
-    store, rng = FeatureStore(model, params, 1, packs=1), np.random.default_rng(0)
+    store, rng = FeatureStore(model, params, 1, pages=1), np.random.default_rng(0)
     store.add([prepare(hf_oracle.random_image(rng, size)) for size in ((16, 16), (24, 32))])
     return store
 
@@ -306,7 +306,8 @@ def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
             here, whole = lora.merge(model, whole)
         features = encode_images(here, whole, *map(jnp.asarray, packed))
         batch = jax.tree.map(jnp.asarray, groups)
-        return batch_loss(here, CFG, whole, nnx.State({}), features, batch, TABLES, normaliser, None, None)[0]
+        shown = tuple(at_tokens(features, vision) for vision in (batch.prompt_vision, batch.response_vision))
+        return batch_loss(here, CFG, whole, nnx.State({}), shown, batch, TABLES, normaliser, None, None)[0]
 
     ours, expected = (flat(jax.jit(jax.grad(loss), static_argnums=1)(adapters, merge)) for merge in (False, True))
     for name, value in expected.items():
@@ -340,9 +341,9 @@ def test_the_trainer_recomputes_the_logprobs_of_an_adapted_sampler(parts, tasks,
     zeros = np.zeros((4, 4), np.float32)
     b = pack_batch(out, zeros, zeros, config.rollout.prompt_tokens, config.rollout.response_tokens)
     chosen = (b.kind != TokenKind.OBSERVATION) & (b.kind != TokenKind.PAD)
-    again = np.asarray(jax.jit(score, static_argnums=(0, 4))(model, params, b, out.store.features, 1.0)[0])
+    again = np.asarray(jax.jit(score, static_argnums=(0, 4))(model, params, b, shown_in(out.store, b), 1.0)[0])
     assert np.abs(again - b.logprobs)[chosen].max() <= 1e-4
-    plain = np.asarray(jax.jit(score, static_argnums=(0, 4))(parts.model, parts.params, b, out.store.features, 1.0)[0])
+    plain = np.asarray(jax.jit(score, static_argnums=(0, 4))(parts.model, parts.params, b, shown_in(out.store, b), 1.0)[0])
     assert np.abs(plain - b.logprobs)[chosen].max() > 1e-3
 
 

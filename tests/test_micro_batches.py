@@ -9,7 +9,7 @@ import optax
 import pytest
 from conftest import small_config
 
-from imagent_jax.model.features import EncodedPacks
+from imagent_jax.model.features import EncodedImages
 from imagent_jax.model.interleave import Encoded
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, learning_groups, micro_batches, micro_shapes, pack_batch, take_groups
@@ -42,7 +42,7 @@ def made_rollout() -> RolloutBatch:
         prompts.append(Encoded(ids, positions, 0, np.full(length, -1), np.zeros(length, np.int32), []))
         vision.append(rng.integers(-1, 20, length).astype(np.int32))
         groups.append([trajectory(task, number, rng, int(rng.integers(1, 8))) for number in range(2)])
-    no_images = EncodedPacks.__new__(EncodedPacks)  # a batch takes nothing from there
+    no_images = EncodedImages.__new__(EncodedImages)  # a batch takes nothing from there
     return RolloutBatch(tasks, prompts, vision, groups, no_images, {}, 0, IMAGE)
 
 

@@ -25,6 +25,7 @@ from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.text import PromptCache, ResponseCache
 from imagent_jax.model.vlm import (
     abstract,
+    at_tokens,
     attention_by_source,
     create,
     deep_features,
@@ -93,8 +94,8 @@ def batch(samples, first, width=WIDTH, start=None) -> Batch:
 def all_logits(model, params, packed, ids, positions, vision):
     text = model.bind(params).text
     features = encode_images(model, params, *packed)
-    deep = deep_features(model, vision, features)
-    hidden, _ = text.prefill(embed(model, params, ids, vision, features), positions, deep=deep)
+    shown = jax.jit(at_tokens)(features, vision)
+    hidden, _ = text.prefill(embed(model, params, ids, vision, shown), positions, deep=deep_features(model, shown))
     return hidden @ text.head(model.dtype)
 
 
@@ -211,7 +212,7 @@ def test_a_response_split_from_its_prompt_anywhere_has_the_references_logprobs_a
 
     ours, entropy = jax.jit(partial(response_logprobs, temperature=temperature), static_argnums=0)(
         model, params, p.ids, p.positions, p.vision, p.length, grouped(r.ids), r.positions.reshape(3, 2, 2, -1),
-        grouped(r.vision), features,
+        grouped(r.vision), (jax.jit(at_tokens)(features, p.vision), jax.jit(at_tokens)(features, grouped(r.vision))),
     )  # fmt: skip
     for b, (reply, _) in enumerate(flat):
         begin, row, terms = p.length[b // 2], (b // 2, b % 2, slice(len(reply))), hf_oracle.terms(reference)
@@ -251,7 +252,7 @@ def started(model, params, prompts, images):
     slots = np.arange(len(prompts))
     state = sampler.admit(
         model, params, sampler.empty(model, len(prompts), ROWS, 64, 192), slots, p.ids, p.positions, p.vision, p.length,
-        p.following, slots, slots.astype(np.uint32), np.zeros(len(prompts), np.float32), features,
+        p.following, slots, slots.astype(np.uint32), np.zeros(len(prompts), np.float32), jax.jit(at_tokens)(features, p.vision),
     )  # fmt: skip
     return state, p, features, first[count:]
 
@@ -292,8 +293,17 @@ def test_greedy_generation_equals_the_reference_after_images_shown_midway(pair):
     for begin in range(0, max(o.length), chunk):
         count = np.clip(o.length - begin, 0, chunk)
         part = slice(begin, begin + chunk)
+        vision = o.vision[:, part]
         state = sampler.observe(
-            model, params, state, np.arange(6), o.ids[:, part], o.positions[:, :, part], o.vision[:, part], count, features
+            model,
+            params,
+            state,
+            np.arange(6),
+            o.ids[:, part],
+            o.positions[:, :, part],
+            vision,
+            count,
+            jax.jit(at_tokens)(features, vision),
         )
     state = decode(model, params, state, 64)
 
@@ -318,18 +328,19 @@ def test_garbage_in_unused_cache_and_padding_changes_nothing(pair):
     packed, first = pack([image for _, shown in prompts for image in shown])
     features = jax.jit(encode_images, static_argnums=0)(model, params, *packed)
     p = batch(prompts, first, 64)
+    shown = jax.jit(at_tokens)(features, p.vision)
     pad = np.arange(64) >= p.length[:, None]
     outs = []
     for poison in (0, 1e4):
         ids = np.where(pad, 99 if poison else 0, p.ids)
         positions = np.where(pad, 500 if poison else 0, p.positions)
-        logits, cache = jax.jit(prefill, static_argnums=0)(model, params, ids, positions, p.vision, p.length, features)
+        logits, cache = jax.jit(prefill, static_argnums=0)(model, params, ids, positions, p.vision, p.length, shown)
         empty = jax.tree.map(lambda x, poison=poison: jnp.full_like(x, float(poison)), empty_cache(model, ResponseCache, 2, 32))
         start, count = np.zeros(2, np.int32), np.full(2, 4, np.int32)
         place = (np.arange(4) + p.following[:, None]).astype(np.int32)
         more, _ = jax.jit(extend, static_argnums=0)(
             model, params, np.full((2, 4), 5, np.int32), np.stack([place] * 3), np.full((2, 4), -1, np.int32), count, start,
-            cache, p.length, empty, features,
+            cache, p.length, empty, jnp.zeros((2, 4, features.shape[1])),
         )  # fmt: skip
         outs.append((np.asarray(logits), np.asarray(more)))
     np.testing.assert_array_equal(outs[0], outs[1])
@@ -355,15 +366,19 @@ def traced(family="qwen2_vl", **settings):
     cfg = read_config(hf_oracle.config_json(tiny_model(*PARENT[family])))
     model, params = abstract(cfg, vision_block=BLOCK, **settings)
     packed, _ = pack([])
-    ints, features = partial(np.zeros, dtype=np.int32), jnp.zeros((BLOCK * BLOCKS // 4, 64), model.dtype)
+    ints = partial(np.zeros, dtype=np.int32)
+
+    def shown(*shape):
+        return jnp.zeros((*shape, 64), model.dtype)
+
     prompts = ints((2, 64)), ints((3, 2, 64)), ints((2, 64)), ints(2) + 60
     replies = ints((2, 2, 48)), ints((3, 2, 2, 48)), ints((2, 2, 48))
     prompt, own = empty_cache(model, PromptCache, 2, 64), empty_cache(model, ResponseCache, 4, 48)
     tokens = ints((4, 8)), ints((3, 4, 8)), ints((4, 8)), ints(4) + 8, ints(4)
     calls = {
-        encode_images: packed, prefill: (*prompts, features), extend: (*tokens, prompt, prompts[3], own, features),
-        attention_by_source: (*prompts, features, np.ones((2, 64, 3), bool)),
-        response_logprobs: (*prompts, *replies, features),
+        encode_images: packed, prefill: (*prompts, shown(2, 64)), extend: (*tokens, prompt, prompts[3], own, shown(4, 8)),
+        attention_by_source: (*prompts, shown(2, 64), np.ones((2, 64, 3), bool)),
+        response_logprobs: (*prompts, *replies, (shown(2, 64), shown(2, 2, 48))),
     }  # fmt: skip
     more = {response_logprobs: {"response_len": jnp.full((2, 2), 40)}}
     return {

@@ -23,7 +23,7 @@ from imagent_jax.planner import programs as footprint
 from imagent_jax.planner.programs import CHIPS, Chip, Cost, chip_bytes, cost, open_topology, programs
 
 TPU = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'imagent-jax[test]'")
-PROGRAMS = ["gather", "vision", "prefill", "decode", "observe", "train", "apply"]
+PROGRAMS = ["gather", "vision", "show", "prefill", "decode", "observe", "train", "apply"]
 TOY = {  # one layer of each kind: compiled in seconds
     "model_type": "qwen2_vl", "image_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3,
     "text_config": {
@@ -44,7 +44,7 @@ def toy(tmp_path_factory) -> list[str]:
         "--rollout.groups=8",
         "--grpo.micro_groups=8",
         "--grpo.minibatches=1",
-        "--images.packs=2",
+        "--images.pages=2",
         *("--images.min_pixels=64", "--images.max_pixels=1536", "--tools.low_pixels=64", "--tools.high_pixels=1536"),
         *("--tools.confirm_min_pixels=64", "--tools.confirm_max_pixels=1536"),  # 96 patches of 4 x 4 pixels
     ]
@@ -162,7 +162,7 @@ def test_bad_input_is_refused_in_one_sentence(arguments, sentence, capsys):
 
 # ---- what a run holds and calls, from shapes alone ---------------------------------------------------------------------
 
-STEP = ["--rollout.groups=8", "--grpo.micro_groups=2", "--grpo.minibatches=2", "--grpo.epochs=3", "--images.packs=5",
+STEP = ["--rollout.groups=8", "--grpo.micro_groups=2", "--grpo.minibatches=2", "--grpo.epochs=3", "--images.pages=5",
         "--rollout.response_tokens=64", "--rollout.temperature=0.7", "--rollout.decode_chunk=9"]  # fmt: skip
 
 
@@ -174,12 +174,13 @@ def test_programs_are_called_as_often_as_a_step_calls_them(toy):
     rolling = {"gather": (1, "rollout"), "vision": (5, "rollout"), "decode": (64, "rollout"), "observe": (0, "rollout")}
     learning = {"train": (12, "update"), "apply": (6, "update")}
     found = {p.name: p for p in programs(held_by(toy))}
-    assert {name: (p.calls, p.phase) for name, p in found.items() if name != "prefill"} == rolling | learning
+    shared = "prefill", "show"
+    assert {name: (p.calls, p.phase) for name, p in found.items() if name not in shared} == rolling | learning
     admitted = found["prefill"].args[2].shape[0]
-    assert found["prefill"].calls == 8 // admitted and found["decode"].args[-2:] == (9, 0)
+    assert found["prefill"].calls == found["show"].calls == 8 // admitted and found["decode"].args[-2:] == (9, 0)
     assert found["decode"].static[1:] == (64,)
     every = programs(held_by(toy, "--grpo.kl=0.1", "--grpo.recompute=true", "--model.freeze_vision=false"))
-    found = {p.name: (p.calls, p.phase) for p in every if p.name != "prefill"}
+    found = {p.name: (p.calls, p.phase) for p in every if p.name not in shared}
     more = {"score": (4, "update"), "reference": (4, "update"), "vision backward": (5, "update")}
     assert found == rolling | learning | more
 
@@ -202,10 +203,13 @@ def test_what_is_alive_beside_a_program_is_all_of_its_phase(toy):
     for kl in ("0", "0.1"):
         held = held_by(toy, f"--grpo.kl={kl}", "--model.freeze_vision=false")
         always = chip_bytes(held.params) + chip_bytes(held.opt_state) + (kl != "0") * chip_bytes(held.trained)
-        features, copied = chip_bytes(held.features), chip_bytes(held.sampled) + chip_bytes(held.state)
-        totals = chip_bytes(held.trained) + features  # gradients of the parameters and of the features
+        features, copied = chip_bytes(held.pages), chip_bytes(held.sampled) + chip_bytes(held.state)
+        assert features == 5 * chip_bytes(held.page) > 0 and chip_bytes(held.shown) == 4 * 64 * sum(
+            x.size for x in (held.batch.prompt_ids, held.batch.response_ids)
+        )
+        totals = chip_bytes(held.trained) + features + chip_bytes(held.shown)  # gradients of parameters and of pages
         alive = {p.name: chip_bytes(p.alive) for p in programs(held)}
-        for name in ("vision", "prefill", "decode", "observe"):
+        for name in ("vision", "show", "prefill", "decode", "observe"):
             assert alive[name] == always + features + copied, name
         for name in ("train", "vision backward", "apply"):
             assert alive[name] == always + features + totals + chip_bytes(held.batch), name
@@ -216,8 +220,9 @@ def test_what_is_alive_beside_a_program_is_all_of_its_phase(toy):
 def test_the_shapes_a_run_holds_are_those_of_its_settings(toy):
     held = held_by(toy, "--model.dtype=bfloat16", "--rollout.group_size=4", "--rollout.prompt_tokens=48", "--model.remat=dots")
     cfg = held.cfg
-    rows = 5 * cfg.images.pack_blocks * cfg.images.vision_block // 4
-    assert (held.features.shape, held.features.dtype) == ((rows, 64), jnp.bfloat16)
+    rows = cfg.images.pack_blocks * cfg.images.vision_block // 4
+    assert len(held.pages) == 5 and all((x.shape, x.dtype) == ((rows, 64), jnp.bfloat16) for x in held.pages)
+    assert [x.shape for x in held.shown] == [(2, 48, 64), (2, 4, 64, 64)] and held.of_pages == []
     assert held.batch.prompt_ids.shape == (2, 48) and held.batch.logprobs.shape == (2, 4, 64)
     assert held.batch.prompt_positions.shape == (3, 2, 48) and held.batch.logprobs.dtype == jnp.float32
     assert {x.dtype.name for x in jax.tree.leaves(held.sampled)} == {"bfloat16"}
@@ -237,7 +242,7 @@ def test_a_family_with_wider_features_is_planned_with_its_tower_trained(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(hf))
     flags = "--grpo.kl=0.1", "--grpo.recompute=true", "--model.freeze_vision=false"
     held = held_by([*toy, f"--model.path={tmp_path}"], *flags)
-    assert held.features.shape[1] == 128 and held.learns
+    assert held.page.shape[1] == 128 and held.learns and len(held.of_pages) == 5
     traced = []
     for program in programs(held):
         with held.on_mesh():
@@ -246,7 +251,7 @@ def test_a_family_with_wider_features_is_planned_with_its_tower_trained(tmp_path
             else:
                 program.function.trace(*program.static, *program.args)
         traced.append(program.name)
-    assert {"vision", "prefill", "observe", "train", "vision backward"} <= set(traced)
+    assert {"vision", "show", "prefill", "observe", "train", "vision backward"} <= set(traced)
 
 
 def test_adapters_alone_have_moments_and_gradients(toy):
@@ -254,7 +259,7 @@ def test_adapters_alone_have_moments_and_gradients(toy):
     d, q, kv, f = 64, 64, 32, 128
     pairs = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
     adapters = 4 * 2 * sum(sum(pairs[name.removesuffix("_proj")]) for name in held.cfg.lora.targets)
-    assert chip_bytes(held.trained) == chip_bytes(held.total[0]) == adapters
+    assert chip_bytes(held.trained) == chip_bytes(held.total) == adapters
     assert chip_bytes(held.params) == adapters + chip_bytes(held_by(toy).params)
 
 
@@ -267,7 +272,7 @@ def test_a_cost_adds_up_and_its_bound_is_the_slowest_of_three(toy):
     assert by_flops.flops > 1e6 and by_flops.bound_s == pytest.approx(1e3 * by_flops.flops)
     assert by_bytes.bound_s >= 1e3 * by_bytes.arguments > 0 and by_bytes.wire == 0
     assert by_flops.total == by_flops.arguments + by_flops.temporaries + by_flops.resident and not by_flops.refused
-    assert by_flops.resident == chip_bytes(program.alive) - chip_bytes(held.sampled["text"], held.state, held.features)
+    assert by_flops.resident == chip_bytes(program.alive) - chip_bytes(held.sampled["text"], held.state)
     assert (by_flops.name, by_flops.phase, by_flops.calls) == ("prefill", "rollout", program.calls)
     assert cost(held, program, Chip("cpu", memory, 0, 0, 0)).bound_s == 0
 

@@ -1,5 +1,7 @@
 """Log-probabilities: in bfloat16 over float32 weights, in chunks, at a temperature; and the dtypes of what is kept."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,20 +11,25 @@ from conftest import small_config
 from scipy.special import log_softmax, softmax
 
 from imagent_jax.model.attention import choose_dtype
-from imagent_jax.model.vlm import encode_images, logits, token_logprobs
+from imagent_jax.model.vlm import logits, token_logprobs
 from imagent_jax.rl.batch import pack_batch
-from imagent_jax.rl.learner import score, score_jit
+from imagent_jax.rl.learner import score, score_jit, shown_in
 from imagent_jax.rl.optim import make_optimizer
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.policy import model_settings
 
 
-def test_bfloat16_compute_stays_near_float32_on_real_rollouts(parts, batch, rollout):
+def test_bfloat16_compute_stays_near_float32_on_real_rollouts(parts, config, tasks):
     """The shipped base, vision tower included, on tokens it sampled in float32."""
     half = parts.model._replace(dtype="bfloat16")
-    encode = jax.jit(encode_images, static_argnums=0)
-    features = jnp.concatenate([encode(half, parts.params, *pack) for pack in rollout.store.packs])
-    logprobs, _ = jax.jit(score, static_argnums=(0, 4))(half, parts.params, batch, features, 1.0)
-    assert features.dtype == jnp.bfloat16 and logprobs.dtype == jnp.float32
+    cfg = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze_vision=False))
+    rollout = Collector(parts.model, parts.processor, parts.tools, cfg).collect(parts.params, tasks, group_size=4, seed=11)
+    zeros, r = np.zeros((4, 4)), cfg.rollout
+    batch = pack_batch(rollout, zeros, zeros, r.prompt_tokens, r.response_tokens)
+    rollout.store.model = half
+    shown = shown_in(rollout.store.encode_again(parts.params), batch)
+    logprobs, _ = jax.jit(score, static_argnums=(0, 4))(half, parts.params, batch, shown, 1.0)
+    assert shown[0].dtype == shown[1].dtype == jnp.bfloat16 and logprobs.dtype == jnp.float32
     difference = np.abs(np.asarray(logprobs) - batch.logprobs)[batch.kind < 4]  # sampled tokens
     print(f"bfloat16 vs float32 log-probability: mean {difference.mean():.4f}, 99% {np.quantile(difference, 0.99):.3f}, "
           f"max {difference.max():.3f} nats over {difference.size} tokens")  # fmt: skip
@@ -35,7 +42,7 @@ def test_the_engine_samples_and_the_trainer_scores_at_the_temperature_of_the_run
     out = parts.collector.collect(parts.params, tasks, group_size=4, seed=11, temperature=0.6)
     zeros, r = np.zeros((4, 4)), config.rollout
     b = pack_batch(out, zeros, zeros, r.prompt_tokens, r.response_tokens)
-    logprobs, entropy = map(np.asarray, score_jit(parts.model, parts.params, b, out.store.features, temperature=0.6))
+    logprobs, entropy = map(np.asarray, score_jit(parts.model, parts.params, b, shown_in(out.store, b), temperature=0.6))
     sampled = b.kind < 4
     assert np.abs(logprobs - b.logprobs)[sampled].max() <= 1e-4 and b.logprobs[sampled].mean() < -0.05
     assert abs(entropy[sampled].mean() + b.logprobs[sampled].mean()) < 0.05  # what is drawn is drawn at that temperature

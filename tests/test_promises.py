@@ -16,7 +16,7 @@ from scripted_run import tools_with
 from imagent_jax.model.text import REMAT_POLICIES
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
-from imagent_jax.rl.learner import batch_loss, score
+from imagent_jax.rl.learner import batch_loss, score, shown_in
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rollout import sampler
@@ -29,8 +29,8 @@ from imagent_jax.tools import ToolSet, tool
 from imagent_jax.types import EndReason, TokenKind
 
 
-def trainer_logprobs(parts, batch, features):
-    return np.asarray(jax.jit(score, static_argnums=(0, 4))(parts.model, parts.params, batch, features, 1.0)[0])
+def trainer_logprobs(parts, batch, store):
+    return np.asarray(jax.jit(score, static_argnums=(0, 4))(parts.model, parts.params, batch, shown_in(store, batch), 1.0)[0])
 
 
 def changed(config, **sections):
@@ -52,7 +52,7 @@ def test_rollouts_have_several_turns_with_observation_images(rollout):
 
 
 def test_trainer_recomputes_the_samplers_logprobs_turn_by_turn(parts, rollout, batch):
-    difference = np.abs(trainer_logprobs(parts, batch, rollout.store.features) - batch.logprobs)
+    difference = np.abs(trainer_logprobs(parts, batch, rollout.store) - batch.logprobs)
     for n, group in enumerate(rollout.trajectories):
         for g, t in enumerate(group):
             for turn in t.turns:
@@ -69,7 +69,7 @@ def test_a_shifted_position_or_a_dropped_image_breaks_that_equality(parts, rollo
     image = seen & (np.cumsum(~seen & (index > first), -1) == 0)
     vision = np.where(image, -1, batch.response_vision)
     for wrong in (dataclasses.replace(batch, response_positions=positions), dataclasses.replace(batch, response_vision=vision)):
-        difference = np.abs(trainer_logprobs(parts, wrong, rollout.store.features) - batch.logprobs)
+        difference = np.abs(trainer_logprobs(parts, wrong, rollout.store) - batch.logprobs)
         broken = np.where(later, difference, 0).max(-1) > 1e-4
         assert difference[later].max() > 1e-3 and broken[later.any(-1)].mean() > 0.25
 
@@ -128,10 +128,10 @@ def test_neither_the_pace_of_decoding_nor_that_of_observing_changes_a_trajectory
     monkeypatch.setattr(sampler, "decode", lambda *args: (steps.add(args[6]), decode(*args))[1])
     monkeypatch.setattr(sampler, "observe", lambda *args: (pieces.add(args[4].shape[1]), observe(*args))[1])
     pace = {"observation_tokens": 8, "decode_chunk": 3}
-    other = changed(config, rollout=pace, model={"freeze_vision": False}, images={"packs": 24})
+    other = changed(config, rollout=pace, model={"freeze_vision": False}, images={"pages": 1})
     again = Collector(parts.model, parts.processor, parts.tools, other).collect(parts.params, tasks, group_size=4, seed=11)
     assert steps == {0, 3} and pieces == {8}  # 0: where programs are compiled
-    assert rollout.store.frozen and not again.store.frozen and again.store.features.shape[0] % (6 * again.store.pack) == 0
+    assert rollout.store.frozen and not again.store.frozen and len(again.store.pages.device) == 1 < len(again.store.pages)
     for a, b in zip(sum(rollout.trajectories, []), sum(again.trajectories, []), strict=True):
         for name in ("ids", "kind", "positions"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
@@ -220,16 +220,16 @@ def gradient(parts, config, rollout, batch):
     from flax import nnx
 
     @jax.jit
-    def compute(batch, features):
+    def compute(batch, shown):
         mask = two_level_mask(batch.kind, batch.end, batch.advantages, *tables[:2])
         normaliser = loss_normaliser(mask, cfg=config.grpo).sum()
 
         def loss(trained):
-            return batch_loss(parts.model, config, trained, nnx.State(frozen), features, batch, tables, normaliser, None, None)[0]
+            return batch_loss(parts.model, config, trained, nnx.State(frozen), shown, batch, tables, normaliser, None, None)[0]
 
         return jax.grad(loss)(nnx.State(text))
 
-    return lambda b: jax.tree.leaves(compute(b, rollout.store.features))
+    return lambda b: jax.tree.leaves(compute(b, shown_in(rollout.store, b)))
 
 
 def same(a, b):
@@ -263,7 +263,7 @@ def test_every_kept_trajectory_changes_the_gradient(gradient, batch, config):
 
 
 def test_shared_prompts_equal_the_naive_forward(parts, rollout, batch):
-    shared = trainer_logprobs(parts, batch, rollout.store.features)
+    shared = trainer_logprobs(parts, batch, rollout.store)
     n, g, r = batch.kind.shape
     repeat = lambda x, axis=0: np.repeat(x, g, axis=axis)  # noqa: E731
     naive = dataclasses.replace(
@@ -274,7 +274,7 @@ def test_shared_prompts_equal_the_naive_forward(parts, rollout, batch):
         response_positions=batch.response_positions.reshape(3, n * g, 1, r),
         logprobs=batch.logprobs.reshape(n * g, 1, r), response_len=batch.response_len.reshape(n * g, 1),
     )  # fmt: skip
-    difference = np.abs(trainer_logprobs(parts, naive, rollout.store.features).reshape(n, g, r) - shared)
+    difference = np.abs(trainer_logprobs(parts, naive, rollout.store).reshape(n, g, r) - shared)
     assert difference[sampled(batch)].max() <= 1e-5
 
 
@@ -286,7 +286,7 @@ def test_the_prompt_is_computed_once_whatever_the_size_of_the_group(parts, batch
             field.name: getattr(batch, field.name)[..., :g, :4] for field in dataclasses.fields(batch)
             if field.name in ("kind", "logprobs") or field.name.startswith("response_") and field.name != "response_len"
         }, response_len=batch.response_len[:, :g])  # fmt: skip
-        arguments = parts.model, parts.params, part, rollout.store.features, 1.0
+        arguments = parts.model, parts.params, part, shown_in(rollout.store, part), 1.0
         return jax.jit(score, static_argnums=(0, 4)).lower(*arguments).cost_analysis()["flops"]
 
     longest = batch.prompt_ids.shape[1]
@@ -295,7 +295,8 @@ def test_the_prompt_is_computed_once_whatever_the_size_of_the_group(parts, batch
 
     def admitting(g):
         state = sampler.empty(parts.model, n, g, longest, 64)
-        arguments = a, p, np.stack([p] * 3), p, a + 1, a, a, a.astype(np.uint32), np.ones(2, np.float32), rollout.store.features
+        drawn = a.astype(np.uint32), np.ones(2, np.float32)
+        arguments = a, p, np.stack([p] * 3), p, a + 1, a, a, *drawn, rollout.store.show(p - 1)
         return sampler.admit.lower(parts.model, parts.params, state, *arguments).cost_analysis()["flops"]
 
     assert admitting(8) < admitting(1) * 1.01
@@ -304,13 +305,14 @@ def test_the_prompt_is_computed_once_whatever_the_size_of_the_group(parts, batch
 @pytest.mark.slow(4)
 def test_the_gradient_is_the_same_whatever_the_backward_pass_recomputes(parts, batch, rollout):
     counted = sampled(batch)[:2, :2]
-    part = jax.tree.map(jnp.asarray, take_groups(batch, np.arange(2), batch.kind.shape[-1]))
+    part = take_groups(batch, np.arange(2), batch.kind.shape[-1])
+    shown, part = shown_in(rollout.store, part), jax.tree.map(jnp.asarray, part)
 
     @partial(jax.jit, static_argnums=0)
     def gradient(remat, params):
         def total(params):
             model = parts.model._replace(remat=remat)
-            return jnp.where(counted, score(model, params, part, rollout.store.features, 1.0)[0][:, :2], 0).sum()
+            return jnp.where(counted, score(model, params, part, shown, 1.0)[0][:, :2], 0).sum()
 
         return jax.grad(total)(params)["text"]
 

@@ -16,7 +16,7 @@ from imagent_jax.model import checkpoint
 from imagent_jax.model.positions import mrope_positions
 from imagent_jax.model.qwen3_vl import interpolation
 from imagent_jax.model.rope import mrope
-from imagent_jax.model.vlm import encode_images, response_logprobs
+from imagent_jax.model.vlm import at_tokens, encode_images, response_logprobs
 
 BLOCK, BLOCKS = 100, 6
 
@@ -74,11 +74,13 @@ def test_the_towers_gradient_through_all_its_features_equals_the_references(tmp_
 
     def total(vision):
         whole = nnx.State({**params, "vision": vision})
+        features = encode_images(model, whole, *pack)
+        shown = tuple(jax.jit(at_tokens)(features, part) for part in (rows[None, :p], rows[None, None, p:]))
         logprobs, _ = response_logprobs(
             model, whole, *map(jnp.asarray, (
                 ids[None, :p], positions[:, None, :p], rows[None, :p], np.array([p]),
                 ids[None, None, p:], positions[:, None, None, p:], rows[None, None, p:],
-            )), encode_images(model, whole, *pack),
+            )), shown,
         )  # fmt: skip
         return jnp.sum(logprobs[0, 0] * scored)
 

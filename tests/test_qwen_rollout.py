@@ -16,7 +16,7 @@ from imagent_jax.model.families import read_config
 from imagent_jax.model.interleave import encode_parts
 from imagent_jax.model.vlm import create
 from imagent_jax.rl.batch import check_images, pack_batch
-from imagent_jax.rl.learner import batch_loss, score
+from imagent_jax.rl.learner import batch_loss, score, shown_in
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rollout import sampler
 from imagent_jax.rollout.collect import Collector
@@ -47,7 +47,7 @@ CONFIG = {
 
 def collector_of(model, family: str, response_tokens: int) -> Collector:
     rollout = {"prompt_tokens": 768, "response_tokens": response_tokens, "groups": 1, "group_size": 2}
-    cfg = small_config(rollout=rollout, images={"packs": 2}, tools={"system": "Be brief."})
+    cfg = small_config(rollout=rollout, images={"pages": 2}, tools={"system": "Be brief."})
     return Collector(model, qwen_processor(family), ToolSet([*VISUAL_TOOLS.values()]), cfg)
 
 
@@ -90,8 +90,9 @@ def test_turns_calls_answers_and_logprobs_are_those_of_the_text(world, recited):
         assert (t.vision >= 0).sum() == (t.ids == 151_655).sum() > 0
     check_images(sum(batch.trajectories, []), 151_655)
     advantages = np.asarray([[1, -1]], np.float32)
-    packed = jax.tree.map(jnp.asarray, pack_batch(batch, advantages, advantages, 768, 224))
-    ours = jax.jit(score, static_argnums=(0, 4))(model, params, packed, batch.store.features, 1.0)[0]
+    packed = pack_batch(batch, advantages, advantages, 768, 224)
+    shown, packed = shown_in(batch.store, packed), jax.tree.map(jnp.asarray, packed)
+    ours = jax.jit(score, static_argnums=(0, 4))(model, params, packed, shown, 1.0)[0]
     sampled = (packed.kind != SEEN) & (packed.kind != TokenKind.PAD)
     assert np.abs(ours - packed.logprobs)[sampled].max() <= 1e-4
 
@@ -100,8 +101,8 @@ def test_turns_calls_answers_and_logprobs_are_those_of_the_text(world, recited):
     @jax.jit
     def gradient(text, vision, logprobs):
         def loss(trained):
-            changed, features = dataclasses.replace(packed, logprobs=logprobs), batch.store.features
-            return batch_loss(model, cfg, trained, vision, features, changed, tables, jnp.ones(()), None, None)[0]
+            changed = dataclasses.replace(packed, logprobs=logprobs)
+            return batch_loss(model, cfg, trained, vision, shown, changed, tables, jnp.ones(()), None, None)[0]
 
         return jax.tree.leaves(jax.grad(loss)(text))
 

@@ -243,3 +243,29 @@ def test_forks_share_pixels_and_grow_apart():
     registry.adopt(later)
     later.add(later[1].image, shown=(28, 28))
     assert (len(registry), len(later)) == (4, 5)  # the two grow apart again
+
+
+def test_crops_and_views_keep_no_pixels_of_their_own():
+    """64 wide crops, crops of crops and views of a picture share its pixels; what a tool has drawn on has its own."""
+    registry = given(np.random.default_rng(13), [(300, 400)])
+    settings = ToolSettings(max_images=99)
+    whole = np.asarray(registry[1].image)
+    for i in range(64):
+        crop(registry, 1 + i % 3, [i, 2 * i, 900 + i, 870 + 2 * i], settings)
+    execute(TOOLS, QWEN.render_call("visual_reflection", {"images": [2, 1], "resolution": "high"}), registry, settings)
+    assert len(registry) > 65 and all(entry.source is registry[1].source for entry in registry)
+    for entry in [*registry][1:]:
+        parent = np.asarray(registry[entry.parent].pixels)
+        left, top, right, bottom = entry.box or (0, 0, parent.shape[1], parent.shape[0])
+        assert np.array_equal(np.asarray(entry.pixels), parent[top:bottom, left:right]) and entry.size == (
+            bottom - top,
+            right - left,
+        )
+    assert np.array_equal(np.asarray(registry[1].pixels), whole)
+    drawn = registry[2].image
+    drawn.putpixel((3, 3), (1, 2, 3))
+    number = registry.add(drawn, shown=(28, 28), parent=2)
+    box = (0, 0, 10, 10)
+    piece = registry.add(drawn.crop(box), shown=(28, 28), parent=2, box=box)
+    for new in (number, piece):
+        assert registry[new].source is not registry[1].source and registry[new].pixels.getpixel((3, 3)) == (1, 2, 3)

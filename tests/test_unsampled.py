@@ -10,7 +10,7 @@ from qwen_vocabulary import MARKERS, ROWS, qwen_processor
 
 from imagent_jax.model.vlm import sampled_only, token_logprobs
 from imagent_jax.rl.batch import pack_batch
-from imagent_jax.rl.learner import score_jit
+from imagent_jax.rl.learner import score_jit, shown_in
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.sampler import draw
 from imagent_jax.types import TokenKind
@@ -79,6 +79,6 @@ def test_a_rollout_without_its_likeliest_tokens_is_recomputed_to_the_same_logpro
     assert said(rollout) and not said(rollout) & set(out)
     batch = pack_batch(rollout, np.zeros((1, 4), np.float32), np.zeros((1, 4), np.float32), config.rollout.prompt_tokens,
                        config.rollout.response_tokens)  # fmt: skip
-    again, _ = score_jit(model, parts.params, batch, rollout.store.features, temperature=config.rollout.temperature)
+    again, _ = score_jit(model, parts.params, batch, shown_in(rollout.store, batch), temperature=config.rollout.temperature)
     sampled = ~np.isin(batch.kind, [TokenKind.OBSERVATION, TokenKind.PAD])
     assert sampled.sum() >= 12 and np.abs(np.asarray(again) - batch.logprobs)[sampled].max() <= 1e-4

@@ -18,7 +18,7 @@ from imagent_jax.rollout.collect import Collector
 SMALL = [
     "--run.compile_cache=", "--run.steps=4", "--run.checkpoint_every=1", "--run.keep_checkpoints=1", "--run.seed=5",
     "--run.log_trajectories=12", "--rollout.groups=3", "--rollout.group_size=4", "--rollout.response_tokens=96",
-    "--rollout.temperature=0.9", "--images.pack_blocks=1", "--images.packs=32", "--grpo.micro_groups=1", "--grpo.minibatches=3",
+    "--rollout.temperature=0.9", "--images.pack_blocks=1", "--images.pages=2", "--grpo.micro_groups=1", "--grpo.minibatches=3",
     "--grpo.epochs=2", "--grpo.length_buckets=1", "--grpo.kl=0.01", "--grpo.normalise_std=false", "--reward.answer=2",
     "--reward.format=0.3", "--reward.tool_gain=0.5", "--mask.drop_void=true", "--mask.count_truncated=false", "--eval.every=2",
     "--eval.tasks=6", "--eval.during=3", "--eval.groups=2", "--eval.greedy=true", "--eval.seed=77", "--data.seed=3",

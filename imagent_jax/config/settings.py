@@ -78,7 +78,7 @@ class ImagesConfig:
     max_pixels: int = setting(1_003_520, "most pixels of a given image as shown")
     vision_block: int = setting(5120, "patches in a packed block; no image may have more", least=1)
     pack_blocks: int = setting(1, "blocks encoded in one call", least=1)
-    packs: int = setting(16, "encoded packs there is room for (with more it grows)")
+    pages: int = setting(16, "encoded packs kept on the device; older ones are in host memory", least=1)
 
 
 @dataclass(frozen=True)

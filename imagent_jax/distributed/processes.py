@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_mesh
@@ -252,24 +251,27 @@ def own_copy(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def stack_rows(x: jax.Array, count: int) -> tuple[jax.Array, int]:
-    """Stack the rows of all processes into one replicated array. One compiled program moves the rows.
+def stack_rows(x: jax.Array) -> jax.Array:
+    """Stack equally many rows of all processes into one replicated array. One compiled program moves the rows.
 
     Args:
         x: this process's rows on its own mesh, [F D].
-        count: rows per process in the result; F <= `count`, and missing rows are zeros.
     Returns:
-        Array [processes * count, D], replicated over the current mesh, and the index of this process's first row.
+        Array [processes * F, D], replicated over the current mesh; this process's rows begin at `place() * F`.
     """
     mesh, own = get_mesh(), own_mesh()
     blocks = _blocks(mesh)
     by_process = NamedSharding(Mesh(blocks, ("process", "device")), PartitionSpec("process"))
     with jax.set_mesh(own):
-        local = jax.device_put(jnp.pad(x, ((0, count - x.shape[0]), (0, 0))), NamedSharding(own, PartitionSpec()))
+        local = jax.device_put(x, NamedSharding(own, PartitionSpec()))
     shards = [shard.data for shard in local.addressable_shards]
-    rows = jax.make_array_from_single_device_arrays((len(blocks) * count, x.shape[1]), by_process, shards)
-    first = [block[0].process_index for block in blocks].index(jax.process_index()) * count
-    return jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(rows), first
+    rows = jax.make_array_from_single_device_arrays((len(blocks) * len(x), x.shape[1]), by_process, shards)
+    return jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(rows)
+
+
+def place() -> int:
+    """Return the place of this process among the processes of the current mesh."""
+    return [block[0].process_index for block in _blocks(get_mesh())].index(jax.process_index())
 
 
 def _same(x):

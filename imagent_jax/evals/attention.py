@@ -65,7 +65,7 @@ def shares_of(model, params, rollout: RolloutBatch, width: int, user: Sequence[i
             positions[:, i, :s] = np.concatenate([prompt.positions, t.positions], axis=1)
             vision[i, :s] = np.concatenate([rollout.prompt_vision[n], t.vision])
             source[i, np.arange(s), sources_of(rollout, n, g, user[n])] = True
-        shares = measure(model, params, ids, positions, vision, length, rollout.store.features, source)
+        shares = measure(model, params, ids, positions, vision, length, rollout.store.show(vision), source)
         shares = np.asarray(shares.mean(0))
         for i, (n, g) in enumerate(part):
             prompt, t = len(rollout.prompts[n].ids), rollout.trajectories[n][g]

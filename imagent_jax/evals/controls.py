@@ -17,7 +17,7 @@ class BlankEnvironment(ToolEnvironment):
     """Environment in which all images are grey."""
 
     def view(self, entry: ImageEntry, observed: bool) -> Image.Image:
-        return Image.new("RGB", entry.pixels.size, (128, 128, 128))
+        return Image.new("RGB", entry.size[::-1], (128, 128, 128))
 
 
 class ShuffledEnvironment(ToolEnvironment):
@@ -39,7 +39,7 @@ class ShuffledEnvironment(ToolEnvironment):
         if not others:
             return entry.pixels
         rng = np.random.default_rng((self.seed, zlib.crc32(entry.pixels.tobytes())))
-        return others[rng.integers(len(others))].resize(entry.pixels.size, Image.Resampling.BICUBIC)
+        return others[rng.integers(len(others))].resize(entry.size[::-1], Image.Resampling.BICUBIC)
 
 
 def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[..., ToolEnvironment]:

@@ -37,7 +37,7 @@ def evaluate(
     for begin in range(0, len(tasks), 4 * groups):  # bounds the memory for encoded images
         out = collector.collect(
             params, tasks[begin : begin + 4 * groups], group_size=1, seed=seed, temperature=0.0 if greedy else temperature,
-            slots=groups, packs=4 * collector.cfg.images.packs,
+            slots=groups,
         )  # fmt: skip
         done += [group[0] for group in out.trajectories]
         if progress:

@@ -1,36 +1,35 @@
-"""Features of the images of one rollout, cached by image content: an image shown again is not encoded again."""
+"""Features of the images of one rollout, cached by image content: an image shown again is not encoded again.
+
+Features lie in pages of equally many rows: row r is row `r % rows` of page `r // rows`. A bounded number of pages is on the
+device, older ones are in host memory. No compiled program depends on how many images or pages there are: one program puts the
+features of a page at the tokens of a batch, and runs once for every page that the batch needs.
+"""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
 
-from imagent_jax.distributed.mesh import constrain
+from imagent_jax.distributed.mesh import GROUPS, constrain, fitting, several_devices, shard_count
 from imagent_jax.images.prepare import PreparedImage, first_fit, pack_images
-from imagent_jax.model.vlm import Model, encode_images
+from imagent_jax.model.vlm import Model, at_tokens, encode_images
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("lanes", "rows"), donate_argnums=2)
-def _encode_into(model: Model, params: nnx.State, buffer, row, patches, coords, image, lanes=1, rows=0):
-    """Encode a pack and write its features at `row` of `buffer`, lane by lane.
-
-    Args:
-        lanes: number of equal parts of the pack and of the buffer, stored one after another.
-        rows: rows to write per lane; 0: all.
-    """
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _encode_into(model: Model, params: nnx.State, page: Float[Array, "F E"], row, patches, coords, image) -> Float[Array, "F E"]:
+    """Encode a pack and write its features at `row` of a page."""
     features = encode_images(model, params, patches, coords, image)
-    features = features.reshape(lanes, -1, features.shape[-1])[:, : rows or None]
-    by_lane = jax.lax.dynamic_update_slice(buffer.reshape(lanes, -1, buffer.shape[-1]), features, (0, row, 0))
-    return constrain(by_lane.reshape(buffer.shape))
+    return constrain(jax.lax.dynamic_update_slice(page, features.astype(page.dtype), (row, 0)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _pull_back(model: Model, trained, params: nnx.State, patches, coords, image, cotangent):
+def _pull_back(model: Model, trained, params: nnx.State, patches, coords, image, cotangent: Float[Array, "F E"]) -> nnx.State:
     """Return the gradient of the tower's `trained` parameters (an nnx filter), given the gradient of one pack's features."""
     vision, frozen = nnx.split_state(params["vision"], trained, ...)
 
@@ -41,99 +40,171 @@ def _pull_back(model: Model, trained, params: nnx.State, patches, coords, image,
     return jax.vjp(encode, vision)[1](cotangent)[0]
 
 
-@partial(jax.jit, static_argnames=("lanes", "rows", "size"))
-def _rows_of(features, row, lanes, rows, size):
-    """Return what `_encode_into` wrote at `row`, zero-padded to the shape of a pack's features (`size` rows per lane)."""
-    part = jax.lax.dynamic_slice_in_dim(features.reshape(lanes, -1, features.shape[-1]), row, rows, axis=1)
-    return jnp.pad(part, ((0, 0), (0, size - rows), (0, 0))).reshape(lanes * size, -1)
+def _within(page: Float[Array, "F E"], vision: Int[Array, "*b S"], first) -> Int[Array, "*b S"]:
+    """Return the row in a page, whose first feature row is `first`, of every token (-1: not in this page)."""
+    row = vision - first
+    return jnp.where((vision >= 0) & (row >= 0) & (row < len(page)), row, -1)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _show(shown: Float[Array, "*b S E"], page: Float[Array, "F E"], vision: Int[Array, "*b S"], first) -> Float[Array, "*b S E"]:
+    """Add the features of a page at their tokens to those of other pages."""
+    return constrain(shown + at_tokens(page, _within(page, vision, first)), GROUPS)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_shown(
+    total: Float[Array, "F E"], gradient: Float[Array, "*b S E"], vision: Int[Array, "*b S"], first
+) -> Float[Array, "F E"]:
+    """Add to a page what its rows get of a gradient at tokens; the transpose of `_show`."""
+    row = _within(total, vision, first)
+    return constrain(total.at[jnp.where(row < 0, len(total), row)].add(gradient.astype(total.dtype), mode="drop"))
+
+
+class Pages:
+    """Numbered arrays of one shape. The `room` newest are on the device.
+
+    Args:
+        make: returns the array of a number that was not set.
+        keep: older ones move to host memory; else they are made again.
+    """
+
+    def __init__(self, room: int, make: Callable[[int], Array] | None = None, keep: bool = True):
+        self.room, self.make, self.keep = room, make, keep
+        self.device: dict[int, Array] = {}
+        self.host: dict[int, tuple[np.ndarray, jax.sharding.Sharding]] = {}
+
+    def __len__(self) -> int:
+        return len(self.device) + len(self.host)
+
+    def __iter__(self) -> Iterable[int]:
+        return iter(sorted([*self.device, *self.host]))
+
+    def __getitem__(self, number: int) -> Shaped[Array, "..."]:
+        if number in self.host:
+            array, place = self.host[number]
+            return jax.make_array_from_callback(array.shape, place, array.__getitem__)
+        if number not in self.device:
+            self[number] = self.make(number)
+        return self.device[number]
+
+    def __setitem__(self, number: int, array: Array) -> None:
+        self.host.pop(number, None)
+        self.device.pop(number, None)
+        self.device[number] = array
+        while len(self.device) > self.room:
+            old = next(iter(self.device))
+            array = self.device.pop(old)
+            if self.keep:
+                self.host[old] = np.asarray(array), array.sharding
 
 
 COUNTS = ("encoded", "shown", "patches", "packed")
 """Names of the counters of a `FeatureStore`."""
 
 
-class EncodedPacks:
-    """Packs of images that can be encoded again with other parameters, and differentiated, with unchanged feature rows.
+class EncodedImages:
+    """Encoded images in pages: shown at tokens, encoded again with other parameters, and differentiated.
 
     Args:
-        features: Float[Array, "F D"].
-        pack: patches per lane of a pack.
-        lanes: number of equal parts of each pack and of `features`, stored one after another.
+        rows: feature rows of a page.
+        mesh: where the parameters are, if they are on a mesh.
+
+    Attributes:
+        packs: patches, coordinates and image ids of every page, where the tower is trained.
     """
 
-    def __init__(self, model: Model, features: jax.Array, pack: int, lanes: int = 1):
-        self.model, self.features, self.pack, self.lanes = model, features, pack, lanes
-        self.packs: list[tuple] = []  # patches, coordinates, image ids
+    def __init__(self, model: Model, pages: Pages, rows: int, mesh: Mesh | None = None):
+        self.model, self.pages, self.rows, self.mesh = model, pages, rows, mesh
+        self.packs: list[tuple] = []
 
-    def _rows(self, patches: int) -> int:
-        return patches // self.model.cfg.vision.merge_unit
+    def touched(self, vision: Int[np.ndarray, "..."]) -> list[int]:
+        """Return the pages of some feature rows (-1: text). There is always one, so that every batch runs the same programs."""
+        return np.unique(vision[vision >= 0] // self.rows).tolist() or [0]
 
-    def _again(self) -> Iterator[tuple[int, int, int, tuple]]:
-        """Yield for every pack: its first row in a lane, used rows, total rows, and its arrays."""
-        row = 0
-        for pack in self.packs:
-            size = self._rows(len(pack[0])) // self.lanes
-            rows = min(size, self._rows(self.pack))
-            yield row, rows, size, pack
-            row += rows
+    def show(self, vision: Int[np.ndarray, "*b S"]) -> Float[Array, "*b S E"]:
+        """Return the feature of every token, given its row; zeros for text (-1). On a mesh, `b` is split by groups."""
+        shown = self._zeros(vision.shape, GROUPS)
+        for page in self.touched(vision):
+            shown = _show(shown, self.pages[page], vision, page * self.rows)
+        return shown
 
-    def encode_again(self, params: nnx.State) -> jax.Array:
-        """Return the features of every pack under other parameters, in the same rows."""
-        features = jnp.zeros_like(self.features)
-        for row, rows, size, pack in self._again():
-            features = _encode_into(self.model, params, features, row, *pack, lanes=self.lanes, rows=rows % size)
-        return features
+    def blank(self, page: int = 0) -> Float[Array, "F E"]:
+        """Return a page of zeros."""
+        return self._zeros((self.rows,))
 
-    def gradient(self, params: nnx.State, cotangent: jax.Array, trained=...) -> nnx.State:
+    def _zeros(self, shape: tuple[int, ...], *axes) -> Float[Array, "*shape E"]:
+        """Return zeros placed as programs place what they return, so that each compiles once."""
+        wanted = jax.ShapeDtypeStruct((*shape, self.model.cfg.vision.feature_dim), self.model.dtype)
+        spec = fitting(wanted, *axes) if several_devices() else PartitionSpec()
+        place = NamedSharding(self.mesh, spec if any(spec) else PartitionSpec()) if self.mesh else None
+        return jnp.zeros(wanted.shape, wanted.dtype, device=place)
+
+    def encode_again(self, params: nnx.State) -> "EncodedImages":
+        """Return the same images under other parameters, in the same rows. A page is encoded when it is shown."""
+        pages = Pages(self.pages.room, lambda page: _encode_into(self.model, params, self.blank(), 0, *self.packs[page]))
+        return EncodedImages(self.model, pages, self.rows, self.mesh)
+
+    def add_gradient(self, total: Pages, gradient: Float[Array, "*b S E"], vision: Int[np.ndarray, "*b S"]) -> None:
+        """Add to the pages of `total` the gradient of what `show(vision)` returned."""
+        for page in self.touched(vision):
+            total[page] = _add_shown(total[page], gradient, vision, page * self.rows)
+
+    def gradient(self, params: nnx.State, cotangent: Pages, trained=...) -> nnx.State:
         """Return the gradient of the vision tower's parameters. Every image is differentiated once.
 
         Args:
-            cotangent: gradient of the features, [F D].
+            cotangent: gradient of the features, of those pages that have one (`add_gradient`).
             trained: nnx filter that selects the parameters.
         """
         total = jax.tree.map(jnp.zeros_like, nnx.split_state(params["vision"], trained, ...)[0])
-        for row, rows, size, pack in self._again():
-            part = _rows_of(cotangent, row, lanes=self.lanes, rows=rows, size=size)
-            total = jax.tree.map(jnp.add, total, _pull_back(self.model, trained, params, *pack, part))
+        for page in cotangent:
+            part = _pull_back(self.model, trained, params, *self.packs[page], cotangent[page])
+            total = jax.tree.map(jnp.add, total, part)
         return total
 
 
-class FeatureStore(EncodedPacks):
-    """Features of all distinct images shown during a rollout, on the device.
+class FeatureStore(EncodedImages):
+    """Features of all distinct images shown during a rollout.
 
     Images are packed, largest first, into the first block of `model.vision_block` patches with room. `pack_blocks` blocks form a
-    pack, the unit of encoding with one compiled shape. The rows of successive packs follow each other.
+    pack, the unit of encoding with one compiled shape, whose features fill a page.
 
     Args:
-        packs: initial capacity in packs.
+        pages: pages on the device.
         frozen: the vision tower is not trained. Remaining blocks that fill less than 7/8 of a pack then go into smaller packs, of
-            a quarter of `pack_blocks` and of one block.
+            a quarter of `pack_blocks` and of one block, which share a page.
 
     Attributes:
-        features: Float[Array, "F D"]; F doubles when the rows are exhausted.
         encoded: distinct images encoded; shown: images requested; patches: patches of encoded images; packed: patch slots of
             encoded packs, padding included. All four are also metrics.
     """
 
-    def __init__(self, model: Model, params: nnx.State, pack_blocks: int, packs: int = 4, frozen: bool = False):
-        size, width = pack_blocks * model.vision_block, model.cfg.vision.feature_dim
-        place = jax.tree.leaves(params)[0].sharding  # the sharding `_encode_into` returns, so that it compiles once
-        whole = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else None
-        features = jnp.zeros((packs * size // model.cfg.vision.merge_unit, width), model.dtype, device=whole)
-        super().__init__(model, features, size)
+    def __init__(self, model: Model, params: nnx.State, pack_blocks: int, pages: int = 4, frozen: bool = False):
+        if jax.process_count() > 1 and not frozen:  # packs of all processes form one, with equally many blocks per device
+            pack_blocks = -(-pack_blocks // shard_count(GROUPS)) * shard_count(GROUPS)
         self.params, self.frozen = params, frozen
+        self.pack = pack_blocks * model.vision_block
+        mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+        super().__init__(model, Pages(pages), self.pack // model.cfg.vision.merge_unit, mesh)
         self.sizes = sorted({1, -(-pack_blocks // 4), pack_blocks}) if frozen else [pack_blocks]
         self.encoded = self.shown = self.patches = self.packed = 0
+        self.pages[0], self._end = self.blank(), 0
         self._first: dict[tuple, int] = {}
 
     def compile(self) -> None:
         """Compile every pack shape. Call it on an empty store."""
         for size in self.sizes:
-            self.features = _encode_into(self.model, self.params, self.features, 0, *self.blank(size))
+            self.pages[0] = _encode_into(self.model, self.params, self.pages[0], 0, *self.blank_pack(size))
 
-    def blank(self, blocks: int) -> tuple[np.ndarray, ...]:
+    def blank_pack(self, blocks: int) -> tuple[np.ndarray, ...]:
         """Return a pack without images."""
         return self._pack([], blocks)[0]
+
+    @property
+    def newest(self) -> Float[Array, "F E"]:
+        """The page that was written last."""
+        return self.pages[len(self.pages) - 1]
 
     def add(self, images: Sequence[PreparedImage]) -> list[int]:
         """Encode the images that are not yet stored; return the first feature row of each image.
@@ -161,14 +232,18 @@ class FeatureStore(EncodedPacks):
         return tuple(pack), first
 
     def _encode(self, blocks: Sequence[Sequence[tuple]], size: int) -> None:
-        """Encode a pack of `size` blocks, given (key, image) pairs by block."""
+        """Encode a pack of `size` blocks, given (key, image) pairs by block, behind the last one or on a new page."""
         pack, first = self._pack([[image for _, image in pairs] for pairs in blocks], size)
-        pairs = [pair for pairs in blocks for pair in pairs]
-        row, end = self._rows(self.packed), self._rows(self.packed + len(pack[0]))
-        while end > self.features.shape[0]:
-            self.features = jnp.concatenate([self.features, jnp.zeros_like(self.features)])
-        self.features = _encode_into(self.model, self.params, self.features, row, *pack)
-        self._first |= {key: row + self._rows(at) for (key, _), at in zip(pairs, first, strict=True)}
-        self.packs.append(pack)
+        pairs, unit = [pair for pairs in blocks for pair in pairs], self.model.cfg.vision.merge_unit
+        page, rows = len(self.pages) - 1, len(pack[0]) // unit
+        if self._end + rows > self.rows:
+            page, self._end = page + 1, 0
+            self.pages[page] = self.blank()
+        self.pages[page] = _encode_into(self.model, self.params, self.pages[page], self._end, *pack)
+        begin = page * self.rows + self._end
+        self._first |= {key: begin + at // unit for (key, _), at in zip(pairs, first, strict=True)}
+        self._end += rows
+        if not self.frozen:
+            self.packs.append(pack)
         self.packed += len(pack[0])
         self.patches += sum(len(image.patches) for _, image in pairs)

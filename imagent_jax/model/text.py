@@ -59,23 +59,25 @@ class Deep(NamedTuple):
     """Features that the first T layers add to the hidden states of image tokens (DeepStack, arXiv 2406.04334).
 
     Attributes:
-        rows: feature row of every token, -1 for text.
-        features: one matrix for each of the T layers.
+        features: of every token, layer after layer; zeros for text.
+        width: D.
     """
 
-    rows: Int[Array, "*b S"]
-    features: Float[Array, "T F D"]
+    features: Float[Array, "*b S T*D"]
+    width: int
 
     def add(self, x: Float[Array, "*b S D"], layer: int | Int[Array, ""]) -> Float[Array, "*b S D"]:
         """Return the output `x` of a layer with the layer's features added."""
 
+        layers = self.features.shape[-1] // self.width
+
         def added(x):
-            features = jnp.take(self.features, jnp.minimum(layer, len(self.features) - 1), axis=0).astype(x.dtype)
-            return x + jnp.where((self.rows >= 0)[..., None], features[jnp.maximum(self.rows, 0)], 0)
+            first = jnp.minimum(layer, layers - 1) * self.width
+            return x + jax.lax.dynamic_slice_in_dim(self.features, first, self.width, axis=-1).astype(x.dtype)
 
         if isinstance(layer, int):
-            return added(x) if layer < len(self.features) else x
-        return jax.lax.cond(layer < len(self.features), added, lambda x: x, x)
+            return added(x) if layer < layers else x
+        return jax.lax.cond(layer < layers, added, lambda x: x, x)
 
 
 def rms_norm(x, scale, eps: float):

@@ -81,21 +81,23 @@ def encode_images(
         )
 
 
+def at_tokens(features: Float[Array, "F E"], vision: Int[Array, "*b S"]) -> Float[Array, "*b S E"]:
+    """Return feature row `vision[...]` of every image placeholder, and zeros for text (-1)."""
+    return jnp.where((vision >= 0)[..., None], features[jnp.maximum(vision, 0)], 0)
+
+
 def embed(
-    model: Model, params: nnx.State, ids: Int[Array, "*b S"], vision: Int[Array, "*b S"], features: Float[Array, "F E"]
+    model: Model, params: nnx.State, ids: Int[Array, "*b S"], vision: Int[Array, "*b S"], shown: Float[Array, "*b S E"]
 ) -> Float[Array, "*b S D"]:
-    """Return token embeddings, with feature row `vision[...]` in place of every image placeholder (-1: text)."""
+    """Return token embeddings, with the image's feature (`at_tokens`) in place of every placeholder."""
     table = constrain(jnp.asarray(model.bind(params).text.embed[...], model.dtype), "tensor")
-    shown = features[:, : table.shape[1]].astype(table.dtype)[jnp.maximum(vision, 0)]
-    return jnp.where((vision >= 0)[..., None], shown, table[ids])
+    return jnp.where((vision >= 0)[..., None], shown[..., : table.shape[1]].astype(table.dtype), table[ids])
 
 
-def deep_features(model: Model, vision: Int[Array, "*b S"], features: Float[Array, "F E"]) -> Deep | None:
+def deep_features(model: Model, shown: Float[Array, "*b S E"]) -> Deep | None:
     """Return what the first decoder layers add at image tokens; None for a family without DeepStack."""
-    width, layers = model.cfg.vision.hidden_size, len(model.cfg.vision.deepstack)
-    if not layers:
-        return None
-    return Deep(vision, jnp.swapaxes(features[:, width:].reshape(-1, layers, width), 0, 1))
+    width = model.cfg.vision.hidden_size
+    return Deep(shown[..., width:], width) if model.cfg.vision.deepstack else None
 
 
 def prefill(
@@ -105,15 +107,13 @@ def prefill(
     positions: Int[Array, "3 N P"],
     vision: Int[Array, "N P"],
     prompt_len: Int[Array, " N"],
-    features: Float[Array, "F E"],
+    shown: Float[Array, "N P E"],
 ) -> tuple[Float[Array, "N V"], PromptCache]:
     """Run the prompts, once per group; return the logits after the last prompt token (float32) and the prompt cache."""
     with jax.named_scope("prefill"):
         text = model.bind(params).text
-        deep = deep_features(model, vision, features)
-        hidden, cache = text.prefill(
-            embed(model, params, ids, vision, features), positions, prompt_len, model.attention, deep=deep
-        )
+        x, deep = embed(model, params, ids, vision, shown), deep_features(model, shown)
+        hidden, cache = text.prefill(x, positions, prompt_len, model.attention, deep=deep)
         last = jnp.take_along_axis(hidden, prompt_len[:, None, None] - 1, axis=1)[:, 0]
         return logits(last, text.head(model.dtype)), cache
 
@@ -125,12 +125,12 @@ def attention_by_source(
     positions: Int[Array, "3 N S"],
     vision: Int[Array, "N S"],
     length: Int[Array, " N"],
-    features: Float[Array, "F E"],
+    shown: Float[Array, "N S E"],
     source: Bool[Array, "N S C"],
 ) -> Float[Array, "L N S C"]:
     """Return the share of every token's attention that goes to each of C sources, by layer; see `attention_shares`."""
     text = model.bind(params).text
-    x, deep = embed(model, params, ids, vision, features), deep_features(model, vision, features)
+    x, deep = embed(model, params, ids, vision, shown), deep_features(model, shown)
     return text.prefill(x, positions, length, model.attention, source, deep)[1]
 
 
@@ -145,17 +145,17 @@ def extend(
     prompt: PromptCache,
     prompt_len: Int[Array, " N"],
     cache: ResponseCache,
-    features: Float[Array, "F E"] | None = None,
+    shown: Float[Array, "B S E"] | None = None,
 ) -> tuple[Float[Array, "B V"], ResponseCache]:
-    """Append `count[b] <= S` tokens to response row b, from index `start[b]` on.
+    """Append `count[b] <= S` tokens to response row b, from index `start[b]` on. Without `shown`, they are text.
 
     Returns:
         Logits after the last appended token of each row (float32), and the cache.
     """
     text = model.bind(params).text
-    plain = features is None
-    x = jnp.asarray(text.embed[...], model.dtype)[ids] if plain else embed(model, params, ids, vision, features)
-    deep = None if plain else deep_features(model, vision, features)
+    plain = shown is None
+    x = jnp.asarray(text.embed[...], model.dtype)[ids] if plain else embed(model, params, ids, vision, shown)
+    deep = None if plain else deep_features(model, shown)
     hidden, cache = text.extend(x, positions, start, prompt, prompt_len, cache, deep)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return logits(last, text.head(model.dtype)), cache
@@ -224,23 +224,24 @@ def response_logprobs(
     response_ids: Int[Array, "N G R"],
     response_positions: Int[Array, "3 N G R"],
     response_vision: Int[Array, "N G R"],
-    features: Float[Array, "F E"],
+    shown: tuple[Float[Array, "N P E"], Float[Array, "N G R E"]],
     temperature: float = 1.0,
     response_len: Int[Array, "N G"] | None = None,
 ) -> tuple[Float[Array, "N G R"], Float[Array, "N G R"]]:
     """Run the training forward pass: log-probability and entropy of every response token given the preceding tokens.
 
     Args:
+        shown: image features at the tokens of the prompts and of the responses (`at_tokens`).
         response_len: real tokens of each response; None: all.
     """
     with jax.named_scope("two_streams"):
         text = model.bind(params).text
-        deep = tuple(deep_features(model, vision, features) for vision in (prompt_vision, response_vision))
+        deep = tuple(deep_features(model, one) for one in shown)
         prompt, hidden = text.two_streams(
-            embed(model, params, prompt_ids, prompt_vision, features),
+            embed(model, params, prompt_ids, prompt_vision, shown[0]),
             prompt_positions,
             prompt_len,
-            embed(model, params, response_ids, response_vision, features),
+            embed(model, params, response_ids, response_vision, shown[1]),
             response_positions,
             response_len,
             model.remat,

@@ -88,8 +88,8 @@ def hold(cfg: Config, topology: str, memory: float | None = None) -> tuple[RunAr
 
 def least(held: RunArrays) -> int:
     """Return the bytes per chip of the arrays alive at the same time, maximum over rollout and update; needs no compilation."""
-    both = held.params, held.opt_state, held.features, held.reference
-    return max(chip_bytes(both, held.sampled, held.state), chip_bytes(both, held.total))
+    both = held.params, held.opt_state, held.pages, held.reference
+    return max(chip_bytes(both, held.sampled, held.state), chip_bytes(both, held.total, held.of_pages, held.shown))
 
 
 def make_plan(
@@ -112,7 +112,7 @@ def make_plan(
         "optimizer": chip_bytes(held.opt_state),
         "rollout's copy": chip_bytes(held.sampled),
         "cache": chip_bytes(held.state),
-        "image features": chip_bytes(held.features),
+        "image features": chip_bytes(held.pages, held.of_pages, held.shown),
         "gradients": chip_bytes(held.total),
         "reference": chip_bytes(held.reference),
     }

@@ -123,8 +123,8 @@ def chip_bytes(*trees: Any) -> int:
 class RunArrays:
     """Shapes and shardings of everything a run of `cfg` holds on a mesh.
 
-    These are: parameters, the rollout's copy of the parameters, optimizer state, sampler state, image features, gradients and
-    a micro-batch.
+    These are: parameters, the rollout's copy of the parameters, optimizer state, sampler state, pages of image features,
+    gradients, and a micro-batch with the features at its tokens.
 
     Raises:
         ValueError: unknown model, or the model is not divisible over the mesh.
@@ -153,11 +153,13 @@ class RunArrays:
             self.reference = nnx.merge_state(jax.tree.map(_another, self.trained), self.frozen) if cfg.grpo.kl else None
             empty = partial(sampler.empty, self.model, r.groups, r.group_size, r.prompt_tokens, r.response_tokens)
             self.state = jax.tree.map(lambda x: self.on(x, *fitting(x, *sampler.axes(x))), jax.eval_shape(empty))
-            rows = cfg.images.packs * self.pack // size.vision.merge_unit
-            self.features = self.on(jax.ShapeDtypeStruct((rows, size.vision.feature_dim), self.settings["dtype"]))
+            rows = self.pack // size.vision.merge_unit
+            self.page = self.on(jax.ShapeDtypeStruct((rows, size.vision.feature_dim), self.settings["dtype"]))
+            self.pages = [self.page, *(_another(self.page) for _ in range(cfg.images.pages - 1))]
             self.batch = self._batch(micro_shapes(cfg)[-1][1])
-            total = (self.trained, self.features) if self.learns else (self.trained,)
-            self.total = jax.tree.map(_another, total)
+            self.shown = self.shown_at(self.batch.prompt_ids), self.shown_at(self.batch.response_ids)
+            self.total = jax.tree.map(_another, self.trained)
+            self.of_pages = list(map(_another, self.pages)) if self.learns else []
 
     @property
     def pack(self) -> int:
@@ -167,6 +169,11 @@ class RunArrays:
     def on_mesh(self):
         """Return a context manager that makes the abstract mesh current: nothing is placed on devices that do not exist."""
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+    def shown_at(self, ids: jax.ShapeDtypeStruct | np.ndarray) -> jax.ShapeDtypeStruct:
+        """Return the image features at the tokens `ids`."""
+        shown = jax.ShapeDtypeStruct((*ids.shape, self.model.cfg.vision.feature_dim), self.settings["dtype"])
+        return self.on(shown, *fitting(shown, GROUPS))
 
     def on(self, x, *axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, PartitionSpec(*axes)))
@@ -230,8 +237,8 @@ def programs(held: RunArrays) -> Iterator[Program]:
     cfg, model, r = held.cfg, held.model, held.cfg.rollout
     with held.on_mesh():
         admitted, few = quarters(r.groups, r.group_size)
-    rolling = held.params, held.opt_state, held.reference, held.sampled, held.state, held.features
-    learning = held.params, held.opt_state, held.reference, held.features, held.total, held.batch
+    rolling = held.params, held.opt_state, held.reference, held.sampled, held.state, held.pages
+    learning = held.params, held.opt_state, held.reference, held.pages, held.total, held.of_pages, held.batch, held.shown
 
     def ints(*shape):
         return np.zeros(shape, np.int32)
@@ -241,18 +248,20 @@ def programs(held: RunArrays) -> Iterator[Program]:
         (held.params, held.opt_state, held.reference), 1, "rollout",
     )  # fmt: skip
     pack = np.zeros((held.pack, model.cfg.vision.patch_bytes), np.uint8), ints(held.pack, 2), ints(held.pack)
-    encode = held.sampled, held.features, 0, *pack
-    yield Program("vision", features._encode_into, (model,), encode, rolling, cfg.images.packs, "rollout")
+    encode = held.sampled, held.page, 0, *pack
+    yield Program("vision", features._encode_into, (model,), encode, rolling, cfg.images.pages, "rollout")
     p, s = r.prompt_tokens, r.observation_tokens
+    ids = ints(admitted, p)
+    yield Program("show", features._show, (), (held.shown_at(ids), held.page, ids, 0), rolling, r.groups // admitted, "rollout")
     prompts = ints(admitted), ints(admitted, p), ints(3, admitted, p), ints(admitted, p), *(ints(admitted),) * 3
     drawn = np.zeros(admitted, np.uint32), np.ones(admitted, np.float32)
-    admit = held.sampled, held.state, *prompts, *drawn, held.features
+    admit = held.sampled, held.state, *prompts, *drawn, held.shown_at(ids)
     yield Program("prefill", sampler.admit, (model,), admit, rolling, r.groups // admitted, "rollout")
     stops = np.zeros((len(automaton(QWEN.stop_strings)) - 1, model.cfg.text.vocab_size), np.int16)
     decode = held.sampled, held.state, None, stops, r.decode_chunk, 0
     yield Program("decode", sampler.decode, (model, r.response_tokens), decode, rolling, r.response_tokens, "rollout")
-    shown = ints(few), ints(few, s), ints(3, few, s), ints(few, s), ints(few)
-    observe = held.sampled, held.state, *shown, held.features
+    appended = ints(few), ints(few, s), ints(3, few, s), ints(few, s), ints(few)
+    observe = held.sampled, held.state, *appended, held.shown_at(ints(few, s))
     yield Program("observe", sampler.observe, (model,), observe, rolling, 0, "rollout")
 
     micro = cfg.grpo.epochs * -(-r.groups // held.batch.prompt_len.shape[0])
@@ -263,20 +272,18 @@ def programs(held: RunArrays) -> Iterator[Program]:
         ("reference", held.reference, cfg.grpo.kl),
     ):
         if wanted:
-            args = params, held.batch, held.features
+            args = params, held.batch, held.shown
             yield Program(name, score, (model,), args, learning, micro // cfg.grpo.epochs, "update")
     accumulate = (
-        held.trained, held.frozen, held.total, held.features, held.batch,
+        held.trained, held.frozen, held.total, held.shown, held.batch,
         mask_tables(cfg.mask), np.float32(1),
         logprobs if cfg.grpo.kl else None, logprobs if cfg.grpo.recompute else None,
     )  # fmt: skip
     yield Program("train", learner.accumulate, (model, cfg, held.learns), accumulate, learning, micro, "update")
     if held.learns:
-        unit = model.cfg.vision.merge_unit
-        cotangent = held.on(jax.ShapeDtypeStruct((held.pack // unit, model.cfg.vision.feature_dim), held.features.dtype))
-        pull, static = (held.params, *pack, cotangent), (model, learner.trained_filter(cfg))
-        yield Program("vision backward", features._pull_back, static, pull, learning, cfg.images.packs, "update")
-    apply = held.trained, held.opt_state, held.total[0]
+        pull, static = (held.params, *pack, held.of_pages[0]), (model, learner.trained_filter(cfg))
+        yield Program("vision backward", features._pull_back, static, pull, learning, cfg.images.pages, "update")
+    apply = held.trained, held.opt_state, held.total
     updates = cfg.grpo.epochs * cfg.grpo.minibatches
     yield Program("apply", learner.apply_gradients, (held.optimizer,), apply, learning, updates, "update")
 

@@ -8,7 +8,7 @@ from typing import no_type_check
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh
-from jaxtyping import Float, Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from imagent_jax.config import Config
 from imagent_jax.distributed.mesh import GROUPS, shard_count
@@ -25,7 +25,7 @@ AnyArray = jax.Array | np.ndarray
 class GroupBatch:
     """The unit of training: arrays of NumPy or JAX. Responses are right-padded with kind PAD.
 
-    N groups, G rollouts per group, P prompt tokens, R response tokens, F merged features.
+    N groups, G rollouts per group, P prompt tokens, R response tokens.
     """
 
     prompt_ids: Int32[AnyArray, "N P"]
@@ -41,7 +41,6 @@ class GroupBatch:
     end: UInt8[AnyArray, "N G"]
     rewards: Float32[AnyArray, "N G"]
     advantages: Float32[AnyArray, "N G"]
-    features: Float[AnyArray, "F D"] | None = None  # precomputed, for a frozen tower
 
 
 def pack_batch(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.ndarray, prompt_tokens: int,
@@ -153,8 +152,6 @@ def take_groups(batch: GroupBatch, index: np.ndarray, width: int, size: int | No
     """Return groups `index` of the batch with responses cut to `width` tokens, padded with masked groups to `size`."""
     fields, more = {}, (size or len(index)) - len(index)
     for name, value in vars(batch).items():
-        if value is None:
-            continue
         value = np.take(value, [*index, *[index[0]] * more], axis=_group_axis(name))
         if name in ("response_ids", "response_positions", "response_vision", "kind", "logprobs"):
             value = value[..., :width]
@@ -168,7 +165,7 @@ def place_groups(batch: GroupBatch) -> GroupBatch:
     mesh = get_mesh()
     if mesh.empty:
         return batch
-    fields = {name: value for name, value in vars(batch).items() if value is not None}
+    fields = dict(vars(batch))
     places = {name: group_sharding(mesh, name) for name in fields}
     shapes = {name: value.shape for name, value in fields.items()}  # every process holds the whole batch and places its part
     return GroupBatch(**jax.make_array_from_process_local_data(places, fields, shapes))

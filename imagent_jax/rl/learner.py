@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from imagent_jax.config import Config
-from imagent_jax.model.features import FeatureStore
+from imagent_jax.model.features import EncodedImages, Pages
 from imagent_jax.model.sharding import constrain_params
 from imagent_jax.model.vlm import Model, response_logprobs
 from imagent_jax.rl.batch import GroupBatch, learning_groups, micro_batches, micro_shapes, place_groups, take_groups
@@ -22,11 +22,11 @@ from imagent_jax.rl.mask import MaskTables, two_level_mask
 from imagent_jax.types import TokenKind
 
 
-def score(model: Model, params: nnx.State, batch: GroupBatch, features, temperature: float):
-    """Return log-probability and entropy of every response token, [N G R] each."""
+def score(model: Model, params: nnx.State, batch: GroupBatch, shown, temperature: float):
+    """Return log-probability and entropy of every response token, [N G R] each; `shown` as in `response_logprobs`."""
     return response_logprobs(
         model, params, batch.prompt_ids, batch.prompt_positions, batch.prompt_vision, batch.prompt_len,
-        batch.response_ids, batch.response_positions, batch.response_vision, features, temperature,
+        batch.response_ids, batch.response_positions, batch.response_vision, shown, temperature,
         batch.response_len,
     )  # fmt: skip
 
@@ -34,17 +34,18 @@ def score(model: Model, params: nnx.State, batch: GroupBatch, features, temperat
 score_jit = jax.jit(score, static_argnums=0, static_argnames="temperature")
 
 
-def batch_loss(model, cfg, trained, frozen, features, batch: GroupBatch, tables: MaskTables, normaliser, reference, old):
+def batch_loss(model, cfg, trained, frozen, shown, batch: GroupBatch, tables: MaskTables, normaliser, reference, old):
     """Return the loss of a micro-batch and its metrics (sums and counts).
 
     Args:
         trained, frozen: the two parts of the parameters.
+        shown: image features at the tokens, see `response_logprobs`.
         normaliser: see `policy_loss`.
         reference: log-probabilities under the KL reference policy [N G R], or None.
         old: the trainer's log-probabilities before the first update [N G R], or None: those of the sampler.
     """
     params = nnx.merge_state(trained, frozen)
-    logprobs, entropy = score(model, params, batch, features, cfg.rollout.temperature)
+    logprobs, entropy = score(model, params, batch, shown, cfg.rollout.temperature)
     mask = two_level_mask(batch.kind, batch.end, batch.advantages, tables.action, tables.trajectory)
     observed = batch.kind == TokenKind.OBSERVATION  # observations that train (an ablation) were not sampled: their weight is 1
     sampler = None if old is None else jnp.where(observed, old, batch.logprobs)
@@ -62,15 +63,16 @@ def group_normalisers(cfg, batch, tables):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def accumulate(model, cfg, with_features, trained, frozen, total, features, batch, tables, normaliser, reference, old):
-    """Add a micro-batch's gradient to `total`: of the parameters, and of the features if the tower is trained."""
-    argnums = (0, 2) if with_features else (0,)
+def accumulate(model, cfg, with_shown, trained, frozen, total, shown, batch, tables, normaliser, reference, old):
+    """Add a micro-batch's gradient of the trained parameters to `total`. Returns it, the loss, its metrics, and the gradient of
+    `shown` if the tower is trained (else none)."""
 
-    def loss(trained, frozen, features):
-        return batch_loss(model, cfg, trained, frozen, features, batch, tables, normaliser, reference, old)
+    def loss(trained, shown):
+        return batch_loss(model, cfg, trained, frozen, shown, batch, tables, normaliser, reference, old)
 
-    (value, metrics), gradients = jax.value_and_grad(loss, argnums, has_aux=True)(trained, frozen, features)
-    return constrain_params(jax.tree.map(jnp.add, total, gradients)), value, metrics
+    argnums = (0, 1) if with_shown else (0,)
+    (value, metrics), (gradient, *of_shown) = jax.value_and_grad(loss, argnums, has_aux=True)(trained, shown)
+    return constrain_params(jax.tree.map(jnp.add, total, gradient)), value, metrics, *of_shown
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -111,7 +113,7 @@ class Learner:
     def init(self, params: nnx.State):
         return self.optimizer.init(self.split(params)[0])
 
-    def update(self, params: nnx.State, opt_state, batch: GroupBatch, store: FeatureStore):
+    def update(self, params: nnx.State, opt_state, batch: GroupBatch, store: EncodedImages):
         """Run `grpo.epochs` passes over the batch with `grpo.minibatches` optimizer updates each.
 
         Groups whose advantages are all zero are skipped, since without KL they have no gradient. They still count in the loss's
@@ -122,12 +124,11 @@ class Learner:
             Parameters, optimizer state, and metrics (floats, over the groups that were run).
         """
         cfg, sums = self.cfg.grpo, []
-        reference = (store.encode_again(self.reference) if self._learns(params) else store.features) if cfg.kl else None
+        images = store.encode_again(self.reference) if cfg.kl and self._learns(params) else store  # as the reference sees them
 
         def with_logprobs(part: GroupBatch):  # the micro-batch, and log-probabilities of reference and trainer
-            part = place_groups(part)
-            kl = self._score(self.reference, part, reference) if cfg.kl else None
-            return part, kl, self._score(params, part, store.features) if cfg.recompute else None
+            kl = self._score(self.reference, part, images) if cfg.kl else None
+            return part, kl, self._score(params, part, store) if cfg.recompute else None
 
         if not self.warm:
             for width, size in self.shapes:
@@ -155,8 +156,9 @@ class Learner:
         """Return whether the vision tower has trained parameters."""
         return "vision" in self.split(params)[0]
 
-    def _score(self, params, part, features):
-        return score_jit(self.model, params, part, features, temperature=self.cfg.rollout.temperature)[0]
+    def _score(self, params, part: GroupBatch, images: EncodedImages):
+        shown = shown_in(images, part)
+        return score_jit(self.model, params, place_groups(part), shown, temperature=self.cfg.rollout.temperature)[0]
 
     def _gradient(self, params, parts, store, normaliser, fresh: bool):
         """Return gradient and metrics of one update.
@@ -166,19 +168,29 @@ class Learner:
         """
         trained, frozen = self.split(params)
         learns = self._learns(params)
-        features = store.features if fresh or not learns else store.encode_again(params)
-        total = jax.tree.map(jnp.zeros_like, (trained, features) if learns else (trained,))
-        normaliser = np.float32(normaliser)
-        sums = []
+        images = store if fresh or not learns else store.encode_again(params)
+        total, of_pages, sums = jax.tree.map(jnp.zeros_like, trained), Pages(images.pages.room, images.blank), []
         for part, reference, old in parts:
-            total, value, metrics = accumulate(
-                self.model, self.cfg, learns, trained, frozen, total, features, part, self.tables, normaliser, reference, old
-            )
+            total, value, metrics, *of_shown = accumulate(
+                self.model, self.cfg, learns, trained, frozen, total, shown_in(images, part), place_groups(part), self.tables,
+                np.float32(normaliser), reference, old,
+            )  # fmt: skip
+            for gradients in of_shown:
+                for gradient, vision in zip(gradients, _vision(part), strict=True):
+                    images.add_gradient(of_pages, gradient, vision)
             sums.append(metrics | {"loss": value})
         summed = jax.tree.map(lambda *x: sum(x), *sums)
         loss, metrics = summed.pop("loss"), finish_metrics(summed)
-        gradients = total[0]
         if learns:
-            vision = store.gradient(params, total[1], self.trained)
-            gradients["vision"] = jax.tree.map(jnp.add, gradients["vision"], vision)
-        return gradients, metrics | {"loss": loss}
+            total["vision"] = jax.tree.map(jnp.add, total["vision"], store.gradient(params, of_pages, self.trained))
+        return total, metrics | {"loss": loss}
+
+
+def _vision(part: GroupBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Return the feature rows of a micro-batch's prompts and responses."""
+    return part.prompt_vision, part.response_vision
+
+
+def shown_in(images: EncodedImages, part: GroupBatch) -> tuple[jax.Array, ...]:
+    """Return the image features at the tokens of a micro-batch's prompts and responses."""
+    return tuple(map(images.show, _vision(part)))

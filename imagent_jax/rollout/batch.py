@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+from jax.sharding import get_mesh
 
 from imagent_jax.distributed import processes
-from imagent_jax.distributed.mesh import GROUPS, shard_count
-from imagent_jax.model.features import COUNTS, EncodedPacks, FeatureStore
+from imagent_jax.model.features import COUNTS, EncodedImages, FeatureStore, Pages
 from imagent_jax.model.interleave import Encoded
 from imagent_jax.types import Task, Trajectory
 
@@ -27,7 +27,7 @@ class RolloutBatch:
     prompts: list[Encoded]
     prompt_vision: list[np.ndarray]
     trajectories: list[list[Trajectory]]
-    store: EncodedPacks
+    store: EncodedImages
     times: dict[str, float]
     sampled_tokens: int
     image_token_id: int
@@ -36,14 +36,14 @@ class RolloutBatch:
 def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
     """Join the rollouts of all processes into the batch of all `tasks`.
 
-    Trajectories of other processes come without images. The features of all processes are stacked on the current mesh; pixels
-    are not transferred.
+    Trajectories of other processes come without images. The n-th pages of all processes are stacked on the current mesh when
+    page n is first shown; pixels are not transferred.
     """
-    rows = max(processes.gather(own.store.features.shape[0]))
-    features, first = processes.stack_rows(own.store.features, rows)
+    rows, count, place = own.store.rows, jax.process_count(), processes.place()
 
     def moved(vision):
-        return np.where(vision >= 0, vision + first, -1).astype(np.int32)
+        page, row = np.divmod(vision, rows)
+        return np.where(vision >= 0, (page * count + place) * rows + row, -1).astype(np.int32)
 
     own.prompt_vision = [moved(vision) for vision in own.prompt_vision]
     for t in (t for group in own.trajectories for t in group):
@@ -59,7 +59,12 @@ def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
     def chain(name):
         return [item for one in everyone for item in getattr(one, name)]
 
-    store = EncodedPacks(own.store.model, features, own.store.pack, lanes=jax.process_count())
+    def stacked(page: int) -> jax.Array:
+        with processes.alone():
+            part = own.store.pages[page] if page < len(own.store.pages) else own.store.blank()
+        return processes.stack_rows(part)
+
+    store = EncodedImages(own.store.model, Pages(own.store.pages.room, stacked, keep=False), count * rows, get_mesh())
     if not own.store.frozen:
         store.packs = spread_packs(own.store)
     for name in COUNTS:
@@ -74,11 +79,5 @@ def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
 def spread_packs(own: FeatureStore) -> list[tuple[jax.Array, ...]]:
     """Join the n-th packs of all processes, each sharded over its process's devices. Processes with fewer packs add blanks."""
     most = max(processes.gather(len(own.packs)))
-    packs = [*own.packs, *[own.blank(own.sizes[-1])] * (most - len(own.packs))]
-    shares = shard_count(GROUPS) // jax.process_count()
-    size = -(-own.sizes[-1] // shares) * shares * own.model.vision_block  # equally many blocks per device
-
-    def filled(x, value):
-        return processes.spread(np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value))
-
-    return [(filled(patches, 0), filled(coords, 0), filled(image, -1)) for patches, coords, image in packs]
+    packs = [*own.packs, *[own.blank_pack(own.sizes[-1])] * (most - len(own.packs))]
+    return [tuple(map(processes.spread, pack)) for pack in packs]

@@ -120,7 +120,7 @@ class Collector:
 
     def collect(
         self, params: nnx.State | Weights, tasks: Sequence[Task], *, group_size: int, seed: int, temperature: float = 1.0,
-        slots: int | None = None, packs: int | None = None, opened: Sequence[Future[OpenedTask]] | None = None,
+        slots: int | None = None, opened: Sequence[Future[OpenedTask]] | None = None,
     ) -> RolloutBatch:  # fmt: skip
         """Collect `group_size` rollouts of every task, each until it has ended. With several processes, each runs its share on
         its own devices, with its own tools and images. All return the same batch; only the own process has a trajectory's
@@ -129,20 +129,19 @@ class Collector:
         Args:
             temperature: of the sampled softmax; 0 takes the likeliest tokens.
             slots: groups in progress at a time (default: all tasks); a finished group's slot goes to the next task.
-            packs: room for encoded images at first, see `FeatureStore` (default: `images.packs`).
             opened: of `open_in_background(tasks)`, where that was called.
         Raises:
             ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
             Stopped: `stop` was set.
         """
         params = (params if isinstance(params, Weights) else self.weights(params)).params
-        sampling, packs = (group_size, seed, temperature), packs or self.cfg.images.packs
+        sampling = group_size, seed, temperature
         if jax.process_count() == 1:
-            return self._collect(params, draws(tasks), opened, slots or len(tasks), packs, sampling)
+            return self._collect(params, draws(tasks), opened, slots or len(tasks), sampling)
         own, part, room = None, processes.share(draws(tasks)), -(-(slots or len(tasks)) // jax.process_count())
         params = processes.own_copy(params)
         with contextlib.suppress(Stopped), processes.alone():
-            own = self._collect(params, part, opened, room, packs, sampling)
+            own = self._collect(params, part, opened, room, sampling)
         if any(processes.gather(own is None)):
             raise Stopped
         return join_batches(own, tasks)
@@ -157,24 +156,23 @@ class Collector:
             Stopped: `stop` was set.
         """
         params = (params if isinstance(params, Weights) else self.weights(params)).params
-        run = _Run(self, self._engine(params, 1, 1, self.cfg.images.packs), draws([task]), None, seed, temperature)
+        run = _Run(self, self._engine(params, 1, 1), draws([task]), None, seed, temperature)
         yield from run.turns()
         yield run.done[0].trajectories[0]
 
-    def _engine(self, params, slots: int, group_size: int, packs: int) -> Engine:
+    def _engine(self, params, slots: int, group_size: int) -> Engine:
         """Return an engine on the current mesh. The first of its shape compiles its programs."""
-        r, frozen = self.cfg.rollout, self.cfg.model.freeze_vision and not self.cfg.lora.merger
-        store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs, frozen=frozen)
+        r, images, frozen = self.cfg.rollout, self.cfg.images, self.cfg.model.freeze_vision and not self.cfg.lora.merger
+        store = FeatureStore(self.model, params, images.pack_blocks, images.pages, frozen=frozen)
         shape = EngineShape(slots, group_size, r.prompt_tokens, r.response_tokens, r.observation_tokens, r.decode_chunk)
-        compiled = (shape, store.features.shape)
-        engine = Engine(self.model, params, store, shape, self.stops, warm=compiled in self.warm)
-        self.warm.add(compiled)
+        engine = Engine(self.model, params, store, shape, self.stops, warm=shape in self.warm)
+        self.warm.add(shape)
         return engine
 
-    def _collect(self, params, drawn, opened, slots: int, packs: int, sampling: tuple[int, int, float]) -> RolloutBatch:
+    def _collect(self, params, drawn, opened, slots: int, sampling: tuple[int, int, float]) -> RolloutBatch:
         """Collect on the current mesh."""
         group_size, seed, temperature = sampling
-        engine = self._engine(params, slots, group_size, packs)
+        engine = self._engine(params, slots, group_size)
         run = _Run(self, engine, drawn, opened, seed, temperature)
         for _ in run.turns():
             pass

@@ -176,22 +176,22 @@ class Engine:
         first = iter(self.store.add([image for request in requests for image in request.prompt.images]))
         for request in requests:
             self.encoded.append((request, request.prompt.vision([next(first) for _ in request.prompt.images])))
-        self.clock.lap("vision", self.store.features)
+        self.clock.lap("vision", self.store.newest)
 
     def _prefill(self, slots: list[int], chosen: list[tuple[Request, np.ndarray]]) -> None:
         more = self.admitted - len(chosen)  # filled up with repeats that go nowhere
         requests, vision = map(list, zip(*chosen, *chosen[:1] * more, strict=True))
         prompts = [request.prompt for request in requests]
-        ids, positions, shown = pad_prompts(prompts, vision, self.shape.prompt_tokens)
+        ids, positions, rows = pad_prompts(prompts, vision, self.shape.prompt_tokens)
 
         def column(values: Iterable[int], dtype=np.int32):
             return np.asarray([*values], dtype)
 
         self.state = sampler.admit(
-            self.model, self.params, self.state, column([*slots, *[self.shape.slots] * more]), ids, positions, shown,
+            self.model, self.params, self.state, column([*slots, *[self.shape.slots] * more]), ids, positions, rows,
             column(len(prompt.ids) for prompt in prompts), column(prompt.next_position for prompt in prompts),
             column(request.stream for request in requests), column((r.seed % 2**32 for r in requests), np.uint32),
-            column((request.temperature for request in requests), np.float32), self.store.features,
+            column((request.temperature for request in requests), np.float32), self.store.show(rows),
         )  # fmt: skip
         self.clock.lap("prefill", self.state.logits)
 
@@ -217,21 +217,21 @@ class Engine:
         """Append text and images to rows that stopped, at most `quarter` of them, in chunks of `observation_tokens`. The rows
         decode again. Returns the feature row of every token appended (-1: text; int32 [S]), by row."""
         first = iter(self.store.add([image for encoded in observations.values() for image in encoded.images]))
-        self.clock.lap("vision", self.store.features)
+        self.clock.lap("vision", self.store.newest)
         vision = {b: encoded.vision([next(first) for _ in encoded.images]) for b, encoded in observations.items()}
         index, at = self._places(observations, self.quarter)
         s, f = self.shape.observation_tokens, self.quarter
         for begin in range(0, max(len(encoded.ids) for encoded in observations.values()), s):
             ids, positions = np.zeros((f, s), np.int32), np.zeros((3, f, s), np.int32)
-            shown, count = np.full((f, s), -1, np.int32), np.zeros(f, np.int32)
+            rows, count = np.full((f, s), -1, np.int32), np.zeros(f, np.int32)
             for b, encoded in observations.items():
                 i = at[b]
                 c = count[i] = min(max(len(encoded.ids) - begin, 0), s)
                 ids[i, :c] = encoded.ids[begin : begin + c]
                 positions[:, i, :c] = encoded.positions[:, begin : begin + c]
-                shown[i, :c] = vision[b][begin : begin + c]
+                rows[i, :c] = vision[b][begin : begin + c]
             self.state = sampler.observe(
-                self.model, self.params, self.state, index, ids, positions, shown, count, self.store.features
+                self.model, self.params, self.state, index, ids, positions, rows, count, self.store.show(rows)
             )
         for b, encoded in observations.items():
             self.live[b] = True

@@ -84,15 +84,15 @@ def _placed(state: SamplerState) -> SamplerState:
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def admit(
     model: Model, params: nnx.State, state: SamplerState, slots, ids, positions, vision, prompt_len, next_position, uids,
-    seeds, temperature, features,
+    seeds, temperature, shown,
 ) -> SamplerState:  # fmt: skip
     """Prefill A prompts, once each, into `slots` ([A]; S: none) and start their G empty responses, all live.
 
     A row's key depends on the seed, the uid of its task and the index of the rollout in its group.
-    Shapes: ids, vision [A P]; positions [3 A P]; prompt_len, next_position, uids, seeds, temperature [A]; features [F D].
+    Shapes: ids, vision [A P]; positions [3 A P]; shown [A P E]; prompt_len, next_position, uids, seeds, temperature [A].
     """
     with jax.named_scope("admit"):
-        logits, prompt = prefill(model, params, ids, positions, vision, prompt_len, features)
+        logits, prompt = prefill(model, params, ids, positions, vision, prompt_len, shown)
         g = state.ids.shape[0] // state.prompt_len.shape[0]
         rows = (slots[:, None] * g + jnp.arange(g)).reshape(-1)
 
@@ -251,10 +251,10 @@ def _invert(weights: Float[Array, "B T"], uniform: Float[Array, " B"]) -> Int[Ar
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def observe(model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, features) -> SamplerState:
+def observe(model: Model, params: nnx.State, state: SamplerState, rows, ids, positions, vision, count, shown) -> SamplerState:
     """Append `count[f]` observation tokens to row `rows[f]` (see `parts`), which is live again; 0 changes nothing.
 
-    Shapes: rows, count [F]; ids, vision [F S]; positions [3 F S]; features [M D].
+    Shapes: rows, count [F]; ids, vision [F S]; positions [3 F S]; shown [F S E].
     """
     with jax.named_scope("observe"):
         part = take_rows(state, rows)
@@ -263,7 +263,7 @@ def observe(model: Model, params: nnx.State, state: SamplerState, rows, ids, pos
         chosen = count > 0
         begin = jnp.where(chosen, part.length, r)
         logits, cache = extend(
-            model, params, ids, positions, vision, count, begin, part.prompt, part.prompt_len, part.cache, features
+            model, params, ids, positions, vision, count, begin, part.prompt, part.prompt_len, part.cache, shown
         )
         index = jnp.where(jnp.arange(s) < count[:, None], begin[:, None] + jnp.arange(s), r)
         last = jnp.take_along_axis(positions.max(0), jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]

@@ -113,12 +113,8 @@ class TrajectoryLog:
             if data not in self.names:
                 self.names[data] = self._save(data, entry.pixels)
             return {"file": self.names[data]}
-        if entry.parent is not None:
-            parent = images[entry.parent - 1].pixels
-            if entry.pixels is parent:
-                return {}
-            if entry.box and entry.pixels.tobytes() == parent.crop(entry.box).tobytes():
-                return {}
+        if entry.parent is not None and entry.source is images[entry.parent - 1].source:
+            return {}
         return {"file": self._save(_png(entry.pixels), entry.pixels)}
 
     def _save(self, data: bytes, pixels: Image.Image) -> str:
@@ -150,7 +146,7 @@ def _call(call) -> dict[str, Any]:
 
 
 def _lineage(entry: ImageEntry) -> dict[str, Any]:
-    facts = {"size": [entry.pixels.width, entry.pixels.height], "shown": [entry.shown[1], entry.shown[0]]}  # width, height
+    facts = {"size": [*entry.size[::-1]], "shown": [*entry.shown[::-1]]}  # width, height
     if entry.parent is not None:
         facts |= {"parent": entry.parent, "origin": entry.origin}
     return facts | ({"box": list(entry.box)} if entry.box else {})

@@ -27,7 +27,7 @@ from imagent_jax.model import checkpoint
 from imagent_jax.model.families import read_config
 from imagent_jax.model.interleave import encode_parts, pad_prompts
 from imagent_jax.model.processor import Processor
-from imagent_jax.model.vlm import create, encode_images, response_logprobs
+from imagent_jax.model.vlm import at_tokens, create, encode_images, response_logprobs
 from imagent_jax.tiny.skills import measure
 from imagent_jax.types import Markup
 
@@ -203,7 +203,8 @@ def train_step(model, optimizer, params, text, opt_state, batch, pack):
     def loss(text):
         arrays = {k: v for k, v in batch.items() if k != "trained"}
         whole = nnx.State({**params, "text": text})
-        logprobs, _ = response_logprobs(model, whole, features=features, **arrays)
+        shown = tuple(at_tokens(features, arrays[f"{stream}_vision"]) for stream in ("prompt", "response"))
+        logprobs, _ = response_logprobs(model, whole, shown=shown, **arrays)
         return -jnp.sum(jnp.where(batch["trained"], logprobs, 0.0)) / jnp.sum(batch["trained"])
 
     value, gradients = jax.value_and_grad(loss)(text)

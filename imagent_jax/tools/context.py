@@ -132,9 +132,8 @@ class ToolContext:
         min_pixels = self.settings.confirm_min_pixels if min_pixels is None else min_pixels
         max_pixels = self.settings.confirm_max_pixels if max_pixels is None else max_pixels
         shown, min_pixels, max_pixels = self.budget((image.height, image.width), min_pixels, max_pixels)
-        view = parent is not None and image is self.registry[parent].pixels
         return self.registry.add(
-            image if view else image.copy(),
+            image.copy(),
             shown=shown,
             parent=parent,
             box=box,
@@ -154,7 +153,9 @@ class ToolContext:
         """
         source = self.registry[number]
         shown, *_ = self.budget(source.size, min_pixels, max_pixels)
-        same: list[ImageEntry] = [e for e in self.registry if e.pixels is source.pixels and e.shown == shown]
+        same: list[ImageEntry] = [
+            e for e in self.registry if e.source is source.source and e.region == source.region and e.shown == shown
+        ]
         if same:
             return source.number if source in same else same[0].number
         larger = shown[0] * shown[1] > source.shown[0] * source.shown[1]

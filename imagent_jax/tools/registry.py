@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 from PIL import Image
 
 from imagent_jax.images.decode import to_rgb
@@ -42,7 +43,7 @@ class ImageRegistry:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> ImageNumber:
-        """Register an image and return its number.
+        """Register an image and return its number. Pixels that are those of its parent, or of the box there, are not kept twice.
 
         Args:
             image: pixels at their original resolution; converted to RGB.
@@ -59,19 +60,21 @@ class ImageRegistry:
         height, width = (int(side) for side in shown)
         if height < 1 or width < 1:
             raise ValueError(f"shown must be a positive (height, width), got {tuple(shown)}")
-        if parent is not None:
-            source = self[parent].pixels
+        source = None if parent is None else self[parent]
         if box is not None:
-            if parent is None:
+            if source is None:
                 raise ValueError("a box needs the parent it was cut from; pass parent=")
             left, top, right, bottom = (int(edge) for edge in box)
-            if not (0 <= left < right <= source.width and 0 <= top < bottom <= source.height):
-                raise ValueError(f"box {tuple(box)} is not inside Image {parent}, {source.width} x {source.height} pixels")
+            rows, columns = source.size
+            if not (0 <= left < right <= columns and 0 <= top < bottom <= rows):
+                raise ValueError(f"box {tuple(box)} is not inside Image {parent}, {columns} x {rows} pixels")
             box = (left, top, right, bottom)
         rgb = to_rgb(image)
         rgb.load()  # decode once here: tools in several threads only read it
-        number = ImageNumber(len(self._entries) + 1)
-        self._entries.append(ImageEntry(number, rgb, (height, width), parent, box, origin, min_pixels, max_pixels))
+        number, region = ImageNumber(len(self._entries) + 1), None
+        if source is not None and np.array_equal((part := source.part(box)).pixels, rgb):
+            rgb, region = part.source, part.region
+        self._entries.append(ImageEntry(number, rgb, (height, width), parent, box, origin, min_pixels, max_pixels, region))
         return number
 
     def fork(self) -> "ImageRegistry":
