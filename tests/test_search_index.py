@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from imagent_jax.index import main
 from imagent_jax.tools.search import Index
+from imagent_jax.tools.search.hits import clean
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -116,8 +120,6 @@ def test_long_passages_score_as_lucene_rounds_their_length(tmp_path):
     ],
 )
 def test_chinese_and_english_queries_find_their_passages(small, query, found):
-    from imagent_jax.tools.search.hits import clean
-
     assert ids(small, clean(query)) == found
 
 
@@ -168,9 +170,6 @@ def test_a_user_who_may_not_write_an_index_can_read_it(small):
 
 
 def test_parquet_and_several_files_are_one_corpus(tmp_path, capsys):
-    import pyarrow
-    import pyarrow.parquet
-
     rows = [{"id": str(n), "title": f"bab {n}", "text": "dod"} for n in range(40)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "one.parquet")
     two = write(tmp_path / "two.jsonl", [{"id": "last", "contents": '"gag"\nkok'}])
@@ -317,8 +316,6 @@ def test_without_the_extra_one_sentence_says_what_to_install(small, monkeypatch,
 
 
 def test_the_extra_is_declared():
-    import tomllib
-
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert [name.split(">")[0] for name in extras["search"]] == ["tantivy"]
 

@@ -58,11 +58,14 @@ class Index:
 
     def _open(self) -> Any:
         """Open the folder by links: tantivy locks files of the folder that it opens, but the index may be of another user."""
-        with tempfile.TemporaryDirectory() as links:
+        links = Path(tempfile.mkdtemp(prefix="imagent_index_"))
+        try:
             for file in self.path.iterdir():
                 if file.suffix != ".lock":
-                    (Path(links) / file.name).symlink_to(file.absolute())
-            return self._tantivy.Index.open(links)
+                    (links / file.name).symlink_to(file.absolute())
+            return self._tantivy.Index.open(str(links))
+        finally:  # renamed first, since a thread of tantivy may be about to lock it again
+            shutil.rmtree(links.rename(f"{links}.old"), ignore_errors=True)
 
     def search(self, query: str, k: int) -> list[Hit]:
         """See `Backend.search`. A query without a word finds nothing."""

@@ -127,8 +127,8 @@ def post(url: str, body: Mapping[str, Any], headers: Mapping[str, str], timeout_
                     raise SearchError(f"{url} answered more than {MOST_BYTES} bytes.")
                 if time.monotonic() > until:
                     raise TimeoutError(f"longer than {timeout_s:g} s")
-            if response.status != 200:
-                raise SearchError(f"{url} answered {response.status}.")
+            if response.status != 200 or response.length:
+                raise SearchError(f"{url} answered {response.status}{' and broke off' if response.length else ''}.")
         return json.loads(bytes(data))
     except urllib.error.HTTPError as error:
         said = clean(error.read(200).decode("utf-8", "replace"))
