@@ -170,6 +170,17 @@ def test_bad_settings_are_one_sentence_before_anything_runs(settings, sentence, 
     assert "a secret" not in str(raised.value)
 
 
+def test_a_server_that_does_not_answer_at_the_start_is_one_sentence(server):
+    with scripted(says(GOOD)) as gone:
+        pass
+    for url, words in ((gone.url, "Connection refused"), (server + "r", "answered 404 Not Found.")):
+        with pytest.raises(ValueError, match=re.escape(words)) as raised:
+            tools_of(backend="server", url=url)
+        said = str(raised.value)
+        assert said.startswith(f"The search server is not ready: {url} ") and said.endswith("Start it, or correct search.url.")
+        assert tools_of(backend="server", url=url, record="replay").names == ("search",)
+
+
 def test_a_misspelt_search_is_named():
     with pytest.raises(ValueError, match='no tool "serch"; did you mean "search"?'):
         tools_by_name(["serch"])
@@ -324,13 +335,16 @@ def test_a_server_killed_and_started_again_gives_faults_and_nothing_else(folder)
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
-    """Answers as `server.answer(path, body)` says: status, headers and body; keeps the requests."""
+    """Answers as `server.answer(path, body)` says: status, headers and body; keeps the requests. The query "test", with which a
+    run begins, has a good answer."""
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.seen.append((self.path, headers, json.loads(body)))
-        status, headers, answer = self.server.answer(self.path, json.loads(body))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("queries") == ["test"]:
+            status, headers, answer = says(GOOD)(self.path, body)
+        else:
+            self.server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+            status, headers, answer = self.server.answer(self.path, body)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -416,8 +430,8 @@ def test_a_broken_answer_is_a_fault(answer, words):
 
 def test_no_server_and_a_slow_server_are_faults():
     with scripted(says(GOOD)) as server:
-        url = server.url
-    assert "Connection refused" in called(tools_of(backend="server", url=url), "x").error
+        tools = tools_of(backend="server", url=server.url)
+    assert "Connection refused" in called(tools, "x").error
     over = threading.Event()
 
     def drip(*_):

@@ -128,9 +128,6 @@ def _write(tantivy: ModuleType, passages: Iterable[tuple[str, str, str]], folder
             writer.add_document(document)
             count += 1
         writer.commit()
-    except BaseException:
-        writer.rollback()
-        raise
     finally:
         writer.wait_merging_threads()  # nothing is written after this
     return count

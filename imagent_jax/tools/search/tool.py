@@ -8,7 +8,7 @@ from imagent_jax.config import SearchConfig
 from imagent_jax.tools.context import ToolContext
 from imagent_jax.tools.decorator import tool
 from imagent_jax.tools.schema import Tool
-from imagent_jax.tools.search.hits import Backend, Hit, clean
+from imagent_jax.tools.search.hits import Backend, Hit, SearchError, clean
 from imagent_jax.tools.search.index import Index
 from imagent_jax.tools.search.remote import SERPER, Recorded, Serper, Server, check_url
 from imagent_jax.types import ToolError
@@ -21,7 +21,7 @@ def open_backend(settings: SearchConfig) -> Backend:
     """Return the backend that the settings name, with its recordings.
 
     Raises:
-        ValueError: a path, an address or a key is missing or wrong.
+        ValueError: a path, an address or a key is missing or wrong, or the server does not answer a first query.
     """
     s, mode = settings, settings.record
     source = {"index": s.path, "server": s.url, "serper": s.url or SERPER}[s.backend]
@@ -39,7 +39,12 @@ def _open(settings: SearchConfig, source: str) -> Backend:
             raise ValueError("search.path is empty; name the folder that `imagent index CORPUS.jsonl OUT` wrote.")
         return Index(source)
     if settings.backend == "server":
-        return Server(source, settings.timeout_s)
+        server = Server(source, settings.timeout_s)
+        try:
+            server.search("test", 1)
+        except SearchError as error:
+            raise ValueError(f"The search server is not ready: {error} Start it, or correct search.url.") from None
+        return server
     key = os.environ.get(settings.key_env, "").strip()
     if not re.fullmatch("[!-~]+", key):  # what a header can hold
         raise ValueError(f"The environment variable {settings.key_env} (search.key_env) holds no key; set it to one of Serper's.")
