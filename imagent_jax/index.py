@@ -14,7 +14,7 @@ from imagent_jax.data.check import Fault, RowError
 from imagent_jax.data.files import CONTAINERS, Source
 from imagent_jax.tools.search.hits import passage
 from imagent_jax.tools.search.index import Index, build
-from imagent_jax.tools.search.serve import make_server
+from imagent_jax.tools.search.serve import RetrieveServer
 
 SUFFIXES = (".jsonl", ".parquet")
 LISTED = 20
@@ -123,7 +123,7 @@ def serve(path: str, host: str, port: int) -> None:
         OSError: the address cannot be used.
     """
     index = Index(path)
-    with make_server(index, host, port) as server:
+    with RetrieveServer(index, host, port) as server:
         address = f"http://{host}:{server.server_address[1]}/retrieve"
         print(f"Serving {index.passages:,} passages of {path} at {address} until Ctrl-C.", flush=True)
         server.serve_forever()

@@ -36,7 +36,7 @@ def answer(backend: Backend, request: Any) -> dict[str, Any]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version, timeout = "HTTP/1.1", 60
+    protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 60, True
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -66,8 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def make_server(backend: Backend, host: str, port: int) -> ThreadingHTTPServer:
-    """Return a server that listens; `serve_forever` answers.
+class RetrieveServer(ThreadingHTTPServer):
+    """A server that listens; `serve_forever` answers, each connection on a thread of its own.
 
     Args:
         port: 0 takes a free one.
@@ -75,6 +75,9 @@ def make_server(backend: Backend, host: str, port: int) -> ThreadingHTTPServer:
     Raises:
         OSError: it cannot listen there.
     """
-    server = ThreadingHTTPServer((host, port), _Handler)
-    server.backend = backend
-    return server
+
+    request_queue_size = 256
+
+    def __init__(self, backend: Backend, host: str, port: int):
+        self.backend = backend
+        super().__init__((host, port), _Handler)
