@@ -110,7 +110,7 @@ def test_a_search_is_shown_with_its_hits_and_a_crop_without_the_line_that_names_
     shutil.copytree(path, tmp_path / "run", ignore=shutil.ignore_patterns("view", "checkpoints"))
     first = records(path, "train-000001")[0]
     crop = first["turns"][0]["call"]
-    hits = ["Doc 1(Title: <b>Mole</b>) An animal.", f"Image {crop['images'][0]} is not shown by a search."]
+    hits = ["Doc 1(Title: <b>Mole</b>) An animal.", f"Image {crop['images'][0]}: no image, but a hit"]
     first["turns"][1]["call"] |= {"name": "search", "arguments": {"query": "mole"}, "images": [], "said": hits}
     (tmp_path / "run" / "trajectories" / "train-000001.jsonl").write_text(json.dumps(first))
     write_view(tmp_path / "run")
