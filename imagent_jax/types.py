@@ -172,6 +172,7 @@ class CallResult:
         parts: the observation in order: a text line, or the number of an image to show there. The line that names an image
             precedes it.
         error: for logs; the policy's message when INVALID, the traceback or the timeout when FAULT.
+        seconds: how long it took, wall time; no part of what happened, and not compared.
     """
 
     status: CallStatus
@@ -179,6 +180,7 @@ class CallResult:
     arguments: dict[str, Any] | None = None
     parts: list[str | int] = field(default_factory=list)
     error: str | None = None
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def images(self) -> list[int]:

@@ -151,10 +151,11 @@ AT_LEAST_ONE = (
     "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
     "grpo.minibatches", "grpo.micro_groups", "grpo.length_buckets", "eval.during",
     "eval.groups", "model.logprob_chunk", "distributed.timeout_s", "sandbox.cpu_s", "sandbox.disk_mb", "sandbox.printed",
+    "search.passage_chars",
 )  # fmt: skip
 ABOVE_ZERO = (
     "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
-    "grpo.importance_cap", "lora.alpha", "sandbox.wall_s",
+    "grpo.importance_cap", "lora.alpha", "sandbox.wall_s", "search.timeout_s",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every",
@@ -197,6 +198,7 @@ def test_every_number_has_a_range_or_needs_none():
         "rollout.group_size",
         "sandbox.memory_mb",
         "sandbox.files",
+        "search.passages",
     ]
     assert sorted(numbers) == sorted(ranged)
     for dotted in FREE:
@@ -215,6 +217,7 @@ def test_ranges_hold_at_their_limits():
               ("images.vision_block", [97], [0], "it must be at least 1."),
               ("sandbox.memory_mb", [16], [15, 0], "it must be at least 16."),
               ("sandbox.files", [16], [15, 0], "it must be at least 16."),
+              ("search.passages", [1, 100], [0, 101], "it must be at least 1 and at most 100."),
               ("rollout.group_size", [2], [0, -1], "it must be at least 2.")]  # fmt: skip
     cases += [
         (name, [], [float("inf"), float("nan")], "it must be a finite number.")

@@ -84,7 +84,7 @@ def test_what_is_evaluated_reaches_the_engine_in_pieces_of_four_rounds(done):
     assert told == [(4, 8), (8, 8)] and all(a is b for a, b in zip(out, done, strict=True))
     use = {"tools/calls/visual_reflection/executed": 1 / 8, "tools/calls/visual_reflection/invalid": 2 / 8,
            "tools/calls/visual_reflection/faulted": 0.0, "tools/calls/unknown/invalid": 1 / 8, "tools/earned": 2 / 8,
-           "length/sampled": 2 * (3 + 1 + 2 + 4 + 1 + 2 + 1 + 1) / 8}  # fmt: skip
+           "length/sampled": 2 * (3 + 1 + 2 + 4 + 1 + 2 + 1 + 1) / 8, "tools/time/visual_reflection": 0.0}  # fmt: skip
     assert metrics == pytest.approx(job.summarise(done) | use)  # groups of one: no gain within them
     engine = Recorder(small_config(), done)
     job.evaluate(engine, None, tasks[:3], groups=2, seed=0, greedy=False, temperature=1.0)
@@ -166,7 +166,8 @@ def test_controls_and_settings_are_told_apart():
 def test_a_table_has_a_column_for_each_evaluation():
     base = {"accuracy": 0.25, "tools/calls": 1.5, "tools/calls/t/invalid": 0.0, "end/void": 0.0, "end/fault": 0.0, "old": 1.0}
     new = {"accuracy": 0.5, "length": 70.123, "length/sampled": 50.0, "tools/calls": 2.0, "tools/invalid": 0.25,
-           "tools/calls/t/invalid": 0.0, "end/void": 0.125, "end/fault": 0.0, "time/evaluation": 3.0}  # fmt: skip
+           "tools/calls/t/invalid": 0.0, "tools/time/t": 0.5, "end/void": 0.125, "end/fault": 0.0,
+           "time/evaluation": 3.0}  # fmt: skip
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(job.comparison({"base": base, "trained": new}, "a title"))
     lines = [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")]
@@ -174,7 +175,8 @@ def test_a_table_has_a_column_for_each_evaluation():
     assert lines == [
         ["a title"], ["held-out", "base", "trained"],
         ["accuracy", "25.0 %", "50.0 %"], ["length", "–", "70.12"], ["length/sampled", "–", "50.00"],
-        ["tools/calls", "1.50", "2.00"], ["tools/invalid", "–", "0.25"], ["end/void", "0.0 %", "12.5 %"],
+        ["tools/calls", "1.50", "2.00"], ["tools/invalid", "–", "0.25"], ["tools/time/t", "–", "0.50"],
+        ["end/void", "0.0 %", "12.5 %"],
     ]  # fmt: skip
 
 

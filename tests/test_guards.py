@@ -196,15 +196,20 @@ def test_what_call_metrics_count(parts):
     engine, task = Collector(parts.model, parts.processor, parts.tools, cfg), task_at(3, "train", 0)
     done = [play(engine, task, line, texts) for line, texts in enumerate(scripts(task))]
     lines = [[0, 1, 4, 5, 7], [0, 1, 2], [7, 5, 6]]  # right: 0, 2, 4, 7; with executed calls: 0, 1, 2, 4
+    for turn in (turn for t in done for turn in t.turns if turn.call):
+        turn.call.seconds = {"EXECUTED": 0.5, "INVALID": 3.0}.get(turn.call.status.name, 0.0)
+        turn.call.seconds = 2.0 if turn.call.name == "visual_reflection" else turn.call.seconds
     found = call_metrics([[done[line] for line in group] for group in lines], parts.tools.names)
     calls = {
         "visual_confirmation/executed": 2 + 1 + 1 + 2 + 1 + 1, "visual_confirmation/invalid": 1, "visual_confirmation/faulted": 0,
         "visual_reflection/executed": 1, "visual_reflection/invalid": 0, "visual_reflection/faulted": 0, "unknown/invalid": 2,
     }  # fmt: skip
     chosen = [sum(turn.stop - turn.start for turn in done[line].turns) for group in lines for line in group]
+    times = {"tools/time/visual_confirmation": (8 * 0.5 + 3.0) / 9, "tools/time/visual_reflection": 2.0}
     assert found == pytest.approx(
         {f"tools/calls/{name}": count / 11 for name, count in calls.items()}
         | {"tools/earned": 4 / 11, "length/sampled": np.mean(chosen), "tools/gain": 2 / 3 - 1 / 2}
+        | times
     )
     assert chosen[0] == np.sum(done[0].kind != TokenKind.OBSERVATION) < len(done[0].ids)
     assert "tools/gain" not in call_metrics([[done[0], done[1]], [done[5]]], parts.tools.names)

@@ -128,7 +128,7 @@ def test_every_metric_of_a_judged_batch(rolled):
     }  # fmt: skip
     use = {"tools/calls/visual_confirmation/executed": 1 / 8, "tools/calls/visual_confirmation/invalid": 1 / 8,
            "tools/calls/visual_confirmation/faulted": 0.0, "tools/calls/unknown/invalid": 0.0, "tools/earned": 1 / 8,
-           "length/sampled": (5 * 2 + 3 * 4) / 8, "tools/gain": 0.5 - 0.5}  # fmt: skip
+           "length/sampled": (5 * 2 + 3 * 4) / 8, "tools/gain": 0.5 - 0.5, "tools/time/visual_confirmation": 0.0}  # fmt: skip
     assert call_metrics(rolled.trajectories, ["visual_confirmation"]) == pytest.approx(use)
     assert metrics == pytest.approx(own | use | summarise(flat))
     assert metrics["end/fault"] == 1 / 8 and metrics["end/answered"] == 5 / 8 and metrics["accuracy"] == 4 / 8

@@ -132,8 +132,7 @@ def test_the_table_has_shares_in_percent_and_counts_as_they_are():
     text = report._table({
         "base": {"accuracy": 0.5, "tools/calls": 1.5, "end/void": 0.0, "end/fault": 0.25, "time/evaluation": 3.0},
         "trained": {"accuracy": 0.625, "tools/calls": 2.0, "tools/invalid": 0.25, "length": 60.0, "end/void": 0.0,
-                    "end/fault": 0.0,
-                    "time/evaluation": 3.0},
+                    "end/fault": 0.0, "tools/time/search": 0.5, "time/evaluation": 3.0},
     })  # fmt: skip
     rows = {
         name: re.findall(r"<td>([^<]*)</td>", cells)
@@ -141,7 +140,7 @@ def test_the_table_has_shares_in_percent_and_counts_as_they_are():
     }
     assert rows.pop("trained") == []
     assert rows == {"accuracy": ["50.0 %", "62.5 %"], "tools/calls": ["1.50", "2.00"], "tools/invalid": ["–", "0.25"],
-                    "length": ["–", "60.00"], "end/fault": ["25.0 %", "0.0 %"]}  # fmt: skip
+                    "tools/time/search": ["–", "0.50"], "length": ["–", "60.00"], "end/fault": ["25.0 %", "0.0 %"]}  # fmt: skip
     assert "<tr class=main><th>accuracy" in text and text.count("class=main") == 1
     assert report._table({}) == "<p>No evaluation has been logged yet.</p>"
 
@@ -261,7 +260,7 @@ def test_pictures_are_embedded_once_and_cut_where_they_were_cut(tmp_path, monkey
 
 
 def test_a_case_tells_what_was_asked_said_called_and_seen():
-    call = {"status": "EXECUTED", "images": [2], "said": ["ok"]}
+    call = {"status": "EXECUTED", "images": [2], "said": ["Image 2: crop of Image 1", "Image 1 <is> a hit"]}
     bad = {"status": "INVALID", "images": [], "said": ["no", "box"]}
     one = told(
         right=True, question="Which <one>?", truth="A", answer="A", images=IMAGES, turns=[{"text": "Look <", "call": call}]
@@ -271,7 +270,10 @@ def test_a_case_tells_what_was_asked_said_called_and_seen():
     text = Pictures(run_of()).case("Title", [("base", one), ("trained", two)])
     assert "<p class=kind>Title</p><h3>Which &lt;one&gt;?</h3><p>truth <b>A</b></p>" in text
     assert re.findall(r"<figcaption>([^<]*)</figcaption>", text) == ["Image 1", "Image 6", "Image 2: crop of Image 1"]
-    assert "<div class=good><h4>base <span>✓ A</span></h4><pre>Look &lt;</pre>" in text
+    assert (
+        "<div class=good><h4>base <span>✓ A</span></h4><pre>Look &lt;</pre><pre class=said>Image 1 &lt;is&gt; a hit</pre><figure>"
+        in text
+    )
     assert "<div class=bad><h4>trained <span>✗ no answer</span></h4><pre>Hm</pre><p class=error>no box</p>" in text
     assert "<p class=error>ended: fault: OSError: full</p>" in text and text.count("class=error") == 2
     assert (

@@ -105,6 +105,21 @@ def test_a_token_tells_its_ratio_where_that_was_logged(made, page, tmp_path):
     assert "ratio 1.2500" in page.inner_text("#tip")
 
 
+def test_a_search_is_shown_with_its_hits_and_a_crop_without_the_line_that_names_it(made, page, tmp_path):
+    _, path, _ = made
+    shutil.copytree(path, tmp_path / "run", ignore=shutil.ignore_patterns("view", "checkpoints"))
+    first = records(path, "train-000001")[0]
+    crop = first["turns"][0]["call"]
+    hits = ["Doc 1(Title: <b>Mole</b>) An animal.", f"Image {crop['images'][0]}: no image, but a hit"]
+    first["turns"][1]["call"] |= {"name": "search", "arguments": {"query": "mole"}, "images": [], "said": hits}
+    (tmp_path / "run" / "trajectories" / "train-000001.jsonl").write_text(json.dumps(first))
+    write_view(tmp_path / "run")
+    look(page, tmp_path / "run", "train-000001/0")
+    tools = page.locator(".turn:has(.status)").all()
+    assert [tool.locator("pre").all_text_contents() for tool in tools] == [[], hits]
+    assert tools[1].locator(".status").text_content() == "search ran"
+
+
 def test_a_group_stands_side_by_side_and_a_held_out_task_before_and_after(made, page):
     _, path, logged = made
     look(page, path, "group/train-000001/9")

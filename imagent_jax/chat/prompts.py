@@ -20,7 +20,8 @@ class Prompt:
         system: the system text.
         with_tools: follows it where the policy has tools.
         tools: texts of tools, by name, in place of those of their docstrings: `description` and, by name, `arguments`. Arguments
-            that are not listed have no description.
+            that are not listed have no description. Of `search`, `passage` is the form of a passage that it found, with
+            {number} (from 1), {title} and {text}.
     """
 
     system: str
@@ -30,6 +31,11 @@ class Prompt:
     def text(self, offers_tools: bool) -> str:
         """Return the system text."""
         return "\n\n".join(part for part in (self.system, self.with_tools if offers_tools else "") if part)
+
+    @property
+    def passage(self) -> str:
+        """The form of a passage that `search` found; by default that of Search-R1."""
+        return self.tools.get("search", {}).get("passage", "Doc {number}(Title: {title}) {text}")
 
     def described(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Return a tool's schema (OpenAI's function form) with the texts of this prompt."""
@@ -68,4 +74,7 @@ def read_prompt(name: str) -> Prompt:
         told = [texts.get("description"), *arguments.values()] if isinstance(arguments, dict) else [None]
         if not all(isinstance(text, str) for text in told):
             raise ValueError(f"In the prompt {path}, {tool} needs a text `description`, and `arguments` maps names to texts.")
+        form = texts.get("passage", "{text}")
+        if not isinstance(form, str) or "{text}" not in form:
+            raise ValueError(f"In the prompt {path}, `passage` of {tool} must be a text that has {{text}} in it.")
     return Prompt(found["system"].strip(), found.get("with_tools", "").strip(), tools)

@@ -25,6 +25,7 @@ from imagent_jax.config.settings import (
     RolloutConfig,
     RunConfig,
     SandboxConfig,
+    SearchConfig,
     ToolsConfig,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SandboxConfig",
+    "SearchConfig",
     "ToolsConfig",
     "import_path",
     "load_config",

@@ -32,6 +32,7 @@ class Config:
     data: sections.DataConfig = sections.DataConfig()
     tools: sections.ToolsConfig = sections.ToolsConfig()
     sandbox: sections.SandboxConfig = sections.SandboxConfig()
+    search: sections.SearchConfig = sections.SearchConfig()
     rollout: sections.RolloutConfig = sections.RolloutConfig()
     reward: sections.RewardConfig = sections.RewardConfig()
     mask: sections.MaskConfig = sections.MaskConfig()

@@ -136,6 +136,27 @@ class SandboxConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """Where the tool 'search' finds passages, and how many it shows."""
+
+    backend: Literal["index", "server", "serper"] = setting(
+        "index", "a folder of `imagent index`, a server that speaks Search-R1's POST /retrieve, or Serper's web search"
+    )
+    path: str = setting("", "index: its folder")
+    url: str = setting("", "server: its full address, such as http://127.0.0.1:8000/retrieve ('' with serper: Serper's own)")
+    key_env: str = setting("SERPER_API_KEY", "serper: environment variable that holds the key")
+    passages: int = setting(3, "passages that a call returns", least=1, most=100)
+    passage_chars: int = setting(500, "characters of a passage's text; the rest is cut", least=1)
+    timeout_s: float = setting(5.0, "seconds a server may take to answer", above=0)
+    record: Literal["auto", "off", "record", "replay"] = setting(
+        "auto",
+        "record keeps every answer and asks nothing twice; replay asks nothing, and what is not recorded is a fault of the "
+        "environment (auto: record with serper, else off)",
+    )
+    recordings: str = setting("recordings", "folder of the answers that are kept")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """The shape of a batch of rollouts."""
 

@@ -27,7 +27,7 @@ from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.policy import Policy
 from imagent_jax.runs.loading import load_policy
-from imagent_jax.tools import tools_by_name
+from imagent_jax.tools import ToolSet
 from imagent_jax.types import Task
 
 SOURCES = ("instructions", "question", "given images", "observation images", "observation text", "earlier output")
@@ -91,7 +91,7 @@ def measure(parts: Policy, tasks: Sequence[Task], tools: bool, seed: int) -> dic
     least a tenth of the rollouts are included; `rollouts` holds how many reach each.
     """
     cfg = parts.cfg if tools else replace(parts.cfg, tools=replace(parts.cfg.tools, names=()))
-    collector = Collector(parts.model, parts.processor, tools_by_name(cfg.tools.names, cfg.sandbox), cfg)
+    collector = Collector(parts.model, parts.processor, parts.tools if tools else ToolSet([]), cfg)
     rollout = collector.collect(parts.params, tasks, group_size=1, seed=seed, temperature=cfg.rollout.temperature,
                              slots=min(len(tasks), cfg.eval.groups))  # fmt: skip
     (start,) = parts.processor.encode(QWEN.turn_open)

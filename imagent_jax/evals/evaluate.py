@@ -78,7 +78,7 @@ def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
         figures = [metrics.get(key) for metrics in columns.values()]
         if key == "time/evaluation" or (key.startswith(("end/", "tools/calls/")) and not any(figures)):
             continue
-        plain = key.startswith(("length", "tools/calls", "tools/invalid"))
+        plain = key.startswith(("length", "tools/calls", "tools/invalid", "tools/time/"))
         table.add_row(key, *("–" if x is None else f"{x:.2f}" if plain else f"{100 * x:.1f} %" for x in figures))
     return table
 

@@ -308,8 +308,13 @@ class PendingCalls:
             images = environment.images
             return result, [prepare(environment, images[number - 1], observed=True) for number in result.images]
 
+        def run() -> CallResult:
+            began = time.perf_counter()
+            result = environment.step(call)
+            return replace(result, seconds=time.perf_counter() - began)
+
         self.calling[row] = call
-        self.pool.submit(row, partial(environment.step, call), seen)
+        self.pool.submit(row, run, seen)
 
     def due(self, engine: Engine) -> dict[int, tuple[CallResult, list[PreparedImage]]]:
         """Return the results that rows get next: those that called first, as soon as they are a quarter of the batch or nothing
@@ -341,7 +346,7 @@ class PendingCalls:
     def _overdue(self, row: int) -> CallResult:
         call = self.calling[row]
         name = call.name if isinstance(call, Call) else "reading a call"
-        return fault(f"{name} ran longer than {self.timeout_s:g} s", call)
+        return replace(fault(f"{name} ran longer than {self.timeout_s:g} s", call), seconds=self.timeout_s)
 
 
 def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:

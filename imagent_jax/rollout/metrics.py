@@ -37,6 +37,7 @@ def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -
 
     Returns:
         `tools/calls/<tool>/<executed|invalid|faulted>`: calls per rollout (`unknown`: the name is unreadable or not in `tools`).
+        `tools/time/<tool>`: mean seconds of a call, failed ones included; absent without calls.
         `tools/earned`: share of the rollouts that are right after at least one executed call, the maximum a tool bonus may pay.
         `length/sampled`: mean number of tokens sampled by the policy.
         `tools/gain`: accuracy of rollouts with an executed call minus that of rollouts without, mean over the groups that have
@@ -48,6 +49,9 @@ def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -
     counts = Counter((call.name if call.name in tools else "unknown", names[call.status]) for call in calls)
     pairs = [(tool, name) for tool in tools for name in names.values()] + [("unknown", "invalid")]
     result = {f"tools/calls/{tool}/{name}": counts[tool, name] / len(flat) for tool, name in pairs}
+    for tool in tools:
+        if seconds := [call.seconds for call in calls if call.name == tool]:
+            result[f"tools/time/{tool}"] = float(np.mean(seconds))
     right, used = (
         [np.asarray([f(t) for t in group], bool) for group in groups] for f in (lambda t: t.right, lambda t: t.executed_calls > 0)
     )

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config
 from imagent_jax.data.check import Progress
 from imagent_jax.data.pipeline import open_tasks
@@ -62,7 +63,7 @@ class Policy:
 
     def __init__(self, cfg: Config, stop: threading.Event | None = None):
         self.cfg = cfg
-        self.tools = tools_by_name(cfg.tools.names, cfg.sandbox)
+        self.tools = tools_by_name(cfg.tools.names, cfg.sandbox, cfg.search, read_prompt(cfg.tools.prompt))
         folder = checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
         found = read_folder(folder)

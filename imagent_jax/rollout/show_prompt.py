@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import SPLITS, check_source, open_tasks
 from imagent_jax.images.prepare import PreparedImage
@@ -29,7 +30,8 @@ def collector_without_weights(cfg: Config) -> Collector:
     folder = checkpoint.resolve(cfg.model.path, weights=False)
     size = read_folder(folder)
     check_images(cfg, size.vision)
-    return Collector(abstract(size)[0], Processor.from_pretrained(folder), tools_by_name(cfg.tools.names, cfg.sandbox), cfg)
+    tools = tools_by_name(cfg.tools.names, cfg.sandbox, cfg.search, read_prompt(cfg.tools.prompt))
+    return Collector(abstract(size)[0], Processor.from_pretrained(folder), tools, cfg)
 
 
 def written(collector: Collector, task: Task) -> str:

@@ -102,6 +102,11 @@ def _shift(box: list[int], by: list[int]) -> list[int]:
     return [box[0] + by[0], box[1] + by[1], box[2] + by[0], box[3] + by[1]]
 
 
+def names_image(line: str, call: dict[str, Any]) -> bool:
+    """Return whether a line of a call's result names one of the images that the call shows."""
+    return any(line == f"Image {n}" or line.startswith(f"Image {n}:") for n in call["images"])
+
+
 class Pictures:
     """Renders cases as HTML; every image file is embedded once."""
 
@@ -168,6 +173,8 @@ class Pictures:
             call = turn["call"]
             if call and call["status"] == "INVALID":
                 parts.append(f"<p class=error>{e(' '.join(call['said']))}</p>")
+            elif call and call["status"] == "EXECUTED":
+                parts += [f"<pre class=said>{e(line)}</pre>" for line in call["said"] if not names_image(line, call)]
             for n in call["images"] if call else ():
                 image = record["images"][n - 1]
                 made = f": {e(image['origin'] or 'made')} of Image {image['parent']}" if "parent" in image else ""

@@ -32,7 +32,7 @@ CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl; {
     "tokens a response": {"length": "length", "sampled": "length/sampled"},
     "seconds a step": {"step": "time/step", "train": "time/train", "decode": "time/decode"},
 }
-PLAIN = ("length", "tools/calls", "tools/invalid")  # metrics that are not shares
+PLAIN = ("length", "tools/calls", "tools/invalid", "tools/time/")  # metrics that are not shares
 
 
 def write_report(path: Path) -> Path:

@@ -1,8 +1,9 @@
-"""Tools of the policy: registry of images, call protocol, the two visual tools, and Python in a sandbox."""
+"""Tools of the policy: registry of images, call protocol, the two visual tools, Python in a sandbox, and search."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from imagent_jax.config import SandboxConfig
+from imagent_jax.chat.prompts import Prompt
+from imagent_jax.config import SandboxConfig, SearchConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.context import ToolContext, ToolSettings, TrajectoryState
@@ -12,6 +13,7 @@ from imagent_jax.tools.protocol import ToolSet
 from imagent_jax.tools.python import python_tool
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest
+from imagent_jax.tools.search import search_tool
 from imagent_jax.tools.visual import ALIASES, VISUAL_TOOLS, to_bbox, to_pixels, visual_confirmation, visual_reflection
 from imagent_jax.types import CallResult, CallStatus, ImageEntry, ImageNumber, ToolError
 
@@ -32,6 +34,7 @@ __all__ = [
     "fault",
     "invalid",
     "python_tool",
+    "search_tool",
     "to_bbox",
     "to_pixels",
     "tool",
@@ -41,30 +44,38 @@ __all__ = [
 ]
 
 
-def tools_by_name(names: Sequence[str], sandbox: SandboxConfig | None = None) -> ToolSet:
+def tools_by_name(
+    names: Sequence[str], sandbox: SandboxConfig | None = None, search: SearchConfig | None = None, prompt: Prompt | None = None
+) -> ToolSet:
     """Return the tool set with these names, in order: shipped tools, or user-defined tools as 'package.module:name'.
 
     Args:
         sandbox: limits of the tool 'python'.
+        search: where the tool 'search' finds passages.
+        prompt: says how passages are shown.
 
     Raises:
         ValueError: unknown name (the message suggests the nearest), a path that cannot be imported or is not a tool, or 'python'
-            where there is no sandbox.
+            where there is no sandbox, or 'search' where `search` names no index or server that can be used.
     """
-    return ToolSet([_named(name, sandbox or SandboxConfig()) for name in names])
+    resources = {
+        "python": lambda: python_tool(sandbox or SandboxConfig()),
+        "search": lambda: search_tool(search or SearchConfig(), (prompt or Prompt("")).passage),
+    }
+    return ToolSet([_named(name, resources) for name in names])
 
 
-def _named(name: str, sandbox: SandboxConfig) -> Tool:
+def _named(name: str, resources: Mapping[str, Callable[[], Tool]]) -> Tool:
     if ":" in name:
         item = import_path(name, "tools.names")
         if not isinstance(item, Tool):
             raise ValueError(f"tools.names {name!r} is not a tool; put @tool above the function.")
         return item
-    if name == "python":
-        return python_tool(sandbox)
+    if name in resources:
+        return resources[name]()
     visual = VISUAL_TOOLS | ALIASES
     if name not in visual:
-        shipped = [*visual, "python"]
+        shipped = [*visual, *resources]
         close = nearest(name, shipped)
         hint = f'did you mean "{close}"?' if close else f"there are {', '.join(shipped)}"
         raise ValueError(f'tools.names: there is no tool "{name}"; {hint}')

@@ -185,7 +185,7 @@ function conversation(t, side) {
     parts.push(h("section", { class: "turn" }, h("div", { class: "who" }, "policy"), tokens(t, all[at].start, all[at].stop)));
     if (!turn.call) return;
     const answer = all[at + 1];
-    const said = turn.call.status === "EXECUTED" ? turn.call.said.filter((line) => !/^Image \d+/.test(line)) : [];
+    const said = turn.call.status === "EXECUTED" ? turn.call.said.filter((line) => !turn.call.images.some((n) => line === `Image ${n}` || line.startsWith(`Image ${n}:`))) : [];
     parts.push(h("section", { class: "turn" }, h("div", { class: "who" }, "tool"), h("div", {},
       h("div", { class: "status" }, outcome(turn.call)),
       said.map((line) => h("pre", {}, line)),
