@@ -255,6 +255,7 @@ def test_rewards_of_ones_own_are_a_list_or_have_weights(tmp_path):
     config = Config.from_dict({"reward": {"custom": {"a:b": 0.5, "c.d:e": -1}}})
     assert config.reward.custom_weights == {"a:b": 0.5, "c.d:e": -1.0}
     assert Config.from_yaml(config.to_yaml()) == config == Config.from_dict(config.to_dict())
+    assert hash(config) == hash(Config.from_dict(config.to_dict()))  # jitted functions take it as a static argument
     (tmp_path / "a.yaml").write_text("reward: {custom: {a:b: 0.5, c.d:e: -1}}")
     assert load_config(tmp_path / "a.yaml") == config
     (tmp_path / "none.yaml").write_text("")

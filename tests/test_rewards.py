@@ -1,10 +1,13 @@
 """Rewards of hand-made trajectories: each kind of function, and what happens when one fails or abstains."""
 
 import asyncio
+import re
+import socketserver
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import List  # noqa: UP035 - as users write it
 
@@ -292,3 +295,28 @@ def test_rewards_are_scored_inside_a_running_loop_as_a_notebook_has_one():
         return score_trajectories([trajectory("8")], {"r": Part(1.0, sleeps)})
 
     assert asyncio.run(cell()) == [{"r": 1.0, "total": 1.0}]
+
+
+class Length(socketserver.StreamRequestHandler):
+    """Replies with the length of a line."""
+
+    def handle(self):
+        self.wfile.write(f"{len(self.rfile.readline().strip())}\n".encode())
+
+
+def test_the_rewards_of_the_page_do_what_it_says(monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    [code] = re.findall(r"```python\n(# mine.py\n.*?)```", page, re.DOTALL)
+    module = ModuleType("mine")
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Length) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        assert code.count('"localhost", 9000') == 1
+        exec(code.replace('"localhost", 9000', f'"127.0.0.1", {server.server_address[1]}'), module.__dict__)
+        monkeypatch.setitem(sys.modules, "mine", module)
+        cfg = RewardConfig(answer=0, format=0, tool_gain=0, custom={"mine:brief": 8.0, "mine:rank": 2.0, "mine:checked": 1.0})
+        ts = [trajectory("7"), trajectory("seven", calls=[RAN])]
+        ts[1].task.meta["limit"] = 100
+        first, second = score_trajectories(ts, reward_functions(cfg))
+        server.shutdown()
+    assert "mine:brief" not in first and first["mine:rank"] == 0.0 and first["mine:checked"] == 1.0 and first["total"] == 1.0
+    assert (second["mine:brief"], second["mine:rank"], second["mine:checked"]) == (1.0, 0.5, 5.0) and second["total"] == 14.0

@@ -4,14 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def setting(default: Any, help: str, **bounds: float) -> Any:
+def setting(default: Any, help: str, hash: bool | None = None, **bounds: float) -> Any:
     """Declare a setting.
 
     Args:
         help: what the setting means, for `--help` and the reference.
+        hash: False for a setting that may be a mapping, which has no hash. A configuration has one: jitted functions need it.
         bounds: its range: `least` and `most` (inclusive), `above` and `below` (exclusive).
     """
-    return field(default=default, metadata={"help": help, "bounds": bounds})
+    return field(default=default, hash=hash, metadata={"help": help, "bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class RewardConfig:
     math_verify: float = setting(0.0, "equal expressions, by math-verify; abstains where the reference is none")
     judge: float = setting(0.0, "score by the model of the section judge")
     custom: dict[str, float] | tuple[str, ...] = setting(
-        (), "your own rewards: 'package.module:function', weight 1, or a mapping from these to weights"
+        (), "your own rewards: 'package.module:function', weight 1, or a mapping from these to weights", hash=False
     )
     concurrency: int = setting(16, "calls of async rewards that run at once", least=1)
     timeout_s: float = setting(60.0, "seconds a call of an async reward of your own may take", above=0)
