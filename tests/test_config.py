@@ -281,10 +281,11 @@ def test_settings_that_do_not_go_together_are_refused():
     assert Config.from_dict(nested({"grpo.minibatches": 16}))
     assert refused("an update needs a group at least.", grpo__minibatches=17).startswith(
         "grpo.minibatches is 17, more than rollout.groups 16;")  # fmt: skip
-    tower = "rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.merger."
+    tower = "rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.tower and lora.merger."
     assert Config.from_dict(nested({"rollout.overlap": True})) and Config.from_dict(nested({"model.freeze_vision": False}))
     refused(tower, rollout__overlap=True, model__freeze_vision=False)
     refused(tower, rollout__overlap=True, lora__merger=True)
+    refused(tower, rollout__overlap=True, lora__tower=True)
     refused("set grpo.recompute true.", mask__observations="keep")
     assert Config.from_dict(nested({"mask.observations": "keep", "grpo.recompute": True}))
     for name in ("", " "):
@@ -295,9 +296,13 @@ def test_settings_that_do_not_go_together_are_refused():
         refused("(what is left); give the others a size.", **{one: -1, other: -1})
     for adapted in ({"lora.rank": 1}, {"lora.path": "somewhere"}):
         assert Config.from_dict(nested(adapted)).lora.on
-        assert "with LoRA" in refused("set lora.merger to adapt the vision merger.", **adapted, model__freeze_vision=False)
+        assert "with LoRA" in refused(
+            "lora.tower or lora.merger to adapt the vision tower or its merger.", **adapted, model__freeze_vision=False
+        )
     assert not Config().lora.on
-    assert refused("up_proj, down_proj.", lora__targets=["q_prog"]).startswith("lora.targets is 'q_prog'; it must be a list of")
+    assert refused("linear_fc1, linear_fc2.", lora__targets=["q_prog"]).startswith(
+        "lora.targets is 'q_prog'; it must be a list of"
+    )
     assert refused("or set lora.merger true.", lora__targets=[]) and Config.from_dict(
         nested({"lora.targets": [], "lora.merger": True})
     )

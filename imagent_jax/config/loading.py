@@ -99,8 +99,10 @@ class Config:
                 f"grpo.minibatches is {self.grpo.minibatches}, more than rollout.groups {self.rollout.groups}; an update needs a "
                 "group at least."
             )
-        if self.rollout.overlap and not (self.model.freeze_vision and not self.lora.merger):
-            raise ValueError("rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.merger.")
+        if self.rollout.overlap and (not self.model.freeze_vision or self.lora.merger or self.lora.tower):
+            raise ValueError(
+                "rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.tower and lora.merger."
+            )
         if self.mask.observations == "keep" and not self.grpo.recompute:
             raise ValueError(
                 "mask.observations is 'keep', but a sampler has no log-probabilities of observations; set grpo.recompute true."
@@ -116,7 +118,7 @@ class Config:
         if self.lora.on and not self.model.freeze_vision:
             raise ValueError(
                 "model.freeze_vision is false, but with LoRA the model's own weights stay as they are; leave it true, and set "
-                "lora.merger to adapt the vision merger."
+                "lora.tower or lora.merger to adapt the vision tower or its merger."
             )
         if "python" in self.tools.names and self.sandbox.wall_s >= self.tools.timeout_s:
             raise ValueError(

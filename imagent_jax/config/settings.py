@@ -59,12 +59,17 @@ class LoraConfig:
 
     rank: int = setting(0, "inner width of the adapters (0: none, the weights themselves are trained)", least=0)
     alpha: float = setting(32.0, "adapters are scaled by alpha / rank", above=0)
-    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = setting(
+    targets: tuple[
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "proj", "fc1", "fc2",
+                "linear_fc1", "linear_fc2"], ...
+    ] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "matrices of every decoder layer that are adapted",
-    )
+        "names of the matrices that are adapted, in every layer; from qkv on, they are the vision tower's",
+    )  # fmt: skip
+    tower: bool = setting(False, "targets are the vision tower's matrices too (of Qwen2.5-VL, gate_proj, up_proj, down_proj)")
     merger: bool = setting(False, "adapt the vision merger too")
-    path: str = setting("", "folder of a PEFT adapter to begin with; then its rank, alpha and targets count")
+    modules_to_save: tuple[str, ...] = setting((), "modules trained and saved whole, as in PEFT, such as merger or lm_head")
+    path: str = setting("", "folder of a PEFT adapter to begin with; it then says what is adapted, and how")
 
     @property
     def on(self) -> bool:

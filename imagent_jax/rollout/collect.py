@@ -20,6 +20,7 @@ from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config, ToolsConfig
 from imagent_jax.distributed import processes
 from imagent_jax.images.prepare import PreparedImage
+from imagent_jax.model import lora
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
@@ -163,7 +164,7 @@ class Collector:
 
     def _engine(self, params, slots: int, group_size: int, packs: int) -> Engine:
         """Return an engine on the current mesh. The first of its shape compiles its programs."""
-        r, frozen = self.cfg.rollout, self.cfg.model.freeze_vision and not self.cfg.lora.merger
+        r, frozen = self.cfg.rollout, self.cfg.model.freeze_vision and not lora.adapts_vision(params)
         store = FeatureStore(self.model, params, self.cfg.images.pack_blocks, packs, frozen=frozen)
         shape = EngineShape(slots, group_size, r.prompt_tokens, r.response_tokens, r.observation_tokens, r.decode_chunk)
         compiled = (shape, store.features.shape)
