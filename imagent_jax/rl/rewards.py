@@ -135,7 +135,7 @@ def takes_list(function: Reward) -> bool:
         first = next(iter(inspect.signature(function).parameters.values()))
     except (ValueError, TypeError, StopIteration):  # some built-in functions; no parameter
         return False
-    name = first.annotation if isinstance(first.annotation, str) else str(getattr(first.annotation, "__name__", first.annotation))
+    name = str(getattr(first.annotation, "__name__", first.annotation))
     return name.partition("[")[0].rpartition(".")[2].lower() in ("list", "sequence")
 
 
