@@ -86,7 +86,7 @@ class Run:
         console.print(f"Writes to {folder.path}: {files}. Ctrl-C saves and stops.")
         with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)") as status:
             check_source(cfg.data)
-            self.rewards = reward_functions(cfg.reward)  # a bad path is refused before any compute is spent
+            self.rewards = reward_functions(cfg.reward, cfg.judge)  # bad settings are refused before any compute is spent
             self.policy = policy = Policy(cfg, interrupt.stop)
             splits = [policy.open_tasks(split, progress_on(console, status)) for split in ("train", "test")[: 1 + self.evaluates]]
         folder.log_faults([fault for tasks in splits for fault in tasks.faults])

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imagent_jax.scoring import score
+from imagent_jax.scoring import SCORERS, is_right, score
 
-ANSWER_TYPES = ("exact", "choice", "number", "f1")
+ANSWER_TYPES = tuple(SCORERS)
 
 
 class Markup(str):
@@ -255,12 +255,20 @@ class Trajectory:
         Raises:
             ValueError: the task's reference is not of its answer type.
         """
-        return max(score(self.answer, reference, self.task.answer_type) for reference in self.task.answers)
+        return self.scored_as(self.task.answer_type)
+
+    def scored_as(self, answer_type: str) -> float:
+        """Return the score by another answer type than the task's own; see `score`.
+
+        Raises:
+            BadReference: a reference is not of that type.
+        """
+        return max(score(self.answer, reference, answer_type) for reference in self.task.answers)
 
     @property
     def right(self) -> bool:
-        """Whether the answer is wholly right."""
-        return self.score == 1.0
+        """Whether the answer is right: wholly, or a box well enough (`scoring.is_right`)."""
+        return is_right(self.score, self.task.answer_type)
 
     def _calls(self, status: CallStatus) -> int:
         return sum(turn.call is not None and turn.call.status == status for turn in self.turns)

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -107,7 +108,7 @@ class Case:
         params = jax.tree.map(lambda x: rng.normal(0.1, x.shape[-1] ** -0.5, x.shape).astype(x.dtype), shapes)
         params = jax.tree.map(jnp.asarray, params)
         if rank := cfg.lora.rank:
-            self.model, params = lora.attach(self.model, params, rank=rank, alpha=rank, targets=cfg.lora.targets)
+            self.model, params = lora.attach(self.model, params, replace(cfg.lora, alpha=float(rank)))
             adapters, base = nnx.split_state(params, nnx.LoRAParam, ...)  # fresh, half of their gradients are zero
             params = nnx.merge_state(jax.tree.map(lambda x: x + 0.1, adapters), base)
         self.params = jax.device_put(params, None if self.mesh is None else shardings(params, self.mesh))

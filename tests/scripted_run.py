@@ -21,7 +21,7 @@ from imagent_jax.model.families import read_folder
 from imagent_jax.model.interleave import Encoded
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.vlm import Model, abstract
-from imagent_jax.rl.rewards import reward_functions, score_trajectory
+from imagent_jax.rl.rewards import reward_functions, score_trajectories
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.episode import Episode
 from imagent_jax.rollout.metrics import summarise
@@ -167,7 +167,7 @@ def make_run(folder: Path, steps: int = 3):
     for step in range(1, steps + 1):
         asked = tasks[2 * step - 2 : 2 * step]
         groups = [[play(collector, t, g, texts) for g, texts in enumerate(scripts(t))] for t in asked]
-        rewards = [[score_trajectory(t, reward_functions(cfg.reward)) for t in group] for group in groups]
+        rewards = [score_trajectories(group, reward_functions(cfg.reward)) for group in groups]
         totals = np.asarray([[r["total"] for r in group] for group in rewards])
         advantages = (totals - totals.mean(1, keepdims=True)) / totals.std(1, keepdims=True)
         log.write(step, groups, rewards, advantages)

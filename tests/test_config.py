@@ -150,24 +150,24 @@ AT_LEAST_ONE = (
     "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
     "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
     "grpo.minibatches", "grpo.micro_groups", "grpo.length_buckets", "eval.during",
-    "eval.groups", "model.logprob_chunk", "distributed.timeout_s", "sandbox.cpu_s", "sandbox.disk_mb", "sandbox.printed",
-    "search.passage_chars",
+    "eval.groups", "model.logprob_chunk", "distributed.timeout_s", "reward.concurrency", "judge.concurrency",
+    "sandbox.cpu_s", "sandbox.disk_mb", "sandbox.printed", "search.passage_chars",
 )  # fmt: skip
 ABOVE_ZERO = (
     "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
-    "grpo.importance_cap", "lora.alpha", "sandbox.wall_s", "search.timeout_s",
+    "grpo.importance_cap", "lora.alpha", "sandbox.wall_s", "reward.timeout_s", "judge.timeout_s", "search.timeout_s",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every",
     "eval.tasks", "grpo.kl", "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank",
-    "distributed.num_processes",
+    "distributed.num_processes", "judge.retries",
 )  # fmt: skip
 BELOW_ONE = ["optim.b1", "optim.b2", "grpo.clip_low"]
 MESH = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
 PAIRS = [("images.min_pixels", "images.max_pixels"), ("tools.low_pixels", "tools.high_pixels"),
          ("tools.confirm_min_pixels", "tools.confirm_max_pixels")]  # fmt: skip
 FREE = ["run.seed", "data.seed", "reward.answer", "reward.format", "reward.tool_gain", "eval.seed",
-        "distributed.process_id"]  # fmt: skip
+        "reward.iou", "reward.point_in_box", "reward.set_f1", "reward.math_verify", "distributed.process_id"]  # fmt: skip
 
 
 def nested(settings: dict) -> dict:
@@ -199,6 +199,7 @@ def test_every_number_has_a_range_or_needs_none():
         "sandbox.memory_mb",
         "sandbox.files",
         "search.passages",
+        "reward.judge",
     ]
     assert sorted(numbers) == sorted(ranged)
     for dotted in FREE:
@@ -246,8 +247,34 @@ def test_settings_with_which_nothing_is_learned_are_refused():
     none = {"reward__answer": 0, "reward__format": 0, "reward__tool_gain": 0}
     assert refused("give one reward a weight.", **none).startswith("Every weight of reward is 0, so that no rollout is better")
     assert refused("give one reward a weight.", **none | {"reward__custom": []})
-    for one in ({"reward__answer": 0.5}, {"reward__format": -1.0}, {"reward__tool_gain": 1}, {"reward__custom": ["a.b:c"]}):
+    for one in ({"reward__answer": 0.5}, {"reward__format": -1.0}, {"reward__tool_gain": 1}, {"reward__custom": ["a.b:c"]},
+                {"reward__iou": 1}, {"reward__custom": {"a.b:c": 0.5}}, {"reward__judge": 1, "judge__model": "m"}):  # fmt: skip
         assert Config.from_dict(nested({k.replace("__", "."): v for k, v in (none | one).items()}))
+
+
+def test_rewards_of_ones_own_are_a_list_or_have_weights(tmp_path):
+    weights = Config.from_dict({"reward": {"custom": ["a:b", "c.d:e"]}}).reward.custom_weights
+    assert weights == {"a:b": 1.0, "c.d:e": 1.0}
+    config = Config.from_dict({"reward": {"custom": {"a:b": 0.5, "c.d:e": -1}}})
+    assert config.reward.custom_weights == {"a:b": 0.5, "c.d:e": -1.0}
+    assert Config.from_yaml(config.to_yaml()) == config == Config.from_dict(config.to_dict())
+    assert hash(config) == hash(Config.from_dict(config.to_dict()))  # jitted functions take it as a static argument
+    (tmp_path / "a.yaml").write_text("reward: {custom: {a:b: 0.5, c.d:e: -1}}")
+    assert load_config(tmp_path / "a.yaml") == config
+    (tmp_path / "none.yaml").write_text("")
+    for word in ('{"a:b": 0.5, "c.d:e": -1}', "{a:b: 0.5, c.d:e: -1}"):
+        assert read_args([f"--config={tmp_path / 'none.yaml'}", f"--reward.custom={word}"]) == config
+    for wrong in (3, {"a:b": "much"}, [1]):
+        said_of_it = refused(
+            "it must be a list of names or a mapping from names to numbers, such as {a: 0.5}.", reward__custom=wrong
+        )
+        assert said_of_it.startswith("reward.custom is ")
+    none = {"reward__answer": 0, "reward__format": 0, "reward__tool_gain": 0, "reward__custom": {"a:b": 0}}
+    refused("give one reward a weight.", **none)
+    for weight in (float("nan"), float("inf")):
+        sentence = refused("it must be a finite number.", reward__custom={"a:b": weight})
+        assert sentence == f"reward.custom gives 'a:b' the weight {weight}; it must be a finite number."
+    assert refused("name the model on the server judge.base_url.", reward__judge=0.5).startswith("reward.judge has a weight, but")
 
 
 def test_settings_that_do_not_go_together_are_refused():
@@ -257,10 +284,11 @@ def test_settings_that_do_not_go_together_are_refused():
     assert Config.from_dict(nested({"grpo.minibatches": 16}))
     assert refused("an update needs a group at least.", grpo__minibatches=17).startswith(
         "grpo.minibatches is 17, more than rollout.groups 16;")  # fmt: skip
-    tower = "rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.merger."
+    tower = "rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.tower and lora.merger."
     assert Config.from_dict(nested({"rollout.overlap": True})) and Config.from_dict(nested({"model.freeze_vision": False}))
     refused(tower, rollout__overlap=True, model__freeze_vision=False)
     refused(tower, rollout__overlap=True, lora__merger=True)
+    refused(tower, rollout__overlap=True, lora__tower=True)
     refused("set grpo.recompute true.", mask__observations="keep")
     assert Config.from_dict(nested({"mask.observations": "keep", "grpo.recompute": True}))
     for name in ("", " "):
@@ -271,9 +299,13 @@ def test_settings_that_do_not_go_together_are_refused():
         refused("(what is left); give the others a size.", **{one: -1, other: -1})
     for adapted in ({"lora.rank": 1}, {"lora.path": "somewhere"}):
         assert Config.from_dict(nested(adapted)).lora.on
-        assert "with LoRA" in refused("set lora.merger to adapt the vision merger.", **adapted, model__freeze_vision=False)
+        assert "with LoRA" in refused(
+            "lora.tower or lora.merger to adapt the vision tower or its merger.", **adapted, model__freeze_vision=False
+        )
     assert not Config().lora.on
-    assert refused("up_proj, down_proj.", lora__targets=["q_prog"]).startswith("lora.targets is 'q_prog'; it must be a list of")
+    assert refused("linear_fc1, linear_fc2.", lora__targets=["q_prog"]).startswith(
+        "lora.targets is 'q_prog'; it must be a list of"
+    )
     assert refused("or set lora.merger true.", lora__targets=[]) and Config.from_dict(
         nested({"lora.targets": [], "lora.merger": True})
     )

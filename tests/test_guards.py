@@ -319,6 +319,11 @@ def test_tools_given_up_are_told_in_figures():
          [(10, {}), (10, {"tools__calls__crop__invalid": 3.0, "tools__calls__crop__faulted": 0.001})], "75 %"),
         ("calls_faulted", [(1, {"tools__calls__crop__faulted": 0.0203, "tools__calls__crop__invalid": 0.01})],
          [(1, {"tools__calls__crop__faulted": 0.0205})], "2 % of the calls of crop end with an environment error"),
+        ("rewards_abstain", [(9, {"reward__mine:it__abstained": 1.0}), (1, {"reward__mine:it__abstained": 0.9})],
+         [(5, {}), (10, {"reward__mine:it__abstained": 1.0})],
+         "^The reward mine:it abstains for every rollout and is no part of the sum.$"),
+        ("rewards_abstain", [(9, {"rewards__unpaid": 1.0}), (10, {})],
+         [(9, {}), (1, {"rewards__unpaid": 0.5})], "^Every reward with a weight abstains for 5 % of the rollouts, which"),
         ("rewards_failed", [(1, {"rewards__failed": 0.02})], [(5, {}), (5, {"rewards__failed": 0.1})],
          "fails for 5 % of the rollouts"),
     ],
@@ -336,11 +341,11 @@ def test_refused_calls_are_the_cause_where_most_is_masked():
     assert (
         guards.watch([]) == {}
         and list(guards.GUARDS) == [g.__name__ for g in guards.GUARDS.values()]
-        and len(guards.GUARDS) == 11
+        and len(guards.GUARDS) == 12
     )
 
 
-@pytest.mark.parametrize("cause", [{"rewards__failed": 0.5}, {"tools__calls__crop__faulted": 1.0}])
+@pytest.mark.parametrize("cause", [{"rewards__failed": 0.5}, {"rewards__unpaid": 0.5}, {"tools__calls__crop__faulted": 1.0}])
 def test_a_warning_hides_another_only_where_both_name_the_same_cause(cause):
     faults = {"mask__dropped_tokens": 0.9, "mask__dropped_tokens__invalid_call": 0.3, "mask__dropped_tokens__fault": 0.6}
     (name,) = warns((10, cause))

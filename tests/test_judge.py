@@ -1,5 +1,6 @@
 """`judge`: rewards, advantages, ends and metrics of hand-made groups under settings other than the defaults."""
 
+import dataclasses
 import sys
 from types import ModuleType
 
@@ -10,7 +11,7 @@ from scripted_run import finished, play, scripts
 from test_prefetch import Batch
 
 from imagent_jax.model.features import EncodedImages
-from imagent_jax.rl.judge import judge
+from imagent_jax.rl.judge import UNPAID, judge
 from imagent_jax.rl.rewards import reward_functions
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.rollout.collect import Collector
@@ -124,7 +125,7 @@ def test_every_metric_of_a_judged_batch(rolled):
     own = {
         "reward/answer": 3 / 8, "reward/format": 4 / 8, "reward/tool_gain": 1 / 8, "reward/total": np.mean(TOTALS),
         "reward/my_rewards:picky": (1 + 3 + 0 + 1 + 2 + 3) / 64, "groups/flat": 0.0, "groups/std": np.mean(deviations),
-        "rewards/failed": 1 / 8,
+        "rewards/failed": 1 / 8, "rewards/unpaid": 0.0, "reward/my_rewards:picky/abstained": 0.0,
     }  # fmt: skip
     use = {"tools/calls/visual_confirmation/executed": 1 / 8, "tools/calls/visual_confirmation/invalid": 1 / 8,
            "tools/calls/visual_confirmation/faulted": 0.0, "tools/calls/unknown/invalid": 0.0, "tools/earned": 1 / 8,
@@ -132,6 +133,39 @@ def test_every_metric_of_a_judged_batch(rolled):
     assert call_metrics(rolled.trajectories, ["visual_confirmation"]) == pytest.approx(use)
     assert metrics == pytest.approx(own | use | summarise(flat))
     assert metrics["end/fault"] == 1 / 8 and metrics["end/answered"] == 5 / 8 and metrics["accuracy"] == 4 / 8
+
+
+def test_a_reward_that_abstains_is_left_out_of_sums_and_means(rolled):
+    picky = sys.modules["my_rewards"].picky
+    sys.modules["my_rewards"].picky = lambda t: None if t.task is B and t.rollout in (1, 2) else picky(t)
+    rewards, advantages, parts, metrics = judged(settings(), rolled)
+    totals = np.float32([TOTALS[0], [2.75, 0.0, 2.0, 0.875]])
+    np.testing.assert_array_equal(rewards, totals)
+    np.testing.assert_allclose(advantages[1], (totals[1] - totals[1].mean()) / totals[1].std(), rtol=1e-6)
+    assert "my_rewards:picky" not in parts[1][1] and parts[1][1]["total"] == 0.0
+    assert metrics["reward/my_rewards:picky"] == pytest.approx((0 + 1 + 0 + 3 + 0 + 3) / 8 / 6)
+    assert metrics["reward/my_rewards:picky/abstained"] == 2 / 8 and metrics["rewards/unpaid"] == 0.0
+
+
+def test_a_rollout_for_which_all_abstain_neither_trains_nor_counts(rolled):
+    sys.modules["my_rewards"].picky = lambda t: None if (t.task.uid, t.rollout) == ("a", 1) else t.rollout / 8
+    cfg = settings()
+    cfg = dataclasses.replace(cfg, reward=dataclasses.replace(cfg.reward, answer=0.0, format=0.0, tool_gain=0.0))
+    found = judge(cfg, rolled, reward_functions(cfg.reward))
+    t, (first, _) = rolled.trajectories[0][1], found.advantages
+    assert t.end == EndReason.FAULT and t.error == UNPAID and found.faults == {"rewards": "every reward with a weight abstained"}
+    counted = np.asarray([0, 2, 3]) / 8
+    np.testing.assert_allclose(np.delete(first, 1), (counted - counted.mean()) / counted.std(), rtol=1e-6)
+    assert first[1] == 0 and found.metrics["rewards/unpaid"] == 1 / 8 and found.metrics["rewards/failed"] == 0.0
+    assert found.parts[0][1] == {"answer": 0.0, "format": 1.0, "tool_gain": 0.0, "total": 0.0}
+
+
+def test_a_batch_for_which_all_abstain_stops(rolled):
+    sys.modules["my_rewards"].picky = lambda t: None
+    cfg = settings()
+    cfg = dataclasses.replace(cfg, reward=dataclasses.replace(cfg.reward, answer=0.0, format=0.0, tool_gain=0.0))
+    with pytest.raises(ValueError, match="8 of them on rewards: every reward with a weight abstained"):
+        judge(cfg, rolled, reward_functions(cfg.reward))
 
 
 def test_a_group_without_spread_is_flat(rolled):

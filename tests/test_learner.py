@@ -18,6 +18,7 @@ from scipy.special import log_softmax, softmax
 from test_engine_oracle import inverse_transform
 from test_mask import trains
 
+from imagent_jax.config import LoraConfig
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import lora
 from imagent_jax.model.families import read_config
@@ -239,9 +240,7 @@ def test_two_updates_are_those_done_by_hand(toy, case):
     """Parameters and every metric. The reference and the features of the rollout are of parameters of their own."""
     cfg, (model, params) = config_of(case), toy
     if cfg.lora.on:
-        model, params = lora.attach(
-            model, params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets, merger=cfg.lora.merger
-        )
+        model, params = lora.attach(model, params, cfg.lora)
         params = shifted(params, 7)
     trained = nnx.LoRAParam if cfg.lora.on else nnx.Not(nnx.PathContains("vision")) if cfg.model.freeze_vision else ...
     reference = shifted(params, 8)
@@ -322,7 +321,7 @@ def test_the_reference_is_a_copy_of_the_starting_policy(toy):
 
 
 def test_what_is_trained_follows_from_adapters_and_the_frozen_tower(toy):
-    model, params = lora.attach(*toy, rank=2, alpha=1.0, targets=("q_proj",), merger=True)
+    model, params = lora.attach(*toy, LoraConfig(rank=2, alpha=1.0, targets=("q_proj",), merger=True))
 
     def names(**sections) -> set[str]:
         trainer = Learner(model, small_config(**sections), OPTIMIZER, MaskTables(None, None, None))

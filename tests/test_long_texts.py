@@ -18,9 +18,13 @@ RUNS = (
     *" \t\n\u3000\u00a0.,-+_|<>/\\()[]{}\"'=:09aAxé红ก。，\u0301\u200b\u2019²\u0660",
     "<answer>", "</answer>", "<tool_call>", "</tool_call>",
     "<|im_end|>", "\u0301\u0323", "1,", "1\u202f", "image ", "the ", "<|", " <", '\\"', "[1,", '{"a":', "é.",
+    "1,2,3,4,", "[1,2,3,4],", "(1,2),", ";", "、", "`", "$",
 )  # fmt: skip
 """Each character and marker that an expression of these modules treats apart, and characters of other scripts."""
-REFERENCES = {"exact": ("", "red"), "choice": ("image", "B"), "number": ("-1", "1,234"), "f1": ("a", "the 红 bus")}
+REFERENCES = {"exact": ("", "red"), "choice": ("image", "B"), "number": ("-1", "1,234"), "f1": ("a", "the 红 bus"),
+              "set_f1": ("a", "the 红 bus"), "set": ("a,", "a; 红"), "box": ("1,", "[0, 0, 1, 1]"),
+              "point": ("1,", "[0, 0, 1, 1]"),
+              "math": ("1+", "1")}  # fmt: skip
 """What stands before a run in an answer, and a reference, by answer type."""
 
 

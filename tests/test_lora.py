@@ -1,13 +1,18 @@
 """LoRA: what adapters change and what they leave alone, PEFT's files in both directions, training, export, settings."""
 
 import contextlib
+import copy
+import functools
 import json
+import re
+from dataclasses import replace
 
 import hf_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from conftest import small_config
 from flax import nnx
 from hf_oracle import tiny_model
@@ -18,6 +23,7 @@ from test_model_parity import batch as padded
 
 from imagent_jax import train as job
 from imagent_jax.config import Config
+from imagent_jax.config import LoraConfig as Adapters
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.sharding import shardings
@@ -31,7 +37,8 @@ from imagent_jax.tiny.base import base_folder
 from imagent_jax.types import EndReason, TokenKind
 
 SAMPLES = samples_of("images between texts") + samples_of("no image")
-MERGER_TOO = {"rank": 4, "alpha": 8.0, "targets": tuple(lora.TARGETS), "merger": True}
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MERGER_TOO = {"rank": 4, "alpha": 8.0, "targets": TARGETS, "merger": True}
 ATTENTION = {"rank": 2, "alpha": 3.0, "targets": ("q_proj", "v_proj")}
 
 
@@ -76,7 +83,7 @@ def flat(params) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("settings", [MERGER_TOO, ATTENTION], ids=["all", "attention"])
 def test_fresh_adapters_change_no_logit(base, settings):
-    model, params = lora.attach(*base, **settings)
+    model, params = lora.attach(*base, Adapters(**settings))
     np.testing.assert_array_equal(logits(model, params), logits(*base))
     added = flat(params).keys() - flat(base[1]).keys()
     assert len(added) == 2 * (len(settings["targets"]) + 2 * settings.get("merger", False))
@@ -89,7 +96,7 @@ def test_fresh_adapters_change_no_logit(base, settings):
 
 def test_a_seed_gives_its_own_adapters_and_every_matrix_others(base):
     def fresh(seed):
-        return flat(lora.attach(*base, **MERGER_TOO, seed=seed)[1])
+        return flat(lora.attach(*base, Adapters(**MERGER_TOO), seed)[1])
 
     one, again, other = fresh(3), fresh(3), fresh(4)
     names = [name for name in one if name.endswith("_lora_a")]
@@ -99,20 +106,20 @@ def test_a_seed_gives_its_own_adapters_and_every_matrix_others(base):
 
 
 def test_the_merger_can_be_adapted_alone(base, tmp_path):
-    model, params = lora.attach(*base, rank=2, alpha=3.0, targets=(), merger=True)
+    model, params = lora.attach(*base, Adapters(rank=2, alpha=3.0, targets=(), merger=True))
     params = shaken(params)
     added = flat(params).keys() - flat(base[1]).keys()
     assert added == {f"vision.merge_fc{i}_lora_{half}" for i in (1, 2) for half in "ab"}
     lora.save(tmp_path, model, params)
     again = flat(lora.load(tmp_path, *base)[1])
     assert all(np.array_equal(again[name], flat(params)[name]) for name in added)
-    with pytest.raises(ValueError, match="there is nothing to adapt"):
-        lora.attach(*base, rank=2, alpha=3.0, targets=())
+    with pytest.raises(ValueError, match="There is nothing to adapt"):
+        lora.attach(*base, Adapters(rank=2, alpha=3.0, targets=()))
 
 
 @pytest.mark.slow(3)
 def test_merged_weights_give_the_logits_of_the_adapters(base):
-    model, params = lora.attach(*base, **MERGER_TOO)
+    model, params = lora.attach(*base, Adapters(**MERGER_TOO))
     params = shaken(params)
     merged_model, merged = lora.merge(model, params)
     ours = logits(model, params)
@@ -124,13 +131,13 @@ def test_merged_weights_give_the_logits_of_the_adapters(base):
 
 
 def test_adapters_are_float32_beside_a_bfloat16_base(folder):
-    model, params = lora.attach(*checkpoint.load(folder, param_dtype="bfloat16"), **ATTENTION)
+    model, params = lora.attach(*checkpoint.load(folder, param_dtype="bfloat16"), Adapters(**ATTENTION))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.split_state(params, nnx.LoRAParam, ...)[0])} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(lora.merge(model, params)[1])} == {jnp.dtype("bfloat16")}
 
 
 def test_every_adapter_has_a_place_on_the_mesh(base):
-    _, params = lora.attach(*base, **MERGER_TOO)
+    _, params = lora.attach(*base, Adapters(**MERGER_TOO))
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
     specs = flat_specs(shardings(params, mesh))
     assert specs["text.layers.gate_lora_a"] == (None, "fsdp", None) and specs["text.layers.gate_lora_b"] == (None, None, "tensor")
@@ -148,7 +155,7 @@ def flat_specs(params) -> dict[str, tuple]:
 def test_peft_loads_what_we_save_and_gives_our_logits(tmp_path_factory, tmp_path, settings, family):
     theirs = tiny_model(family=family)
     base = checkpoint.load(hf_oracle.save_checkpoint(theirs, tmp_path_factory.mktemp(family)), vision_block=BLOCK)
-    model, params = lora.attach(*base, **settings)
+    model, params = lora.attach(*base, Adapters(**settings))
     params = shaken(params)
     lora.save(tmp_path, model, params, base="somewhere/qwen2-vl")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -169,7 +176,7 @@ def test_peft_loads_what_we_save_and_gives_our_logits(tmp_path_factory, tmp_path
 )
 def test_the_saved_alpha_is_that_of_the_adapters(base, tmp_path, change, alpha):
     """As attached, and as loaded; alpha / rank is the scale, that of rank-stabilised ones alpha / sqrt(rank)."""
-    lora.save(tmp_path, *lora.attach(*base, **ATTENTION), base="somewhere/qwen2-vl")
+    lora.save(tmp_path, *lora.attach(*base, Adapters(**ATTENTION)), base="somewhere/qwen2-vl")
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     lora.save(tmp_path / "again", *lora.load(tmp_path, *base), base="elsewhere")
@@ -179,7 +186,7 @@ def test_the_saved_alpha_is_that_of_the_adapters(base, tmp_path, change, alpha):
 
 
 def test_of_many_faults_of_an_adapter_eight_are_named(base, tmp_path):
-    lora.save(tmp_path, *lora.attach(*base, **ATTENTION))
+    lora.save(tmp_path, *lora.attach(*base, Adapters(**ATTENTION)))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(
         {name.replace("lora_B", "lora_C"): tensor for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors"
@@ -190,7 +197,7 @@ def test_of_many_faults_of_an_adapter_eight_are_named(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("targets", "rslora"), [(["q_proj", "down_proj"], False), ([*lora.TARGETS, "merger.mlp.0", "merger.mlp.2"], True)]
+    ("targets", "rslora"), [(["q_proj", "down_proj"], False), ([*TARGETS, "merger.mlp.0", "merger.mlp.2"], True)]
 )
 def test_what_peft_writes_loads_here(base, tmp_path, targets, rslora):
     theirs = tiny_model()
@@ -201,8 +208,129 @@ def test_what_peft_writes_loads_here(base, tmp_path, targets, rslora):
     assert np.abs(ours - reference_logits(theirs)).max() <= 1e-4 and np.abs(ours - logits(*base)).max() > 0.1
 
 
+EVERYTHING = {
+    "qwen2_vl": ["qkv", "proj", "fc1", "fc2"], "qwen2_5_vl": ["qkv", "proj"],
+    "qwen3_vl": ["qkv", "proj", "linear_fc1", "linear_fc2"],
+}  # fmt: skip
+"""Names of the tower's matrices beside the usual seven."""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """By family, a model of transformers' and ours of its weights."""
+
+    @functools.cache
+    def made(family):
+        theirs = tiny_model(family=family)
+        return theirs, checkpoint.load(hf_oracle.save_checkpoint(theirs, tmp_path_factory.mktemp(family)), vision_block=BLOCK)
+
+    return made
+
+
+def vision_modules(tensors) -> set[str]:
+    """Modules of the tower that have adapters, without numbers of layers."""
+    found = (name.partition("visual.")[2].partition(".lora_") for name in tensors if "visual" in name)
+    return {re.sub(r"\.\d+\.", ".N.", module) for module, adapter, _ in found if adapter}
+
+
+@pytest.mark.parametrize("modules", [None, ["merger", "lm_head"], ["embed_tokens", "input_layernorm", "patch_embed"]])
+@pytest.mark.parametrize("family", list(EVERYTHING))
+def test_adapters_of_the_usual_seven_names_and_whole_modules_of_peft_load_here(bases, tmp_path, family, modules):
+    """The seven match the tower of Qwen2.5-VL too. Adapters and whole modules are random."""
+    theirs, base = bases(family)
+    made = get_peft_model(copy.deepcopy(theirs), LoraConfig(r=4, lora_alpha=4, target_modules=[*TARGETS], modules_to_save=modules,
+                                                            init_lora_weights=False))  # fmt: skip
+    torch.manual_seed(3)
+    for name, parameter in made.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    made.save_pretrained(tmp_path)
+    seven = {f"blocks.N.mlp.{name}_proj" for name in ("gate", "up", "down")} if family == "qwen2_5_vl" else set()
+    assert vision_modules(load_file(tmp_path / "adapter_model.safetensors")) == seven
+    model, params = lora.load(tmp_path, *base)
+    ours = logits(model, params)
+    assert np.abs(ours - reference_logits(made)).max() <= 1e-4 and np.abs(ours - logits(*base)).max() > 0.1
+    assert lora.adapts_vision(params) == bool(seven or modules)
+    merged_model, merged = lora.merge(model, params)
+    assert merged_model == base[0] and np.abs(logits(merged_model, merged) - ours).max() <= 1e-4
+    lora.save(tmp_path / "again", model, params)
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert again.keys() == written.keys() and all(np.array_equal(again[name], written[name]) for name in again)
+
+
+@pytest.mark.parametrize("family", list(EVERYTHING))
+def test_peft_loads_adapters_of_the_whole_tower_and_whole_modules(bases, tmp_path, family):
+    theirs, base = bases(family)
+    names = (*TARGETS, *EVERYTHING[family])
+    settings = Adapters(rank=2, alpha=3.0, targets=names, tower=True, merger=True, modules_to_save=("ln_q", "lm_head", "norm1"))
+    if family == "qwen3_vl":
+        settings = replace(settings, modules_to_save=("pos_embed", "lm_head", "norm1"))
+    fresh = lora.attach(*base, settings)
+    np.testing.assert_array_equal(logits(*fresh), logits(*base))
+    model, params = fresh[0], shaken(fresh[1])
+    lora.save(tmp_path, model, params)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    theirs_too = {n.replace(".default", "").replace("modules_to_save.", "") for n, _ in loaded.named_parameters()
+                  if "lora_" in n or "modules_to_save" in n}  # fmt: skip
+    assert theirs_too == set(written)
+    count = {"qwen2_vl": 4 + 2, "qwen2_5_vl": 5 + 2, "qwen3_vl": 4 + 2 + 2}[family]  # blocks, merger, mergers of DeepStack
+    assert len(vision_modules(written)) == count
+    ours = logits(model, params)
+    assert np.abs(ours - reference_logits(loaded)).max() <= 1e-4 * np.abs(ours).max()
+    assert np.abs(ours - logits(*lora.merge(model, params))).max() <= 1e-4 * np.abs(ours).max()
+
+
+def test_without_the_tower_the_seven_names_are_the_decoders(bases):
+    _, base = bases("qwen2_5_vl")
+    assert not lora.adapts_vision(lora.attach(*base, Adapters(rank=2, targets=TARGETS))[1])
+    seven = lora.attach(*base, Adapters(rank=2, targets=TARGETS, tower=True))[1]
+    assert {name for name in flat(seven) if "vision" in name and "lora" in name} == {
+        f"vision.blocks.{name}_lora_{half}" for name in ("gate", "up", "down") for half in "ab"
+    }
+
+
+WRONG = [
+    ({"targets": ("q_proj", "fc1")}, "holds 'fc1'; for Qwen2-VL, choose from q_proj, .*; those of the vision tower need lora"),
+    ({"targets": ("linear_fc1",), "tower": True}, "holds 'linear_fc1'; for Qwen2-VL, choose from q_proj, .*, fc2.$"),
+    ({"modules_to_save": ("score",)}, "modules_to_save holds 'score', which Qwen2-VL has not"),
+    ({"modules_to_save": ("merger",), "merger": True}, "lora.modules_to_save holds 'merger', which is adapted too"),
+    ({"modules_to_save": ("q_proj",)}, "lora.modules_to_save holds 'q_proj', which is adapted too"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "words"), WRONG)
+def test_what_a_model_cannot_adapt_is_refused(base, settings, words):
+    with pytest.raises(ValueError, match=words):
+        lora.attach(*base, Adapters(**{"rank": 2, "targets": ("q_proj",)} | settings))
+
+
+def test_a_tied_embedding_is_not_saved_apart(tmp_path):
+    tied = checkpoint.load(hf_oracle.save_checkpoint(tiny_model(tied=True), tmp_path))
+    with pytest.raises(ValueError, match="holds 'embed_tokens', but this model's output matrix is tied to it; leave it out"):
+        lora.attach(*tied, Adapters(rank=2, modules_to_save=("embed_tokens",)))
+
+
+def test_a_whole_module_that_is_missing_in_the_files_is_named(base, tmp_path):
+    lora.save(tmp_path, *lora.attach(*base, Adapters(rank=2, targets=("q_proj",), modules_to_save=("ln_q",))))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors[f"{lora.PREFIX}model.visual.merger.ln_q.bias"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit the model: model.visual.merger.ln_q.bias is missing.$"):
+        lora.load(tmp_path, *base)
+
+
+def test_whole_modules_are_float32_beside_a_bfloat16_base_and_merge_to_it(folder):
+    base = checkpoint.load(folder, param_dtype="bfloat16")
+    model, params = lora.attach(*base, Adapters(rank=2, modules_to_save=("merger",)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.split_state(params, nnx.LoRAParam, ...)[0])} == {jnp.dtype("float32")}
+    merged_model, merged = lora.merge(model, params)
+    assert merged_model == base[0] and all(map(np.array_equal, jax.tree.leaves(merged), jax.tree.leaves(base[1])))
+
+
 def test_older_tensor_names_are_understood(base, tmp_path):
-    model, params = lora.attach(*base, **MERGER_TOO)
+    model, params = lora.attach(*base, Adapters(**MERGER_TOO))
     params = shaken(params)
     lora.save(tmp_path, model, params)
     file = tmp_path / "adapter_model.safetensors"
@@ -225,7 +353,7 @@ def test_older_tensor_names_are_understood(base, tmp_path):
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused_in_one_sentence(base, tmp_path, change, words):
-    lora.save(tmp_path, *lora.attach(*base, **ATTENTION))
+    lora.save(tmp_path, *lora.attach(*base, Adapters(**ATTENTION)))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     change(tensors, config)
@@ -245,7 +373,7 @@ def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
 
 
 CFG = small_config(
-    lora=MERGER_TOO | {"targets": list(lora.TARGETS)}, optim={"warmup_steps": 0}, rollout={"response_tokens": 6},
+    lora=MERGER_TOO | {"targets": list(TARGETS)}, optim={"warmup_steps": 0}, rollout={"response_tokens": 6},
     grpo={"clip_low": 0.99, "clip_high": 1e6},  # nothing is clipped, so every token has a gradient
 )  # fmt: skip
 TABLES = mask_tables(CFG.mask)
@@ -278,25 +406,30 @@ def copied(params):
     return jax.tree.map(jnp.copy, params)  # an update donates what it trains
 
 
-@pytest.mark.parametrize("merger", [False, True], ids=["decoder", "merger too"])
-@pytest.mark.slow(10)
-def test_a_step_changes_adapters_alone_and_the_optimizer_holds_only_them(base, groups, merger):
-    model, params = lora.attach(*base, **MERGER_TOO | {"merger": merger})
+TOWER_TOO = MERGER_TOO | {"tower": True, "targets": (*TARGETS, "qkv", "fc2"), "modules_to_save": ("norm1", "lm_head")}
+
+
+@pytest.mark.parametrize("settings", [MERGER_TOO | {"merger": False}, MERGER_TOO, TOWER_TOO], ids=["decoder", "merger", "tower"])
+@pytest.mark.slow(15)
+def test_a_step_changes_adapters_alone_and_the_optimizer_holds_only_them(base, groups, settings):
+    model, params = lora.attach(*base, Adapters(**settings))
     learner, before = Learner(model, CFG, make_optimizer(CFG.optim, 4), TABLES), flat(params)
     learner.warm = True  # one width is enough here
     params = copied(params)
     after, opt_state, seen = learner.update(params, learner.init(params), groups, store_of(model, params))
     after = flat(after)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert changed == {name for name in before if name.endswith("_lora_b")}  # A's gradient is zero while B is
-    assert any("vision" in name for name in changed) == merger and seen["grad_norm"] > 0
-    adapters = sorted(value.shape for name, value in before.items() if "_lora_" in name)
+    whole = {"vision.blocks.norm1", "vision.blocks.norm1_bias", "text.lm_head"} if settings.get("modules_to_save") else set()
+    assert changed == {name for name in before if name.endswith("_lora_b")} | whole  # A's gradient is zero while B is
+    assert any("vision" in name for name in changed) == settings["merger"] and seen["grad_norm"] > 0
+    adapters = sorted(value.shape for name, value in before.items() if "_lora_" in name or name in whole)
     assert sorted(leaf.shape for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == sorted(adapters * 2)
 
 
-@pytest.mark.slow(10)
-def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
-    model, params = lora.attach(*base, **MERGER_TOO)
+@pytest.mark.slow(20)
+@pytest.mark.parametrize("settings", [MERGER_TOO, TOWER_TOO], ids=["merger", "tower"])
+def test_gradients_of_adapters_are_those_through_merged_weights(base, groups, settings):
+    model, params = lora.attach(*base, Adapters(**settings))
     adapters, frozen = nnx.split_state(shaken(params), nnx.LoRAParam, ...)
     normaliser, packed = group_normalisers(CFG, groups, TABLES).sum(), store_of(*base).packs[0]
 
@@ -324,7 +457,7 @@ def test_gradients_of_adapters_are_those_through_merged_weights(base, groups):
 @pytest.mark.slow(4)
 def test_the_kl_reference_outlives_the_updates(base, groups):
     cfg = small_config(lora={"rank": 2}, grpo={"kl": 0.1}, optim={"warmup_steps": 0}, rollout={"response_tokens": 6})
-    model, params = lora.attach(*base, **ATTENTION)
+    model, params = lora.attach(*base, Adapters(**ATTENTION))
     params = copied(params)
     learner, store = Learner(model, cfg, make_optimizer(cfg.optim, 4), TABLES, reference=params), store_of(model, params)
     learner.warm, opt_state = True, learner.init(params)
@@ -335,7 +468,7 @@ def test_the_kl_reference_outlives_the_updates(base, groups):
 
 @pytest.mark.slow(18)
 def test_the_trainer_recomputes_the_logprobs_of_an_adapted_sampler(parts, tasks, config):
-    model, params = lora.attach(parts.model, parts.params, **MERGER_TOO)
+    model, params = lora.attach(parts.model, parts.params, Adapters(**MERGER_TOO))
     params = shaken(params, 0.01)
     out = Collector(model, parts.processor, parts.tools, config).collect(params, tasks, group_size=4, seed=11)
     zeros = np.zeros((4, 4), np.float32)
@@ -397,11 +530,11 @@ def test_a_stopped_run_resumes_to_the_same_adapters_and_leaves_them_with_a_merge
     ("values", "words"),
     [
         ({"lora": {"targets": ["q_proj", "v_prj"]}},
-         "a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."),
+         "a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, qkv, proj, fc1, fc2, linear_fc1, linear_fc2."),
         ({"lora": {"rank": 4, "targets": []}}, "nothing is adapted"),
         ({"lora": {"rank": -1}}, "lora.rank is -1; it must be at least 0."),
         ({"lora": {"alpha": 0.0}}, "lora.alpha is 0.0; it must be above 0."),
-        ({"lora": {"rank": 4}, "model": {"freeze_vision": False}}, "set lora.merger to adapt the vision merger."),
+        ({"lora": {"rank": 4}, "model": {"freeze_vision": False}}, "set lora.tower or lora.merger to adapt"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(values, words):

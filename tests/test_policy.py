@@ -43,6 +43,16 @@ def test_parts_are_made_as_the_settings_say(tmp_path):
     assert [task.uid for task in made.test_tasks(40)] == [task.uid for task in open_tasks(cfg.data, "test")]
 
 
+@pytest.mark.slow(3)
+def test_rollouts_may_not_overlap_with_adapters_of_the_tower_from_files(tmp_path):
+    made = Policy(small_config(lora={"rank": 2, "targets": ["q_proj"], "merger": True}))
+    lora.save(tmp_path, made.model, made.params)
+    with pytest.raises(ValueError, match="rollout.overlap is for a tower that stays as it is, but its adapters are trained"):
+        Policy(small_config(lora={"path": str(tmp_path)}, rollout={"overlap": True}))
+    store = Policy(small_config(lora={"path": str(tmp_path)})).collector._engine(made.params, 1, 1, 1).store
+    assert not store.frozen  # the trainer encodes its packs again, in one size
+
+
 def refused(vision: VisionConfig, **changes) -> str:
     with pytest.raises(ValueError) as error:
         check_images(changed(changes), vision)

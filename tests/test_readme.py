@@ -17,7 +17,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from imagent_jax.chat import QWEN
 from imagent_jax.config import SETTINGS, TINY, Config, read_args
-from imagent_jax.rl.rewards import reward_functions, score_trajectory
+from imagent_jax.rl.rewards import reward_functions, score_trajectories
 from imagent_jax.tiny.base import base_folder
 
 ROOT = Path(__file__).parent.parent
@@ -126,8 +126,8 @@ def test_your_own_data_tool_reward_and_model_do_what_the_page_says(mine, capsys)
     t = play(parts.collector, task, 0, [turn, ANSWER.format("Image 1")])
     assert t.executed_calls == 1 and t.images[2].image.size == (200, 120)
     assert t.images[2].describe() == "Image 3: 270-degree turn of Image 2"
-    parts_of_reward = score_trajectory(t, reward_functions(parts.cfg.reward))
+    parts_of_reward = score_trajectories([t], reward_functions(parts.cfg.reward))[0]
     assert parts_of_reward["answer"] == 1.0 and parts_of_reward["mine:brief"] == pytest.approx(0.1)
     often = play(parts.collector, task, 0, [turn, QWEN.render_call("turn", {"image": 9}), turn, ANSWER.format("Image 1")])
     assert (often.executed_calls, often.invalid_calls) == (2, 1)
-    assert score_trajectory(often, reward_functions(parts.cfg.reward))["mine:brief"] == 0.0
+    assert score_trajectories([often], reward_functions(parts.cfg.reward))[0]["mine:brief"] == 0.0

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from imagent_jax.scoring import SCORERS, exact_match, fold, normalise, score
+from imagent_jax.scoring import SCORERS, BadReference, exact_match, fold, is_right, normalise, score
 from imagent_jax.types import ANSWER_TYPES
 
 TABLE = [
@@ -61,6 +61,13 @@ TABLE = [
     ("f1", "빨간 버스", "빨간 차", 0.5),
     ("f1", "A型", "型", 2 / 3), ("f1", "à la carte", "A\u0300 la «carte»…", 1), ("f1", "red bus", "“The red—bus”", 0),
     ("f1", "5 €", "5 €!", 1),
+    # sets of words, and of items
+    ("set_f1", "red bus", "the bus, red!", 1), ("set_f1", "red red bus", "red", 2 / 4), ("set_f1", "red bus", "red red", 2 / 4),
+    ("set_f1", "red red bus", "red red bus", 1), ("set_f1", "red bus", "car", 0), ("set_f1", "A", "the", 0),
+    ("set_f1", "红色", "红色。", 1), ("set", "cat, dog", "dog; Cat.", 1), ("set", "cat, dog", "cat", 2 / 3),
+    ("set", "cat, dog", "cat, cat, cat", 2 / 3), ("set", "cat, dog", "cat, dog, cow, hen", 4 / 6), ("set", "cat", "cat dog", 0),
+    ("set", "['rotation90', 'dark']", "{dark, rotation90}", 1), ("set", "[1, 3]", "1\n3", 1), ("set", "1, 3", "[]", 0),
+    ("set", "f(x), g(x)", "g(x), f(x)", 1), ("set", "红色、蓝色", "蓝色，红色", 1), ("set", "a, the", "the, a", 1),
 ]  # fmt: skip
 
 
@@ -73,12 +80,13 @@ def test_score(answer_type, answer, prediction, expected):
 @pytest.mark.parametrize("answer_type", ANSWER_TYPES)
 @pytest.mark.parametrize("prediction", [None, "", "  \n"])
 def test_unanswered_is_wrong(answer_type, prediction):
-    assert score(prediction, "7", answer_type) == 0.0 and score(prediction, "", "exact") == 0.0
+    reference = "[0, 0, 7, 7]" if answer_type in ("box", "point") else "7"
+    assert score(prediction, reference, answer_type) == 0.0 and score(prediction, "", "exact") == 0.0
 
 
 def test_every_answer_type_of_a_task_has_a_scorer_and_no_other_is_accepted():
     assert tuple(SCORERS) == ANSWER_TYPES
-    with pytest.raises(ValueError, match="no answer type 'judge'; use one of exact, choice, number, f1"):
+    with pytest.raises(ValueError, match="no answer type 'judge'; use one of exact, choice, number, f1, set_f1, set, box"):
         score("", "7", "judge")
 
 
@@ -87,6 +95,30 @@ def test_a_reference_that_is_not_of_its_type_is_refused():
         score("7", "seven", "number")
     with pytest.raises(ValueError, match="'the left one' names no option; write 'Image 2'"):
         score("Image 1", "the left one", "choice")
+    with pytest.raises(BadReference, match="' , ' has no item; write items with commas"):
+        score(None, " , ", "set")
+
+
+def mat_f1(prediction, answer):
+    """The score of Visual-ARFT's evaluation of the MAT benchmark, from its description: sets of words by lengths of lists."""
+    a, b = (squad(text).split() for text in (prediction, answer))
+    same = len(set(a) & set(b))
+    if a == b:
+        return 1.0
+    return 2 * (same / len(a)) * (same / len(b)) / (same / len(a) + same / len(b)) if same else 0.0
+
+
+def test_set_f1_is_that_of_the_mat_benchmark():
+    rng = np.random.default_rng(2)
+    words = ["red", "bus", "Red!", "the", "car", "a", "bus,"]
+    for _ in range(500):
+        prediction, answer = (" ".join(rng.choice(words, rng.integers(1, 7))) + " cat" for _ in range(2))
+        assert score(prediction, answer, "set_f1") == pytest.approx(mat_f1(prediction, answer), abs=1e-12)
+
+
+def test_a_box_is_right_from_half_its_area_and_all_else_from_one():
+    assert is_right(0.5, "box") and not is_right(0.4999, "box")
+    assert all(is_right(1.0, kind) and not is_right(0.999, kind) for kind in ANSWER_TYPES if kind != "box")
 
 
 def test_published_exact_match_ignores_articles_and_punctuation():

@@ -35,6 +35,7 @@ class Config:
     search: sections.SearchConfig = sections.SearchConfig()
     rollout: sections.RolloutConfig = sections.RolloutConfig()
     reward: sections.RewardConfig = sections.RewardConfig()
+    judge: sections.JudgeConfig = sections.JudgeConfig()
     mask: sections.MaskConfig = sections.MaskConfig()
     grpo: sections.GRPOConfig = sections.GRPOConfig()
     optim: sections.OptimConfig = sections.OptimConfig()
@@ -99,14 +100,15 @@ class Config:
                 f"grpo.minibatches is {self.grpo.minibatches}, more than rollout.groups {self.rollout.groups}; an update needs a "
                 "group at least."
             )
-        if self.rollout.overlap and not (self.model.freeze_vision and not self.lora.merger):
-            raise ValueError("rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.merger.")
+        if self.rollout.overlap and (not self.model.freeze_vision or self.lora.merger or self.lora.tower):
+            raise ValueError(
+                "rollout.overlap is for a tower that stays as it is; set model.freeze_vision, unset lora.tower and lora.merger."
+            )
         if self.mask.observations == "keep" and not self.grpo.recompute:
             raise ValueError(
                 "mask.observations is 'keep', but a sampler has no log-probabilities of observations; set grpo.recompute true."
             )
-        if not (self.reward.answer or self.reward.format or self.reward.tool_gain or self.reward.custom):
-            raise ValueError("Every weight of reward is 0, so that no rollout is better than another; give one reward a weight.")
+        self._validate_rewards()
         if not self.run.name.strip():
             raise ValueError("run.name is empty; give the run a name, which becomes its folder in run.dir.")
         for axis in dataclasses.fields(sections.MeshConfig):
@@ -117,7 +119,7 @@ class Config:
         if self.lora.on and not self.model.freeze_vision:
             raise ValueError(
                 "model.freeze_vision is false, but with LoRA the model's own weights stay as they are; leave it true, and set "
-                "lora.merger to adapt the vision merger."
+                "lora.tower or lora.merger to adapt the vision tower or its merger."
             )
         if "python" in self.tools.names and self.sandbox.wall_s >= self.tools.timeout_s:
             raise ValueError(
@@ -134,6 +136,16 @@ class Config:
                 raise ValueError(f"{dotted} is {value}; it must be a finite number.")
             if not all(_INSIDE[name](value, bound) for name, bound in _BOUNDS[dotted].items()):
                 raise ValueError(f"{dotted} is {value}; it must be {_range(_BOUNDS[dotted])}.")
+
+    def _validate_rewards(self) -> None:
+        weights = self.reward.weights
+        if not any(weights.values()):
+            raise ValueError("Every weight of reward is 0, so that no rollout is better than another; give one reward a weight.")
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"reward.custom gives {name!r} the weight {weight}; it must be a finite number.")
+        if self.reward.judge and not self.judge.model:
+            raise ValueError("reward.judge has a weight, but judge.model is empty; name the model on the server judge.base_url.")
 
     def _validate_images(self) -> None:
         for low, high in (
@@ -253,7 +265,7 @@ def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Name
         return parse(*args, **kwargs)
     except ArgumentError as error:
         message = " ".join(str(error).split())
-        ill = re.fullmatch(r'Parser key "([\w.]+)": .*Got value: ?(.*)', message)
+        ill = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: ?(.*)', message)
         if ill and (now := _FORMER.get((ill[1], ill[2]))):
             raise ValueError(f"{ill[1]} {ill[2]!r} is now {now!r}; write {now!r} in its place.") from None
         if ill and ill[1] in SETTINGS:
@@ -296,6 +308,8 @@ def _kind(kind: Any) -> str:
         return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
     if (items := typing.get_args(kind)) and typing.get_origin(items[0]) is Literal:
         return f"a list of {', '.join(typing.get_args(items[0]))}"
+    if any(typing.get_origin(item) is dict for item in items):
+        return "a list of names or a mapping from names to numbers, such as {a: 0.5}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it in YAML)"}
     return words.get(kind, "a list of names, such as [a, b]")
 

@@ -4,14 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def setting(default: Any, help: str, **bounds: float) -> Any:
+def setting(default: Any, help: str, hash: bool | None = None, **bounds: float) -> Any:
     """Declare a setting.
 
     Args:
         help: what the setting means, for `--help` and the reference.
+        hash: False for a setting that may be a mapping, which has no hash. A configuration has one: jitted functions need it.
         bounds: its range: `least` and `most` (inclusive), `above` and `below` (exclusive).
     """
-    return field(default=default, metadata={"help": help, "bounds": bounds})
+    return field(default=default, hash=hash, metadata={"help": help, "bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,17 @@ class LoraConfig:
 
     rank: int = setting(0, "inner width of the adapters (0: none, the weights themselves are trained)", least=0)
     alpha: float = setting(32.0, "adapters are scaled by alpha / rank", above=0)
-    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = setting(
+    targets: tuple[
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "proj", "fc1", "fc2",
+                "linear_fc1", "linear_fc2"], ...
+    ] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "matrices of every decoder layer that are adapted",
-    )
+        "names of the matrices that are adapted, in every layer; from qkv on, they are the vision tower's",
+    )  # fmt: skip
+    tower: bool = setting(False, "targets are the vision tower's matrices too (of Qwen2.5-VL, gate_proj, up_proj, down_proj)")
     merger: bool = setting(False, "adapt the vision merger too")
-    path: str = setting("", "folder of a PEFT adapter to begin with; then its rank, alpha and targets count")
+    modules_to_save: tuple[str, ...] = setting((), "modules trained and saved whole, as in PEFT, such as merger or lm_head")
+    path: str = setting("", "folder of a PEFT adapter to begin with; it then says what is adapted, and how")
 
     @property
     def on(self) -> bool:
@@ -174,10 +180,44 @@ class RolloutConfig:
 class RewardConfig:
     """Weights of the rewards, by name; a dotted path 'package.module:function' in `custom` adds your own."""
 
-    answer: float = setting(1.0, "right answer")
+    answer: float = setting(1.0, "score of the answer, by the task's answer type")
     format: float = setting(0.1, "one well-formed answer and no invalid call")
     tool_gain: float = setting(0.2, "right answer after at least one executed call")
-    custom: tuple[str, ...] = setting((), "your own rewards, 'package.module:function', weight 1")
+    iou: float = setting(0.0, "overlap (IoU) of boxes; abstains where the reference is no box")
+    point_in_box: float = setting(0.0, "a point in the reference box; abstains where the reference is no box")
+    set_f1: float = setting(0.0, "F1 of the sets of words of answer and reference")
+    math_verify: float = setting(0.0, "equal expressions, by math-verify; abstains where the reference is none")
+    judge: float = setting(0.0, "score by the model of the section judge")
+    custom: dict[str, float] | tuple[str, ...] = setting(
+        (), "your own rewards: 'package.module:function', weight 1, or a mapping from these to weights", hash=False
+    )
+    concurrency: int = setting(16, "calls of async rewards that run at once", least=1)
+    timeout_s: float = setting(60.0, "seconds a call of an async reward of your own may take", above=0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every reward, by name or path."""
+        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge")
+        return {name: getattr(self, name) for name in named} | self.custom_weights
+
+    @property
+    def custom_weights(self) -> dict[str, float]:
+        """The weight of every reward in `custom`, by path."""
+        return self.custom if isinstance(self.custom, dict) else dict.fromkeys(self.custom, 1.0)
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The judge: a model behind an OpenAI-compatible server that scores answers (reward.judge; needs the extra judge)."""
+
+    base_url: str = setting("http://localhost:8000/v1", "address of the server, up to /v1")
+    model: str = setting("", "name of the model on that server")
+    key_env: str = setting("", "environment variable that holds the server's key ('': it needs none)")
+    prompt: str = setting("", "file of the prompt, with {question}, {references} and {answer} in it ('': ours)")
+    concurrency: int = setting(16, "requests at once", least=1)
+    timeout_s: float = setting(60.0, "seconds a request may take", above=0)
+    retries: int = setting(3, "further requests where one fails or its reply holds no score", least=0)
+    cache_dir: str = setting("~/.cache/imagent_jax/judge", "where replies are kept, so that none is asked for twice")
 
 
 @dataclass(frozen=True)

@@ -224,9 +224,9 @@ class VisionTower(nnx.Module):
         def layer(x, inputs):
             w, full = gathered(self.blocks, inputs[0]), inputs[1]
             h = norm(w, "norm1", x)
-            q, k, v = jnp.split((h @ w["qkv"] + w["qkv_bias"]).reshape(*blocks, 3 * cfg.num_heads, -1), 3, axis=-2)
+            q, k, v = jnp.split((linear(w, "qkv", h) + w["qkv_bias"]).reshape(*blocks, 3 * cfg.num_heads, -1), 3, axis=-2)
             out = attend_block(rotate(q, cos, sin), rotate(k, cos, sin), v, full)
-            x = x + out.reshape(*blocks, -1) @ w["proj"] + w["proj_bias"]
+            x = x + linear(w, "proj", out.reshape(*blocks, -1)) + w["proj_bias"]
             return constrain(x + self.feed_forward(w, norm(w, "norm2", x)), GROUPS), None
 
         full = jnp.isin(jnp.arange(cfg.depth), jnp.asarray(cfg.full_attention_blocks, int))

@@ -182,7 +182,7 @@ class RunArrays:
         c, found = self.cfg.lora, []
 
         def attach(params):
-            found[:] = lora.attach(self.model, params, rank=c.rank, alpha=c.alpha, targets=c.targets, merger=c.merger)
+            found[:] = lora.attach(self.model, params, c)
             return found[1]
 
         shapes = jax.eval_shape(attach, shapes)

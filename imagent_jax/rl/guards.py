@@ -143,12 +143,22 @@ def rewards_failed(history: History, limit: float = 0.02) -> str | None:
     return None
 
 
+def rewards_abstain(history: History) -> str | None:
+    """Warn if a reward abstains for every rollout, or all rewards for some."""
+    silent = [key.split("/")[1] for key in history[-1] if key.endswith("/abstained") and _mean(history, key) == 1.0]
+    unpaid = _mean(history, "rewards/unpaid")
+    sentences = [f"The reward {name} abstains for every rollout and is no part of the sum." for name in silent]
+    if unpaid:
+        sentences.append(f"Every reward with a weight abstains for {_percent(unpaid)} of the rollouts, which do not train.")
+    return " ".join(sentences) or None
+
+
 GUARDS: dict[str, Callable[[History], str | None]] = {
     guard.__name__: guard
     for guard in (tools_abandoned, bonus_unearned, bonus_without_gain, entropy_away, clip_away, length_growth,
-                  groups_flat, mostly_masked, calls_invalid, calls_faulted, rewards_failed)
+                  groups_flat, mostly_masked, calls_invalid, calls_faulted, rewards_failed, rewards_abstain)
 }  # fmt: skip
-SAME_CAUSE = {"invalid_call": ("calls_invalid",), "fault": ("calls_faulted", "rewards_failed")}
+SAME_CAUSE = {"invalid_call": ("calls_invalid",), "fault": ("calls_faulted", "rewards_failed", "rewards_abstain")}
 """Guards that name the cause of `mostly_masked` more exactly and replace it, by the main reason of the mask."""
 
 

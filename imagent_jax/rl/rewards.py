@@ -1,20 +1,46 @@
-"""Rewards: named functions of a trajectory, combined as a weighted sum."""
+"""Rewards: named functions of trajectories, combined as a weighted sum. `docs/rewards.md` describes every kind."""
 
+import asyncio
+import functools
+import inspect
 import math
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from imagent_jax.chat import well_formed_answer
-from imagent_jax.config import RewardConfig
+from imagent_jax.config import JudgeConfig, RewardConfig
 from imagent_jax.config.naming import import_path
+from imagent_jax.rl.llm_judge import LLMJudge
+from imagent_jax.scoring import BadReference
+from imagent_jax.scoring.expressions import check_installed
 from imagent_jax.types import EndReason, Trajectory
 
-Reward = Callable[[Trajectory], float]
+Reward = Callable[..., Any]
+"""A function of a trajectory that returns a number, or None where it abstains. Its first parameter may be declared as
+`list[Trajectory]`: it then receives all trajectories of a step and returns a list. It may be `async def`."""
+
+
+class Part(NamedTuple):
+    """A reward as a part of the sum.
+
+    Attributes:
+        timeout_s: seconds an async call may take; None: no limit but its own.
+    """
+
+    weight: float
+    function: Reward
+    timeout_s: float | None = None
+
+
+# ---- the rewards ------------------------------------------------------------------------------------------------------
 
 
 def answer(t: Trajectory) -> float:
-    """Return the answer's score in 0..1 by the task's answer type (only F1 gives partial credit)."""
+    """Return the answer's score in 0..1 by the task's answer type."""
     return t.score
 
 
@@ -29,7 +55,23 @@ def tool_gain(t: Trajectory) -> float:
     return float(t.executed_calls > 0 and t.right)
 
 
-REWARDS: dict[str, Reward] = {"answer": answer, "format": well_formed, "tool_gain": tool_gain}
+def scored_as(answer_type: str) -> Reward:
+    """Return the reward that scores the answer by one answer type in all tasks; it abstains where a reference is not of it."""
+
+    def reward(t: Trajectory) -> float | None:
+        try:
+            return t.scored_as(answer_type)
+        except BadReference:
+            return None
+
+    return reward
+
+
+ALWAYS: dict[str, Reward] = {"answer": answer, "format": well_formed, "tool_gain": tool_gain}
+"""Rewards that are computed, and reported, without a weight too. They never abstain."""
+REWARDS: dict[str, Reward] = ALWAYS | {
+    "iou": scored_as("box"), "point_in_box": scored_as("point"), "set_f1": scored_as("set_f1"), "math_verify": scored_as("math"),
+}  # fmt: skip
 
 
 def custom_reward(path: str) -> Reward:
@@ -44,37 +86,118 @@ def custom_reward(path: str) -> Reward:
     return function
 
 
-def reward_functions(cfg: RewardConfig) -> dict[str, tuple[float, Reward]]:
-    """Return weight and function of every reward, by name. Call it at start-up, so that invalid paths fail early.
+def reward_functions(cfg: RewardConfig, judge: JudgeConfig | None = None) -> dict[str, Part]:
+    """Return every reward by name. Call it at start-up, so that invalid settings fail early; it asks the judge one question.
 
     Raises:
-        ValueError: see `custom_reward`.
+        ValueError: see `custom_reward` and `LLMJudge`; math-verify is not installed.
     """
-    named = {name: (getattr(cfg, name), function) for name, function in REWARDS.items()}
-    return named | {path: (1.0, custom_reward(path)) for path in cfg.custom}
+    if cfg.math_verify:
+        check_installed()
+    named = {name: getattr(cfg, name) for name in REWARDS}
+    parts = {name: Part(weight, REWARDS[name]) for name, weight in named.items() if weight or name in ALWAYS}
+    if cfg.judge:
+        parts["judge"] = Part(cfg.judge, LLMJudge(judge))
+        asyncio.run_coroutine_threadsafe(parts["judge"].function.check(), _loop()).result()
+    return parts | {path: Part(weight, custom_reward(path), cfg.timeout_s) for path, weight in cfg.custom_weights.items()}
 
 
-def score_trajectory(t: Trajectory, functions: dict[str, tuple[float, Reward]]) -> dict[str, float | str]:
-    """Return every reward by name and their weighted sum, `total`.
+# ---- scoring ----------------------------------------------------------------------------------------------------------
 
-    A reward that raises or is not finite is an environment error: the result then has zero rewards, which must neither train nor
-    count, and `fault`, the reward's name and error. `t.error` is set to the traceback unless it holds an earlier error.
+
+def score_trajectories(
+    trajectories: Sequence[Trajectory], functions: dict[str, Part], concurrency: int = 16
+) -> list[dict[str, float | str]]:
+    """Return every reward of every trajectory by name, and their weighted sum, `total`.
+
+    A reward that abstains is left out. Where all with a weight abstain, there is no `total`. A reward that raises, takes too long
+    or is not finite is an environment error: the result then has zero rewards, which must neither train nor count, and `fault`,
+    the reward's name and error. `t.error` is set to the traceback unless it holds an earlier error.
+
+    Args:
+        concurrency: async calls at once.
     """
+    slots = asyncio.Semaphore(concurrency)
+    calls = {  # async calls begin here, and run while the others do
+        name: [_call(part, argument, slots) for argument in ([list(trajectories)] if takes_list(part.function) else trajectories)]
+        for name, part in functions.items()
+    }
+    results = {name: [c.result() if isinstance(c, Future) else c for c in made] for name, made in calls.items()}
+    for name, part in functions.items():
+        if takes_list(part.function):
+            results[name] = _spread(name, results[name][0], len(trajectories))
+    return [_sum(t, {name: values[i] for name, values in results.items()}, functions) for i, t in enumerate(trajectories)]
+
+
+def takes_list(function: Reward) -> bool:
+    """Return whether a function's first parameter is declared as a list: `list[Trajectory]` or `Sequence[Trajectory]`."""
+    try:
+        first = next(iter(inspect.signature(function).parameters.values()))
+    except (ValueError, TypeError, StopIteration):  # some built-in functions; no parameter
+        return False
+    name = str(getattr(first.annotation, "__name__", first.annotation))
+    return name.partition("[")[0].rpartition(".")[2].lower() in ("list", "sequence")
+
+
+def _call(part: Part, argument: Any, slots: asyncio.Semaphore) -> Any:
+    """Return what a reward returns or raises; of an async one, the Future of that."""
+    try:
+        result = part.function(argument)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a reward of the user's
+        return error
+    if not inspect.isawaitable(result):
+        return result
+    return asyncio.run_coroutine_threadsafe(_bounded(result, slots, part.timeout_s), _loop())
+
+
+async def _bounded(result: Awaitable[Any], slots: asyncio.Semaphore, timeout_s: float | None) -> Any:
+    try:
+        async with slots, asyncio.timeout(timeout_s) as limit:
+            return await result
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        return TimeoutError(f"no result within {timeout_s:g} s") if limit.expired() else error
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of async rewards, on a thread of its own: connections that a reward keeps outlive a step."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
+
+
+def _spread(name: str, result: Any, count: int) -> list[Any]:
+    """Return the values of a reward that takes all trajectories; an error is that of each."""
+    if isinstance(result, BaseException):
+        return [result] * count
+    if not hasattr(result, "__len__") or len(result) != count:
+        return [ValueError(f"Reward {name!r} returned {result!r:.80} for {count} trajectories; return a value for each.")] * count
+    return list(result)
+
+
+def _sum(t: Trajectory, values: dict[str, Any], functions: dict[str, Part]) -> dict[str, float | str]:
     parts = {}
-    for name, (_, function) in functions.items():
-        try:
-            parts[name] = float(function(t))
-            if not math.isfinite(parts[name]):
-                raise ValueError(f"Reward {name!r} is {parts[name]}; it must be a finite number.")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a reward of the user's
-            t.error = t.error or traceback.format_exc()
-            return {name: 0.0 for name in functions} | {"total": 0.0, "fault": f"reward {name}: {_described(error)}"}
-    return parts | {"total": sum(weight * parts[name] for name, (weight, _) in functions.items())}
+    for name, value in values.items():
+        if value is not None and not isinstance(value, BaseException):
+            try:
+                value = parts[name] = _finite(name, value)
+            except Exception as error:  # float() of whatever a reward returned
+                value = error
+        if isinstance(value, BaseException):
+            t.error = t.error or "".join(traceback.format_exception(value))
+            return {name: 0.0 for name in functions} | {"total": 0.0, "fault": f"reward {name}: {_described(value)}"}
+    weighed = [functions[name].weight * value for name, value in parts.items() if functions[name].weight]
+    return parts | ({"total": sum(weighed)} if weighed else {})
+
+
+def _finite(name: str, value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"Reward {name!r} is {number}; it must be a finite number.")
+    return number
 
 
 def _described(error: BaseException) -> str:
     """Return an error's type, message and place on one line."""
-    *_, place = traceback.extract_tb(error.__traceback__)
-    return (
-        f"{' '.join(''.join(traceback.format_exception_only(error)).split())} ({Path(place.filename).name}, line {place.lineno})"
-    )
+    words = " ".join("".join(traceback.format_exception_only(error)).split())
+    places = traceback.extract_tb(error.__traceback__)
+    return f"{words} ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else words

@@ -20,6 +20,7 @@ from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config, ToolsConfig
 from imagent_jax.distributed import processes
 from imagent_jax.images.prepare import PreparedImage
+from imagent_jax.model import lora
 from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
@@ -162,7 +163,7 @@ class Collector:
 
     def _engine(self, params, slots: int, group_size: int) -> Engine:
         """Return an engine on the current mesh. The first of its shape compiles its programs."""
-        r, images, frozen = self.cfg.rollout, self.cfg.images, self.cfg.model.freeze_vision and not self.cfg.lora.merger
+        r, images, frozen = self.cfg.rollout, self.cfg.images, self.cfg.model.freeze_vision and not lora.adapts_vision(params)
         store = FeatureStore(self.model, params, images.pack_blocks, images.pages, frozen=frozen)
         shape = EngineShape(slots, group_size, r.prompt_tokens, r.response_tokens, r.observation_tokens, r.decode_chunk)
         engine = Engine(self.model, params, store, shape, self.stops, warm=shape in self.warm)

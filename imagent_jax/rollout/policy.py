@@ -76,10 +76,9 @@ class Policy:
         if cfg.lora.path:
             self.model, self.params = lora.load(cfg.lora.path, self.model, self.params)
         elif cfg.lora.rank:
-            self.model, self.params = lora.attach(
-                self.model, self.params, rank=cfg.lora.rank, alpha=cfg.lora.alpha, targets=cfg.lora.targets,
-                merger=cfg.lora.merger, seed=cfg.run.seed,
-            )  # fmt: skip
+            self.model, self.params = lora.attach(self.model, self.params, cfg.lora, cfg.run.seed)
+        if cfg.rollout.overlap and lora.adapts_vision(self.params):
+            raise ValueError("rollout.overlap is for a tower that stays as it is, but its adapters are trained; unset it.")
         self.replace_params(self.params)  # adapters are sharded like their matrices
         self.collector = Collector(self.model, self.processor, self.tools, cfg, stop=stop)
 

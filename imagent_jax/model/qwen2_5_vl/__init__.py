@@ -7,7 +7,7 @@ import jax
 from imagent_jax.model import text, vision
 from imagent_jax.model.config import VisionConfig, read_text, read_vision
 from imagent_jax.model.families import Family, PublishedDecoder, hub_config
-from imagent_jax.model.params import Maker, tensor_names
+from imagent_jax.model.params import Maker, linear, tensor_names
 
 
 class Blocks(vision.VisionBlocks):
@@ -28,7 +28,8 @@ class Tower(vision.VisionTower):
 
     @staticmethod
     def feed_forward(w, x):
-        return (jax.nn.silu(x @ w["gate"] + w["gate_bias"]) * (x @ w["up"] + w["up_bias"])) @ w["down"] + w["down_bias"]
+        gate, up = (linear(w, name, x) + w[f"{name}_bias"] for name in ("gate", "up"))
+        return linear(w, "down", jax.nn.silu(gate) * up) + w["down_bias"]
 
 
 def read_tower(hf: dict[str, Any]) -> VisionConfig:

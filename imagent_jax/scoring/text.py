@@ -1,4 +1,4 @@
-"""Scoring of answers, used for rewards and for benchmarks alike. Texts in any script; ASCII texts score as in SQuAD."""
+"""Scores of answers that are texts, options, numbers and sets. Texts in any script; ASCII texts score as in SQuAD."""
 
 import math
 import re
@@ -20,8 +20,13 @@ _UNSPACED = (
 _TOKEN = re.compile(rf"[{_UNSPACED}]|[^{_UNSPACED}]+")
 _FULL_STOPS = (".", "。", "।", "۔", "።")
 _ARTICLES = ("a", "an", "the")
+_SEPARATOR = re.compile("[,;\n、]")
 _MARKS = 30
 """Most combining marks after a character (UAX 15, stream-safe text): `unicodedata.normalize` sorts them in quadratic time."""
+
+
+class BadReference(ValueError):
+    """A reference answer that is not of its answer type. The message is one sentence with a remedy."""
 
 
 class _Folding(dict):
@@ -115,11 +120,11 @@ def choice(prediction: str, answer: str) -> float:
     Accepted forms: 'Image 2' or '2' for an image; 'B', '(b)', 'B)' or 'B.' for a letter. Text around an option is wrong.
 
     Raises:
-        ValueError: the reference names no option.
+        BadReference: the reference names no option.
     """
     expected = _option(answer)
     if expected is None:
-        raise ValueError(f"Answer {answer!r} names no option; write 'Image 2', '2' or 'B', or use answer type 'exact'.")
+        raise BadReference(f"Answer {answer!r} names no option; write 'Image 2', '2' or 'B', or use answer type 'exact'.")
     return float(_option(prediction) == expected)
 
 
@@ -135,11 +140,11 @@ def number(prediction: str, answer: str) -> float:
     fractions, exponents and text around a number are wrong.
 
     Raises:
-        ValueError: the reference is not a number.
+        BadReference: the reference is not a number.
     """
     expected = _value(answer)
     if expected is None:
-        raise ValueError(f"Answer {answer!r} is not a number; write one like '7' or '0.5', or use answer type 'exact'.")
+        raise BadReference(f"Answer {answer!r} is not a number; write one like '7' or '0.5', or use answer type 'exact'.")
     value = _value(prediction)
     if value is None:
         return 0.0
@@ -157,20 +162,37 @@ def _value(text: str) -> float | None:
 
 
 def f1(prediction: str, answer: str) -> float:
-    """Return token F1 after `normalise` (SQuAD; the measure of the MAT benchmark, arXiv 2505.14246)."""
+    """Return token F1 after `normalise`, repeated tokens counted as in SQuAD (arXiv 1606.05250)."""
     a, b = (text.split() for text in _or_plain(prediction, answer))
     return 2 * sum((Counter(a) & Counter(b)).values()) / max(len(a) + len(b), 1)
 
 
-SCORERS = {"exact": exact, "choice": choice, "number": number, "f1": f1}
+def set_f1(prediction: str, answer: str) -> float:
+    """Return the F1 of the sets of tokens after `normalise`, as the MAT benchmark scores (Visual-ARFT, arXiv 2505.14246).
+
+    2 |P and A| / (len(P) + len(A)), in which a token counts once above and each time below. Equal texts score 1.
+    """
+    a, b = (text.split() for text in _or_plain(prediction, answer))
+    return 1.0 if a == b else 2 * len({*a} & {*b}) / max(len(a) + len(b), 1)
 
 
-def score(prediction: str | None, answer: str, answer_type: str) -> float:
-    """Return the score of an answer in 0..1. A missing or blank answer scores 0; a valid reference scores 1 against itself.
+def items(prediction: str, answer: str) -> float:
+    """Return the F1 of two sets of items, 2 |P and A| / (|P| + |A|), whatever their order.
+
+    Commas, semicolons and lines separate items; square or curly brackets around the whole and quotes around an item are left out.
+    Items are equal as in `exact`.
 
     Raises:
-        ValueError: unknown answer type, or the reference is not of this type.
+        BadReference: the reference has no item.
     """
-    if answer_type not in SCORERS:
-        raise ValueError(f"There is no answer type {answer_type!r}; use one of {', '.join(SCORERS)}.")
-    return SCORERS[answer_type](prediction, answer) if prediction and fold(prediction).strip() else 0.0
+    expected = _items(answer)
+    if not expected:
+        raise BadReference(f"Answer {answer!r} has no item; write items with commas between them, such as 'cat, dog'.")
+    found = _items(prediction)
+    return 2 * len(found & expected) / (len(found) + len(expected))
+
+
+def _items(text: str) -> set[str]:
+    text = _unstopped(text)
+    text = text[1:-1] if text[:1] + text[-1:] in ("[]", "{}") else text
+    return {bare for item in _SEPARATOR.split(text) if (bare := _bare(item.strip().strip("'\"")))}
