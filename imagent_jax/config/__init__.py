@@ -25,6 +25,7 @@ from imagent_jax.config.settings import (
     RolloutConfig,
     RunConfig,
     SandboxConfig,
+    SourceConfig,
     ToolsConfig,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SandboxConfig",
+    "SourceConfig",
     "ToolsConfig",
     "import_path",
     "load_config",

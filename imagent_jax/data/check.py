@@ -24,7 +24,7 @@ Size = tuple[int, int]
 Key = str | tuple[str, int, int]
 """An image: its path; or source, row and place in the row."""
 T = TypeVar("T")
-VERSION = 2
+VERSION = 3
 """Of the checks here and in `reader`; remembered verdicts of another version do not count."""
 
 

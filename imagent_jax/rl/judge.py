@@ -1,6 +1,7 @@
 """From rollouts to rewards and advantages."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from imagent_jax.distributed import processes
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.rewards import Reward, score_trajectory
-from imagent_jax.rollout.batch import RolloutBatch
+from imagent_jax.rollout.batch import Grade, RolloutBatch
 from imagent_jax.rollout.metrics import call_metrics, summarise
 from imagent_jax.types import EndReason, Trajectory
 
@@ -23,6 +24,7 @@ class Judged(NamedTuple):
         parts: every reward of every trajectory, by name.
         metrics: by name.
         faults: by the name of a reward or tool that failed, one of its errors.
+        pass_rates: share of right trajectories, 0 to 1, by the uid of the task; groups that failed as a whole are left out.
     """
 
     rewards: np.ndarray
@@ -30,23 +32,56 @@ class Judged(NamedTuple):
     parts: list[list[dict[str, float]]]
     metrics: dict[str, float]
     faults: dict[str, str]
+    pass_rates: dict[str, float]
+
+
+Scores = list[dict[str, float | str]]
+"""What `score_trajectory` gives for each trajectory of a group."""
+
+
+def grade(cfg: Config, functions: dict[str, tuple[float, Reward]], group: list[Trajectory]) -> Grade:
+    """Reward the trajectories of a finished group; see `rollout.batch.Refill`. `judge` takes the rewards from the batch."""
+    scores = _scored(group, functions)
+    *_, stats = _compared(cfg, [group], [scores])
+    return Grade(stats["groups/flat"] == 0.0, scores)
+
+
+def _scored(group: Sequence[Trajectory], functions: dict[str, tuple[float, Reward]]) -> Scores:
+    """Reward trajectories. One whose reward fails ends as FAULT."""
+    scores = [score_trajectory(t, functions) for t in group]
+    for t, score in zip(group, scores, strict=True):
+        t.end = EndReason.FAULT if "fault" in score else t.end
+    return scores
+
+
+def _compared(
+    cfg: Config, groups: Sequence[Sequence[Trajectory]], scores: Sequence[Scores]
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Return rewards and advantages, float32[N, G], and metrics of the groups."""
+    rewards = np.asarray([[score["total"] for score in group] for group in scores], np.float32)
+    end = np.asarray([[t.end for t in group] for group in groups], np.uint8)
+    counted, fault = mask_tables(cfg.mask).counted[end], end == EndReason.FAULT
+    advantages, stats = group_advantages(rewards, counted, normalise_std=cfg.grpo.normalise_std, fault=fault)
+    return rewards, np.asarray(advantages), {name: float(value) for name, value in stats.items()}
 
 
 def judge(cfg: Config, rollout: RolloutBatch, functions: dict[str, tuple[float, Reward]]) -> Judged:
     """Reward every trajectory of a rollout, and compare the trajectories of a group.
 
-    A reward function that fails marks the trajectory FAULT: a metric counts it, and it never trains (promise 6).
+    A reward function that fails marks the trajectory FAULT: a metric counts it, and it never trains (promise 6). Metrics of
+    rewards and groups are those of the batch; metrics of answers, ends and tools count replaced groups too.
 
     Args:
         functions: see `reward_functions`.
     Raises:
         ValueError: every trajectory is a fault, so that nothing would train.
     """
-    own = processes.share(rollout.trajectories)  # each process scores its own rollouts, whose images it holds
-    parts = processes.join([[score_trajectory(t, functions) for t in group] for group in own])
-    flat, faults, failed = [t for group in rollout.trajectories for t in group], [], 0
-    for t, part in zip(flat, [part for group in parts for part in group], strict=True):
-        if fault := part.pop("fault", None):
+    groups, n = [*rollout.trajectories, *rollout.replaced], len(rollout.trajectories)
+    own = processes.share(groups)  # each process scores its own rollouts, whose images it holds
+    scores = rollout.grades or processes.join([_scored(group, functions) for group in own])
+    flat, faults, failed = [t for group in groups for t in group], [], 0
+    for t, score in zip(flat, [score for group in scores for score in group], strict=True):
+        if fault := score.pop("fault", None):
             t.end, t.error, failed = EndReason.FAULT, t.error or fault, failed + 1
         if t.end == EndReason.FAULT:
             faults.append(fault or _tool_fault(t))
@@ -56,14 +91,40 @@ def judge(cfg: Config, rollout: RolloutBatch, functions: dict[str, tuple[float, 
             f"All {len(flat)} rollouts of this step failed on an environment error and nothing can train; {count} of them on "
             f"{cause}. Mend it, then start again or continue from the last checkpoint with --run.resume true."
         )
-    rewards = np.asarray([[p["total"] for p in group] for group in parts], np.float32)
-    end = np.asarray([[t.end for t in group] for group in rollout.trajectories], np.uint8)
-    counted = mask_tables(cfg.mask).counted[end]
-    advantages, stats = group_advantages(rewards, counted, normalise_std=cfg.grpo.normalise_std, fault=end == EndReason.FAULT)
+    parts = scores[:n]
+    rewards, advantages, stats = _compared(cfg, rollout.trajectories, parts)
     means = {f"reward/{name}": float(np.mean([p[name] for group in parts for p in group])) for name in parts[0][0]}
-    metrics = means | {k: float(v) for k, v in stats.items()} | summarise(flat)
-    metrics |= call_metrics(rollout.trajectories, cfg.tools.names) | {"rewards/failed": failed / len(flat)}
-    return Judged(rewards, np.asarray(advantages), parts, metrics, dict(fault.split(": ", 1) for fault in faults))
+    metrics = means | stats | summarise(flat) | call_metrics(groups, cfg.tools.names) | {"rewards/failed": failed / len(flat)}
+    metrics |= _refill_metrics(cfg, rollout, stats) | _source_metrics(rollout, rewards, advantages)
+    pass_rates = {group[0].task.uid: _pass_rate(group) for group in groups if any(t.end != EndReason.FAULT for t in group)}
+    return Judged(rewards, advantages, parts, metrics, dict(fault.split(": ", 1) for fault in faults), pass_rates)
+
+
+def _refill_metrics(cfg: Config, rollout: RolloutBatch, stats: dict[str, float]) -> dict[str, float]:
+    """Return `groups/refilled`, the number of groups that fresh ones replaced, and `groups/flat_sampled`, the share of groups
+    without spread among all that were sampled (`groups/flat`: among those of the batch)."""
+    if not cfg.rollout.refill:
+        return {}
+    n, refilled = len(rollout.trajectories), len(rollout.replaced)
+    return {"groups/refilled": refilled, "groups/flat_sampled": (stats["groups/flat"] * n + refilled) / (n + refilled)}
+
+
+def _source_metrics(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
+    """Return `source/<name>/...` of every source in the batch: `reward`, mean; `flat`, share of its groups without spread;
+    `tasks`, its share of the batch."""
+    sources = np.asarray([group[0].task.source for group in rollout.trajectories])
+    found = {}
+    for name in sorted({*sources.tolist()} - {""}):
+        of_source = sources == name
+        found |= {
+            f"source/{name}/reward": float(rewards[of_source].mean()), f"source/{name}/tasks": float(of_source.mean()),
+            f"source/{name}/flat": float((~advantages[of_source].any(1)).mean()),
+        }  # fmt: skip
+    return found
+
+
+def _pass_rate(group: Sequence[Trajectory]) -> float:
+    return float(np.mean([t.right for t in group if t.end != EndReason.FAULT]))
 
 
 def _tool_fault(t: Trajectory) -> str:

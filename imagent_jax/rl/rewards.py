@@ -55,7 +55,7 @@ def reward_functions(cfg: RewardConfig) -> dict[str, tuple[float, Reward]]:
 
 
 def score_trajectory(t: Trajectory, functions: dict[str, tuple[float, Reward]]) -> dict[str, float | str]:
-    """Return every reward by name and their weighted sum, `total`.
+    """Return every reward by name and their weighted sum, `total`. Weights of the task (`Task.reward`) replace those of the run.
 
     A reward that raises or is not finite is an environment error: the result then has zero rewards, which must neither train nor
     count, and `fault`, the reward's name and error. `t.error` is set to the traceback unless it holds an earlier error.
@@ -69,7 +69,7 @@ def score_trajectory(t: Trajectory, functions: dict[str, tuple[float, Reward]]) 
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a reward of the user's
             t.error = t.error or traceback.format_exc()
             return {name: 0.0 for name in functions} | {"total": 0.0, "fault": f"reward {name}: {_described(error)}"}
-    return parts | {"total": sum(weight * parts[name] for name, (weight, _) in functions.items())}
+    return parts | {"total": sum(t.task.reward.get(name, w) * parts[name] for name, (w, _) in functions.items())}
 
 
 def _described(error: BaseException) -> str:
