@@ -1,8 +1,5 @@
 """Curriculum: tasks that are always or never solved come again less often (the online form of DAPO's dynamic sampling)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 MEMORY = 4
 """The newest measurement of a task has at least a weight of 1 / MEMORY in its running mean."""
 
@@ -22,12 +19,10 @@ class PassRates:
         self.group_size, self.floor = group_size, floor
         self.known: dict[str, list[float]] = {}
 
-    def learn(self, shares: Mapping[str, float]) -> None:
-        """Add a measurement for each key: the share of its rollouts that was right, 0 to 1."""
-        for key, share in shares.items():
-            count, rate = self.known.get(key, (0, 0.0))
-            count += 1
-            self.known[key] = [count, rate + (share - rate) / min(count, MEMORY)]
+    def learn(self, key: str, share: float) -> None:
+        """Add a measurement of a task: the share of a group's rollouts that was right, 0 to 1."""
+        count, rate = self.known.get(key, (0, 0.0))
+        self.known[key] = [count + 1, rate + (share - rate) / min(count + 1, MEMORY)]
 
     def chance(self, key: str) -> float:
         """Return how likely a task stays in an epoch: 1 before it is measured, then the probability that a group of G rollouts
@@ -37,7 +32,7 @@ class PassRates:
         rate = self.known[key][1]
         return max(self.floor, 1.0 - rate**self.group_size - (1.0 - rate) ** self.group_size)
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, float]:
         """Return `curriculum/measured`, the number of tasks measured, and `curriculum/chance`, their mean chance to stay."""
         chances = [self.chance(key) for key in self.known]
         return {"curriculum/measured": len(chances), "curriculum/chance": sum(chances) / max(1, len(chances))}

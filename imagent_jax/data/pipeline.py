@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -105,10 +105,10 @@ class TaskIterator(Iterator[list[Task]]):
         for source, position, _ in drawn:
             self.state[source]["returned"] = sorted([*self.state[source]["returned"], position])
 
-    def learn(self, pass_rates: Mapping[str, float]) -> None:
-        """Take the share of right rollouts of drawn tasks, by uid. It counts where the iterator has a curriculum."""
-        if self.rates:
-            self.rates.learn({self.keys[uid]: share for uid, share in pass_rates.items()})
+    def learn(self, pass_rates: Iterable[tuple[str, float]]) -> None:
+        """Take uids of drawn tasks, each with the share of a group's rollouts that was right. Without a curriculum: no-op."""
+        for uid, share in pass_rates if self.rates else ():
+            self.rates.learn(self.keys[uid], share)
 
     def metrics(self) -> dict[str, float]:
         """Return metrics of the curriculum: `PassRates.metrics`, and `curriculum/skipped`, tasks left out since the start."""

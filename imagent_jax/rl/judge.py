@@ -24,7 +24,8 @@ class Judged(NamedTuple):
         parts: every reward of every trajectory, by name.
         metrics: by name.
         faults: by the name of a reward or tool that failed, one of its errors.
-        pass_rates: share of right trajectories, 0 to 1, by the uid of the task; groups that failed as a whole are left out.
+        pass_rates: of every group, replaced ones too: uid of the task, and share of its trajectories that are right, 0 to 1.
+            Faults do not count.
     """
 
     rewards: np.ndarray
@@ -32,7 +33,7 @@ class Judged(NamedTuple):
     parts: list[list[dict[str, float]]]
     metrics: dict[str, float]
     faults: dict[str, str]
-    pass_rates: dict[str, float]
+    pass_rates: list[tuple[str, float]]
 
 
 Scores = list[dict[str, float | str]]
@@ -96,7 +97,8 @@ def judge(cfg: Config, rollout: RolloutBatch, functions: dict[str, tuple[float, 
     means = {f"reward/{name}": float(np.mean([p[name] for group in parts for p in group])) for name in parts[0][0]}
     metrics = means | stats | summarise(flat) | call_metrics(groups, cfg.tools.names) | {"rewards/failed": failed / len(flat)}
     metrics |= _refill_metrics(cfg, rollout, stats) | _source_metrics(rollout, rewards, advantages)
-    pass_rates = {group[0].task.uid: _pass_rate(group) for group in groups if any(t.end != EndReason.FAULT for t in group)}
+    right = [(group[0].task.uid, [t.right for t in group if t.end != EndReason.FAULT]) for group in groups]
+    pass_rates = [(uid, float(np.mean(each))) for uid, each in right if each]
     return Judged(rewards, advantages, parts, metrics, dict(fault.split(": ", 1) for fault in faults), pass_rates)
 
 
@@ -121,10 +123,6 @@ def _source_metrics(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.n
             f"source/{name}/flat": float((~advantages[of_source].any(1)).mean()),
         }  # fmt: skip
     return found
-
-
-def _pass_rate(group: Sequence[Trajectory]) -> float:
-    return float(np.mean([t.right for t in group if t.end != EndReason.FAULT]))
 
 
 def _tool_fault(t: Trajectory) -> str:
