@@ -50,6 +50,7 @@ class Task:
         source: name of the source in a mixture; metrics are reported per source.
         tools: names of the tools it may call, of those of the run. None: all.
         reward: weights of rewards by name, in place of the run's.
+        environment: 'package.module:Class' of its environment, which is made as `ToolEnvironment` is. "": the run's.
 
     Raises:
         ValueError: `parts` do not show every image once, in order, or `options` and answers do not go together.
@@ -68,6 +69,7 @@ class Task:
     source: str = ""
     tools: tuple[str, ...] | None = None
     reward: dict[str, float] = field(default_factory=dict)
+    environment: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "meta", copy.deepcopy(self.meta))

@@ -280,7 +280,7 @@ def test_settings_that_do_not_go_together_are_refused():
 
 SOURCE = {
     "name": "files", "path": "here", "test_path": "there", "weight": 0.5, "answer_type": "f1",
-    "tools": ["visual_reflection"], "reward": {"answer": 2.0},
+    "tools": ["visual_reflection"], "reward": {"answer": 2.0}, "environment": "own:World",
 }  # fmt: skip
 
 

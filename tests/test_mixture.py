@@ -14,6 +14,7 @@ from imagent_jax.config import Config, DataConfig, SourceConfig
 from imagent_jax.data.mixture import Mixture, next_source, of_source
 from imagent_jax.data.pipeline import check_source, open_tasks, task_iterator
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
+from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.metrics import summarise
 from imagent_jax.rollout.policy import Policy
 from imagent_jax.tiny.world import task_at
@@ -314,3 +315,47 @@ def test_a_mixture_is_complete_in_a_saved_configuration(folder):
     saved = yaml.safe_load(cfg.to_yaml())["data"]["mixture"]
     assert [*saved] == ["sums", "words", "world"] and all({*source} == {*vars(SourceConfig())} for source in saved.values())
     assert Config.from_yaml(cfg.to_yaml()) == cfg
+
+
+# ---- environments ------------------------------------------------------------------------------------------------------
+
+
+class Greeting(ToolEnvironment):
+    """An environment that changes what a call says."""
+
+    def step(self, call):
+        result = super().step(call)
+        result.parts.insert(0, f"hello from {type(self).__name__}")
+        return result
+
+
+class Farewell(Greeting):
+    """Another one."""
+
+
+def test_a_task_lives_in_the_environment_of_its_row_or_else_of_its_source(folder):
+    path = folder / "sums/train.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in [row(1), row(2, environment=f"{__name__}:Farewell")]))
+    cfg = config_of(folder, sums={"environment": f"{__name__}:Greeting", "tools": ["visual_reflection"]})
+    collector = scripted_collector(cfg)
+    found = {task.uid: task for task in open_tasks(cfg.data, "train", collector.check)}
+
+    def said(task):
+        call = (
+            play(collector, task, 0, [QWEN.render_call("visual_reflection", {"images": [1]}), ANSWER.format("1")]).turns[0].call
+        )
+        return call.parts[0]
+
+    assert said(found["sums/train:1"]) == "hello from Greeting" and said(found["sums/train:2"]) == "hello from Farewell"
+    assert "hello" not in said(found["words/train:1"])
+    assert found["sums/train:2"].meta == {}
+
+
+def test_an_environment_that_cannot_be_imported_is_refused_at_the_start(folder):
+    with pytest.raises(ValueError, match="data.mixture.sums.environment.*nowhere:World"):
+        open_tasks(config_of(folder, sums={"environment": "nowhere:World"}).data, "train")
+    path = folder / "sums/train.jsonl"
+    path.write_text(json.dumps(row(1, environment="nowhere:World")) + "\n")
+    for _ in range(2):  # also where the verdict is remembered
+        with pytest.raises(ValueError, match="environment of a row.*nowhere:World"):
+            open_tasks(config_of(folder).data, "train")

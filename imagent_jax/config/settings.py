@@ -99,6 +99,7 @@ class SourceConfig:
     answer_type: str = setting("", "of rows that name none ('': data.answer_type)")
     tools: tuple[str, ...] | None = setting(None, "tools its tasks may call, of those of the run (null: all)")
     reward: dict[str, float] = setting(Table(), "weights of rewards by name, in place of the run's")
+    environment: str = setting("", "the environment of its tasks, 'package.module:Class' ('': the run's)")
 
 
 _SOURCE = "; ".join(f"{f.name} ({f.metadata['help']})" for f in fields(SourceConfig))

@@ -147,6 +147,7 @@ def read_row(
     answer_type, own = _text("answer_type", row.pop("answer_type", None), answer_type), {}
     if form.read is _own:
         own = {"tools": _tools(row.pop("tools", None)), "reward": _weights(row.pop("reward", None))}
+        own["environment"] = _text("environment", row.pop("environment", None), "")
     fields = form.read(row)
     question, parts, images = _placed(_parts(fields.question), fields.images)
     answers, options = _answers(fields.answer), ()

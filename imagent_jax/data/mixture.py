@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from imagent_jax.config import DataConfig, SourceConfig
+from imagent_jax.config import DataConfig, SourceConfig, import_path
 from imagent_jax.data.check import Fault, Progress, TaskCheck
 from imagent_jax.types import Task
 
@@ -24,9 +24,11 @@ def next_source(drawn: Mapping[str, int], weights: Mapping[str, float]) -> str:
 
 
 def of_source(task: Task, name: str, cfg: SourceConfig) -> Task:
-    """Return a task as one of a source: with its name, also before the uid, and its tools and rewards where the task has none."""
+    """Return a task as one of a source: with its name, also before the uid, and its tools, rewards and environment where the task
+    has none."""
     tools = cfg.tools if task.tools is None else task.tools
-    return replace(task, uid=f"{name}/{task.uid}", source=name, tools=tools, reward={**cfg.reward, **task.reward})
+    own = {"tools": tools, "reward": {**cfg.reward, **task.reward}, "environment": task.environment or cfg.environment}
+    return replace(task, uid=f"{name}/{task.uid}", source=name, **own)
 
 
 class SourceTasks(Sequence[Task]):
@@ -100,6 +102,8 @@ def open_mixture(cfg: DataConfig, split: str, check: TaskCheck | None, progress:
     """
     sources, faults = {}, []
     for name, source in cfg.mixture.items():
+        if source.environment:
+            import_path(source.environment, f"data.mixture.{name}.environment")
         kind = source.answer_type or cfg.answer_type
         own = replace(cfg, mixture={}, name=source.name, path=source.path, test_path=source.test_path, answer_type=kind)
         try:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 from imagent_jax.chat import answer_markup, extract_answer
-from imagent_jax.config import DataConfig
+from imagent_jax.config import DataConfig, import_path
 from imagent_jax.data.check import Fault, Key, Progress, RowError, Size, TaskCheck, Verdicts, image_sizes, tracked
 from imagent_jax.data.files import Source, open_sources
 from imagent_jax.data.formats import Format, format_of, read_row, unknown_columns
@@ -127,7 +127,10 @@ def open_split(
     """Read the files of a split; see `files.open_sources` and `read_tasks`. Verdicts are remembered in `cfg.cache_dir`."""
     memory = pathlib.Path(cfg.cache_dir).expanduser() / "checked"
     how = {"shuffle": cfg.seed if cfg.shuffle_options else None, "answer_type": cfg.answer_type}
-    return read_tasks(open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, **how, memory=memory, progress=progress)
+    tasks = read_tasks(open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, **how, memory=memory, progress=progress)
+    for path in sorted({row.task.environment for row in tasks.rows} - {""}):
+        import_path(path, "environment of a row")  # each time: no remembered verdict knows whether it can be imported
+    return tasks
 
 
 # ---- the rows of a source ---------------------------------------------------------------------------------------------

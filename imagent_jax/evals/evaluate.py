@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sentence := left_out(split):
             console.print(f"[yellow]{escape(sentence)}[/]")
         tasks = list(split[: cfg.eval.tasks])
+        if chosen.control and (own := next((task for task in tasks if task.environment), None)):
+            raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
         console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.title}; nothing is written.")
         with jax.set_mesh(parts.mesh):
 

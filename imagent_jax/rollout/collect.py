@@ -17,7 +17,7 @@ from flax import nnx
 
 from imagent_jax.chat import QWEN, Call, MalformedCall
 from imagent_jax.chat.prompts import read_prompt
-from imagent_jax.config import Config, ToolsConfig
+from imagent_jax.config import Config, ToolsConfig, import_path
 from imagent_jax.distributed import processes
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model.features import FeatureStore
@@ -58,7 +58,7 @@ class Collector:
     often the batch held the task before.
 
     Args:
-        environment: makes the environment of a task; called as `ToolEnvironment` is.
+        environment: makes the environment of a task that names none; called as `ToolEnvironment` is.
         stop: once it is set, rollouts are given up (`Stopped`).
     """
 
@@ -80,9 +80,10 @@ class Collector:
 
     # ---- prompts ------------------------------------------------------------------------------------------------------
 
-    def environment(self, tools: Sequence[str] | None = None) -> ToolEnvironment:
-        """Return a new environment that offers some of the run's tools. None: all."""
-        return self.make_environment(self.tools.subset(tools), self.settings, self.cfg.images)
+    def environment(self, tools: Sequence[str] | None = None, path: str = "") -> ToolEnvironment:
+        """Return a new environment that offers some of the run's tools. None: all. `path`: see `Task.environment`."""
+        make = import_path(path, "environment") if path else self.make_environment
+        return make(self.tools.subset(tools), self.settings, self.cfg.images)
 
     def system(self, tools: tuple[str, ...] | None = None) -> tuple[str, ...]:
         """Return the content of the system turn where these of the run's tools are offered. None: all.
@@ -103,7 +104,7 @@ class Collector:
             ValueError: an image does not decode, or the prompt does not fit `rollout.prompt_tokens`; the task is named.
         """
         task = replace(task)  # what the environment does to its facts ends with this opening
-        environment = self.environment(task.tools)
+        environment = self.environment(task.tools, task.environment)
         environment.reset(task)
         images = [self.rules.prepare(environment, entry, observed=False) for entry in environment.images]
         try:
