@@ -37,7 +37,10 @@ LEAST = [  # a job of the fewest and smallest programs: the second process finds
     "--rollout.groups=2", "--rollout.group_size=2", "--rollout.response_tokens=32", "--grpo.micro_groups=2",
     "--images.pack_blocks=1", "--eval.tasks=2", "--eval.groups=2", "--rollout.refill=3",
 ]  # fmt: skip
-TOWER = ["--model.freeze_vision=false", "--images.pack_blocks=3"]  # everything learns; packs that do not divide over devices
+MIXTURE = "{a: {name: tiny_world, tools: [visual_confirmation]}, b: {name: tiny_world, weight: 2, reward: {format: 0.5}}}"
+TOWER = [  # everything learns; packs that do not divide over devices; tasks of two sources
+    "--model.freeze_vision=false", "--images.pack_blocks=3", f"--data.mixture={MIXTURE}", "--data.curriculum=pass_rate",
+]  # fmt: skip
 
 
 def start(folder: Path, name: str, devices: int, *flags: str) -> subprocess.Popen:
@@ -88,6 +91,7 @@ def test_two_processes_give_the_metrics_of_one(folder, other, within):
     a, b = records(folder / "two"), records(folder / other)
     assert [record["step"] for record in a] == [record["step"] for record in b] == [0, 1, 2, 2]
     assert all("reward/total" in record and record["loss"] != 0 for record in a[1:3])
+    assert all(record["curriculum/measured"] and "source/b/reward" in record for record in a[1:3])
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys() and x.pop("warnings", None) == y.pop("warnings", None)
         for key in x:

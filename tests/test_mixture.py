@@ -1,7 +1,9 @@
 """Mixtures: the order of tasks by weight, sources with their own settings, held-out shares, tasks that are given back."""
 
+import dataclasses
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from scripted_run import ANSWER, crop, finished, play, scripted_collector
 
 from imagent_jax.chat import QWEN
 from imagent_jax.config import Config, DataConfig, SourceConfig
+from imagent_jax.data.check import left_out
 from imagent_jax.data.mixture import Mixture, next_source, of_source
 from imagent_jax.data.pipeline import check_source, open_tasks, task_iterator
 from imagent_jax.rl.rewards import reward_functions, score_trajectory
@@ -218,6 +221,17 @@ def test_a_row_that_names_what_the_run_does_not_have_is_a_fault(folder, change, 
     cfg = config_of(folder, sums={"path": str(path), "answer_type": ""})
     with pytest.raises(ValueError, match=sentence):
         open_tasks(cfg.data, "train", scripted_collector(cfg).check)
+
+
+def test_rows_that_are_left_out_are_counted_over_all_sources(folder):
+    for name in ("sums/train", "words/train"):
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write("{}\n")
+    os.rename(folder / "words/train.jsonl", folder / "words/more.jsonl")
+    cfg = config_of(folder, words={"path": f"{folder}/words/more.jsonl"})
+    tasks = open_tasks(dataclasses.replace(cfg.data, skip_bad=True), "train")
+    assert len(tasks) == 9 and [fault.line for fault in tasks.faults] == [4, 3]
+    assert left_out(tasks).startswith("train.jsonl, more.jsonl: 2 of 11 rows are left out (2 no question). The first: ")
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ class TaskIterator(Iterator[list[Task]]):
 
     def get_state(self) -> dict[str, Any]:
         """Return the position in the series; an iterator with the same tasks and seed can continue from it."""
-        return copy.deepcopy({"sources": self.state, "pass_rates": self.rates.known if self.rates else {}})
+        return {"sources": copy.deepcopy(self.state), "pass_rates": dict(self.rates.known) if self.rates else {}}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Move to the position returned by `get_state`.
