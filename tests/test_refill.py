@@ -75,7 +75,7 @@ CASES = [[0, 1, 2, 3, 4, 5, 6], [0, 2, 4], [3, 4, 5, 6], [6], [], [1, 2, 5], [0,
 
 
 @pytest.mark.slow(8)
-@pytest.mark.parametrize("places", CASES, ids=str)
+@pytest.mark.parametrize("places", CASES, ids=lambda places: "-".join(map(str, places)) or "none")
 def test_the_batch_is_the_first_groups_with_spread_then_those_without(parts, cfg, fresh, alone, places, monkeypatch):
     """Under random delays of the tools too, far beyond the patience for slow calls."""
     patient = dataclasses.replace(cfg, tools=dataclasses.replace(cfg.tools, patience_s=0.01, timeout_s=60.0))
