@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from rich.markup import escape
 
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.check import left_out
+from imagent_jax.data.curriculum import PassRates
 from imagent_jax.data.pipeline import check_source, task_iterator
 from imagent_jax.distributed import processes
 from imagent_jax.distributed.processes import FAILED, RESTART
@@ -32,7 +34,7 @@ from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.sharding import gather_params
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rl.guards import watch
-from imagent_jax.rl.judge import judge
+from imagent_jax.rl.judge import grade, judge
 from imagent_jax.rl.learner import Learner
 from imagent_jax.rl.mask import dropped_shares, mask_tables
 from imagent_jax.rl.optim import make_optimizer
@@ -78,7 +80,7 @@ class Run:
         use_compile_cache(cfg.run.compile_cache)
         console.print(
             f"[bold]imagent-jax[/]: {cfg.run.steps} steps of {cfg.rollout.groups} tasks x {cfg.rollout.group_size} rollouts of "
-            f"{cfg.model.path} on {cfg.data.name}, {jax.sharding.get_mesh().size} {jax.devices()[0].platform} device(s)."
+            f"{cfg.model.path} on {cfg.data.title}, {jax.sharding.get_mesh().size} {jax.devices()[0].platform} device(s)."
         )
         if cfg.run.profile:
             console.print(f"Step {cfg.run.profile} is traced into {folder.path}/profile, for Perfetto and XProf.")
@@ -86,7 +88,8 @@ class Run:
         console.print(f"Writes to {folder.path}: {files}. Ctrl-C saves and stops.")
         with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)") as status:
             check_source(cfg.data)
-            self.rewards = reward_functions(cfg.reward, cfg.judge)  # bad settings are refused before any compute is spent
+            # bad settings are refused before any compute is spent
+            self.rewards = reward_functions(cfg.reward, cfg.judge, cfg.used_rewards)
             self.policy = policy = Policy(cfg, interrupt.stop)
             splits = [policy.open_tasks(split, progress_on(console, status)) for split in ("train", "test")[: 1 + self.evaluates]]
         folder.log_faults([fault for tasks in splits for fault in tasks.faults])
@@ -99,8 +102,10 @@ class Run:
         optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
         reference = policy.params if cfg.grpo.kl > 0 else None
         self.learner = Learner(policy.model, cfg, optimizer, mask_tables(cfg.mask), reference)
-        iterator = task_iterator(tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed)
-        self.prefetcher = Prefetcher(policy.collector, iterator, cfg.rollout, cfg.run.seed)
+        rates = PassRates(cfg.rollout.group_size, cfg.data.curriculum_floor) if cfg.data.curriculum == "pass_rate" else None
+        self.iterator = task_iterator(tasks, cfg.rollout.groups, seed=cfg.data.seed + cfg.run.seed, rates=rates)
+        grading = partial(grade, cfg, self.rewards)
+        self.prefetcher = Prefetcher(policy.collector, self.iterator, cfg.rollout, cfg.run.seed, grading)
         self.history: list[dict[str, Any]] = []
         self.failed: set[str] = set()
 
@@ -126,7 +131,7 @@ class Run:
         if restored is None:
             return TrainState(params, opt_state)
         trained, opt_state, progress = restored
-        self.prefetcher.iterator.set_state(progress["iterator"])
+        self.iterator.set_state(progress["iterator"])
         self.console.print(f"Resumed after step {progress['step']}.")
         kept = {name: progress[name] for name in ("step", "evaluations", "unlogged")}
         return TrainState(nnx.merge_state(trained, frozen), opt_state, **kept)
@@ -259,6 +264,8 @@ def _train(run: Run) -> dict[str, float]:
 
                 judged = judge(cfg, rollout, run.rewards)
                 run.tell_faults(judged.faults)
+                run.iterator.learn(judged.pass_rates)
+                judged.metrics.update(run.iterator.metrics())
                 batch = pack_batch(
                     rollout, judged.rewards, judged.advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens
                 )

@@ -47,6 +47,10 @@ class Task:
         parts: the question as shown, in order: texts, and numbers of images where they stand. (): all images, then `question`.
         other_answers: further references. The best score counts.
         options: options of a multiple-choice question, shown after it as lines "A. ...".
+        source: name of the source in a mixture; metrics are reported per source.
+        tools: names of the tools it may call, of those of the run. None: all.
+        reward: weights of rewards by name, in place of the run's.
+        environment: 'package.module:Class' of its environment, which is made as `ToolEnvironment` is. "": the run's.
 
     Raises:
         ValueError: `parts` do not show every image once, in order, or `options` and answers do not go together.
@@ -62,9 +66,14 @@ class Task:
     parts: tuple[str | int, ...] = ()
     other_answers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    source: str = ""
+    tools: tuple[str, ...] | None = None
+    reward: dict[str, float] = field(default_factory=dict)
+    environment: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "meta", copy.deepcopy(self.meta))
+        object.__setattr__(self, "reward", dict(self.reward))
         numbers, count = [part for part in self.parts if isinstance(part, int)], len(self.images)
         if self.parts and numbers != [*range(1, count + 1)]:
             raise ValueError(f"Task {self.uid}: parts show images {numbers}; show each of its {count} images once, in order.")

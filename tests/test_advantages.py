@@ -81,10 +81,10 @@ def test_the_bound_is_reached_by_one_rollout_that_differs_and_changes_no_counted
 
 
 @pytest.mark.parametrize("normalise_std", [True, False])
-@pytest.mark.parametrize("value", [0.9, 1 / 3, 1.1, -0.7, 1e-12, 1e10 / 3, 1e15 / 7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [0.9, 1 / 3, 0.1 + 0.2, 1.1, -0.7, 0.0, 1e-12, 1e10 / 3, 1e15 / 7])
 @pytest.mark.parametrize("group_size", [2, 3, 7, 8])
-def test_equal_rewards_give_exactly_zero_whatever_their_value(value, group_size, normalise_std):
-    advantages, stats = group_advantages(
-        np.full((1, group_size), value), np.ones((1, group_size), bool), normalise_std=normalise_std, eps=0.0
-    )
+def test_equal_rewards_give_exactly_zero_whatever_their_value(value, group_size, normalise_std, dtype):
+    rewards = np.full((1, group_size), value, dtype)
+    advantages, stats = group_advantages(rewards, np.ones((1, group_size), bool), normalise_std=normalise_std, eps=0.0)
     assert advantages.tolist() == [[0.0] * group_size] and stats == {"groups/flat": 1.0, "groups/std": 0.0}

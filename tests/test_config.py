@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imagent_jax.config import SETTINGS, TINY, Config, load_config, parse_args, read_args
+from imagent_jax.config import SETTINGS, TINY, Config, SourceConfig, load_config, parse_args, read_args
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CHANGED = {
@@ -160,7 +160,7 @@ ABOVE_ZERO = (
 NOT_NEGATIVE = (
     "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every",
     "eval.tasks", "grpo.kl", "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank",
-    "distributed.num_processes", "judge.retries",
+    "distributed.num_processes", "judge.retries", "rollout.refill",
 )  # fmt: skip
 BELOW_ONE = ["optim.b1", "optim.b2", "grpo.clip_low"]
 MESH = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
@@ -196,6 +196,7 @@ def test_every_number_has_a_range_or_needs_none():
         *(high for _, high in PAIRS),
         "images.vision_block",
         "rollout.group_size",
+        "data.curriculum_floor",
         "sandbox.memory_mb",
         "sandbox.files",
         "search.passages",
@@ -215,6 +216,7 @@ def test_ranges_hold_at_their_limits():
     cases += [(name, [0.0, 0.999], [-1e-9, 1.0], "it must be at least 0 and below 1.") for name in BELOW_ONE]
     cases += [(name, [1, 7, -1], [0, -2], "it must be at least 1, or -1 for the devices that are left.") for name in MESH]
     cases += [("tools.min_box", [1e-9, 1.0], [0.0, 1.01], "it must be above 0 and at most 1."),
+              ("data.curriculum_floor", [1e-9, 1.0], [0.0, 1.01], "it must be above 0 and at most 1."),
               ("images.vision_block", [97], [0], "it must be at least 1."),
               ("sandbox.memory_mb", [16], [15, 0], "it must be at least 16."),
               ("sandbox.files", [16], [15, 0], "it must be at least 16."),
@@ -312,12 +314,66 @@ def test_settings_that_do_not_go_together_are_refused():
     assert Config.from_dict(nested({"tools.names": ["my.own:tool"]})).tools.names == ("my.own:tool",)
 
 
+SOURCE = {
+    "name": "files", "path": "here", "test_path": "there", "weight": 0.5, "answer_type": "f1",
+    "tools": ["visual_reflection"], "reward": {"answer": 2.0}, "environment": "own:World",
+}  # fmt: skip
+
+
+def test_a_source_of_a_mixture_is_changed_from_the_command_line_alone(tmp_path):
+    text = yaml.safe_dump({"data": {"mixture": {"maps": SOURCE, "charts": {"path": "c"}}}}, sort_keys=False)
+    (tmp_path / "a.yaml").write_text(text)
+    base = f"--config={tmp_path / 'a.yaml'}"
+    config = read_args([base, "--data.mixture.charts.weight=3", "--data.mixture.maps.tools=[]", "--data.mixture.new.path", "n"])
+    sources = config.data.mixture
+    assert [*sources] == ["maps", "charts", "new"] and config.data.title == "maps, charts, new"
+    assert sources["maps"] == SourceConfig(**SOURCE | {"tools": ()}) and sources["charts"] == SourceConfig(path="c", weight=3.0)
+    assert sources["new"] == SourceConfig(path="n") and hash(config) == hash(Config.from_yaml(config.to_yaml()))
+    assert Config().data.title == "files" and Config.from_yaml(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("{weight: 0}", "data.mixture.a.weight is 0; it must be a number above 0, or leave the source out."),
+        ("{weight: .inf}", "data.mixture.a.weight is inf; it must be a number above 0, or leave the source out."),
+        ("{weight: x}", "A source of data.mixture has weight 'x'; it must be a number."),
+        ("{qqqq: 2}", "A source of data.mixture has no setting 'qqqq'; see --help for every setting."),
+        ("{weigt: 2}", "A source of data.mixture has no setting 'weigt'; did you mean 'weight'?"),
+        ("{tools: zoom}", "A source of data.mixture has tools 'zoom'; it must be a list of names, such as [a, b]."),
+        ("3", "data.mixture is '3'; it must be a mapping of names, such as {a: ...}."),
+        ("{name: web}", "A source of data.mixture has name 'web'; it must be one of 'files', 'tiny_world'."),
+        ("{reward: {anser: 1}}", "data.mixture.a.reward has 'anser', which is no reward of the run; did you mean 'answer'?"),
+        ("{reward: {answer: .nan}}", "data.mixture.a.reward.answer is nan; it must be a finite number."),
+        (
+            "{reward: {answer: 0, format: 0, tool_gain: 0}}",
+            "Every weight of data.mixture.a.reward is 0, so that no rollout is better; give one reward a weight.",
+        ),
+    ],
+)
+def test_a_bad_source_is_refused_in_one_sentence(source, sentence):
+    assert said(Config.from_yaml, f"data: {{mixture: {{a: {source}}}}}") == sentence
+    assert said(read_args, [f"--data.mixture={{a: {source}}}"]) == sentence
+
+
+def test_a_mixture_has_names_and_paths_of_its_own():
+    assert said(Config.from_yaml, "data: {mixture: {a/b: {}}}").startswith("data.mixture has a source 'a/b'; name it with")
+    for key in ("path", "test_path"):
+        sentence = said(Config.from_yaml, f"data: {{{key}: x, mixture: {{a: {{path: y}}}}}}")
+        assert sentence.startswith("data.mixture and data.path are both set; name each source's path")
+    weights = Config.from_yaml("reward: {answer: 0, custom: ['own:one']}\ndata: {mixture: {a: {reward: {'own:one': 0}}}}")
+    assert weights.reward.weights == {"answer": 0.0, "format": 0.1, "tool_gain": 0.2, "own:one": 1.0}
+
+
 def changed(name: str):
     """Another value than the default of a setting."""
     default, kind = Config().get(name), SETTINGS[name]
     if typing.get_origin(kind) is typing.Literal:
         return [option for option in typing.get_args(kind) if option != default][-1]
-    known = {"tools.names": ("visual_confirmation",), "lora.targets": ("q_proj", "up_proj")}
+    known = {
+        "tools.names": ("visual_confirmation",), "lora.targets": ("q_proj", "up_proj"),
+        "data.mixture": {"maps": dict(SOURCE), "charts-2": SOURCE | {"tools": None, "reward": {}, "name": "tiny_world"}},
+    }  # fmt: skip
     values = {
         bool: lambda: not default,
         int: lambda: default + 4,
@@ -328,13 +384,14 @@ def changed(name: str):
 
 
 def test_every_setting_survives_yaml_and_the_command_line(tmp_path):
-    apart = ["model.freeze_vision", "rollout.overlap"]  # each goes with less than all others
-    for names in ([name for name in SETTINGS if name not in apart], apart[:1], apart[1:]):
+    apart = ["model.freeze_vision", "rollout.overlap", "data.mixture"]  # each goes with less than all others
+    for names in ([name for name in SETTINGS if name not in apart], *([name] for name in apart)):
         wanted = {name: changed(name) for name in names}
         assert all(value != Config().get(name) for name, value in wanted.items())
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in wanted.items()}
         config = Config.from_dict(nested(plain))
-        assert {name: config.get(name) for name in SETTINGS} == {name: Config().get(name) for name in SETTINGS} | wanted
+        found = {name: config.get(name) for name in SETTINGS} | {"data.mixture": config.to_dict()["data"]["mixture"]}
+        assert found == {name: Config().get(name) for name in SETTINGS} | wanted
         assert Config.from_yaml(config.to_yaml()) == config == Config.from_dict(config.to_dict())
         spelt = {name: yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
                  if not isinstance(value, str) else value for name, value in plain.items()}  # fmt: skip

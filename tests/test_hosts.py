@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,14 @@ import pytest
 import simulated
 from simulated import TOGETHER
 
-from imagent_jax.config import DistributedConfig
+from imagent_jax.config import DistributedConfig, load_config
+from imagent_jax.data.pipeline import task_iterator
 from imagent_jax.distributed import processes, watcher
 from imagent_jax.distributed.processes import RESTART
+from imagent_jax.rl.judge import grade
+from imagent_jax.rl.rewards import reward_functions
+from imagent_jax.rollout.batch import Refill
+from imagent_jax.rollout.policy import Policy
 
 JOB = [
     "--run.steps=2", "--rollout.groups=4", "--rollout.group_size=4", "--rollout.response_tokens=64", "--grpo.micro_groups=4",
@@ -29,9 +35,12 @@ JOB = [
 ]  # fmt: skip
 LEAST = [  # a job of the fewest and smallest programs: the second process finds none of its own in the compile cache
     "--rollout.groups=2", "--rollout.group_size=2", "--rollout.response_tokens=32", "--grpo.micro_groups=2",
-    "--images.pack_blocks=1", "--eval.tasks=2", "--eval.groups=2",
+    "--images.pack_blocks=1", "--eval.tasks=2", "--eval.groups=2", "--rollout.refill=3",
 ]  # fmt: skip
-TOWER = ["--model.freeze_vision=false", "--images.pack_blocks=3"]  # everything learns; packs that do not divide over devices
+MIXTURE = "{a: {name: tiny_world, tools: [visual_confirmation]}, b: {name: tiny_world, weight: 2, reward: {format: 0.5}}}"
+TOWER = [  # everything learns; packs that do not divide over devices; tasks of two sources
+    "--model.freeze_vision=false", "--images.pack_blocks=3", f"--data.mixture={MIXTURE}", "--data.curriculum=pass_rate",
+]  # fmt: skip
 
 
 def start(folder: Path, name: str, devices: int, *flags: str) -> subprocess.Popen:
@@ -82,6 +91,7 @@ def test_two_processes_give_the_metrics_of_one(folder, other, within):
     a, b = records(folder / "two"), records(folder / other)
     assert [record["step"] for record in a] == [record["step"] for record in b] == [0, 1, 2, 2]
     assert all("reward/total" in record and record["loss"] != 0 for record in a[1:3])
+    assert all(record["curriculum/measured"] and "source/b/reward" in record for record in a[1:3])
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys() and x.pop("warnings", None) == y.pop("warnings", None)
         for key in x:
@@ -120,6 +130,25 @@ def underway(folder: Path, steps: int = 1) -> list[subprocess.Popen]:
     return processes
 
 
+def assert_refilled_by_shares(run: Path) -> None:
+    """The first step is what each process alone makes of its share: one task and one spare, and one task and two spares."""
+    cfg = load_config(run / "config.yaml")
+    policy = Policy(cfg.changed({"mesh.fsdp": 1}))
+    fresh, _ = task_iterator(policy.open_tasks("train"), 2, seed=0).draw(5)
+    grading, alone = partial(grade, cfg, reward_functions(cfg.reward)), []
+    for tasks, spares in ((fresh[:1], fresh[2:3]), (fresh[1:2], fresh[3:])):
+        how = {"group_size": 2, "seed": 0, "temperature": cfg.rollout.temperature, "refill": Refill(spares, grading)}
+        alone.append(policy.collector.collect(policy.params, tasks, **how))
+    first, logged = records(run)[1], (run / "trajectories/train-000001.jsonl").read_text().splitlines()
+    own = alone[0].trajectories[0]
+    assert [(r["task"], r["length"]) for r in map(json.loads, logged)] == [(t.task.uid, len(t.ids)) for t in own]
+    assert first["groups/refilled"] == sum(len(part.replaced) for part in alone) > 0
+    totals = [score["total"] for part in alone for score in part.grades[0]]
+    assert first["reward/total"] == pytest.approx(np.mean(totals))
+    everyone = [t for part in alone for group in [*part.trajectories, *part.replaced] for t in group]
+    assert first["length"] == pytest.approx(np.mean([len(t.ids) for t in everyone]))
+
+
 @several
 def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     processes = underway(tmp_path)
@@ -127,6 +156,7 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     errors = [process.communicate(timeout=TOGETHER)[1] for process in processes]
     assert [process.returncode for process in processes] == [RESTART, RESTART], errors
     last = records(tmp_path / "cut")[-1]["step"]
+    assert_refilled_by_shares(tmp_path / "cut")
     assert (tmp_path / f"cut/checkpoints/{last}").is_dir() and "ended before its time" not in "".join(errors)
 
 

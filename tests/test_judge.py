@@ -221,7 +221,9 @@ def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
     tasks = [task_at(3, "train", i) for i in range(2)]
     groups = [[play(engine, task, g, texts) for g, texts in enumerate(scripts(task)[:7])] for task in tasks]
     assert groups[0][6].end == EndReason.VOID
-    rewards, advantages, scored, metrics, _ = judge(cfg, Batch(trajectories=groups), reward_functions(cfg.reward))
+    rewards, advantages, scored, metrics, *_ = judge(
+        cfg, Batch(trajectories=groups, replaced=[], grades=[]), reward_functions(cfg.reward)
+    )
     right = [True, False, True, True, True, False, False]
     for group, paid, gained, scores in zip(groups, rewards, advantages, scored, strict=True):
         assert (

@@ -31,21 +31,21 @@ class Recorder(Collector):
     def weights(self, params):
         return "copy", params
 
-    def open_in_background(self, tasks):
+    def open_in_background(self, tasks, spares):
         self.opened = tasks
         return "opened"
 
     def collect(self, weights, tasks, **how):
         if self.stopped:
             raise Stopped
-        return Batch(weights=weights, tasks=tasks, how=how, mesh=jax.sharding.get_mesh())
+        return Batch(weights=weights, tasks=tasks, how=how, mesh=jax.sharding.get_mesh(), unused=[])
 
 
 @pytest.fixture
 def ahead():
-    cfg = small_config(run={"seed": 2}, rollout={"group_size": 7, "temperature": 0.5})
+    cfg = small_config(run={"seed": 2}, rollout={"groups": 3, "group_size": 7, "temperature": 0.5})
     tasks = [task_at(0, "train", i) for i in range(10)]
-    return Prefetcher(Recorder(), task_iterator(tasks, 3, seed=1), cfg.rollout, 2), task_iterator(tasks, 3, seed=1)
+    return Prefetcher(Recorder(), task_iterator(tasks, 3, seed=1), cfg.rollout, 2, None), task_iterator(tasks, 3, seed=1)
 
 
 def uids(tasks):
@@ -62,18 +62,18 @@ def test_what_is_begun_ahead_is_what_is_taken(ahead):
         places.append(series.get_state())
     first, stale = ahead.take(0, w0)
     assert (uids(first.tasks), stale) == (batches[0], 0) and first.weights[1] is w0 and ahead.place == places[1]
-    assert first.how == {"group_size": 7, "seed": 2 * 1_000_003, "temperature": 0.5, "opened": "opened"}
+    assert first.how == {"group_size": 7, "seed": 2 * 1_000_003, "temperature": 0.5, "opened": "opened", "refill": None}
     ahead.begin(1)
     assert uids(ahead.collector.opened) == batches[1] and ahead.place == places[1]
     second, stale = ahead.take(1, w1)
-    assert second.tasks is ahead.collector.opened and second.weights[1] is w1 and stale == 0 and ahead.place == places[2]
+    assert second.tasks == ahead.collector.opened and second.weights[1] is w1 and stale == 0 and ahead.place == places[2]
     assert second.how["seed"] == 2 * 1_000_003 + 1
     mesh = training_mesh(small_config())
     with jax.set_mesh(mesh):
         ahead.begin(2, w1)
         third, stale = ahead.take(2, w2)
     assert (uids(third.tasks), stale) == (batches[2], 1) and third.weights[1] is w1 and third.mesh == mesh
-    assert third.how == {"group_size": 7, "seed": 2 * 1_000_003 + 2, "temperature": 0.5, "opened": None}
+    assert third.how == {"group_size": 7, "seed": 2 * 1_000_003 + 2, "temperature": 0.5, "opened": None, "refill": None}
     ahead.begin(3, w2)
     assert not ahead.collector.stop.is_set() and ahead.place == places[3]
     ahead.close()

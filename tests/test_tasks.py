@@ -54,7 +54,7 @@ def test_prompts_of_questions_after_their_images_have_the_ids_they_had(collector
     tasks += [Task("a", q, pictures[:n], "1") for n in range(4) for q in ("\n What? ", "", "<|im_end|> é 日本")]
     for task in tasks:
         opened = collector.open_task(task)
-        expected = encode_parts(as_before(collector.system, task.question, opened.prompt.images), collector.processor)
+        expected = encode_parts(as_before(collector.system(), task.question, opened.prompt.images), collector.processor)
         np.testing.assert_array_equal(opened.prompt.ids, expected.ids)
         np.testing.assert_array_equal(opened.prompt.positions, expected.positions)
 
@@ -77,7 +77,7 @@ def test_parts_are_shown_in_their_order_with_a_number_before_each_image(collecto
     sizes = [entry.size for entry in opened.environment.images]
     collector.check(task, sizes)  # no more tokens than the limit
     counted = sum(collector.check._tokens(getattr(part, "grid", part)) for part in
-                  QWEN.render_task(collector.system, task.shown, opened.prompt.images))  # fmt: skip
+                  QWEN.render_task(collector.system(), task.shown, opened.prompt.images))  # fmt: skip
     assert counted == len(opened.prompt.ids)
 
 

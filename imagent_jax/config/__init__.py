@@ -27,6 +27,7 @@ from imagent_jax.config.settings import (
     RunConfig,
     SandboxConfig,
     SearchConfig,
+    SourceConfig,
     ToolsConfig,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "RunConfig",
     "SandboxConfig",
     "SearchConfig",
+    "SourceConfig",
     "ToolsConfig",
     "import_path",
     "load_config",

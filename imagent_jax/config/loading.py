@@ -1,5 +1,6 @@
 """The settings of a run as one: checked, YAML in and out, dotted overrides on the command line."""
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -51,7 +52,7 @@ class Config:
             ValueError: an unknown or ill-typed key (the nearest valid name is given), or values that do not go together.
         """
         _check_names(values)
-        return _build(_checked(_parser().parse_object, values))
+        return _build(_checked(_parser().parse_object, copy.deepcopy(values)))  # the parser changes nested mappings in place
 
     @classmethod
     def from_yaml(cls, text: str) -> "Config":
@@ -64,8 +65,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries; `from_dict` is the inverse."""
-        plain = dataclasses.asdict(self)
-        return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()} for s, d in plain.items()}
+        return _plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
         """Complete and reloadable."""
@@ -74,6 +74,12 @@ class Config:
     def get(self, dotted: str) -> Any:
         """The value of a setting by dotted name."""
         return functools.reduce(getattr, dotted.split("."), self)
+
+    @property
+    def used_rewards(self) -> set[str]:
+        """Names of the rewards that have a weight, in all tasks or in those of a source."""
+        weights = self.reward.weights, *(source.reward for source in self.data.mixture.values())
+        return {name for each in weights for name, weight in each.items() if weight}
 
     def changed(self, settings: Mapping[str, Any]) -> "Config":
         """Return the configuration with some settings replaced, by dotted name.
@@ -108,6 +114,7 @@ class Config:
             raise ValueError(
                 "mask.observations is 'keep', but a sampler has no log-probabilities of observations; set grpo.recompute true."
             )
+        self._validate_sources()
         self._validate_rewards()
         if not self.run.name.strip():
             raise ValueError("run.name is empty; give the run a name, which becomes its folder in run.dir.")
@@ -129,6 +136,27 @@ class Config:
         if not self.lora.targets and not self.lora.merger:
             raise ValueError("lora.targets is empty, so that nothing is adapted; name matrices, or set lora.merger true.")
 
+    def _validate_sources(self) -> None:
+        """Raises ValueError for a source of `data.mixture` that cannot be used, whatever its files hold."""
+        weights = self.reward.weights
+        for name, source in self.data.mixture.items():
+            place = f"data.mixture.{name}"
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"data.mixture has a source {name!r}; name it with letters, digits, _ and - only.")
+            if not 0 < source.weight < math.inf:
+                raise ValueError(f"{place}.weight is {source.weight:g}; it must be a number above 0, or leave the source out.")
+            for reward, weight in source.reward.items():
+                if reward not in weights:
+                    raise ValueError(f"{place}.reward has {reward!r}, which is no reward of the run; {_nearest(reward, weights)}")
+                if not math.isfinite(weight):
+                    raise ValueError(f"{place}.reward.{reward} is {weight}; it must be a finite number.")
+            if not any((weights | source.reward).values()):
+                raise ValueError(f"Every weight of {place}.reward is 0, so that no rollout is better; give one reward a weight.")
+        if self.data.mixture and (self.data.path or self.data.test_path):
+            raise ValueError(
+                "data.mixture and data.path are both set; name each source's path in data.mixture and unset data.path."
+            )
+
     def _validate_ranges(self) -> None:
         for dotted, kind in SETTINGS.items():
             value = self.get(dotted)
@@ -144,7 +172,7 @@ class Config:
         for name, weight in weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"reward.custom gives {name!r} the weight {weight}; it must be a finite number.")
-        if self.reward.judge and not self.judge.model:
+        if "judge" in self.used_rewards and not self.judge.model:
             raise ValueError("reward.judge has a weight, but judge.model is empty; name the model on the server judge.base_url.")
 
     def _validate_images(self) -> None:
@@ -165,6 +193,7 @@ SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k
 _BOUNDS: dict[str, dict[str, float]] = {
     f"{s}.{f.name}": f.metadata["bounds"] for s, kind in _SECTIONS.items() for f in dataclasses.fields(kind)
 }
+_SOURCE: dict[str, Any] = typing.get_type_hints(sections.SourceConfig)
 _FORMER = {("data.name", "jsonl"): "files"}
 """Values of settings that have another name now."""
 _INSIDE = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
@@ -194,7 +223,8 @@ def read_args(argv: Sequence[str], program: str = "imagent_jax.train") -> Config
         ValueError: see `Config.from_dict`.
     """
     for arg in argv:
-        if arg.startswith("--") and (name := arg[2:].partition("=")[0]) not in ("help", "config", "") and name not in SETTINGS:
+        name = re.sub(r"^(data\.mixture)\..+", r"\1", arg[2:].partition("=")[0])  # `--data.mixture.NAME.weight=2`
+        if arg.startswith("--") and name not in ("help", "config", "", *SETTINGS):
             raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
     parser = _parser(program)
     base = parser.get_defaults()
@@ -222,8 +252,7 @@ def reference() -> str:
         lines += ["", f"## {section}", *textwrap.wrap(settings.__doc__, 120), ""]
         for f in dataclasses.fields(settings):
             name = f"{section}.{f.name}"
-            value = list(f.default) if isinstance(f.default, tuple) else f.default
-            written = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            written = yaml.safe_dump(_plain(f.default), default_flow_style=True, width=1000).removesuffix("...\n").strip()
             kind = re.split(r" \(|, such", _kind(SETTINGS[name]))[0]
             inside = f", {_range(_BOUNDS[name])}" if _BOUNDS[name] else ""
             words = f"- `{name}: {written}`, {kind}{inside}: {f.metadata['help']}"
@@ -254,9 +283,23 @@ def _build(parsed: Namespace) -> Config:
     for name, kind in SETTINGS.items():
         if parsed[name] is None:
             raise ValueError(f"{name} is empty; it must be {_kind(kind)}, or be left out for its default.")
-    config = Config(**{section: kind(**vars(parsed[section])) for section, kind in _SECTIONS.items()})
+    given = {section: dict(vars(parsed[section])) for section in _SECTIONS}
+    given["data"]["mixture"] = sections.Table({name: _source(s) for name, s in given["data"]["mixture"].items()})
+    config = Config(**{section: kind(**given[section]) for section, kind in _SECTIONS.items()})
     config.validate()
     return config
+
+
+def _source(parsed: Namespace | sections.SourceConfig) -> sections.SourceConfig:
+    values = vars(parsed)
+    return sections.SourceConfig(**values | {"reward": sections.Table(values["reward"])})
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with dictionaries and lists in place of other mappings and tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [*map(_plain, value)] if isinstance(value, (list, tuple)) else value
 
 
 def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Namespace:
@@ -265,7 +308,12 @@ def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Name
         return parse(*args, **kwargs)
     except ArgumentError as error:
         message = " ".join(str(error).split())
-        ill = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: ?(.*)', message)
+        ill = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: ?(.*?)(?: Subclass types expect.*)?', message)
+        if found := re.search(r"data\.mixture.* Option '([^']+)' is not accepted", message):
+            raise ValueError(f"A source of data.mixture has no setting {found[1]!r}; {_nearest(found[1], _SOURCE)}") from None
+        if ill and (found := re.search(r'data\.mixture.* Parser key "(\w+)"', message)):
+            kind = _kind(_SOURCE[found[1]])
+            raise ValueError(f"A source of data.mixture has {found[1]} {ill[2]!r}; it must be {kind}.") from None
         if ill and (now := _FORMER.get((ill[1], ill[2]))):
             raise ValueError(f"{ill[1]} {ill[2]!r} is now {now!r}; write {now!r} in its place.") from None
         if ill and ill[1] in SETTINGS:
@@ -310,6 +358,8 @@ def _kind(kind: Any) -> str:
         return f"a list of {', '.join(typing.get_args(items[0]))}"
     if any(typing.get_origin(item) is dict for item in items):
         return "a list of names or a mapping from names to numbers, such as {a: 0.5}"
+    if typing.get_origin(kind) is dict:
+        return "a mapping of names, such as {a: ...}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it in YAML)"}
     return words.get(kind, "a list of names, such as [a, b]")
 

@@ -1,6 +1,6 @@
 """Every setting of a run, section by section: name, type, default and what it means. `config.Config` is the whole."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -13,6 +13,13 @@ def setting(default: Any, help: str, hash: bool | None = None, **bounds: float) 
         bounds: its range: `least` and `most` (inclusive), `above` and `below` (exclusive).
     """
     return field(default=default, hash=hash, metadata={"help": help, "bounds": bounds})
+
+
+class Table(dict):
+    """A mapping that is a value, so that settings which hold one can be hashed. Never changed."""
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,37 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """A source of a mixture."""
+
+    name: Literal["files", "tiny_world"] = setting("files", "as data.name")
+    path: str = setting("", "as data.path")
+    test_path: str = setting("", "as data.test_path")
+    weight: float = setting(1.0, "share of the tasks, relative to the weights of the others", above=0)
+    answer_type: str = setting("", "of rows that name none ('': data.answer_type)")
+    tools: tuple[str, ...] | None = setting(None, "tools its tasks may call, of those of the run (null: all)")
+    reward: dict[str, float] = setting(Table(), "weights of rewards by name, in place of the run's")
+    environment: str = setting("", "the environment of its tasks, 'package.module:Class' ('': the run's)")
+
+
+_SOURCE = "; ".join(f"{f.name} ({f.metadata['help']})" for f in fields(SourceConfig))
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Tasks."""
 
     name: Literal["tiny_world", "files"] = setting("files", "your own files, or the embedded world")
     path: str = setting("", "folder with train.* and, where anything is evaluated, test.*; a file, a pattern, or a hub id")
     test_path: str = setting("", "held-out tasks, where they are not in data.path; as data.path")
+    mixture: dict[str, SourceConfig] = setting(
+        Table(), f"several sources in place of data.path: their names, and below each what differs of {_SOURCE}"
+    )
+    answer_type: str = setting("", "answer type of rows that name none ('': by options and format)")
+    curriculum: Literal["none", "pass_rate"] = setting(
+        "none", "how often tasks come again (pass_rate: rarer where rollouts of a group are likely to be all right or all wrong)"
+    )
+    curriculum_floor: float = setting(0.1, "least chance that the curriculum leaves a task in an epoch", above=0, most=1)
     cache_dir: str = setting("~/.cache/imagent_jax/data", "where generated tasks and verdicts on task files are kept")
     train_size: int = setting(3072, "training tasks of the tiny world", least=1)
     test_size: int = setting(512, "held-out tasks of the tiny world", least=1)
@@ -101,6 +133,11 @@ class DataConfig:
     shuffle_options: bool = setting(False, "show the options of a question in an order of its own (files)")
     permute_images: bool = setting(True, "in random order; else what the answer needs comes first (tiny world, training)")
     skip_bad: bool = setting(False, "skip rows with faults (counted and listed) instead of stopping")
+
+    @property
+    def title(self) -> str:
+        """What the tasks are, for messages."""
+        return ", ".join(self.mixture) or self.name
 
 
 @dataclass(frozen=True)
@@ -174,6 +211,7 @@ class RolloutConfig:
     observation_tokens: int = setting(512, "tokens of an observation appended at once", least=1)
     decode_chunk: int = setting(128, "tokens decoded before the host looks", least=1)
     overlap: bool = setting(False, "sample the next step's rollouts while one trains, by weights one update older")
+    refill: int = setting(0, "fresh tasks that a step may draw in place of groups without spread (0: none)", least=0)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ Size = tuple[int, int]
 Key = str | tuple[str, int, int]
 """An image: its path; or source, row and place in the row."""
 T = TypeVar("T")
-VERSION = 2
+VERSION = 3
 """Of the checks here and in `reader`; remembered verdicts of another version do not count."""
 
 
@@ -66,8 +66,9 @@ def left_out(tasks: Sequence[Task]) -> str:
     if not (faults := tasks.faults):
         return ""
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(fault.kind for fault in faults).most_common())
-    name, rows = pathlib.Path(faults[0].path).name, len(tasks) + len(faults)
-    return f"{name}: {len(faults):,} of {rows:,} rows are left out ({counts}). The first: {faults[0]}."
+    names, rows = [*dict.fromkeys(pathlib.Path(fault.path).name for fault in faults)], len(tasks) + len(faults)
+    where = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
+    return f"{where}: {len(faults):,} of {rows:,} rows are left out ({counts}). The first: {faults[0]}."
 
 
 def image_sizes(images: Iterable[tuple[Key, str | bytes]], total: int, progress: Progress) -> dict[Key, Size | RowError]:

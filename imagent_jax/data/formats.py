@@ -131,17 +131,23 @@ def unknown_columns(row: Row) -> RowError:
 # ---- from a row to a task ---------------------------------------------------------------------------------------------
 
 
-def read_row(row: Row, form: Format, default_uid: str, shuffle: int | None = None) -> tuple[Task, list[str | bytes]]:
+def read_row(
+    row: Row, form: Format, default_uid: str, shuffle: int | None = None, answer_type: str = ""
+) -> tuple[Task, list[str | bytes]]:
     """Return the task of a row, with b"" for each image, and its images: a path, or the bytes of an image file.
 
     Args:
         default_uid: uid of a row without one.
         shuffle: seed of the order of options; None: as in the row.
+        answer_type: of a row that names none; "": by its options, format and answers.
     Raises:
         RowError: the row has no question or answer, or a field is not what it should be.
     """
     row = dict(row)
-    answer_type = _text("answer_type", row.pop("answer_type", None), "")
+    answer_type, own = _text("answer_type", row.pop("answer_type", None), answer_type), {}
+    if form.read is _own:
+        own = {"tools": _tools(row.pop("tools", None)), "reward": _weights(row.pop("reward", None))}
+        own["environment"] = _text("environment", row.pop("environment", None), "")
     fields = form.read(row)
     question, parts, images = _placed(_parts(fields.question), fields.images)
     answers, options = _answers(fields.answer), ()
@@ -159,7 +165,8 @@ def read_row(row: Row, form: Format, default_uid: str, shuffle: int | None = Non
         raise RowError("bad options", f'a row with options has answer type "choice", not {quote(answer_type)}')
     try:
         meta = json.loads(json.dumps(row, default=_described))
-        task = Task(uid, question, (b"",) * len(images), answers[0], answer_type, kind, meta, parts, answers[1:], options)
+        shown = uid, question, (b"",) * len(images), answers[0], answer_type, kind, meta, parts, answers[1:], options
+        task = Task(*shown, **own)
     except RecursionError:
         raise RowError("nested too deeply", "the row is nested too deeply; write its facts as flat fields") from None
     return task, images
@@ -335,6 +342,21 @@ def _text(name: str, value: Any, default: str) -> str:
     if (text := _plain(value)) is None:
         raise RowError(f"bad {name}", f'"{name}" is {quote(value)}; write text, or leave it out')
     return text
+
+
+def _tools(value: Any) -> tuple[str, ...] | None:
+    if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        return value if value is None else tuple(value)
+    raise RowError("bad tools", f'"tools" is {quote(value)}; write a list of names of tools, or leave it out')
+
+
+def _weights(value: Any) -> dict[str, float]:
+    if value is None:
+        return {}
+    given = {name: weight for name, weight in value.items() if weight is not None} if isinstance(value, dict) else {"": ""}
+    if all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in given.values()):
+        return {name: float(weight) for name, weight in given.items()}
+    raise RowError("bad reward", f'"reward" is {quote(value)}; write weights by name, such as {{"format": 0}}, or leave it out')
 
 
 def _described(value: Any) -> str:

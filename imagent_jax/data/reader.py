@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 from imagent_jax.chat import answer_markup, extract_answer
-from imagent_jax.config import DataConfig
+from imagent_jax.config import DataConfig, import_path
 from imagent_jax.data.check import Fault, Key, Progress, RowError, Size, TaskCheck, Verdicts, image_sizes, tracked
 from imagent_jax.data.files import Source, open_sources
 from imagent_jax.data.formats import Format, format_of, read_row, unknown_columns
@@ -80,7 +80,7 @@ class FileTasks(Sequence[Task]):
 
 def read_tasks(
     sources: Sequence[Source], *, skip_bad: bool = False, check: TaskCheck | None = None, shuffle: int | None = None,
-    memory: pathlib.Path | None = None, progress: Progress = lambda sentence: None,
+    answer_type: str = "", memory: pathlib.Path | None = None, progress: Progress = lambda sentence: None,
 ) -> FileTasks:  # fmt: skip
     """Read and check rows: every row becomes a task, its answers are scored against themselves, every image is decoded once.
 
@@ -89,6 +89,7 @@ def read_tasks(
         skip_bad: omit invalid rows and list them in the result's `faults`.
         check: tries whether a run can use a task; default: not tried.
         shuffle: seed of the order of options; None: as in the row.
+        answer_type: of rows that name none, see `formats.read_row`.
         memory: folder in which verdicts are remembered, see `Verdicts`; default: none.
         progress: shows how far the check is.
 
@@ -103,10 +104,10 @@ def read_tasks(
     names = ", ".join(source.name for source in sources)
     rows, faults = [], []
     for source in sources:
-        _parse(source, shuffle, rows, faults)
+        _parse(source, (shuffle, answer_type), rows, faults)
     content = " ".join(f"{source.name} {source.content()}" for source in sources)
     paths = sorted({path for row in rows for path in row.paths if path})
-    verdicts = Verdicts(memory, f"{content} {shuffle}", paths, check.fingerprint if check else "")
+    verdicts = Verdicts(memory, f"{content} {shuffle} {answer_type}", paths, check.fingerprint if check else "")
     if (known := verdicts.recall()) is None:
         known = _judge(sources, rows, faults, check, lambda words: progress(f"Checking {pathlib.Path(names).name}: {words}"))
         verdicts.remember(known)
@@ -125,16 +126,18 @@ def open_split(
 ) -> FileTasks:
     """Read the files of a split; see `files.open_sources` and `read_tasks`. Verdicts are remembered in `cfg.cache_dir`."""
     memory = pathlib.Path(cfg.cache_dir).expanduser() / "checked"
-    shuffle = cfg.seed if cfg.shuffle_options else None
-    sources = open_sources(cfg, split)
-    return read_tasks(sources, skip_bad=cfg.skip_bad, check=check, shuffle=shuffle, memory=memory, progress=progress)
+    how = {"shuffle": cfg.seed if cfg.shuffle_options else None, "answer_type": cfg.answer_type}
+    tasks = read_tasks(open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, **how, memory=memory, progress=progress)
+    for path in sorted({row.task.environment for row in tasks.rows} - {""}):
+        import_path(path, "environment of a row")  # each time: no remembered verdict knows whether it can be imported
+    return tasks
 
 
 # ---- the rows of a source ---------------------------------------------------------------------------------------------
 
 
-def _parse(source: Source, shuffle: int | None, rows: list[Row], faults: list[Fault]) -> None:
-    """Append the rows that can be read, and the faults of the others."""
+def _parse(source: Source, how: tuple[int | None, str], rows: list[Row], faults: list[Fault]) -> None:
+    """Append the rows that can be read, and the faults of the others. `how`: the last arguments of `read_row`."""
     form, names = None, {}
     for line, place, found in source.rows():
         try:
@@ -142,7 +145,7 @@ def _parse(source: Source, shuffle: int | None, rows: list[Row], faults: list[Fa
                 raise found
             if (form := format_of(found) or form) is None:
                 raise unknown_columns(found)
-            task, images = read_row(found, form, f"{source.path.stem}:{line}", shuffle)
+            task, images = read_row(found, form, f"{source.path.stem}:{line}", *how)
         except RowError as error:
             faults.append(Fault(source.name, line, error.reason, error.kind, source.unit))
             continue

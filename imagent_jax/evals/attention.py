@@ -155,9 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         began, (parts, _) = time.perf_counter(), load_policy(args.model)
         pairs = [(task, one) for task in parts.test_tasks(20 * args.tasks) if (one := about_one_image(task))]
         if not pairs:
-            raise ValueError(f"No held-out task of {parts.cfg.data.name} names one image, such as 'Image 2'.")
+            raise ValueError(f"No held-out task of {parts.cfg.data.title} names one image, such as 'Image 2'.")
         several, one = map(list, zip(*pairs[: args.tasks], strict=True))
-        console.print(f"Answers {len(one)} held-out tasks of {parts.cfg.data.name} with {args.model}, four times over.")
+        console.print(f"Answers {len(one)} held-out tasks of {parts.cfg.data.title} with {args.model}, four times over.")
         found = {}
         for images, tasks in (("several images", several), ("one image", one)):
             for tools in (True, False):

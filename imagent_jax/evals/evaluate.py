@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sentence := left_out(split):
             console.print(f"[yellow]{escape(sentence)}[/]")
         tasks = list(split[: cfg.eval.tasks])
-        console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.name}; nothing is written.")
+        if chosen.control and (own := next((task for task in tasks if task.environment), None)):
+            raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
+        console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.title}; nothing is written.")
         with jax.set_mesh(parts.mesh):
 
             def run(collector: Collector):
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     columns = {name: metrics for name, (metrics, _) in results.items()}
-    console.print(comparison(columns, f"{cfg.model.path} on {cfg.data.name}"))
+    console.print(comparison(columns, f"{cfg.model.path} on {cfg.data.title}"))
     true, *others = (np.asarray([t.right for t in done]) for _, done in results.values())
     for control, right in zip(list(results)[1:], others, strict=True):
         if warning := looks_unused(true, right, CONTROLS[control]):

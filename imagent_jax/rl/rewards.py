@@ -6,7 +6,7 @@ import inspect
 import math
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ from imagent_jax.types import EndReason, Trajectory
 
 Reward = Callable[..., Any]
 """A function of a trajectory that returns a number, or None where it abstains. Its first parameter may be declared as
-`list[Trajectory]`: it then receives all trajectories of a step and returns a list. It may be `async def`."""
+`list[Trajectory]`: it then receives all trajectories of a step (with `rollout.refill`, of a group) and returns a list. It may
+be `async def`."""
 
 
 class Part(NamedTuple):
@@ -86,17 +87,18 @@ def custom_reward(path: str) -> Reward:
     return function
 
 
-def reward_functions(cfg: RewardConfig, judge: JudgeConfig | None = None) -> dict[str, Part]:
+def reward_functions(cfg: RewardConfig, judge: JudgeConfig | None = None, used: Collection[str] = ()) -> dict[str, Part]:
     """Return every reward by name. Call it at start-up, so that invalid settings fail early; it asks the judge one question.
 
+    Args:
+        used: rewards that have a weight for some tasks, whatever `cfg` says.
     Raises:
         ValueError: see `custom_reward` and `LLMJudge`; math-verify is not installed.
     """
-    if cfg.math_verify:
+    if cfg.math_verify or "math_verify" in used:
         check_installed()
-    named = {name: getattr(cfg, name) for name in REWARDS}
-    parts = {name: Part(weight, REWARDS[name]) for name, weight in named.items() if weight or name in ALWAYS}
-    if cfg.judge:
+    parts = {name: Part(getattr(cfg, name), REWARDS[name]) for name in REWARDS}
+    if cfg.judge or "judge" in used:
         parts["judge"] = Part(cfg.judge, LLMJudge(judge))
         asyncio.run_coroutine_threadsafe(parts["judge"].function.check(), _loop()).result()
     return parts | {path: Part(weight, custom_reward(path), cfg.timeout_s) for path, weight in cfg.custom_weights.items()}
@@ -118,15 +120,24 @@ def score_trajectories(
         concurrency: async calls at once.
     """
     slots = asyncio.Semaphore(concurrency)
-    calls = {  # async calls begin here, and run while the others do
-        name: [_call(part, argument, slots) for argument in ([list(trajectories)] if takes_list(part.function) else trajectories)]
-        for name, part in functions.items()
-    }
+
+    def begun(name: str, part: Part) -> list[Any]:  # async calls begin here, and run while the others do
+        if takes_list(part.function):
+            return [_call(part, list(trajectories), slots)]
+        wanted = [name in ALWAYS or weight_of(name, t, functions) for t in trajectories]
+        return [_call(part, t, slots) if asked else None for t, asked in zip(trajectories, wanted, strict=True)]
+
+    calls = {name: begun(name, part) for name, part in functions.items()}
     results = {name: [c.result() if isinstance(c, Future) else c for c in made] for name, made in calls.items()}
     for name, part in functions.items():
         if takes_list(part.function):
             results[name] = _spread(name, results[name][0], len(trajectories))
     return [_sum(t, {name: values[i] for name, values in results.items()}, functions) for i, t in enumerate(trajectories)]
+
+
+def weight_of(name: str, t: Trajectory, functions: dict[str, Part]) -> float:
+    """Return the weight of a reward for a trajectory: its task's, or that of the run."""
+    return t.task.reward.get(name, functions[name].weight)
 
 
 def takes_list(function: Reward) -> bool:
@@ -186,7 +197,7 @@ def _sum(t: Trajectory, values: dict[str, Any], functions: dict[str, Part]) -> d
         if isinstance(value, BaseException):
             t.error = t.error or "".join(traceback.format_exception(value))
             return {name: 0.0 for name in functions} | {"total": 0.0, "fault": f"reward {name}: {_described(value)}"}
-    weighed = [functions[name].weight * value for name, value in parts.items() if functions[name].weight]
+    weighed = [weight * value for name, value in parts.items() if (weight := weight_of(name, t, functions))]
     return parts | ({"total": sum(weighed)} if weighed else {})
 
 

@@ -1,8 +1,9 @@
 """The result of `Collector.collect`, and joining of the results of several processes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +15,30 @@ from imagent_jax.model.interleave import Encoded
 from imagent_jax.types import Task, Trajectory
 
 
+class Grade(NamedTuple):
+    """What is known of a finished group.
+
+    Attributes:
+        spread: whether its rewards differ, so that it trains.
+        scores: of its trajectories, for `RolloutBatch.grades`.
+    """
+
+    spread: bool
+    scores: Any
+
+
+class Refill(NamedTuple):
+    """Replacement of groups without spread by fresh ones (dynamic sampling; DAPO, arXiv 2503.14476, section 3.2).
+
+    Attributes:
+        spares: fresh tasks, of which the first are used.
+        grade: grades a finished group. It is called once for each group, in the process that has its images.
+    """
+
+    spares: Sequence[Task]
+    grade: Callable[[list[Trajectory]], Grade]
+
+
 @dataclass
 class RolloutBatch:
     """G trajectories per task, the encoded prompts and the encoded images of both.
@@ -21,6 +46,9 @@ class RolloutBatch:
     Attributes:
         prompt_vision: feature row of every prompt token (-1: text), int32 [S] per task.
         times: seconds by phase.
+        replaced: groups without spread that fresh tasks replaced (`rollout.refill`). They do not train.
+        unused: places of the spare tasks that were not started; the tasks and the spares are counted together.
+        grades: what `Refill.grade` found of each group of `trajectories`, then of `replaced`; empty without refill.
     """
 
     tasks: list[Task]
@@ -31,13 +59,16 @@ class RolloutBatch:
     times: dict[str, float]
     sampled_tokens: int
     image_token_id: int
+    replaced: list[list[Trajectory]] = field(default_factory=list)
+    unused: list[int] = field(default_factory=list)
+    grades: list[Any] = field(default_factory=list)
 
 
-def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
-    """Join the rollouts of all processes into the batch of all `tasks`.
+def join_batches(own: RolloutBatch) -> RolloutBatch:
+    """Join the rollouts of all processes.
 
-    Trajectories of other processes come without images. The n-th pages of all processes are stacked on the current mesh when
-    page n is first shown; pixels are not transferred.
+    Tasks and trajectories of other processes come without images. The n-th pages of all processes are stacked on the current mesh
+    when page n is first shown; pixels are not transferred.
     """
     rows, count, place = own.store.rows, jax.process_count(), processes.place()
 
@@ -49,12 +80,14 @@ def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
     for t in (t for group in own.trajectories for t in group):
         t.vision = moved(t.vision)
     light = replace(
-        own, tasks=[], store=SimpleNamespace(**{name: getattr(own.store, name) for name in COUNTS}),
-        prompts=[prompt._replace(images=[]) for prompt in own.prompts],
-        trajectories=[[replace(t, images=None, task=replace(t.task, images=())) for t in group] for group in own.trajectories],
+        own, store=SimpleNamespace(**{name: getattr(own.store, name) for name in COUNTS}),
+        tasks=[_without_images(task) for task in own.tasks], prompts=[prompt._replace(images=[]) for prompt in own.prompts],
+        **{name: [[replace(t, images=None, task=_without_images(t.task)) for t in group] for group in getattr(own, name)]
+           for name in ("trajectories", "replaced")},
     )  # fmt: skip
     everyone = processes.gather(light)
-    everyone[jax.process_index()].trajectories = own.trajectories
+    for name in ("tasks", "trajectories", "replaced"):
+        setattr(everyone[jax.process_index()], name, getattr(own, name))
 
     def chain(name):
         return [item for one in everyone for item in getattr(one, name)]
@@ -69,11 +102,17 @@ def join_batches(own: RolloutBatch, tasks: Sequence[Task]) -> RolloutBatch:
         store.packs = spread_packs(own.store)
     for name in COUNTS:
         setattr(store, name, sum(getattr(one.store, name) for one in everyone))
+    graded = [grade for one in everyone for grade in one.grades[: len(one.trajectories)]]
+    graded += [grade for one in everyone for grade in one.grades[len(one.trajectories) :]]
     return RolloutBatch(
-        list(tasks), chain("prompts"), chain("prompt_vision"), chain("trajectories"), store,
+        chain("tasks"), chain("prompts"), chain("prompt_vision"), chain("trajectories"), store,
         {name: max(one.times.get(name, 0.0) for one in everyone) for name in everyone[0].times},
-        sum(one.sampled_tokens for one in everyone), own.image_token_id,
+        sum(one.sampled_tokens for one in everyone), own.image_token_id, chain("replaced"), chain("unused"), graded,
     )  # fmt: skip
+
+
+def _without_images(task: Task) -> Task:
+    return replace(task, images=(), parts=())
 
 
 def spread_packs(own: FeatureStore) -> list[tuple[jax.Array, ...]]:

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from flax import nnx
 
 from imagent_jax.chat import QWEN, Call, MalformedCall
 from imagent_jax.chat.prompts import read_prompt
-from imagent_jax.config import Config, ToolsConfig
+from imagent_jax.config import Config, ToolsConfig, import_path
 from imagent_jax.distributed import processes
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import lora
@@ -26,7 +26,7 @@ from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.sharding import rollout_params
 from imagent_jax.model.vlm import Model
-from imagent_jax.rollout.batch import RolloutBatch, join_batches
+from imagent_jax.rollout.batch import Grade, Refill, RolloutBatch, join_batches
 from imagent_jax.rollout.engine import Engine, EngineShape, Request
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.episode import Episode, Rules
@@ -59,7 +59,7 @@ class Collector:
     often the batch held the task before.
 
     Args:
-        environment: makes the environment of a task; called as `ToolEnvironment` is.
+        environment: makes the environment of a task that names none; called as `ToolEnvironment` is.
         stop: once it is set, rollouts are given up (`Stopped`).
     """
 
@@ -70,18 +70,33 @@ class Collector:
         self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
         self.stop = stop or threading.Event()
         self.settings = tool_settings(cfg, processor)
-        self.environment = partial(environment, tools, self.settings, cfg.images)
+        self.make_environment, self.prompt = environment, read_prompt(cfg.tools.prompt)
         self.chat = QWEN
         limits = cfg.rollout.response_tokens, cfg.tools.max_turns, cfg.tools.max_repeats
         self.rules = Rules(self.chat, processor, *limits)
-        prompt = read_prompt(cfg.tools.prompt)
-        text = cfg.tools.system or prompt.text(bool(tools.names))
-        self.system = self.chat.system(text, tools.schemas(self.settings, prompt))
+        self.systems: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
         self.stops = stop_table(processor, self.chat.stop_strings, model.cfg.text.vocab_size)
         self.openers = ThreadPoolExecutor(cfg.tools.workers, "prompts")
         self.warm: set[tuple] = set()  # shapes whose programs are compiled
 
     # ---- prompts ------------------------------------------------------------------------------------------------------
+
+    def environment(self, tools: Sequence[str] | None = None, path: str = "") -> ToolEnvironment:
+        """Return a new environment that offers some of the run's tools. None: all. `path`: see `Task.environment`."""
+        make = import_path(path, "environment") if path else self.make_environment
+        return make(self.tools.subset(tools), self.settings, self.cfg.images)
+
+    def system(self, tools: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """Return the content of the system turn where these of the run's tools are offered. None: all.
+
+        Raises:
+            ValueError: the run has no such tool.
+        """
+        if tools not in self.systems:
+            offered = self.tools.subset(tools)
+            text = self.cfg.tools.system or self.prompt.text(bool(offered.names))
+            self.systems[tools] = self.chat.system(text, offered.schemas(self.settings, self.prompt))
+        return self.systems[tools]
 
     def open_task(self, task: Task) -> OpenedTask:
         """Decode the images of a task and encode its prompt.
@@ -90,7 +105,7 @@ class Collector:
             ValueError: an image does not decode, or the prompt does not fit `rollout.prompt_tokens`; the task is named.
         """
         task = replace(task)  # what the environment does to its facts ends with this opening
-        environment = self.environment()
+        environment = self.environment(task.tools, task.environment)
         environment.reset(task)
         images = [self.rules.prepare(environment, entry, observed=False) for entry in environment.images]
         try:
@@ -102,16 +117,18 @@ class Collector:
 
     def parts(self, task: Task, images: Sequence[PreparedImage]) -> list[str | tuple[str, ...] | PreparedImage]:
         """Return the prompt of a task in parts (`interleave.encode_parts`), given its images."""
-        return self.chat.render_task(self.system, task.shown, images)
+        return self.chat.render_task(self.system(task.tools), task.shown, images)
 
     @cached_property
     def check(self) -> PromptCheck:
         """Tries whether `open_task` can open a task, for whole data sets."""
-        return PromptCheck(self.chat, self.processor, self.system, self.environment(), self.cfg.rollout.prompt_tokens)
+        limit, without = self.cfg.rollout.prompt_tokens, {"judge"} - self.cfg.used_rewards
+        rewards = [name for name in self.cfg.reward.weights if name not in without]
+        return PromptCheck(self.chat, self.processor, self.system, self.environment(), limit, rewards)
 
-    def open_in_background(self, tasks: Sequence[Task]) -> list[Future[OpenedTask]]:
-        """Open this process's share of tasks on threads. Errors surface when `collect` uses the task."""
-        return [self.openers.submit(self.open_task, task) for task in processes.share(tasks)]
+    def open_in_background(self, tasks: Sequence[Task], spares: Sequence[Task] = ()) -> list[Future[OpenedTask]]:
+        """Open this process's share of tasks and of spare tasks on threads. Errors surface when `collect` uses the task."""
+        return [self.openers.submit(self.open_task, task) for part in (tasks, spares) for task in processes.share(part)]
 
     # ---- rollouts -----------------------------------------------------------------------------------------------------
 
@@ -121,7 +138,7 @@ class Collector:
 
     def collect(
         self, params: nnx.State | Weights, tasks: Sequence[Task], *, group_size: int, seed: int, temperature: float = 1.0,
-        slots: int | None = None, opened: Sequence[Future[OpenedTask]] | None = None,
+        slots: int | None = None, opened: Sequence[Future[OpenedTask]] | None = None, refill: Refill | None = None,
     ) -> RolloutBatch:  # fmt: skip
         """Collect `group_size` rollouts of every task, each until it has ended. With several processes, each runs its share on
         its own devices, with its own tools and images. All return the same batch; only the own process has a trajectory's
@@ -130,22 +147,26 @@ class Collector:
         Args:
             temperature: of the sampled softmax; 0 takes the likeliest tokens.
             slots: groups in progress at a time (default: all tasks); a finished group's slot goes to the next task.
-            opened: of `open_in_background(tasks)`, where that was called.
+            opened: of `open_in_background` for the tasks and the spares, where that was called.
+            refill: every group without spread starts a spare task. The batch has the groups with spread, then groups without,
+                each in the order of tasks and spares. The spares used are the fewest, from the first on, that complete the batch;
+                they depend on what was sampled only. With several processes, each uses its share of the spares.
         Raises:
             ValueError: a task whose prompt does not fit, or whose images do not match (the task is named).
             Stopped: `stop` was set.
         """
         params = (params if isinstance(params, Weights) else self.weights(params)).params
-        sampling = group_size, seed, temperature
+        sampling, n = (group_size, seed, temperature), len(tasks)
+        drawn, room = draws([*tasks, *(refill.spares if refill else ())]), -(-(slots or n) // jax.process_count())
+        own, parts, grade = None, [processes.share(part) for part in (drawn[:n], drawn[n:])], refill and refill.grade
         if jax.process_count() == 1:
-            return self._collect(params, draws(tasks), opened, slots or len(tasks), sampling)
-        own, part, room = None, processes.share(draws(tasks)), -(-(slots or len(tasks)) // jax.process_count())
+            return self._collect(params, parts, opened, room, sampling, grade)
         params = processes.own_copy(params)
         with contextlib.suppress(Stopped), processes.alone():
-            own = self._collect(params, part, opened, room, sampling)
+            own = self._collect(params, parts, opened, room, sampling, grade)
         if any(processes.gather(own is None)):
             raise Stopped
-        return join_batches(own, tasks)
+        return join_batches(own)
 
     def stream(
         self, params: nnx.State | Weights, task: Task, *, seed: int = 0, temperature: float = 1.0
@@ -157,7 +178,7 @@ class Collector:
             Stopped: `stop` was set.
         """
         params = (params if isinstance(params, Weights) else self.weights(params)).params
-        run = _Run(self, self._engine(params, 1, 1), draws([task]), None, seed, temperature)
+        run = _Run(self, self._engine(params, 1, 1), (draws([task]), ()), None, (1, seed, temperature))
         yield from run.turns()
         yield run.done[0].trajectories[0]
 
@@ -170,34 +191,38 @@ class Collector:
         self.warm.add(shape)
         return engine
 
-    def _collect(self, params, drawn, opened, slots: int, sampling: tuple[int, int, float]) -> RolloutBatch:
+    def _collect(self, params, parts, opened, slots: int, sampling: tuple[int, int, float], grade) -> RolloutBatch:
         """Collect on the current mesh."""
-        group_size, seed, temperature = sampling
-        engine = self._engine(params, slots, group_size)
-        run = _Run(self, engine, drawn, opened, seed, temperature)
+        engine = self._engine(params, slots, sampling[0])
+        run = _Run(self, engine, parts, opened, sampling, grade)
         for _ in run.turns():
             pass
         engine.store.params = None  # it encodes no more: gathered parameters are not kept while training
-        count = sum(turn.stop - turn.start for group in run.done for t in group.trajectories for turn in t.turns)
+        groups = sorted(filter(None, run.done), key=lambda group: bool(group.grade and not group.grade.spread))
+        count = sum(turn.stop - turn.start for group in groups for t in group.trajectories for turn in t.turns)
+        kept, replaced = groups[: len(parts[0])], groups[len(parts[0]) :]
         return RolloutBatch(
-            [draw.task for draw in drawn], [group.prompt for group in run.done], [group.vision for group in run.done],
-            [group.trajectories for group in run.done], engine.store, engine.clock.times, count, self.processor.image_token_id,
+            [run.drawn[group.index].task for group in kept], [group.prompt for group in kept], [group.vision for group in kept],
+            [group.trajectories for group in kept], engine.store, engine.clock.times, count, self.processor.image_token_id,
+            [group.trajectories for group in replaced], [run.drawn[index].place for index in run.spares],
+            [group.grade.scores for group in groups if group.grade],
         )  # fmt: skip
 
 
 class Draw(NamedTuple):
-    """A task of a batch, and the number of its stream of random numbers, below 2**31."""
+    """A task of a batch, its place there, and the number of its stream of random numbers, below 2**31."""
 
     task: Task
+    place: int
     stream: int
 
 
 def draws(tasks: Sequence[Task]) -> list[Draw]:
     """Return the tasks of a batch with streams that differ where a task occurs more than once."""
     before, found = Counter(), []
-    for task in tasks:
+    for place, task in enumerate(tasks):
         again = f"\0{before[task.uid]}" if task.uid in before else ""
-        found.append(Draw(task, zlib.crc32(f"{task.uid}{again}".encode()) >> 1))
+        found.append(Draw(task, place, zlib.crc32(f"{task.uid}{again}".encode()) >> 1))
         before[task.uid] += 1
     return found
 
@@ -211,6 +236,7 @@ class Group:
     vision: np.ndarray
     episodes: list[Episode]
     trajectories: list[Trajectory]
+    grade: Grade | None = None
 
 
 class _Run:
@@ -219,12 +245,21 @@ class _Run:
     Slots are filled, rows decode a chunk of tokens, calls run on threads meanwhile, observations are appended, and a finished
     group makes room for the next. What is done when depends on sampled tokens only, not on how long a tool took (up to
     `tools.patience_s`), so that a run repeats to the bit.
+
+    Args:
+        parts: tasks, and spares.
+        opened: of both, or None.
+        sampling: group size, seed, temperature.
+        grade: of a finished group; one without spread starts a spare.
     """
 
-    def __init__(self, collector: Collector, engine: Engine, drawn: Sequence[Draw], opened, seed: int, temperature: float):
-        self.collector, self.engine, self.drawn = collector, engine, drawn
-        self.seed, self.temperature, self.futures = seed, temperature, opened
-        self.queue = deque(range(len(self.drawn)))
+    def __init__(
+        self, collector: Collector, engine: Engine, parts: Sequence[Sequence[Draw]], opened, sampling, grade=None,
+    ):  # fmt: skip
+        self.collector, self.engine, self.drawn = collector, engine, [*parts[0], *parts[1]]
+        (_, self.seed, self.temperature), self.futures, self.grade = sampling, opened, grade
+        self.queue = deque(range(len(parts[0])))
+        self.spares = deque(range(len(parts[0]), len(self.drawn)))
         self.submitted: dict[int, OpenedTask] = {}
         self.groups: dict[int, Group] = {}  # by slot
         self.episodes: dict[int, Episode] = {}  # by row
@@ -268,7 +303,7 @@ class _Run:
                 self.episodes |= dict(zip(rows, episodes, strict=True))
 
     def _submit(self, index: int) -> None:
-        task, stream = self.drawn[index]
+        task, _, stream = self.drawn[index]
         opened = self.futures[index].result() if self.futures else self.collector.open_task(task)
         self.submitted[index] = opened
         self.engine.submit(Request(index, opened.prompt, self.seed, stream, self.temperature))
@@ -288,6 +323,10 @@ class _Run:
             group = self.groups.pop(slot)
             group.trajectories = [e.trajectory(ids[i], logprobs[i]) for i, e in enumerate(group.episodes)]
             self.done[group.index] = group
+            if self.grade:
+                group.grade = self.grade(group.trajectories)
+                if self.spares and not group.grade.spread:
+                    self.queue.append(self.spares.popleft())
         self.engine.clock.lap("host")
 
 

@@ -11,11 +11,13 @@ from imagent_jax.types import CallStatus, EndReason, Trajectory
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Return accuracy (also by question kind), tool-call rates and end reasons of trajectories, as shares in 0..1."""
+    """Return accuracy (also by question kind and source), tool-call rates and end reasons of trajectories, as shares in 0..1."""
     n, right = len(trajectories), [t.right for t in trajectories]
-    by_kind, ends = defaultdict(list), Counter(t.end for t in trajectories)
+    by, ends = defaultdict(list), Counter(t.end for t in trajectories)
     for t, ok in zip(trajectories, right, strict=True):
-        by_kind[t.task.kind].append(ok)
+        by[f"accuracy/{t.task.kind}"].append(ok)
+        if t.task.source:
+            by[f"source/{t.task.source}/accuracy"].append(ok)
     used = [t.executed_calls > 0 for t in trajectories]
     calls = sum(t.executed_calls + t.invalid_calls for t in trajectories)
     result = {
@@ -28,7 +30,7 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "tools/accuracy_without": float(np.mean([ok for ok, u in zip(right, used, strict=True) if not u] or [0.0])),
         "length": float(np.mean([len(t.ids) for t in trajectories])),
     }
-    result |= {f"accuracy/{kind}": float(np.mean(oks)) for kind, oks in sorted(by_kind.items())}
+    result |= {name: float(np.mean(oks)) for name, oks in sorted(by.items())}
     return result | {f"end/{reason.name.lower()}": ends[reason] / n for reason in EndReason}
 
 

@@ -64,6 +64,11 @@ class Policy:
     def __init__(self, cfg: Config, stop: threading.Event | None = None):
         self.cfg = cfg
         self.tools = tools_by_name(cfg.tools.names, cfg.sandbox, cfg.search, read_prompt(cfg.tools.prompt))
+        for name, source in cfg.data.mixture.items():
+            try:
+                self.tools.subset(source.tools)
+            except ValueError as error:
+                raise ValueError(f"data.mixture.{name}.tools: {error}; name some of tools.names, or add it there.") from None
         folder = checkpoint.resolve(cfg.model.path)
         self.folder, self.processor = folder, Processor.from_pretrained(folder)
         found = read_folder(folder)

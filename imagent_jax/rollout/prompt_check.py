@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -18,16 +18,21 @@ class PromptCheck:
     """Renders and encodes a task as `Collector.open_task` does, with images that have a size and no pixels.
 
     Args:
-        system: content of the system turn.
+        system: gives the content of the system turn for the names of a task's tools (None: all).
         environment: decides at which size the policy sees an image.
         limit: most tokens of a prompt.
+        rewards: names of the run's rewards.
 
     Attributes:
         fingerprint: hash of all on which a verdict depends besides the task.
     """
 
-    def __init__(self, chat: QwenChat, processor: Processor, system: str, environment: ToolEnvironment, limit: int):
+    def __init__(
+        self, chat: QwenChat, processor: Processor, system: Callable[[tuple[str, ...] | None], tuple[str, ...]],
+        environment: ToolEnvironment, limit: int, rewards: Collection[str] = (),
+    ):  # fmt: skip
         self.chat, self.processor, self.system, self.environment, self.limit = chat, processor, system, environment, limit
+        self.rewards = tuple(rewards)
         self._tokens = functools.lru_cache(10_000)(self._count)  # texts around images are the same for all tasks
         self._image = functools.lru_cache(10_000)(self._sized)
 
@@ -35,10 +40,10 @@ class PromptCheck:
     def fingerprint(self) -> str:
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
         probe = encode_parts(
-            self.chat.render_task(self.system, (1, "Is <tool_call> 1?"), self._images([(56, 84)])), self.processor
+            self.chat.render_task(self.system(None), (1, "Is <tool_call> 1?"), self._images([(56, 84)])), self.processor
         )
         facts = self.environment.settings, self.environment.shown, self.limit, self.processor.patch_size, probe.ids.tolist()
-        return hashlib.sha256(f"{tokenizer} {self.system} {facts}".encode()).hexdigest()
+        return hashlib.sha256(f"{tokenizer} {self.system(None)} {facts} {self.rewards}".encode()).hexdigest()
 
     def __call__(self, task: Task, sizes: Sequence[tuple[int, int]]) -> None:
         """Try a task.
@@ -46,9 +51,12 @@ class PromptCheck:
         Args:
             sizes: (height, width) of its images, as `images.decode.read_image` returns them.
         Raises:
-            ValueError: an image is too narrow, placeholders and images do not match, or the prompt has too many tokens.
+            ValueError: the task names a tool or a reward that the run does not have, an image is too narrow, placeholders and
+                images do not match, or the prompt has too many tokens.
         """
-        parts = self.chat.render_task(self.system, task.shown, self._images(sizes))
+        if unknown := [name for name in task.reward if name not in self.rewards]:
+            raise ValueError(f"the run has no reward {unknown[0]!r}; its rewards are {', '.join(self.rewards)}")
+        parts = self.chat.render_task(self.system(task.tools), task.shown, self._images(sizes))
         try:
             tokens = sum(self._tokens(part.grid if isinstance(part, PreparedImage) else part) for part in parts)
         except ValueError:

@@ -17,16 +17,19 @@ from imagent_jax.runs.examples import Pictures, instructive
 from imagent_jax.runs.reader import RunLog, phases, read_run
 
 ASSETS = Path(__file__).parent / "assets"
-CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl; {}: all keys with the title as prefix
+CHARTS: dict[str, dict[str, str]] = {  # title: label -> key of metrics.jsonl, "*": each source; {}: keys with the title before
     "reward": {},
     "accuracy": {"training": "accuracy"},
     "tool calls a rollout": {"calls": "tools/calls", "invalid": "tools/invalid"},
+    "accuracy by source": {"": "source/*/accuracy"},
+    "reward by source": {"": "source/*/reward"},
+    "groups without spread by source": {"": "source/*/flat"},
     "share dropped by the mask": {"tokens": "mask/dropped_tokens", "trajectories": "mask/dropped_trajectories"},
     "entropy, nats a token": {"entropy": "entropy"},
     "KL": {"to the sampler": "kl/sampler", "to the reference": "kl/reference"},
     "importance weights": {"mean": "importance/mean", "at the cap": "importance/capped"},
     "gradient norm": {"norm": "grad_norm"},
-    "groups without spread": {"share": "groups/flat"},
+    "groups without spread": {"share": "groups/flat", "as sampled": "groups/flat_sampled"},
     "share of tokens clipped": {"low": "clip/low", "high": "clip/high"},
     "calling rollouts, more often right by": {"gain in a group": "tools/gain"},
     "tokens a response": {"length": "length", "sampled": "length/sampled"},
@@ -118,6 +121,8 @@ def _curves(run: RunLog) -> str:
     charts = []
     for title, series in CHARTS.items() if run.steps else ():
         series = series or {key.removeprefix(f"{title}/"): key for key in run.steps[0] if key.startswith(f"{title}/")}
+        if "*" in (key := "".join(series.values())):
+            series = {name: key.replace("*", name) for name in run.config["data"].get("mixture", ())}
         lines = {label: [(r["step"], r[key]) for r in run.metrics if math.isfinite(r.get(key, math.nan))]
                  for label, key in series.items()}  # fmt: skip
         if title == "accuracy":

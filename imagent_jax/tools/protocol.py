@@ -47,6 +47,19 @@ class ToolSet:
         """Names of the tools, in order."""
         return tuple(self._tools)
 
+    def subset(self, names: Sequence[str] | None) -> "ToolSet":
+        """Return the tools with these names, in the order of this set. None: this set.
+
+        Raises:
+            ValueError: a name is none of this set's.
+        """
+        if names is None:
+            return self
+        for name in names:
+            if name not in self._tools:
+                raise ValueError(f"there is no tool {quote(name)} among those of the run ({', '.join(self._tools) or 'none'})")
+        return ToolSet([item for item in self if item.name in names])
+
     def schemas(self, settings: ToolSettings | None = None, prompt: Prompt | None = None) -> list[dict[str, Any]]:
         """Return the tools' schemas in OpenAI function form.
 

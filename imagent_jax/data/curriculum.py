@@ -1,0 +1,38 @@
+"""Curriculum: tasks that are always or never solved come again less often (the online form of DAPO's dynamic sampling)."""
+
+MEMORY = 4
+"""The newest measurement of a task has at least a weight of 1 / MEMORY in its running mean."""
+
+
+class PassRates:
+    """The measured pass rate of each task: the running mean of how many rollouts of a group were right.
+
+    Args:
+        group_size: G, rollouts of a group.
+        floor: least chance that a task stays in an epoch, 0 to 1.
+
+    Attributes:
+        known: [measurements, pass rate] by the key of a task. JSON-serialisable; it can be replaced by a saved one.
+    """
+
+    def __init__(self, group_size: int, floor: float):
+        self.group_size, self.floor = group_size, floor
+        self.known: dict[str, list[float]] = {}
+
+    def learn(self, key: str, share: float) -> None:
+        """Add a measurement of a task: the share of a group's rollouts that was right, 0 to 1."""
+        count, rate = self.known.get(key, (0, 0.0))
+        self.known[key] = [count + 1, rate + (share - rate) / min(count + 1, MEMORY)]
+
+    def chance(self, key: str) -> float:
+        """Return how likely a task stays in an epoch: 1 before it is measured, then the probability that a group of G rollouts
+        has right ones and wrong ones, 1 - p**G - (1 - p)**G for a pass rate p, at least `floor`."""
+        if key not in self.known:
+            return 1.0
+        rate = self.known[key][1]
+        return max(self.floor, 1.0 - rate**self.group_size - (1.0 - rate) ** self.group_size)
+
+    def metrics(self) -> dict[str, float]:
+        """Return `curriculum/measured`, the number of tasks measured, and `curriculum/chance`, their mean chance to stay."""
+        chances = [self.chance(key) for key in self.known]
+        return {"curriculum/measured": len(chances), "curriculum/chance": sum(chances) / max(1, len(chances))}
