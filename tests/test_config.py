@@ -362,7 +362,11 @@ def test_a_mixture_has_names_and_paths_of_its_own():
         sentence = said(Config.from_yaml, f"data: {{{key}: x, mixture: {{a: {{path: y}}}}}}")
         assert sentence.startswith("data.mixture and data.path are both set; name each source's path")
     weights = Config.from_yaml("reward: {answer: 0, custom: ['own:one']}\ndata: {mixture: {a: {reward: {'own:one': 0}}}}")
-    assert weights.reward.weights == {"answer": 0.0, "format": 0.1, "tool_gain": 0.2, "own:one": 1.0}
+    given = {name: weight for name, weight in weights.reward.weights.items() if weight}
+    assert given == {"format": 0.1, "tool_gain": 0.2, "own:one": 1.0} and weights.used_rewards == {*given}
+    judged = "reward: {judge: 0}\ndata: {mixture: {a: {path: y, reward: {judge: 1, iou: 2}}}}"
+    assert said(Config.from_yaml, judged).startswith("reward.judge has a weight, but judge.model is empty")
+    assert Config.from_yaml(f"{judged}\njudge: {{model: m}}").used_rewards == {"answer", "format", "tool_gain", "judge", "iou"}
 
 
 def changed(name: str):

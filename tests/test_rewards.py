@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import List  # noqa: UP035 - as users write it
@@ -134,8 +135,15 @@ def test_a_named_reward_abstains_where_the_reference_is_not_of_its_kind(said, re
 
 
 def test_a_named_reward_without_a_weight_is_not_computed():
-    assert set(reward_functions(RewardConfig())) == {"answer", "format", "tool_gain"}
-    assert set(reward_functions(RewardConfig(iou=0.5))) == {"answer", "format", "tool_gain", "iou"}
+    """It is where its task weighs it."""
+    always = {"answer", "format", "tool_gain"}
+    for cfg, weights, found in (
+        (RewardConfig(), {}, always), (RewardConfig(iou=0.5), {}, always | {"iou"}),
+        (RewardConfig(), {"set_f1": 1.0}, always | {"set_f1"}), (RewardConfig(iou=0.5), {"iou": 0.0}, always),
+    ):  # fmt: skip
+        t = trajectory("[0, 0, 9, 9]", answer_type="exact", reference="[0, 0, 9, 9]")
+        t.task = replace(t.task, reward=weights)
+        assert set(score_trajectories([t], reward_functions(cfg))[0]) == found | {"total"}
 
 
 def test_where_every_reward_with_a_weight_abstains_there_is_no_total():

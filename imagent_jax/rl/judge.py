@@ -10,7 +10,7 @@ from imagent_jax.config import Config
 from imagent_jax.distributed import processes
 from imagent_jax.rl.advantages import group_advantages
 from imagent_jax.rl.mask import mask_tables
-from imagent_jax.rl.rewards import ALWAYS, Part, score_trajectories, weight_of
+from imagent_jax.rl.rewards import ALWAYS, Part, asked_for, score_trajectories
 from imagent_jax.rollout.batch import Grade, RolloutBatch
 from imagent_jax.rollout.metrics import call_metrics, summarise
 from imagent_jax.types import EndReason, Trajectory
@@ -140,8 +140,8 @@ def _means(groups: Sequence[Sequence[Trajectory]], scores: Sequence[Scores], fun
     for name in (*functions, "total"):
         if paid := [parts[name] for parts in every if name in parts]:
             metrics[f"reward/{name}"] = float(np.mean(paid))
-        asked = 0 if name in ALWAYS or name == "total" else sum(bool(weight_of(name, t, functions)) for t in flat)
-        if asked:
+        may_abstain = () if name in ALWAYS or name == "total" else flat
+        if asked := sum(asked_for(name, t, functions) for t in may_abstain):
             metrics[f"reward/{name}/abstained"] = 1 - len(paid) / asked
     return metrics
 

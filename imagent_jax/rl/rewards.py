@@ -124,8 +124,7 @@ def score_trajectories(
     def begun(name: str, part: Part) -> list[Any]:  # async calls begin here, and run while the others do
         if takes_list(part.function):
             return [_call(part, list(trajectories), slots)]
-        wanted = [name in ALWAYS or weight_of(name, t, functions) for t in trajectories]
-        return [_call(part, t, slots) if asked else None for t, asked in zip(trajectories, wanted, strict=True)]
+        return [_call(part, t, slots) if asked_for(name, t, functions) else None for t in trajectories]
 
     calls = {name: begun(name, part) for name, part in functions.items()}
     results = {name: [c.result() if isinstance(c, Future) else c for c in made] for name, made in calls.items()}
@@ -138,6 +137,11 @@ def score_trajectories(
 def weight_of(name: str, t: Trajectory, functions: dict[str, Part]) -> float:
     """Return the weight of a reward for a trajectory: its task's, or that of the run."""
     return t.task.reward.get(name, functions[name].weight)
+
+
+def asked_for(name: str, t: Trajectory, functions: dict[str, Part]) -> bool:
+    """Return whether a reward is computed for a trajectory. Shipped ones are not where they have no weight."""
+    return name in ALWAYS or name not in REWARDS or bool(weight_of(name, t, functions))
 
 
 def takes_list(function: Reward) -> bool:
@@ -196,7 +200,8 @@ def _sum(t: Trajectory, values: dict[str, Any], functions: dict[str, Part]) -> d
                 value = error
         if isinstance(value, BaseException):
             t.error = t.error or "".join(traceback.format_exception(value))
-            return {name: 0.0 for name in functions} | {"total": 0.0, "fault": f"reward {name}: {_described(value)}"}
+            asked = [name for name in functions if asked_for(name, t, functions)]
+            return dict.fromkeys(asked, 0.0) | {"total": 0.0, "fault": f"reward {name}: {_described(value)}"}
     weighed = [weight * value for name, value in parts.items() if (weight := weight_of(name, t, functions))]
     return parts | ({"total": sum(weighed)} if weighed else {})
 
