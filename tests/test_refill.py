@@ -124,7 +124,7 @@ def counted(t):
     CALLS.append((t.task.uid, t.rollout))
     if t.task.uid.endswith("/2") and t.rollout == 1:
         raise OSError("the judge is away")
-    return float(t.task.uid[-1] in "13" and t.rollout)
+    return float(t.task.uid[-1] == "2" or (t.task.uid[-1] in "13" and t.rollout))
 
 
 @pytest.mark.slow(3)
@@ -138,6 +138,8 @@ def test_rewards_are_computed_once_and_the_metrics_tell_what_was_replaced(parts,
     collector = Collector(parts.model, parts.processor, parts.tools, cfg)
     grade = Refill(fresh[N:], lambda group: grade_group(cfg, functions, group))
     batch = collector.collect(parts.params, fresh[:N], group_size=2, seed=SEED, refill=grade)
+    for t in (t for group in batch.replaced for t in group if t.task.uid.endswith("/2")):
+        t.__dict__["score"] = float(t.error is None)  # the one that did not fail is right
     judged = judge(cfg, batch, functions)
     assert len(CALLS) == 2 * 7 and len(set(CALLS)) == 2 * 6  # the last spare is the first task again
     assert [group[0].task.uid[-1] for group in batch.trajectories] == ["1", "3", "0"]
@@ -150,6 +152,7 @@ def test_rewards_are_computed_once_and_the_metrics_tell_what_was_replaced(parts,
     everyone = [t for group in [*batch.trajectories, *batch.replaced] for t in group]
     assert judged.metrics["accuracy"] == pytest.approx(np.mean([t.right for t in everyone]))
     shares = [(group[0].task.uid, [t.right for t in group if t.error is None]) for group in batch.trajectories + batch.replaced]
+    assert dict(judged.pass_rates)[fresh[2].uid] == 1.0
     assert judged.pass_rates == [(uid, pytest.approx(np.mean(right))) for uid, right in shares]
 
 

@@ -122,7 +122,8 @@ def _curves(run: RunLog) -> str:
     for title, series in CHARTS.items() if run.steps else ():
         series = series or {key.removeprefix(f"{title}/"): key for key in run.steps[0] if key.startswith(f"{title}/")}
         if "*" in (key := "".join(series.values())):
-            series = {name: key.replace("*", name) for name in run.config["data"].get("mixture", ())}
+            names = {logged.split("/")[1] for record in run.steps for logged in record if logged.startswith("source/")}
+            series = {name: key.replace("*", name) for name in sorted(names)}
         lines = {label: [(r["step"], r[key]) for r in run.metrics if math.isfinite(r.get(key, math.nan))]
                  for label, key in series.items()}  # fmt: skip
         if title == "accuracy":
