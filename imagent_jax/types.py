@@ -242,6 +242,7 @@ class Trajectory:
         answer: what stands in the last `<answer>…</answer>`; None where there is none.
         images: the numbered images, given and made; None where another process has them.
         error: traceback or timeout of an environment error.
+        environment_reward: what its environment's `reward` returned.
     """
 
     task: Task
@@ -256,6 +257,7 @@ class Trajectory:
     answer: str | None
     images: Sequence[ImageEntry] | None = field(repr=False, default=())
     error: str | None = None
+    environment_reward: float | None = None
 
     @cached_property
     def score(self) -> float:

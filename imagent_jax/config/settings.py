@@ -147,6 +147,9 @@ class ToolsConfig:
     names: tuple[str, ...] = setting(
         ("visual_reflection", "visual_confirmation"), "tools the policy may call; your own as 'package.module:name'"
     )
+    mcp: tuple[str, ...] = setting((), "MCP servers whose tools are offered too: commands that start them, or URLs (needs mcp)")
+    mcp_chars: int = setting(4000, "most characters of text that a call of an MCP tool returns", least=1)
+    environment: str = setting("", "your own world, 'package.module:Class'; its @tool methods are tools too")
     prompt: str = setting("default", "system text and descriptions of tools: 'default', 'tiny', or a YAML file of your own")
     system: str = setting("", "system text before the tools ('': the prompt's)")
     coordinates: Literal["relative_1000", "absolute"] = setting(
@@ -226,6 +229,7 @@ class RewardConfig:
     set_f1: float = setting(0.0, "F1 of the sets of words of answer and reference")
     math_verify: float = setting(0.0, "equal expressions, by math-verify; abstains where the reference is none")
     judge: float = setting(0.0, "score by the model of the section judge")
+    environment: float = setting(1.0, "what the task's own environment pays, where it does")
     custom: dict[str, float] | tuple[str, ...] = setting(
         (), "your own rewards: 'package.module:function', weight 1, or a mapping from these to weights", hash=False
     )
@@ -235,7 +239,7 @@ class RewardConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every reward, by name or path."""
-        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge")
+        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge", "environment")
         return {name: getattr(self, name) for name in named} | self.custom_weights
 
     @property

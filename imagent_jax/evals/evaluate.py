@@ -42,7 +42,7 @@ def evaluate(
         done += [group[0] for group in out.trajectories]
         if progress:
             progress(len(done), len(tasks))
-    return summarise(done) | call_metrics([[t] for t in done], collector.tools.names), done
+    return summarise(done) | call_metrics([[t] for t in done], collector.names), done
 
 
 class HeldOut:
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sentence := left_out(split):
             console.print(f"[yellow]{escape(sentence)}[/]")
         tasks = list(split[: cfg.eval.tasks])
-        if chosen.control and (own := next((task for task in tasks if task.environment), None)):
+        if chosen.control and (own := next((task for task in tasks if task.environment or cfg.tools.environment), None)):
             raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
         console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.title}; nothing is written.")
         with jax.set_mesh(parts.mesh):

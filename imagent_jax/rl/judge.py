@@ -102,7 +102,7 @@ def judge(cfg: Config, rollout: RolloutBatch, functions: dict[str, Part]) -> Jud
         )
     parts = scores[:n]
     rewards, advantages, stats = _compared(cfg, rollout.trajectories, parts)
-    metrics = _means(rollout.trajectories, parts, functions) | stats | summarise(flat) | call_metrics(groups, cfg.tools.names)
+    metrics = _means(rollout.trajectories, parts, functions) | stats | summarise(flat) | call_metrics(groups, rollout.tools)
     metrics |= {"rewards/failed": failed / len(flat), "rewards/unpaid": unpaid / len(flat)}
     metrics |= _refill_metrics(cfg, rollout, stats) | _source_metrics(rollout, rewards, advantages)
     right = [(group[0].task.uid, [t.right for t in group if t.end != EndReason.FAULT]) for group in groups]

@@ -56,6 +56,11 @@ def tool_gain(t: Trajectory) -> float:
     return float(t.executed_calls > 0 and t.right)
 
 
+def environment(t: Trajectory) -> float | None:
+    """Return what the environment of the task paid (`ToolEnvironment.reward`)."""
+    return t.environment_reward
+
+
 def scored_as(answer_type: str) -> Reward:
     """Return the reward that scores the answer by one answer type in all tasks; it abstains where a reference is not of it."""
 
@@ -72,6 +77,7 @@ ALWAYS: dict[str, Reward] = {"answer": answer, "format": well_formed, "tool_gain
 """Rewards that are computed, and reported, without a weight too. They never abstain."""
 REWARDS: dict[str, Reward] = ALWAYS | {
     "iou": scored_as("box"), "point_in_box": scored_as("point"), "set_f1": scored_as("set_f1"), "math_verify": scored_as("math"),
+    "environment": environment,
 }  # fmt: skip
 
 
@@ -140,7 +146,10 @@ def weight_of(name: str, t: Trajectory, functions: dict[str, Part]) -> float:
 
 
 def asked_for(name: str, t: Trajectory, functions: dict[str, Part]) -> bool:
-    """Return whether a reward is computed for a trajectory. Shipped ones are not where they have no weight."""
+    """Return whether a reward is computed for a trajectory. Shipped ones are not where they have no weight, and what an
+    environment pays is not where it pays nothing."""
+    if name == "environment" and t.environment_reward is None:
+        return False
     return name in ALWAYS or name not in REWARDS or bool(weight_of(name, t, functions))
 
 

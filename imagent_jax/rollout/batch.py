@@ -49,6 +49,7 @@ class RolloutBatch:
         replaced: groups without spread that fresh tasks replaced (`rollout.refill`). They do not train.
         unused: places of the spare tasks that were not started; the tasks and the spares are counted together.
         grades: what `Refill.grade` found of each group of `trajectories`, then of `replaced`; empty without refill.
+        tools: names of the tools that could be called.
     """
 
     tasks: list[Task]
@@ -62,6 +63,7 @@ class RolloutBatch:
     replaced: list[list[Trajectory]] = field(default_factory=list)
     unused: list[int] = field(default_factory=list)
     grades: list[Any] = field(default_factory=list)
+    tools: tuple[str, ...] = ()
 
 
 def join_batches(own: RolloutBatch) -> RolloutBatch:
@@ -108,6 +110,7 @@ def join_batches(own: RolloutBatch) -> RolloutBatch:
         chain("tasks"), chain("prompts"), chain("prompt_vision"), chain("trajectories"), store,
         {name: max(one.times.get(name, 0.0) for one in everyone) for name in everyone[0].times},
         sum(one.sampled_tokens for one in everyone), own.image_token_id, chain("replaced"), chain("unused"), graded,
+        own.tools,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+import traceback
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from flax import nnx
 
 from imagent_jax.chat import QWEN, Call, MalformedCall
 from imagent_jax.chat.prompts import read_prompt
-from imagent_jax.config import Config, ToolsConfig, import_path
+from imagent_jax.config import Config, ToolsConfig
 from imagent_jax.distributed import processes
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import lora
@@ -28,7 +29,7 @@ from imagent_jax.model.sharding import rollout_params
 from imagent_jax.model.vlm import Model
 from imagent_jax.rollout.batch import Grade, Refill, RolloutBatch, join_batches
 from imagent_jax.rollout.engine import Engine, EngineShape, Request
-from imagent_jax.rollout.environment import ToolEnvironment
+from imagent_jax.rollout.environment import ToolEnvironment, environment_class
 from imagent_jax.rollout.episode import Episode, Rules
 from imagent_jax.rollout.prompt_check import PromptCheck, check_length
 from imagent_jax.rollout.stops import stop_table
@@ -59,44 +60,46 @@ class Collector:
     often the batch held the task before.
 
     Args:
-        environment: makes the environment of a task that names none; called as `ToolEnvironment` is.
+        environment: makes the environment of a task that names none; called as `ToolEnvironment` is. None: `tools.environment`.
         stop: once it is set, rollouts are given up (`Stopped`).
     """
 
     def __init__(
         self, model: Model, processor: Processor, tools: ToolSet, cfg: Config, *,
-        environment: Callable[..., ToolEnvironment] = ToolEnvironment, stop: threading.Event | None = None,
+        environment: Callable[..., ToolEnvironment] | None = None, stop: threading.Event | None = None,
     ):  # fmt: skip
         self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
         self.stop = stop or threading.Event()
         self.settings = tool_settings(cfg, processor)
-        self.make_environment, self.prompt = environment, read_prompt(cfg.tools.prompt)
+        self.make_environment = environment or environment_class(cfg.tools.environment, "tools.environment")
+        self.prompt = read_prompt(cfg.tools.prompt)
         self.chat = QWEN
         limits = cfg.rollout.response_tokens, cfg.tools.max_turns, cfg.tools.max_repeats
         self.rules = Rules(self.chat, processor, *limits)
-        self.systems: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
+        self.systems: dict[tuple, tuple[str, ...]] = {}
         self.stops = stop_table(processor, self.chat.stop_strings, model.cfg.text.vocab_size)
         self.openers = ThreadPoolExecutor(cfg.tools.workers, "prompts")
         self.warm: set[tuple] = set()  # shapes whose programs are compiled
+        self.names = self.environment().tools.names  # of all tools that a task may call
 
     # ---- prompts ------------------------------------------------------------------------------------------------------
 
     def environment(self, tools: Sequence[str] | None = None, path: str = "") -> ToolEnvironment:
         """Return a new environment that offers some of the run's tools. None: all. `path`: see `Task.environment`."""
-        make = import_path(path, "environment") if path else self.make_environment
+        make = environment_class(path, "environment") if path else self.make_environment
         return make(self.tools.subset(tools), self.settings, self.cfg.images)
 
-    def system(self, tools: tuple[str, ...] | None = None) -> tuple[str, ...]:
-        """Return the content of the system turn where these of the run's tools are offered. None: all.
+    def system(self, tools: tuple[str, ...] | None = None, environment: str = "") -> tuple[str, ...]:
+        """Return the content of the system turn of tasks with these tools and environment; see `Collector.environment`.
 
         Raises:
-            ValueError: the run has no such tool.
+            ValueError: the run has no such tool, or there is no such environment.
         """
-        if tools not in self.systems:
-            offered = self.tools.subset(tools)
+        if (tools, environment) not in self.systems:
+            offered = self.environment(tools, environment).tools
             text = self.cfg.tools.system or self.prompt.text(bool(offered.names))
-            self.systems[tools] = self.chat.system(text, offered.schemas(self.settings, self.prompt))
-        return self.systems[tools]
+            self.systems[tools, environment] = self.chat.system(text, offered.schemas(self.settings, self.prompt))
+        return self.systems[tools, environment]
 
     def open_task(self, task: Task) -> OpenedTask:
         """Decode the images of a task and encode its prompt.
@@ -205,7 +208,7 @@ class Collector:
             [run.drawn[group.index].task for group in kept], [group.prompt for group in kept], [group.vision for group in kept],
             [group.trajectories for group in kept], engine.store, engine.clock.times, count, self.processor.image_token_id,
             [group.trajectories for group in replaced], [run.drawn[index].place for index in run.spares],
-            [group.grade.scores for group in groups if group.grade],
+            [group.grade.scores for group in groups if group.grade], self.names,
         )  # fmt: skip
 
 
@@ -350,7 +353,10 @@ class PendingCalls:
 
         def run() -> CallResult:
             began = time.perf_counter()
-            result = environment.step(call)
+            try:
+                result = environment.step(call)
+            except Exception:  # noqa: BLE001 - of an environment of the user's
+                result = fault(traceback.format_exc(), call)
             return replace(result, seconds=time.perf_counter() - began)
 
         self.calling[row] = call

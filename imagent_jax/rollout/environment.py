@@ -9,27 +9,51 @@ from PIL import Image
 
 from imagent_jax.chat import Action
 from imagent_jax.config import ImagesConfig
+from imagent_jax.config.naming import import_path
 from imagent_jax.images.decode import read_image
 from imagent_jax.images.prepare import fit_budget
-from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings, TrajectoryState
-from imagent_jax.types import CallResult, ImageEntry, Task
+from imagent_jax.tools import ImageRegistry, Tool, ToolSet, ToolSettings, TrajectoryState
+from imagent_jax.types import CallResult, ImageEntry, Task, Trajectory
 
 _STATE = (dict, list, set, np.ndarray)
+
+
+def environment_class(path: str, what: str) -> "type[ToolEnvironment]":
+    """Return the environment at 'package.module:Class'; `ToolEnvironment` for "".
+
+    Args:
+        what: the setting that names it, for the sentence.
+    Raises:
+        ValueError: it cannot be imported, or is no environment.
+    """
+    found = import_path(path, what) if path else ToolEnvironment
+    if not (isinstance(found, type) and issubclass(found, ToolEnvironment)):
+        raise ValueError(f"{what} {path!r} is no environment; name a subclass of rollout.environment.ToolEnvironment.")
+    return found
 
 
 class ToolEnvironment:
     """Numbered images, and tools that show them.
 
-    `step` runs on a thread of its own, beside decoding. A call that ends after `close` changes nothing.
+    A subclass is a world of your own (`tools.environment`): its methods with `@tool` are tools besides those of the run, and its
+    attributes are the state of one trajectory (see `fork`). `step` runs on a thread of its own, beside decoding. A call that ends
+    after `close` changes nothing.
 
     Args:
         images: how given images are shown.
     """
 
     def __init__(self, tools: ToolSet, settings: ToolSettings, images: ImagesConfig):
-        self.tools, self.settings, self.shown = tools, settings, images
+        self._given, self.settings, self.shown = tools, settings, images
         self._registry, self._closed, self._lock = ImageRegistry(), False, threading.Lock()
         self._state = TrajectoryState()
+
+    @property
+    def tools(self) -> ToolSet:
+        """The tools of the run, then the methods of a subclass that are tools."""
+        names = dict.fromkeys(name for kind in reversed(type(self).__mro__) for name in vars(kind))
+        own = [getattr(self, name) for name in names if isinstance(getattr(type(self), name), Tool)]
+        return ToolSet([*self._given, *own]) if own else self._given
 
     def reset(self, task: Task) -> None:
         """Number the images of a task from 1, each with the size at which the policy sees it.
@@ -90,6 +114,11 @@ class ToolEnvironment:
     def view(self, entry: ImageEntry, observed: bool) -> Image.Image:
         """Return the pixels that the policy is shown for an image, of any size. `observed`: a call shows it."""
         return entry.pixels
+
+    def reward(self, trajectory: Trajectory) -> float | None:
+        """Return a reward of the finished trajectory (`reward.environment`), or None where there is none. It is called after
+        `close`; attributes are as the last call left them."""
+        return None
 
     def close(self) -> None:
         """End the trajectory, and what tools kept for it."""

@@ -1,5 +1,6 @@
 """One trajectory in progress: its exact tokens turn by turn, and when it ends."""
 
+import traceback
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -122,6 +123,10 @@ class Episode:
             images=self.environment.images,
             error=self.error,
         )
+        try:
+            made.environment_reward = self.environment.reward(made)
+        except Exception:  # noqa: BLE001 - of an environment of the user's
+            made.end, made.error = EndReason.FAULT, made.error or traceback.format_exc()
         for array in (made.ids, made.logprobs, made.kind, made.positions, made.vision):
             array.setflags(write=False)  # what trains is what was sampled, whatever a reward does
         return made
@@ -134,7 +139,10 @@ class Episode:
 
     def _finish(self, end: EndReason) -> None:
         self.end = end
-        self.environment.close()
+        try:
+            self.environment.close()
+        except Exception:  # noqa: BLE001 - of an environment of the user's
+            self.end, self.error = EndReason.FAULT, self.error or traceback.format_exc()
 
 
 def token_kinds(ids: np.ndarray, text: str, processor: Processor, chat: QwenChat) -> np.ndarray:

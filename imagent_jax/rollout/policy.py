@@ -20,7 +20,8 @@ from imagent_jax.model.families import read_folder
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.sharding import shardings
 from imagent_jax.rollout.collect import Collector
-from imagent_jax.tools import tools_by_name
+from imagent_jax.tools import ToolSet, tools_by_name
+from imagent_jax.tools.mcp_servers import mcp_tools
 from imagent_jax.types import Task
 
 
@@ -54,6 +55,16 @@ def check_images(cfg: Config, vision: VisionConfig) -> None:
             )
 
 
+def tools_of(cfg: Config) -> ToolSet:
+    """Return the tools of a configuration: those of `tools.names`, then those of its MCP servers.
+
+    Raises:
+        ValueError: see `tools_by_name` and `mcp_tools`.
+    """
+    named = tools_by_name(cfg.tools.names, cfg.sandbox, cfg.search, read_prompt(cfg.tools.prompt))
+    return ToolSet([*named, *mcp_tools(cfg.tools.mcp, cfg.tools.mcp_chars, cfg.tools.timeout_s)])
+
+
 class Policy:
     """Model, processor, tools and rollout engine of a configuration, shared by training and evaluation.
 
@@ -63,7 +74,7 @@ class Policy:
 
     def __init__(self, cfg: Config, stop: threading.Event | None = None):
         self.cfg = cfg
-        self.tools = tools_by_name(cfg.tools.names, cfg.sandbox, cfg.search, read_prompt(cfg.tools.prompt))
+        self.tools = tools_of(cfg)
         for name, source in cfg.data.mixture.items():
             try:
                 self.tools.subset(source.tools)

@@ -56,7 +56,7 @@ class PromptCheck:
         """
         if unknown := [name for name in task.reward if name not in self.rewards]:
             raise ValueError(f"the run has no reward {unknown[0]!r}; its rewards are {', '.join(self.rewards)}")
-        parts = self.chat.render_task(self.system(task.tools), task.shown, self._images(sizes))
+        parts = self.chat.render_task(self.system(task.tools, task.environment), task.shown, self._images(sizes))
         try:
             tokens = sum(self._tokens(part.grid if isinstance(part, PreparedImage) else part) for part in parts)
         except ValueError:

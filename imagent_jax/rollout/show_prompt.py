@@ -7,7 +7,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.pipeline import SPLITS, check_source, open_tasks
 from imagent_jax.images.prepare import PreparedImage
@@ -16,8 +15,7 @@ from imagent_jax.model.families import read_folder
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.vlm import abstract
 from imagent_jax.rollout.collect import Collector
-from imagent_jax.rollout.policy import check_images
-from imagent_jax.tools import tools_by_name
+from imagent_jax.rollout.policy import check_images, tools_of
 from imagent_jax.types import Task
 
 
@@ -30,8 +28,7 @@ def collector_without_weights(cfg: Config) -> Collector:
     folder = checkpoint.resolve(cfg.model.path, weights=False)
     size = read_folder(folder)
     check_images(cfg, size.vision)
-    tools = tools_by_name(cfg.tools.names, cfg.sandbox, cfg.search, read_prompt(cfg.tools.prompt))
-    return Collector(abstract(size)[0], Processor.from_pretrained(folder), tools, cfg)
+    return Collector(abstract(size)[0], Processor.from_pretrained(folder), tools_of(cfg), cfg)
 
 
 def written(collector: Collector, task: Task) -> str:

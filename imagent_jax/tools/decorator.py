@@ -13,6 +13,8 @@ from imagent_jax.types import ImageNumber
 def tool(function: Callable[..., Any]) -> Tool:
     """Turn a function into a Tool. Its first parameter receives the ToolContext and is not part of the schema.
 
+    A method of an environment may be a tool too; its first parameter is then `self`, and its second the ToolContext.
+
     The schema has OpenAI's function form, as Hugging Face's `get_json_schema` makes it and Qwen's chat template prints it.
     Types: str, int, float, bool, dict, list, list[T], tuple[T, T, ...] of fixed length, Literal, and `T | None`.
     The docstring's text before "Args:" is the description; its Args entries describe the parameters.
@@ -27,6 +29,8 @@ def tool(function: Callable[..., Any]) -> Tool:
     """
     name = function.__name__
     parameters = list(inspect.signature(function).parameters.values())
+    if method := bool(parameters) and parameters[0].name == "self":
+        parameters = parameters[1:]
     hints = _hints(function, name)
     _check_context(parameters, hints, name)
     description, documented = parse_docstring(inspect.getdoc(function) or "")
@@ -49,7 +53,7 @@ def tool(function: Callable[..., Any]) -> Tool:
         raise ValueError(f"tool {name}: the docstring describes {', '.join(documented)}, which is not a parameter")
     schema = {"type": "object", "properties": properties, "required": required}
     body = {"name": name, "description": description, "parameters": schema}
-    return Tool(name, function, {"type": "function", "function": body}, _returns_numbers(function, hints, name))
+    return Tool(name, function, {"type": "function", "function": body}, _returns_numbers(function, hints, name), method)
 
 
 def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 import asyncio
 import difflib
+import functools
 import inspect
 import math
 import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 from imagent_jax.types import ToolError, quote
@@ -21,13 +22,20 @@ _EXPECTED = {"string": "a string", "integer": "an integer", "number": "a number"
 class Tool:
     """A function that the policy can call, `function(context, **arguments)`, with its name and its schema in OpenAI form.
 
-    `returns_numbers`: the numbers that it returns are results to read, not numbers of images to show.
+    Attributes:
+        returns_numbers: the numbers that it returns are results to read, not numbers of images to show.
+        method: it is a method of an environment. Read from an instance, it is bound to it, as methods are.
     """
 
     name: str
     function: Callable[..., Any]
     schema: dict[str, Any]
     returns_numbers: bool = False
+    method: bool = False
+
+    def __get__(self, instance: Any, owner: type | None = None) -> "Tool":
+        bound = instance is not None and self.method
+        return replace(self, function=functools.partial(self.function, instance), method=False) if bound else self
 
     def __call__(self, context: Any, /, **arguments: Any) -> Any:
         """Call the function; an `async def` function runs to its end."""
