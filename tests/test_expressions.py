@@ -49,8 +49,10 @@ def test_too_long_an_expression_is_wrong():
 
 def test_threads_share_the_process():
     found = {}
-    work = [threading.Thread(target=lambda i=i: found.update({i: score(f"{i}/2", f"{i / 2}", "math")})) for i in range(8)]
-    [thread.start() for thread in work], [thread.join() for thread in work]
+    work = [
+        threading.Thread(target=lambda i=i: found.update({i: score(f"{i}/2", f"{i / 2}", "math")}), daemon=True) for i in range(8)
+    ]
+    [thread.start() for thread in work], [thread.join(20) for thread in work]
     assert found == dict.fromkeys(range(8), 1.0)
 
 
