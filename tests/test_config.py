@@ -151,7 +151,7 @@ AT_LEAST_ONE = (
     "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
     "grpo.minibatches", "grpo.micro_groups", "grpo.length_buckets", "eval.during",
     "eval.groups", "model.logprob_chunk", "distributed.timeout_s", "reward.concurrency", "judge.concurrency",
-    "sandbox.cpu_s", "sandbox.disk_mb", "sandbox.printed", "search.passage_chars",
+    "sandbox.cpu_s", "sandbox.disk_mb", "sandbox.printed", "search.passage_chars", "tools.mcp_chars",
 )  # fmt: skip
 ABOVE_ZERO = (
     "rollout.temperature", "optim.learning_rate", "optim.clip_norm", "tools.timeout_s", "tools.patience_s", "tools.min_box",
@@ -167,7 +167,8 @@ MESH = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
 PAIRS = [("images.min_pixels", "images.max_pixels"), ("tools.low_pixels", "tools.high_pixels"),
          ("tools.confirm_min_pixels", "tools.confirm_max_pixels")]  # fmt: skip
 FREE = ["run.seed", "data.seed", "reward.answer", "reward.format", "reward.tool_gain", "eval.seed",
-        "reward.iou", "reward.point_in_box", "reward.set_f1", "reward.math_verify", "distributed.process_id"]  # fmt: skip
+        "reward.iou", "reward.point_in_box", "reward.set_f1", "reward.math_verify", "reward.environment",
+        "distributed.process_id"]  # fmt: skip
 
 
 def nested(settings: dict) -> dict:
@@ -250,7 +251,8 @@ def test_settings_with_which_nothing_is_learned_are_refused():
     assert refused("give one reward a weight.", **none).startswith("Every weight of reward is 0, so that no rollout is better")
     assert refused("give one reward a weight.", **none | {"reward__custom": []})
     for one in ({"reward__answer": 0.5}, {"reward__format": -1.0}, {"reward__tool_gain": 1}, {"reward__custom": ["a.b:c"]},
-                {"reward__iou": 1}, {"reward__custom": {"a.b:c": 0.5}}, {"reward__judge": 1, "judge__model": "m"}):  # fmt: skip
+                {"reward__iou": 1}, {"reward__custom": {"a.b:c": 0.5}}, {"reward__judge": 1, "judge__model": "m"},
+                {"tools__environment": "a.b:World"}):  # fmt: skip
         assert Config.from_dict(nested({k.replace("__", "."): v for k, v in (none | one).items()}))
 
 

@@ -17,7 +17,6 @@ from imagent_jax.evals.controls import CONTROLS, BlankEnvironment, ShuffledEnvir
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.tiny.world import task_at
-from imagent_jax.tools import VISUAL_TOOLS, ToolSet
 from imagent_jax.types import CallResult, CallStatus, EndReason, Task
 
 COUNT, COLOUR = Task("a", "?", (), "7", "number", "count"), Task("b", "?", (), "red bus", "f1", "colour")
@@ -66,7 +65,7 @@ class Recorder(Collector):
     """An engine whose rollouts are made by hand; it keeps what it was asked for."""
 
     def __init__(self, cfg, done):
-        self.cfg, self.tools, self.asked, self.left = cfg, ToolSet([VISUAL_TOOLS["visual_reflection"]]), [], list(done)
+        self.cfg, self.names, self.asked, self.left = cfg, ("visual_reflection",), [], list(done)
 
     def collect(self, params, tasks, **settings):
         self.asked.append((params, list(tasks), settings))

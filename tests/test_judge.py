@@ -74,7 +74,7 @@ def rolled(monkeypatch):
         ],
     ]
     store = EncodedImages.__new__(EncodedImages)  # no images
-    return RolloutBatch([A, B], [], [], groups, store, {}, 0, 0)
+    return RolloutBatch([A, B], [], [], groups, store, {}, 0, 0, tools=("visual_confirmation",))
 
 
 def settings(**sections):
@@ -222,7 +222,7 @@ def test_judged_rewards_count_by_how_trajectories_ended(parts, normalise_std):
     groups = [[play(engine, task, g, texts) for g, texts in enumerate(scripts(task)[:7])] for task in tasks]
     assert groups[0][6].end == EndReason.VOID
     rewards, advantages, scored, metrics, *_ = judge(
-        cfg, Batch(trajectories=groups, replaced=[], grades=[]), reward_functions(cfg.reward)
+        cfg, Batch(trajectories=groups, replaced=[], grades=[], tools=cfg.tools.names), reward_functions(cfg.reward)
     )
     right = [True, False, True, True, True, False, False]
     for group, paid, gained, scores in zip(groups, rewards, advantages, scored, strict=True):

@@ -146,11 +146,11 @@ class Config:
             if not 0 < source.weight < math.inf:
                 raise ValueError(f"{place}.weight is {source.weight:g}; it must be a number above 0, or leave the source out.")
             for reward, weight in source.reward.items():
-                if reward not in weights:
+                if reward not in (*weights, "environment"):
                     raise ValueError(f"{place}.reward has {reward!r}, which is no reward of the run; {_nearest(reward, weights)}")
                 if not math.isfinite(weight):
                     raise ValueError(f"{place}.reward.{reward} is {weight}; it must be a finite number.")
-            if not any((weights | source.reward).values()):
+            if not any((weights | source.reward).values()) and not self._paid_by(source.environment):
                 raise ValueError(f"Every weight of {place}.reward is 0, so that no rollout is better; give one reward a weight.")
         if self.data.mixture and (self.data.path or self.data.test_path):
             raise ValueError(
@@ -165,9 +165,13 @@ class Config:
             if not all(_INSIDE[name](value, bound) for name, bound in _BOUNDS[dotted].items()):
                 raise ValueError(f"{dotted} is {value}; it must be {_range(_BOUNDS[dotted])}.")
 
+    def _paid_by(self, *environments: str) -> bool:
+        """Return whether environments of a user's own may pay a reward."""
+        return bool(self.reward.environment and any((self.tools.environment, *environments)))
+
     def _validate_rewards(self) -> None:
         weights = self.reward.weights
-        if not any(weights.values()):
+        if not any(weights.values()) and not self._paid_by(*(source.environment for source in self.data.mixture.values())):
             raise ValueError("Every weight of reward is 0, so that no rollout is better than another; give one reward a weight.")
         for name, weight in weights.items():
             if not math.isfinite(weight):

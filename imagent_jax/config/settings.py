@@ -238,8 +238,8 @@ class RewardConfig:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of every reward, by name or path."""
-        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge", "environment")
+        """The weight of every reward but that of environments, by name or path."""
+        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge")
         return {name: getattr(self, name) for name in named} | self.custom_weights
 
     @property

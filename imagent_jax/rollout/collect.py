@@ -126,7 +126,7 @@ class Collector:
     def check(self) -> PromptCheck:
         """Tries whether `open_task` can open a task, for whole data sets."""
         limit, without = self.cfg.rollout.prompt_tokens, {"judge"} - self.cfg.used_rewards
-        rewards = [name for name in self.cfg.reward.weights if name not in without]
+        rewards = [name for name in (*self.cfg.reward.weights, "environment") if name not in without]
         return PromptCheck(self.chat, self.processor, self.system, self.environment(), limit, rewards)
 
     def open_in_background(self, tasks: Sequence[Task], spares: Sequence[Task] = ()) -> list[Future[OpenedTask]]:
@@ -275,7 +275,9 @@ class _Run:
             yield from self._turns()
         finally:
             for episode in self.episodes.values():
-                episode.environment.close()  # also of trajectories that were given up
+                if episode.end is None:  # it was given up
+                    with contextlib.suppress(Exception):  # of an environment of the user's; another error is on its way
+                        episode.environment.close()
 
     def _turns(self) -> Iterator[Turn]:
         while self.queue or self.submitted or self.groups:
@@ -349,7 +351,10 @@ class PendingCalls:
 
         def seen(result: CallResult) -> tuple[CallResult, list[PreparedImage]]:
             images = environment.images
-            return result, [prepare(environment, images[number - 1], observed=True) for number in result.images]
+            try:
+                return result, [prepare(environment, images[number - 1], observed=True) for number in result.images]
+            except Exception:  # noqa: BLE001 - of an environment of the user's
+                return fault(traceback.format_exc(), call), []
 
         def run() -> CallResult:
             began = time.perf_counter()
