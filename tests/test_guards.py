@@ -63,7 +63,7 @@ def step(parts, cfg, rollout, temperature=1.0, params=None):
         temperature: at which the sampler says its tokens were sampled; the trainer takes 1.
         params: of the policy, which sampled the tokens too.
     """
-    paid, advantages, _, metrics, _ = job.judge(cfg, rollout, reward_functions(cfg.reward))
+    paid, advantages, _, metrics, *_ = job.judge(cfg, rollout, reward_functions(cfg.reward))
     batch = pack_batch(rollout, paid, advantages, cfg.rollout.prompt_tokens, cfg.rollout.response_tokens)
     of_batch = partial(score_jit, parts.model, params or parts.params, batch, shown_in(rollout.store, batch))
     logprobs, entropy = of_batch(temperature=1.0)

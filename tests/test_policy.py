@@ -49,7 +49,7 @@ def test_rollouts_may_not_overlap_with_adapters_of_the_tower_from_files(tmp_path
     lora.save(tmp_path, made.model, made.params)
     with pytest.raises(ValueError, match="rollout.overlap is for a tower that stays as it is, but its adapters are trained"):
         Policy(small_config(lora={"path": str(tmp_path)}, rollout={"overlap": True}))
-    store = Policy(small_config(lora={"path": str(tmp_path)})).collector._engine(made.params, 1, 1, 1).store
+    store = Policy(small_config(lora={"path": str(tmp_path)})).collector._engine(made.params, 1, 1).store
     assert not store.frozen  # the trainer encodes its packs again, in one size
 
 

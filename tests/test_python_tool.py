@@ -224,7 +224,7 @@ def test_each_rollout_has_its_own_seed_and_rollouts_given_up_are_closed(monkeypa
         data = io.BytesIO()
         Image.new("RGB", (56, 56)).save(data, "PNG")
         drawn = collect.draws([Task("one", "Which?", (data.getvalue(),), "a")] * 2)[draw:][:1]
-        run = collect._Run(collector, Engine(), drawn, None, seed, 1.0)
+        run = collect._Run(collector, Engine(), (drawn, ()), None, (1, seed, 1.0))
         monkeypatch.setattr(run.calls, "due", lambda engine: {})
         with pytest.raises(KeyboardInterrupt):
             list(run.turns())

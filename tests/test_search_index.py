@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import unicodedata
@@ -158,13 +159,14 @@ def test_the_index_is_mapped_into_memory_and_nothing_is_written_to_it(small):
 
 
 def test_a_user_who_may_not_write_an_index_can_read_it(small):
-    for folder in list(small.path.parents)[:3]:
-        folder.chmod(0o755)
-    small.path.chmod(0o555)
-    code = "import os, sys, tantivy; from imagent_jax.tools.search import Index; os.getuid() or os.setuid(65534); "
-    code += "print(os.access(sys.argv[1], os.W_OK), Index(sys.argv[1]).passages)"
-    ended = subprocess.run([sys.executable, "-c", code, small.path], capture_output=True, text=True, cwd=ROOT)
-    small.path.chmod(0o755)
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        Path(folder).chmod(0o755)
+        path = shutil.copytree(small.path, Path(folder) / "index")
+        path.chmod(0o555)
+        code = "import os, sys, tantivy; from imagent_jax.tools.search import Index; os.getuid() or os.setuid(65534); "
+        code += "print(os.access(sys.argv[1], os.W_OK), Index(sys.argv[1]).passages)"
+        ended = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT)
+        path.chmod(0o755)
     assert ended.stdout == "False 6\n", ended.stderr
 
 

@@ -86,7 +86,7 @@ class _SourceCheck:
 
     def __init__(self, check: TaskCheck, name: str, cfg: SourceConfig):
         self.check, self.name, self.cfg = check, name, cfg
-        self.fingerprint = f"{check.fingerprint} {cfg.tools}"
+        self.fingerprint = f"{check.fingerprint} {cfg.tools} {cfg.environment}"
 
     def __call__(self, task: Task, sizes: Sequence[tuple[int, int]]) -> None:
         self.check(of_source(task, self.name, self.cfg), sizes)
