@@ -1,4 +1,4 @@
-"""Runs shaped like real use, killed and resumed: `python benchmarks/real_use.py [--family Qwen3-VL] [--steps 12] [--kills 3]`.
+"""Runs shaped like real use, killed and resumed: `python benchmarks/real_use.py [--family Qwen3-VL] [--steps 8] [--kills 3]`.
 
 Qwen2.5-VL and Qwen3-VL of five million random parameters, with the full vocabulary, train on a mixture of four sources in four
 formats: 0 to 8 photographs of 1 to 4 megapixels a task, up to 4 calls a rollout, a judge that fails at times, refill and
@@ -387,16 +387,16 @@ def measure(folder: Path, family: str, steps: int, kills: int, seed: int = 0, *f
     """Both runs of a family, in `folder`. `flags`: of the main job."""
     rng, began, judge = np.random.default_rng(seed), time.perf_counter(), Judge()
     parameters = write_model(folder / "model", family)
-    mixture, images = write_sources(folder, 3 * steps, rng)
+    mixture, images = write_sources(folder, steps, rng)
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings(folder, family, mixture, judge.url, steps)))
-    print(f"{family}: {parameters / 1e6:.1f} M parameters, {12 * steps} tasks written. The whole run begins.", flush=True)
+    print(f"{family}: {parameters / 1e6:.1f} M parameters, {4 * steps} tasks written. The whole run begins.", flush=True)
     started = time.perf_counter()
     survival.finish(start(folder, "whole", *flags), folder / "whole.log")
     record = {"parameters": parameters, "tasks_by_images": dict(sorted(images.items()))} | counted(folder / "whole", steps)
     step = float(np.median(record["step_s"]))
     startup = time.perf_counter() - started - steps * step
     print(f"{family}: {steps} steps of {step:.1f} s; {startup:.0f} s besides. The other run begins.", flush=True)
-    strikes = survive(folder, kills, seed, startup, step * steps / (kills + 1), *flags)
+    strikes = survive(folder, kills, seed, startup / 2, step * steps / (kills + 1) / 2, *flags)
     lost = counted(folder / "struck", steps)
     judge.shutdown()
     replies = {run: {what: n for (of, what), n in sorted(judge.replies.items()) if of == run} for run in ("whole", "struck")}
@@ -409,7 +409,7 @@ def measure(folder: Path, family: str, steps: int, kills: int, seed: int = 0, *f
 def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--family", choices=FAMILIES, action="append", help="of these only (default: both)")
-    options.add_argument("--steps", type=int, default=12, help="training steps")
+    options.add_argument("--steps", type=int, default=8, help="training steps")
     options.add_argument("--kills", type=int, default=3, help="times a run is killed")
     args = options.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
