@@ -46,6 +46,7 @@ from imagent_jax.chat.answers import answer_markup
 from imagent_jax.config import Config
 from imagent_jax.model import checkpoint
 from imagent_jax.model.families import read_config
+from imagent_jax.model.features import Pages
 from imagent_jax.model.vlm import create
 from imagent_jax.rollout.episode import Episode
 from imagent_jax.runs.folder import RunFolder
@@ -214,8 +215,10 @@ class Reading:
 
 
 def job(flags: list[str]) -> int:
-    """The main job, in which turns read as `said` does. A record of metrics holds `compile/all` too, programs since the start."""
-    end, log, compiled = Episode.end_turn, RunFolder.log, CompileCounter()
+    """The main job, in which turns read as `said` does. A record of metrics holds two more, since the start: `compile/all`,
+    programs, and `memory/pages_left`, pages of encoded images that left the device."""
+    end, log, put = Episode.end_turn, RunFolder.log, Pages.__setitem__
+    compiled, left = CompileCounter(), Counter()
 
     def end_turn(episode, ids):
         rules, text = episode.rules, said(episode.task, episode.rollout, len(episode.turns))
@@ -226,8 +229,15 @@ def job(flags: list[str]) -> int:
         episode.rules = rules
         return action
 
-    Episode.end_turn = end_turn
-    RunFolder.log = lambda folder, record: log(folder, record | {"compile/all": compiled.count})
+    def set_page(pages, number, array):
+        before = len(pages.host)
+        put(pages, number, array)
+        left["pages"] += len(pages.host) > before
+
+    def log_more(folder, record):
+        log(folder, record | {"compile/all": compiled.count, "memory/pages_left": left["pages"]})
+
+    Episode.end_turn, Pages.__setitem__, RunFolder.log = end_turn, set_page, log_more
     return train.main(flags)
 
 
@@ -376,7 +386,8 @@ def counted(run: Path, steps: int) -> dict:
     return {
         "rows_used": used, "groups_refilled": refilled, "trajectories": len(flat), "ends": dict(Counter(r["end"] for r in flat)),
         "calls": dict(calls), "rollouts_by_images": dict(sorted(Counter(len(r["images"]) for r in flat).items())),
-        "images_logged": len(named), "compiled_until_first_step": compiled[0], "compiled_after_it": compiled[-1] - compiled[0],
+        "images_logged": len(named), "pages_left_device": found[-1]["memory/pages_left"],
+        "compiled_until_first_step": compiled[0], "compiled_after_it": compiled[-1] - compiled[0],
         "compiled_in_steps": [int(r["compile/count"]) for r in found],
         "resident_gb": [round(r["memory/resident_gb"], 3) for r in found],
         "step_s": [round(r["time/step"], 2) for r in found],
