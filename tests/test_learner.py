@@ -29,6 +29,7 @@ from imagent_jax.rl.batch import GroupBatch, micro_batches, micro_shapes, take_g
 from imagent_jax.rl.learner import Learner
 from imagent_jax.rl.mask import MaskTables, mask_tables
 from imagent_jax.rollout import sampler
+from imagent_jax.runs.resources import CompileCounter
 from imagent_jax.types import EndReason, TokenKind
 
 N, G, P, R, VOCAB = 4, 2, 8, 6, 40
@@ -308,6 +309,23 @@ def test_the_first_update_alone_compiles_every_shape_of_a_micro_batch(toy, monke
     for _ in range(2):
         updated, state, _ = trainer.update(updated, state, batch, store_of(model, updated))
     assert furthest(updated, params) == 0
+
+
+@pytest.mark.slow(4)
+def test_an_update_of_more_micro_batches_compiles_nothing(toy):
+    """Metrics are summed over as many as there are."""
+    cfg, (model, params) = small_config(grpo={"minibatches": 1, "length_buckets": 1}), toy
+    batch, few = made_batch(), np.arange(N)[:, None] < 1
+    first = dataclasses.replace(batch, advantages=np.where(few, np.float32([1, -1]), 0))
+    second = dataclasses.replace(batch, advantages=np.tile(np.float32([1, -1]), (N, 1)))
+    trainer = Learner(model, cfg, OPTIMIZER, mask_tables(cfg.mask))
+    params, store = copied(params), store_of(model, params)
+    jax.clear_caches()
+    counter = CompileCounter()
+    params, state, _ = trainer.update(params, trainer.init(params), first, store)
+    compiled = counter.count
+    trainer.update(params, state, second, store)
+    assert compiled > 3 and counter.count == compiled
 
 
 def test_the_reference_is_a_copy_of_the_starting_policy(toy):

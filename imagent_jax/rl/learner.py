@@ -4,6 +4,7 @@ The loss takes image features as input. With a frozen vision tower, the rollout'
 the features is summed over micro-batches and back-propagated through the tower once per update.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -144,12 +145,12 @@ class Learner:
         for epoch in range(cfg.epochs):
             for i in np.random.default_rng(epoch).permutation(cfg.minibatches):
                 normaliser, parts = updates[i]
-                gradients, metrics = self._gradient(params, parts, store, normaliser, fresh=not sums)
+                gradients, of_parts = self._gradient(params, parts, store, normaliser, fresh=not sums)
                 trained, frozen = self.split(params)
                 trained, opt_state, norm = apply_gradients(self.optimizer, trained, opt_state, gradients)
                 params = nnx.merge_state(trained, frozen)
-                sums.append(metrics | {"grad_norm": norm})
-        sums = jax.device_get(sums)
+                sums.append((of_parts, {"grad_norm": norm}))
+        sums = [summed(of_parts) | norm for of_parts, norm in jax.device_get(sums)]
         return params, opt_state, {key: float(np.mean([m[key] for m in sums])) for key in sums[0]}
 
     def _learns(self, params) -> bool:
@@ -161,7 +162,7 @@ class Learner:
         return score_jit(self.model, params, place_groups(part), shown, temperature=self.cfg.rollout.temperature)[0]
 
     def _gradient(self, params, parts, store, normaliser, fresh: bool):
-        """Return gradient and metrics of one update.
+        """Return the gradient of one update, and the metrics of its micro-batches.
 
         Args:
             fresh: the rollout's features were computed with these parameters.
@@ -179,11 +180,17 @@ class Learner:
                 for gradient, vision in zip(gradients, _vision(part), strict=True):
                     images.add_gradient(of_pages, gradient, vision)
             sums.append(metrics | {"loss": value})
-        summed = jax.tree.map(lambda *x: sum(x), *sums)
-        loss, metrics = summed.pop("loss"), finish_metrics(summed)
         if learns:
             total["vision"] = jax.tree.map(jnp.add, total["vision"], store.gradient(params, of_pages, self.trained))
-        return total, metrics | {"loss": loss}
+        return total, sums
+
+
+def summed(of_parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the metrics of an update from those of its micro-batches, on the host. (On a device, the first update of several
+    micro-batches would compile their sum.)"""
+    total = {name: sum(part[name] for part in of_parts) for name in of_parts[0]}
+    loss = total.pop("loss")
+    return finish_metrics(total) | {"loss": loss}
 
 
 def _vision(part: GroupBatch) -> tuple[np.ndarray, np.ndarray]:
