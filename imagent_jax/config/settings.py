@@ -357,3 +357,4 @@ class DistributedConfig:
     num_processes: int = setting(0, "processes of the job (0: one, or as the cluster says)", least=0)
     process_id: int = setting(-1, "which of them this is, from 0 (-1: as the cluster says)")
     timeout_s: int = setting(300, "seconds to wait at the start for processes that are late", least=1)
+    heartbeat_s: int = setting(30, "seconds without a sign of a process after which JAX ends the others", least=10)
