@@ -26,9 +26,9 @@ from imagent_jax.config import ImagesConfig, SearchConfig
 from imagent_jax.index import main
 from imagent_jax.model.interleave import encode_parts
 from imagent_jax.rollout.collect import Collector
-from imagent_jax.rollout.pending import PendingCalls
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.metrics import call_metrics
+from imagent_jax.rollout.pending import PendingCalls
 from imagent_jax.tiny.world import task_at
 from imagent_jax.tools import CallPool, ToolSettings, tools_by_name
 from imagent_jax.tools.search import Hit, Index, SearchError, open_backend
