@@ -6,7 +6,7 @@ features of a page at the tokens of a batch, and runs once for every page that t
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -65,7 +65,7 @@ class Pages:
     """Numbered arrays of one shape. The `room` newest are on the device.
 
     Args:
-        make: returns the array of a number that was not set.
+        make: returns the array of a number that was not set; None: there is none, and to read one is a KeyError.
         keep: older ones move to host memory; else they are made again.
     """
 
@@ -77,14 +77,14 @@ class Pages:
     def __len__(self) -> int:
         return len(self.device) + len(self.host)
 
-    def __iter__(self) -> Iterable[int]:
+    def __iter__(self) -> Iterator[int]:
         return iter(sorted([*self.device, *self.host]))
 
     def __getitem__(self, number: int) -> Shaped[Array, "..."]:
         if number in self.host:
             array, place = self.host[number]
             return jax.make_array_from_callback(array.shape, place, array.__getitem__)
-        if number not in self.device:
+        if number not in self.device and self.make:
             self[number] = self.make(number)
         return self.device[number]
 
