@@ -69,7 +69,7 @@ class Episode:
             return self._finish(EndReason.TRUNCATED)
         if sum(turn.call is not None for turn in self.turns) >= self.rules.max_turns:
             return self._finish(EndReason.OVER_TURNS)
-        return chat.parse(text)
+        return chat.read_call(text)
 
     def respond(self, result: CallResult, images: list[PreparedImage]) -> Encoded | None:
         """Take the result of a call and the images that it shows, prepared. Returns the observation; None where the episode
@@ -118,7 +118,7 @@ class Episode:
             positions=np.concatenate(self.positions, axis=1),
             vision=np.concatenate(self.vision),
             turns=self.turns,
-            end=self.end,
+            end=EndReason(self.end),  # fails before the end
             answer=extract_answer(self.turns[-1].text) if self.end == EndReason.ANSWERED else None,
             images=self.environment.images,
             error=self.error,
