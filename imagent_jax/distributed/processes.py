@@ -52,7 +52,7 @@ def start(cfg: DistributedConfig) -> "Watch | None":
     Raises:
         ValueError: the processes could not connect to each other.
     """
-    named = {
+    named: dict[str, Any] = {
         "coordinator_address": cfg.coordinator or None, "num_processes": cfg.num_processes or None,
         "process_id": None if cfg.process_id < 0 else cfg.process_id,
     }  # fmt: skip
@@ -122,7 +122,7 @@ class Watch(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        word = self.watcher.stdout.readline()
+        word = self.watcher.stdout.readline()  # ty: ignore[missing-union-attribute] - a pipe
         if word == b"died\n":
             os._exit(RESTART)
         if word:
@@ -147,9 +147,8 @@ class Watch(threading.Thread):
         os._exit(FAILED)
 
     def _say(self, word: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self.watcher.stdin.write(word)
-            self.watcher.stdin.close()
+        with contextlib.suppress(OSError), self.watcher.stdin as pipe:  # ty: ignore[invalid-context-manager] - a pipe
+            pipe.write(word)
         self.join()
 
 

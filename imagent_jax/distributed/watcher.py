@@ -41,7 +41,7 @@ def watch(links: dict[socket.socket, str], leader: bool) -> tuple[str, bool] | N
         ready = select.select([*links, *([0] if own else [])], [], [], left)[0]
         if not ready:
             return None
-        for link in (link for link in ready if link != 0):
+        for link in [link for link in links if link in ready]:
             said = b""
             with contextlib.suppress(OSError):
                 said = link.recv(128)
