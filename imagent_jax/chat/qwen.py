@@ -147,16 +147,12 @@ class QwenChat:
     def parse(self, text: str) -> Action:
         """Return what a turn does. A call goes before an answer; text around either is ignored."""
         if self.makes_call(text):
-            return self.read_call(text)
+            try:
+                return self.parse_call(text)
+            except ToolError as error:
+                return MalformedCall(str(error))
         answer = extract_answer(text)
         return Text(text) if answer is None else Answer(answer)
-
-    def read_call(self, text: str) -> Call | MalformedCall:
-        """Return the call in a turn's text, or what keeps it from being read; see `parse_call`."""
-        try:
-            return self.parse_call(text)
-        except ToolError as error:
-            return MalformedCall(str(error))
 
     def action_span(self, text: str) -> tuple[str, str | None] | None:
         """Return the markers between which a turn acts: (call, None: to its end), an answer's two markers, or None."""

@@ -62,11 +62,7 @@ class TaskCheck(Protocol):
 
 
 class Tasks(Sequence[Task]):
-    """Tasks with random access.
-
-    Attributes:
-        faults: omitted rows.
-    """
+    """Tasks with random access. `faults` are the omitted rows."""
 
     faults: Sequence[Fault] = ()
 

@@ -191,16 +191,14 @@ def _judge(
 
 
 def _try_row(row: Row, sizes: Sequence[Size | RowError], check: TaskCheck | None) -> None:
-    usable: list[Size] = []
     for size in sizes:
         if isinstance(size, RowError):
             raise RowError(size.kind, size.reason)
-        usable.append(size)
     for answer in row.task.answers:
         _score_itself(answer, row.task.answer_type)
     try:
         if check is not None:
-            check(row.task, usable)
+            check(row.task, [size for size in sizes if not isinstance(size, RowError)])
     except Exception as error:  # whatever would stop the run later
         raise RowError("unusable prompt", str(error).rstrip(".")) from error
 

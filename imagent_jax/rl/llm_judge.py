@@ -140,11 +140,9 @@ class LLMJudge:
     async def _reply(self, prompt: str) -> str:
         option = self.option
         while True:
-            options: dict[str, Any] = _OPTIONS[option]
+            options: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], **_OPTIONS[option]}
             try:
-                made = await self.client.chat.completions.create(
-                    model=self.cfg.model, messages=[{"role": "user", "content": prompt}], **options
-                )
+                made = await self.client.chat.completions.create(model=self.cfg.model, **options)
             except self.refused:
                 option += 1
                 if option == len(_OPTIONS):

@@ -1,7 +1,5 @@
 """Results of failed calls."""
 
-from typing import Any
-
 from imagent_jax.chat import Call, MalformedCall
 from imagent_jax.types import CallResult, CallStatus, ToolError
 
@@ -19,5 +17,5 @@ def fault(error: str, call: Call | MalformedCall) -> CallResult:
     return CallResult(CallStatus.FAULT, *_named(call), [FAULT_TEXT], error)
 
 
-def _named(call: Call | MalformedCall) -> tuple[str | None, dict[str, Any] | None]:
+def _named(call: Call | MalformedCall) -> tuple[str | None, dict | None]:
     return (call.name, call.arguments) if isinstance(call, Call) else (None, None)
