@@ -120,7 +120,7 @@ class Collector:
 
     def parts(self, task: Task, images: Sequence[PreparedImage]) -> list[str | tuple[str, ...] | PreparedImage]:
         """Return the prompt of a task in parts (`interleave.encode_parts`), given its images."""
-        return self.chat.render_task(self.system(task.tools), task.shown, images)
+        return self.chat.render_task(self.system(task.tools, task.environment), task.shown, images)
 
     @cached_property
     def check(self) -> PromptCheck:
