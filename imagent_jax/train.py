@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -120,8 +120,7 @@ class Run:
             self.folder.log({"step": 0, "time/evaluation": base["time/evaluation"]} | _prefixed("base", base))
             if self.cfg.run.checkpoint_every:
                 self.save(state)
-        if state.unlogged is not None:
-            self.finish_step(state)
+        self.finish_step(state)
         return state
 
     def _restore(self) -> TrainState:
@@ -144,7 +143,7 @@ class Run:
         return self.interrupt.asked
 
     @contextlib.contextmanager
-    def traced(self, step: int) -> Iterator[None]:
+    def traced(self, step: int) -> Generator[None, None, None]:
         """Trace a step where the settings say so."""
         if step != self.cfg.run.profile:
             yield
@@ -169,12 +168,14 @@ class Run:
         self.failed |= faults.keys()
 
     def finish_step(self, state: TrainState) -> None:
-        """Evaluate where that is due, note what the guards warn of, and log the step.
+        """Evaluate where that is due, note what the guards warn of, and log the step, unless that was done.
 
         Raises:
             Stopped: by SIGTERM in the evaluation. The step stays unlogged until the run is resumed.
         """
-        metrics, cfg, step = state.unlogged, self.cfg, state.step
+        if (metrics := state.unlogged) is None:
+            return
+        cfg, step = self.cfg, state.step
         if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
             metrics = metrics | _prefixed("eval", self.held_out(state.params, cfg.eval.during, step, f"step {step}"))
         before = self.history[-1].get("warnings", {}) if self.history else {}

@@ -191,7 +191,7 @@ class Config:
 
 TINY = Path(__file__).parent.parent / "tiny" / "tiny.yaml"
 """Settings of the embedded tiny run; a command line without `--config` begins with them."""
-_SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
+_SECTIONS: dict[str, type[Any]] = typing.get_type_hints(Config)
 SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k, t in typing.get_type_hints(kind).items()}
 """The type of every setting, by dotted name."""
 _BOUNDS: dict[str, dict[str, float]] = {
@@ -253,7 +253,7 @@ def reference() -> str:
     lines = ["# Configuration", "", "Every setting: its default, its type and what it means. This page is written by", ""]
     lines += ["```bash", "python -m imagent_jax.config > docs/configuration.md", "```"]
     for section, settings in _SECTIONS.items():
-        lines += ["", f"## {section}", *textwrap.wrap(settings.__doc__, 120), ""]
+        lines += ["", f"## {section}", *textwrap.wrap(settings.__doc__ or "", 120), ""]
         for f in dataclasses.fields(settings):
             name = f"{section}.{f.name}"
             written = yaml.safe_dump(_plain(f.default), default_flow_style=True, width=1000).removesuffix("...\n").strip()
@@ -278,7 +278,8 @@ def _parser(program: str = "imagent_jax.train") -> ArgumentParser:
         group = parser.add_argument_group(section, kind.__doc__)
         for f in dataclasses.fields(kind):
             name = f"{section}.{f.name}"
-            options = {} if typing.get_origin(SETTINGS[name]) is Literal or SETTINGS[name] is bool else {"metavar": "VALUE"}
+            has_values = typing.get_origin(SETTINGS[name]) is Literal or SETTINGS[name] is bool
+            options: dict[str, Any] = {} if has_values else {"metavar": "VALUE"}
             group.add_argument(f"--{name}", type=SETTINGS[name], default=f.default, help=f.metadata["help"], **options)
     return parser
 
@@ -295,8 +296,8 @@ def _build(parsed: Namespace) -> Config:
 
 
 def _source(parsed: Namespace | sections.SourceConfig) -> sections.SourceConfig:
-    values = vars(parsed)
-    return sections.SourceConfig(**values | {"reward": sections.Table(values["reward"])})
+    values: dict[str, Any] = {**vars(parsed), "reward": sections.Table(parsed.reward)}
+    return sections.SourceConfig(**values)
 
 
 def _plain(value: Any) -> Any:

@@ -47,7 +47,7 @@ def start(cfg: DistributedConfig) -> None:
     Raises:
         ValueError: the processes could not connect to each other.
     """
-    named = {
+    named: dict[str, Any] = {
         "coordinator_address": cfg.coordinator or None, "num_processes": cfg.num_processes or None,
         "process_id": None if cfg.process_id < 0 else cfg.process_id,
     }  # fmt: skip

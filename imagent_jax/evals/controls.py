@@ -46,7 +46,7 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[
     """Return the environment of a control in `CONTROLS`. Image sizes and token counts do not change.
 
     Args:
-        done: trajectories of the normal evaluation; `shuffle` draws from the images that their calls showed.
+        done: trajectories of the normal evaluation; `shuffle` draws from the images that their calls showed in this process.
         seed: seed of that draw.
     Raises:
         ValueError: unknown control.
@@ -57,7 +57,7 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int) -> Callable[
         return BlankEnvironment
     pool = [
         (fingerprint(t.images), t.images[number - 1].pixels)
-        for t in done for turn in t.turns if turn.call and turn.call.status == CallStatus.EXECUTED
+        for t in done if t.images for turn in t.turns if turn.call and turn.call.status == CallStatus.EXECUTED
         for number in turn.call.images
     ]  # fmt: skip
     return partial(ShuffledEnvironment, pool=pool, seed=seed)

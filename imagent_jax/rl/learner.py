@@ -6,7 +6,7 @@ the features is summed over micro-batches and back-propagated through the tower 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,8 @@ class Learner:
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
         """Return the trained and the frozen parameters; see `trained_filter`."""
-        return nnx.split_state(params, self.trained, ...)
+        trained, frozen = nnx.split_state(params, self.trained, ...)
+        return trained, frozen
 
     def init(self, params: nnx.State):
         return self.optimizer.init(self.split(params)[0])
@@ -139,7 +140,8 @@ class Learner:
             Parameters, optimizer state, and metrics (floats, over the groups that were run).
         """
         cfg, sums = self.settings.grpo, []
-        images = store.encode_again(self.reference) if cfg.kl and self._learns(params) else store  # as the reference sees them
+        seen = self.reference if self._learns(params) else None  # by other parameters than those of the rollout
+        images = store if seen is None else store.encode_again(seen)
 
         def with_logprobs(part: GroupBatch):  # the micro-batch, and log-probabilities of reference and trainer
             kl = self._score(self.reference, part, images) if cfg.kl else None
@@ -202,7 +204,7 @@ class Learner:
 def summed(of_parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return the metrics of an update from those of its micro-batches, on the host. (On a device, the first update of several
     micro-batches would compile their sum.)"""
-    total = {name: sum(part[name] for part in of_parts) for name in of_parts[0]}
+    total: dict[str, Any] = {name: sum(part[name] for part in of_parts) for name in of_parts[0]}
     loss = total.pop("loss")
     return finish_metrics(total) | {"loss": loss}
 

@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from imagent_jax.config import JudgeConfig
 from imagent_jax.types import EndReason, Trajectory, quote
@@ -112,7 +113,8 @@ class LLMJudge:
         path = self.folder / key[:2] / f"{key}.json"
         if (score := _read(path)) is None:
             _write(path, {"model": self.cfg.model, "prompt": prompt, "reply": await self._ask(prompt)})
-            score = _read(path)
+            if (score := _read(path)) is None:
+                raise OSError(f"The reply of the judge that was just written to {path} cannot be read.")
         return score
 
     async def _ask(self, prompt: str) -> str:
@@ -136,12 +138,14 @@ class LLMJudge:
         raise OSError(f"The judge at {self.cfg.base_url} gave no verdict ({type(failure).__name__}: {words})") from failure
 
     async def _reply(self, prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        for option in range(self.option, len(_OPTIONS)):
+        option = self.option
+        while True:
+            options: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], **_OPTIONS[option]}
             try:
-                made = await self.client.chat.completions.create(model=self.cfg.model, messages=messages, **_OPTIONS[option])
+                made = await self.client.chat.completions.create(model=self.cfg.model, **options)
             except self.refused:
-                if option + 1 == len(_OPTIONS):
+                option += 1
+                if option == len(_OPTIONS):
                     raise
                 continue
             self.option = option

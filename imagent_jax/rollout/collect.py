@@ -119,7 +119,7 @@ class Collector:
 
     def parts(self, task: Task, images: Sequence[PreparedImage]) -> list[str | tuple[str, ...] | PreparedImage]:
         """Return the prompt of a task in parts (`interleave.encode_parts`), given its images."""
-        return self.chat.render_task(self.system(task.tools), task.shown, images)
+        return self.chat.render_task(self.system(task.tools, task.environment), task.shown, images)
 
     @cached_property
     def check(self) -> PromptCheck:
@@ -166,7 +166,7 @@ class Collector:
         params = processes.own_copy(params)
         with contextlib.suppress(Stopped), processes.alone():
             own = self._collect(params, parts, opened, room, sampling, grade)
-        if any(processes.gather(own is None)):
+        if any(processes.gather(own is None)) or own is None:
             raise Stopped
         return join_batches(own)
 
@@ -200,7 +200,7 @@ class Collector:
         for _ in run.turns():
             pass
         engine.store.params = None  # it encodes no more: gathered parameters are not kept while training
-        groups = sorted(filter(None, run.done), key=lambda group: bool(group.grade and not group.grade.spread))
+        groups = sorted(run.done.values(), key=lambda group: (bool(group.grade and not group.grade.spread), group.index))
         count = sum(turn.stop - turn.start for group in groups for t in group.trajectories for turn in t.turns)
         kept, replaced = groups[: len(parts[0])], groups[len(parts[0]) :]
         return RolloutBatch(
@@ -265,7 +265,7 @@ class _Run:
         self.submitted: dict[int, OpenedTask] = {}
         self.groups: dict[int, Group] = {}  # by slot
         self.episodes: dict[int, Episode] = {}  # by row
-        self.done: list[Group] = [None] * len(self.drawn)
+        self.done: dict[int, Group] = {}  # by place in `drawn`
         self.calls = PendingCalls(collector.rules, collector.cfg.tools)
 
     def turns(self) -> Iterator[Turn]:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 
 from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config
-from imagent_jax.data.check import Progress
+from imagent_jax.data.check import Progress, Tasks
 from imagent_jax.data.pipeline import open_tasks
 from imagent_jax.distributed import processes
 from imagent_jax.distributed.mesh import make_mesh
@@ -25,7 +26,7 @@ from imagent_jax.tools.mcp_servers import mcp_tools
 from imagent_jax.types import Task
 
 
-def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | int]:
+def model_settings(cfg: Config, platform: str | None = None) -> dict[str, Any]:
     """Return the fields of `Model` for a configuration.
 
     Args:
@@ -102,7 +103,7 @@ class Policy:
         """Use other parameters of the same model, placed on the policy's mesh."""
         self.params = jax.device_put(params, shardings(params, self.mesh))
 
-    def open_tasks(self, split: str, progress: Progress = lambda sentence: None) -> Sequence[Task]:
+    def open_tasks(self, split: str, progress: Progress = lambda sentence: None) -> Tasks:
         """Return the tasks of a split, each tried against the settings of this policy; see `data.pipeline.open_tasks`."""
         return open_tasks(self.cfg.data, split, self.collector.check, progress)
 

@@ -64,7 +64,7 @@ class TrajectoryLog:
             "rollout": t.rollout, "answer": t.answer, "right": t.right, "end": t.end.name, "error": t.error,
             "dropped": advantage is not None and not bool(self.tables.trajectory[t.end]),
             "rewards": rewards, "advantage": advantage, "length": len(t.ids),
-            "images": self._images(t.task.images, t.images),
+            "images": self._images(t.task.images, t.images or ()),
             "turns": [{"text": turn.text, "call": turn.call and _call(turn.call)} for turn in t.turns],
             "tokens": self._tokens(t, advantage),
         }  # fmt: skip
@@ -146,7 +146,7 @@ def _call(call) -> dict[str, Any]:
 
 
 def _lineage(entry: ImageEntry) -> dict[str, Any]:
-    facts = {"size": [*entry.size[::-1]], "shown": [*entry.shown[::-1]]}  # width, height
+    facts: dict[str, Any] = {"size": [*entry.size[::-1]], "shown": [*entry.shown[::-1]]}  # width, height
     if entry.parent is not None:
         facts |= {"parent": entry.parent, "origin": entry.origin}
     return facts | ({"box": list(entry.box)} if entry.box else {})

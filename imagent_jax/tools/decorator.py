@@ -27,7 +27,7 @@ def tool(function: Callable[..., Any]) -> Tool:
         ValueError: the first parameter or the return type can never work, a parameter lacks a supported type, the docstring is
             missing, or it describes an unknown parameter.
     """
-    name = function.__name__
+    name = function.__name__  # ty: ignore[missing-attribute] - a `def` has one
     parameters = list(inspect.signature(function).parameters.values())
     if method := bool(parameters) and parameters[0].name == "self":
         parameters = parameters[1:]

@@ -73,14 +73,12 @@ class ToolSet:
         text = json.dumps(schemas, ensure_ascii=False)
         return json.loads(text.replace("{coordinates}", coordinates).replace("{space}", space))
 
-    def tool_of(self, call: Call | MalformedCall) -> Tool:
+    def tool_of(self, call: Call) -> Tool:
         """Return the tool that a call names, after checking the arguments.
 
         Raises:
-            ToolError: the call is malformed, the tool is unknown, or the arguments do not match its schema.
+            ToolError: the tool is unknown, or the arguments do not match its schema.
         """
-        if isinstance(call, MalformedCall):
-            raise ToolError(call.error)
         if call.name not in self._tools:
             close = nearest(call.name, self._tools)
             hint = f'did you mean "{close}"?' if close else f"tools are {', '.join(self._tools) or 'none'}"
@@ -103,6 +101,8 @@ class ToolSet:
         Images made by the tool are added to `registry` only if the call is EXECUTED.
         """
         try:
+            if isinstance(call, MalformedCall):
+                raise ToolError(call.error)
             tool = self.tool_of(call)
         except ToolError as error:
             return invalid(error, call)

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from imagent_jax.config import SandboxConfig
 from imagent_jax.images import decode
@@ -26,7 +26,7 @@ _SHARED = (
     "no network, no other processes or threads, no signals, no descriptors but pipes; bounded CPU and wall time, memory, open "
     "files and output; clock and entropy from the seed"
 )
-BACKENDS = {
+BACKENDS: dict[Literal["namespaces", "landlock"], str] = {
     "namespaces": "its own process, mount, network and IPC namespaces; a read-only root with Python and the libraries; files "
     f"only in a private memory folder of bounded size; {_SHARED}",
     "landlock": "reads Python and the libraries, and names and sizes of other files; writes only 'path_to_input_image.jpg' and "
@@ -136,8 +136,7 @@ class Sandbox:
         with self._lock:
             if process is not None and self._process is not process:
                 raise SandboxError("it is gone")
-            if self._process is None:
-                self._start()
+            running = self._process or self._start()
             try:
                 socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
                 answer = json.loads(self._control.recv(4096) or b'{"error": "it ended"}')
@@ -146,15 +145,15 @@ class Sandbox:
             if "error" in answer:
                 self._stop()
                 raise SandboxError(f"the process that starts workers failed: {answer['error']}")
-            return answer, self._process
+            return answer, running
 
     def _stop(self) -> None:
         if self._process is not None:
             self._end_process()
             self._process = None
 
-    def _start(self) -> None:
-        """Start the process that starts workers."""
+    def _start(self) -> subprocess.Popen:
+        """Start the process that starts workers, and return it."""
         if sys.platform != "linux" or platform.machine() != "x86_64":
             raise SandboxError(f"it is for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -178,6 +177,7 @@ class Sandbox:
         if "error" in answer:
             self._stop()
             raise SandboxError(answer["error"])
+        return process
 
     def _test(self) -> None:
         """Try to break out.

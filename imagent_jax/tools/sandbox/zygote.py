@@ -57,7 +57,7 @@ def main(control: socket.socket, settings: dict) -> None:
             os.close(descriptor)
         control.send(json.dumps(answer).encode())
         if "killed" in answer:
-            os.waitpid(answer["killed"], 0)  # takes longer than the trainer need wait
+            os.waitpid(request["end"], 0)  # takes longer than the trainer need wait
 
 
 def start(confine, worker, settings: dict, base: int, request: dict, descriptors: list[int]) -> int:

@@ -102,7 +102,7 @@ def _write_once(path: Path, content: dict[str, Any]) -> None:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         """Follow nothing: the answer itself is then an error."""
 
 

@@ -5,6 +5,7 @@ Request `{"queries": [text, ...], "topk": 3, "return_scores": true}`; answer `{"
 """
 
 import json
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -38,6 +39,10 @@ def answer(backend: Backend, request: Any) -> dict[str, Any]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 60, True
 
+    def __init__(self, backend: Backend, *connection: Any):
+        self.backend = backend
+        super().__init__(*connection)  # answers
+
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if self.path != "/retrieve":
@@ -46,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(413, {"detail": f"a request has a Content-Length of at most {MOST_BYTES} bytes"})
         else:
             try:
-                self._say(200, answer(self.server.backend, json.loads(self.rfile.read(int(length)))))
+                self._say(200, answer(self.backend, json.loads(self.rfile.read(int(length)))))
             except (ValueError, RecursionError) as error:
                 self._say(400, {"detail": str(error)})
 
@@ -62,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Print nothing."""
 
 
@@ -79,5 +84,4 @@ class RetrieveServer(ThreadingHTTPServer):
     request_queue_size = 256
 
     def __init__(self, backend: Backend, host: str, port: int):
-        self.backend = backend
-        super().__init__((host, port), _Handler)
+        super().__init__((host, port), partial(_Handler, backend))

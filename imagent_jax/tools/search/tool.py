@@ -29,8 +29,10 @@ def open_backend(settings: SearchConfig) -> Backend:
         mode = "record" if s.backend == "serper" else "off"
     if s.backend != "index":
         check_url(source)
+    if mode == "off":
+        return _open(s, source)
     backend = None if mode == "replay" else _open(s, source)
-    return backend if mode == "off" else Recorded(backend, f"{s.backend} {source}", Path(s.recordings).expanduser())
+    return Recorded(backend, f"{s.backend} {source}", Path(s.recordings).expanduser())
 
 
 def _open(settings: SearchConfig, source: str) -> Backend:
