@@ -1,6 +1,7 @@
 """The sandbox: what code sees of its trajectory, its limits, its seed, and that nothing of it stays behind."""
 
 import gc
+import importlib.util
 import json
 import os
 import random
@@ -203,6 +204,12 @@ def test_time_and_entropy_come_from_the_seed():
     assert a == b and len(a) == 3 and all(x != y for x, y in zip(a, c, strict=True))
     first.close()
     second.close()
+
+
+def test_objects_are_printed_without_addresses_which_chance_gives(worker):
+    ran = worker.run("print(images[1], [object()], hex(2**40), 'at 0x123456')\nraise ValueError(lambda: 0)", IMAGES, 0)
+    assert ran.text == "<PIL.Image.Image image mode=RGB size=20x12 at 0x0> [<object object at 0x0>] 0x10000000000 at 0x123456\n"
+    assert ran.error.startswith("ValueError: <function <lambda> at 0x0> (line 2: ")
 
 
 def test_sleeping_takes_no_time_and_the_clock_knows(worker):
@@ -425,8 +432,8 @@ def test_where_there_is_none_one_sentence_says_so(monkeypatch):
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
-    find = host.importlib.util.find_spec
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None if name == "cv2" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cv2" else find(name))
     with pytest.raises(ValueError, match=re.escape("The tool 'python' needs cv2; pip install 'imagent-jax[sandbox]'.")):
         Sandbox(SandboxConfig())
 

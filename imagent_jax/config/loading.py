@@ -133,6 +133,8 @@ class Config:
                 f"sandbox.wall_s is {self.sandbox.wall_s:g}, not below tools.timeout_s {self.tools.timeout_s:g}; lower it, "
                 "so that slow code is an error that the policy can repair and no fault."
             )
+        if self.sandbox.backend == "remote" and not self.sandbox.url:
+            raise ValueError("sandbox.backend is 'remote', but sandbox.url is empty; name a server that speaks POST /run_code.")
         if not self.lora.targets and not self.lora.merger:
             raise ValueError("lora.targets is empty, so that nothing is adapted; name matrices, or set lora.merger true.")
 

@@ -172,7 +172,10 @@ class ToolsConfig:
 class SandboxConfig:
     """The sandbox in which the tool 'python' runs code of the policy."""
 
-    backend: Literal["auto", "namespaces", "landlock"] = setting("auto", "how code is confined (auto: the first that holds here)")
+    backend: Literal["auto", "namespaces", "landlock", "remote"] = setting(
+        "auto", "how code is confined (auto: namespaces or landlock, the first that holds here; remote: by the server of url)"
+    )
+    url: str = setting("", "remote: full address of a server that speaks SandboxFusion's POST /run_code")
     wall_s: float = setting(5.0, "seconds a call may take", above=0)
     cpu_s: int = setting(60, "processor seconds of a trajectory", least=1)
     memory_mb: int = setting(512, "MiB of a trajectory's code, beyond the libraries", least=16)
