@@ -2,10 +2,9 @@
 
 import threading
 
-from imagent_jax.config import SandboxConfig
 from imagent_jax.tools.context import ToolContext
 from imagent_jax.tools.decorator import tool
-from imagent_jax.tools.sandbox import Ran, Remote, RemoteWorker, Sandbox, Worker, open_sandbox
+from imagent_jax.tools.sandbox import Ran, Remote, RemoteWorker, Sandbox, Worker
 from imagent_jax.tools.schema import Tool
 from imagent_jax.types import ImageNumber, ToolError
 
@@ -36,13 +35,8 @@ class Session:
                 self._worker.close()
 
 
-def python_tool(settings: SandboxConfig) -> Tool:
-    """Return the tool `python`, with a sandbox of its own that has been tested.
-
-    Raises:
-        ValueError: there is no sandbox here, or a library is missing.
-    """
-    sandbox = open_sandbox(settings)
+def python_tool(sandbox: Sandbox | Remote) -> Tool:
+    """Return the tool `python`, whose code runs in `sandbox`."""
 
     @tool
     def python(context: ToolContext, code: str) -> list[str | ImageNumber]:
