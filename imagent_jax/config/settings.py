@@ -147,6 +147,9 @@ class ToolsConfig:
     names: tuple[str, ...] = setting(
         ("visual_reflection", "visual_confirmation"), "tools the policy may call; your own as 'package.module:name'"
     )
+    settings: dict[str, dict[str, Any]] = setting(
+        Table(), "settings of a tool's own, by its name, such as {python: {timeout_s: 20}}; every tool has timeout_s", hash=False
+    )
     mcp: tuple[str, ...] = setting((), "MCP servers whose tools are offered too: commands that start them, or URLs (needs mcp)")
     mcp_chars: int = setting(4000, "most characters of text that a call of an MCP tool returns", least=1)
     environment: str = setting("", "your own world, 'package.module:Class'; its @tool methods are tools too")
@@ -166,6 +169,13 @@ class ToolsConfig:
     confirm_min_pixels: int = setting(200_704, "least pixels of a crop as shown", least=1)
     confirm_max_pixels: int = setting(1_003_520, "most pixels of a crop as shown")
     min_box: float = setting(0.05, "least side of a crop, as a fraction of the image's", above=0, most=1)
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """Settings that every tool has. A tool with settings of its own has a frozen dataclass that inherits from this one."""
+
+    timeout_s: float | None = setting(None, "seconds a call may take (null: tools.timeout_s)", above=0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from imagent_jax.chat.prompts import Prompt
-from imagent_jax.config import SandboxConfig, SearchConfig
+from imagent_jax.config import CallSettings, SandboxConfig, SearchConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.context import ToolContext, ToolSettings, TrajectoryState
@@ -22,6 +22,7 @@ __all__ = [
     "VISUAL_TOOLS",
     "CallPool",
     "CallResult",
+    "CallSettings",
     "CallStatus",
     "ImageEntry",
     "ImageNumber",
