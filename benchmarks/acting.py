@@ -38,7 +38,7 @@ WORDS = ("tower", "river", "bridge", "harbour", "garden", "market", "museum", "s
 SETTINGS = [
     *survival.SMALL, "--tools.names=[visual_reflection, visual_confirmation, python, search]", f"--tools.max_turns={CALLS}",
     "--sandbox.wall_s=120", "--sandbox.printed=160", "--search.passages=2", "--search.passage_chars=60", "--eval.tasks=0",
-    "--eval.every=0", "--rollout.prompt_tokens=1024", "--rollout.response_tokens=640", "--rollout.observation_tokens=128",
+    "--eval.every=0", "--rollout.prompt_tokens=1024", "--rollout.response_tokens=1024", "--rollout.observation_tokens=128",
     "--run.log_trajectories=1000",
 ]  # fmt: skip
 PROGRAMS = [
@@ -67,7 +67,7 @@ def said(task, rollout: int, turn: int) -> str:
         return QWEN.render_call("search", {"query": " ".join(rng.choice(WORDS, 2))})
     if kind < 0.85:
         return "<tool_call>{not JSON}</tool_call>"
-    return QWEN.render_call("visual_confirmation", {"image": int(rng.integers(1, 4)), "bbox_2d": box, "label": "it"})
+    return QWEN.render_call("visual_confirmation", {"image": int(rng.integers(1, 3)), "bbox_2d": box, "label": "it"})
 
 
 def job(delay_s: float, flags: list[str]) -> int:

@@ -221,8 +221,9 @@ def speak(said: Callable[[Task, int, int], str]) -> None:
 
     def end_turn(episode, ids):
         rules, text = episode.rules, said(episode.task, episode.rollout, len(episode.turns))
-        stopped = ids[-1:].tolist() == rules.processor.encode(rules.chat.turn_close)
-        text = text if stopped else text[: len(text) // 2]  # cut off where the response is full
+        full = episode.length + len(ids) >= rules.response_tokens
+        closed = ids[-1:].tolist() == rules.processor.encode(rules.chat.turn_close)
+        text = text if closed or not full else text[: len(text) // 2]  # cut off where the response is full
         episode.rules = rules._replace(processor=Reading(rules.processor, text, len(ids)))
         action = end(episode, ids)
         episode.rules = rules

@@ -14,7 +14,7 @@ from conftest import small_config
 from scripted_run import scripted_collector, without_weights
 
 from imagent_jax.chat import Call
-from imagent_jax.config import Config, ImagesConfig, SandboxConfig, read_args
+from imagent_jax.config import Config, ImagesConfig, read_args
 from imagent_jax.config.settings import setting
 from imagent_jax.rollout.collect import Collector, PendingCalls
 from imagent_jax.rollout.environment import ToolEnvironment
@@ -152,7 +152,7 @@ def test_the_sandbox_s_time_must_be_below_the_limit_of_python_itself():
     Config.from_dict({"tools": python | {"settings": {"python": {"timeout_s": 6}}}})
     with pytest.raises(ValueError, match=r"sandbox.wall_s is 5, not below tools.settings.python.timeout_s 5; lower it"):
         Config.from_dict({"tools": python | {"timeout_s": 9.0, "settings": {"python": {"timeout_s": 5}}}})
-    limited = tools_by_name(["python"], SandboxConfig()).configured({"python": {"timeout_s": 7}})
+    limited = ToolSet([*tools_by_name(["python"])], {"python": {"timeout_s": 7}})
     assert limited.limit_s(Call("python", {})) == 7 and limited.limit_s(Call("other", {})) is None
 
 
