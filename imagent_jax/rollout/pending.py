@@ -19,7 +19,7 @@ class PendingCalls:
     def __init__(self, rules: Rules, cfg: ToolsConfig):
         self.rules, self.timeout_s, self.patience_s = rules, cfg.timeout_s, cfg.patience_s
         self.pool = CallPool(cfg.workers, cfg.timeout_s)
-        self.calling: dict[int, Call | MalformedCall] = {}
+        self.calling: dict[int, tuple[Call | MalformedCall, float]] = {}  # and the seconds that each may take
         self.late: set[int] = set()  # rows whose calls were waited for in vain
         self.results: dict[int, tuple[CallResult, list[PreparedImage]]] = {}
 
@@ -42,8 +42,9 @@ class PendingCalls:
                 result = fault(traceback.format_exc(), call)
             return replace(result, seconds=time.perf_counter() - began)
 
-        self.calling[row] = call
-        self.pool.submit(row, run, seen)
+        limit_s = environment.tools.limit_s(call) or self.timeout_s
+        self.calling[row] = call, limit_s
+        self.pool.submit(row, run, seen, limit_s)
 
     def due(self, engine: Engine) -> dict[int, tuple[CallResult, list[PreparedImage]]]:
         """Return the results that rows get next: those that called first, as soon as they are a quarter of the batch or nothing
@@ -73,6 +74,6 @@ class PendingCalls:
             self.results[row] = (self._overdue(row), []) if result is None else result
 
     def _overdue(self, row: int) -> CallResult:
-        call = self.calling[row]
+        call, limit_s = self.calling[row]
         name = call.name if isinstance(call, Call) else "reading a call"
-        return replace(fault(f"{name} ran longer than {self.timeout_s:g} s", call), seconds=self.timeout_s)
+        return replace(fault(f"{name} ran longer than {limit_s:g} s", call), seconds=limit_s)
