@@ -5,16 +5,14 @@ import math
 import typing
 from argparse import ArgumentError
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from imagent_jax.config.loading import INSIDE, in_words, kind_in_words
 
-T = TypeVar("T")
 
-
-def read_own(kind: type[T], values: Mapping[str, Any], place: str) -> T:
+def read_own(kind: type[Any], values: Mapping[str, Any], place: str) -> Any:
     """Return an instance of a dataclass. What `values` do not name keeps its default.
 
     Args:
@@ -23,10 +21,9 @@ def read_own(kind: type[T], values: Mapping[str, Any], place: str) -> T:
         ValueError: there is no such setting, or a value is of another type or out of range.
     """
     hints = typing.get_type_hints(kind)
-    parser, bounds = ArgumentParser(exit_on_error=False), {}
+    parser, bounds, defaults = ArgumentParser(exit_on_error=False), {}, kind()
     for field in dataclasses.fields(kind):
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        parser.add_argument(f"--{field.name}", type=hints[field.name], default=default)
+        parser.add_argument(f"--{field.name}", type=hints[field.name], default=getattr(defaults, field.name))
         bounds[field.name] = _said(kind, field.name).get("bounds", {})
     found = {}
     for name, value in values.items():

@@ -19,7 +19,7 @@ def clean(text: str) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         """Follow nothing: the answer itself is then an error."""
 
 

@@ -67,7 +67,7 @@ class ToolSet:
     def limit_s(self, call: Any) -> float | None:
         """Return the seconds that a call may take by its tool's own settings; None: it has no limit of its own."""
         item = self._tools.get(call.name) if isinstance(call, Call) else None
-        return item and item.settings.timeout_s
+        return item.settings.timeout_s if item else None
 
     def schemas(self, settings: ToolSettings | None = None, prompt: Prompt | None = None) -> list[dict[str, Any]]:
         """Return the tools' schemas in OpenAI function form.

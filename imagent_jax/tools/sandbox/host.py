@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from imagent_jax.config import SandboxConfig
 from imagent_jax.images import decode
@@ -25,7 +25,7 @@ _SHARED = (
     "no network, no other processes or threads, no signals, no descriptors but pipes; bounded CPU and wall time, memory, open "
     "files and output; clock and entropy from the seed"
 )
-BACKENDS: dict[Literal["namespaces", "landlock"], str] = {
+BACKENDS: dict[str, str] = {
     "namespaces": "its own process, mount, network and IPC namespaces; a read-only root with Python and the libraries; files "
     f"only in a private memory folder of bounded size; {_SHARED}",
     "landlock": "reads Python and the libraries, and names and sizes of other files; writes only 'path_to_input_image.jpg' and "

@@ -75,7 +75,7 @@ class RemoteWorker:
         self.alive = True
         self._settings, self._seed = settings, seed
         self._calls: list[dict[str, Any]] = []
-        self._digests: list[str] = []
+        self._digests: list[Any] = []
         self._images: list[str] = []
 
     def run(self, code: str, images: Sequence[Image.Image], room: int) -> Ran:
