@@ -2,9 +2,9 @@
 
 `python -m imagent_jax.train [--config FILE.yaml] [--section.key VALUE ...]`; with no arguments, the embedded tiny world.
 
-Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wrong, here or in another process of the job;
-75 (`RESTART`) stopped by SIGTERM, as machines that are taken away send it, or because another process died: start it again with
-`--run.resume true`.
+Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wrong;
+75 (`RESTART`) stopped by SIGTERM, as machines that are taken away send it: start it again with `--run.resume true`; 134 (SIGABRT)
+ended by JAX because another process of the job died: start all again.
 """
 
 import contextlib
@@ -299,9 +299,9 @@ def _train(run: Run) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit codes are those of the module docstring."""
-    cfg, watcher, code = parse_args(argv), None, FAILED
+    cfg, code, failure = parse_args(argv), FAILED, None
     try:
-        watcher = processes.start(cfg.distributed)
+        processes.start(cfg.distributed)
         with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
             final = train(cfg, Console(quiet=not processes.is_writer()), interrupt)
             code = RESTART if not final and interrupt.asked == signal.SIGTERM else 0
@@ -310,17 +310,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = RESTART
     except (ValueError, OSError) as error:
         print("error:", *(error, *getattr(error, "__notes__", ())), file=sys.stderr)
-    except Exception:
-        if watcher is None:
+        failure = error
+    except Exception as error:
+        if not processes.several():
             raise
-        traceback.print_exc()
-        watcher.fail(processes.LONG_GRACE)
+        traceback.print_exc()  # raised, it would wait for the other processes
+        failure = error
     except KeyboardInterrupt:  # the second Ctrl-C: at once
-        if watcher is None:
+        if not processes.several():
             raise
         os._exit(128 + signal.SIGINT)
-    if watcher is not None:
-        watcher.fail() if code == FAILED else watcher.close()
+    if processes.several():
+        processes.fail(failure, cfg.distributed) if failure else processes.leave()
     return code
 
 

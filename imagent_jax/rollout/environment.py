@@ -53,7 +53,7 @@ class ToolEnvironment:
         """The tools of the run, then the methods of a subclass that are tools."""
         names = dict.fromkeys(name for kind in reversed(type(self).__mro__) for name in vars(kind))
         own = [getattr(self, name) for name in names if isinstance(getattr(type(self), name), Tool)]
-        return ToolSet([*self._given, *own]) if own else self._given
+        return ToolSet([*self._given, *own], self._given.changes) if own else self._given
 
     def reset(self, task: Task) -> None:
         """Number the images of a task from 1, each with the size at which the policy sees it.

@@ -63,7 +63,20 @@ def tools_of(cfg: Config) -> ToolSet:
         ValueError: see `tools_by_name` and `mcp_tools`.
     """
     named = tools_by_name(cfg.tools.names, cfg.sandbox, cfg.search, read_prompt(cfg.tools.prompt))
-    return ToolSet([*named, *mcp_tools(cfg.tools.mcp, cfg.tools.mcp_chars, cfg.tools.timeout_s)])
+    return ToolSet([*named, *mcp_tools(cfg.tools.mcp, cfg.tools.mcp_chars, cfg.tools.timeout_s)], cfg.tools.settings)
+
+
+def check_tool_settings(cfg: Config, collector: Collector) -> None:
+    """Check that `tools.settings` names tools of the run, of its environment, or of that of a source.
+
+    Raises:
+        ValueError: it names another.
+    """
+    worlds = {source.environment for source in cfg.data.mixture.values()} - {""}
+    known = [*collector.names, *(name for path in sorted(worlds) for name in collector.environment(path=path).tools.names)]
+    for name in cfg.tools.settings:
+        if name not in known:
+            raise ValueError(f"tools.settings names {name!r}, which is no tool of the run; there are {', '.join(known)}.")
 
 
 class Policy:
@@ -98,6 +111,7 @@ class Policy:
             raise ValueError("rollout.overlap is for a tower that stays as it is, but its adapters are trained; unset it.")
         self.replace_params(self.params)  # adapters are sharded like their matrices
         self.collector = Collector(self.model, self.processor, self.tools, cfg, stop=stop)
+        check_tool_settings(cfg, self.collector)
 
     def replace_params(self, params: nnx.State) -> None:
         """Use other parameters of the same model, placed on the policy's mesh."""

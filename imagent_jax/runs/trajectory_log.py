@@ -149,6 +149,8 @@ def _lineage(entry: ImageEntry) -> dict[str, Any]:
     facts: dict[str, Any] = {"size": [*entry.size[::-1]], "shown": [*entry.shown[::-1]]}  # width, height
     if entry.parent is not None:
         facts |= {"parent": entry.parent, "origin": entry.origin}
+    elif entry.origin:
+        facts["origin"] = entry.origin  # made of no other image
     return facts | ({"box": list(entry.box)} if entry.box else {})
 
 

@@ -175,7 +175,7 @@ def mcp_tools(addresses: Sequence[str], characters: int, timeout_s: float) -> li
 
 def _tool(server: McpServer, found: Any, characters: int, timeout_s: float) -> Tool:
     def function(context: ToolContext, /, **arguments: Any) -> list[str | ImageNumber]:
-        result = server.call(found.name, arguments, timeout_s)
+        result = server.call(found.name, arguments, context.own.timeout_s or timeout_s)
         text = "\n".join(part.text for part in result.content if part.type == "text").strip()
         text = text if len(text) <= characters else f"{text[:characters]}… ({len(text) - characters} more characters)"
         if result.is_error:

@@ -15,6 +15,7 @@ class _Job:
     key: Any
     work: Callable[[], Any]
     then: Callable[[Any], Any]
+    timeout_s: float
     deadline: float = 0.0
 
 
@@ -43,15 +44,19 @@ class CallPool:
         """Number of results not yet returned."""
         return len(self._waiting) + len(self._running) + len(self._ready)
 
-    def submit(self, key: Any, work: Callable[[], Any], then: Callable[[Any], Any] = lambda result: result) -> None:
+    def submit(
+        self, key: Any, work: Callable[[], Any], then: Callable[[Any], Any] = lambda result: result,
+        timeout_s: float | None = None,
+    ) -> None:  # fmt: skip
         """Queue `work`; its result is returned together with `key`.
 
         Args:
+            timeout_s: its time limit; default: that of the pool.
             then: called with the result in the same thread, without time limit; its return value replaces the result.
 
         Exceptions of `work` and `then` are raised by `poll` and `drain`.
         """
-        self._waiting.append(_Job(key, work, then))
+        self._waiting.append(_Job(key, work, then, timeout_s or self._timeout_s))
         self._start()
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[Any, Any]]:
@@ -80,7 +85,7 @@ class CallPool:
     def _start(self) -> None:
         while self._waiting and len(self._running) < self._workers:
             job = self._waiting.popleft()
-            job.deadline = time.monotonic() + self._timeout_s
+            job.deadline = time.monotonic() + job.timeout_s
             self._running.append(job)
             threading.Thread(target=_run, args=(job, self._finished), name=f"tool-{job.key}", daemon=True).start()
 

@@ -9,7 +9,8 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from imagent_jax.tools.search.hits import Backend, clean
+from imagent_jax.tools.post import clean
+from imagent_jax.tools.search.hits import Backend
 
 MOST_BYTES, MOST_QUERIES, MOST_CHARS, MOST_PASSAGES = 2**20, 512, 4096, 100
 TOPK = 3
