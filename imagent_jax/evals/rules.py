@@ -60,11 +60,16 @@ def by_type(task: Task, reply: str) -> float:
     return max(score(reply, answer, task.answer_type) for answer in task.answers)
 
 
+def open_answer(task: Task, reply: str) -> float:
+    """Return the score of a reply by the task's answer type, where a text is compared by `strict_exact`."""
+    return best(strict_exact)(task, reply) if task.answer_type == "exact" else by_type(task, reply)
+
+
 # ---- options ----------------------------------------------------------------------------------------------------------
 
 _BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}")
 _STATED = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*[*\"'(]*(?P<letter>[A-Za-z])(?![\w'’-])[*\"')]*(?P<rest>.*)", re.I
+    r"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*[*\"'(]*(?P<letter>[A-Za-z])(?![\w'’-])[*\"')]*(?=(?P<rest>.*))", re.I
 )
 _LED = re.compile(r"\(?([A-Z])[).:]\s+(.+)", re.DOTALL)
 _ANOTHER = re.compile(r"\s*(?:or|and|,|/|&)\s*\(?[A-Z]\b")

@@ -9,6 +9,8 @@ import re
 import string
 from functools import partial
 
+from imagent_jax.data.formats import Fields, Row
+from imagent_jax.evals.benchmark import QUESTION, Benchmark, images_of
 from imagent_jax.evals.rules import Metric, best, strict_exact, strict_f1
 
 _CHINESE_MARKS = "！？｡＂＃＄％＆＇（）＊＋，－．／：；＜＝＞＠［＼］＾＿｀｛｜｝～“”‘’、。：《》【】"
@@ -53,3 +55,52 @@ CODING = {
     "EM": Metric(best(partial(exact_match, chinese=True)), best(strict_exact)),
 }
 """The metrics of text benchmarks and MAT-Search, and those of MAT-Coding."""
+
+
+# ---- the benchmarks ---------------------------------------------------------------------------------------------------
+
+DIRECT = f"{QUESTION}\nAnswer the question directly. The answer should be very brief."
+"""The published prompt of models that answer without tools."""
+
+
+def _read_coding(row: Row) -> Fields:
+    """Take the corrupted picture; of a question that names a box, the picture itself."""
+    types = row.get("type") or []
+    image = "ori_image_path" if "crop" in (types if isinstance(types, list) else [types]) else "processed_image_path"
+    images, kind = [row[image]], row.pop("split", None)
+    return Fields(row.pop("question"), images, row.pop("answers"), None, row.pop("id"), kind)
+
+
+def _read_search(row: Row) -> Fields:
+    return Fields(row.pop("question"), images_of(row, "image_path"), row.pop("answer"), None, row.pop("id", None))
+
+
+def _read_text(row: Row) -> Fields:
+    return Fields(row.pop("question"), [], row.pop("golden_answers"), None, row.pop("id"))
+
+
+def _type_of(task) -> dict[str, str]:
+    types = task.meta.get("type") or []
+    return {"split": task.kind, "type": " + ".join(types if isinstance(types, list) else [types])} if task.kind else {}
+
+
+MAT_CODING = Benchmark(
+    name="mat-coding", title="MAT-Coding (200)", needs=("question", "answers", "processed_image_path"), read=_read_coding,
+    metrics=CODING, template=lambda task: DIRECT, answer_type="set_f1", groups=_type_of,
+)  # fmt: skip
+MAT_SEARCH = Benchmark(
+    name="mat-search", title="MAT-Search (150)", needs=("question", "answer", "image_path"), read=_read_search, metrics=TEXT,
+    template=lambda task: DIRECT, answer_type="set_f1",
+)  # fmt: skip
+
+
+def text_benchmark(name: str, title: str) -> Benchmark:
+    """Return a text benchmark in FlashRAG's form: `id`, `question`, `golden_answers`."""
+    return Benchmark(
+        name=name, title=title, needs=("question", "golden_answers"), read=_read_text, metrics=TEXT, template=lambda task: DIRECT,
+        answer_type="set_f1",
+    )  # fmt: skip
+
+
+TWO_WIKI, HOTPOTQA = text_benchmark("2wiki", "2WikiMultihopQA (12,576)"), text_benchmark("hotpotqa", "HotpotQA (7,405)")
+MUSIQUE, BAMBOOGLE = text_benchmark("musique", "MuSiQue (2,417)"), text_benchmark("bamboogle", "Bamboogle (125)")
