@@ -146,6 +146,7 @@ GOLDEN = [  # benchmark, container, row, reply, (published, strict)
     ("treebench", tsv, TREE, "blue", RIGHT_BY_STRICT_ONLY),
     ("mme-realworld-lite", parquet, MME, "C", BOTH),
     ("mme-realworld-lite", parquet, MME, "The best answer is (C)", BOTH),
+    ("mme-realworld-lite", parquet, MME, "Best answer: C", BOTH),
     ("mme-realworld-lite", parquet, MME, "Could be red", RIGHT_BY_PUBLISHED_ONLY),
     ("mme-realworld-lite", parquet, MME | {"answer": "B"}, "Based on the image, C.", RIGHT_BY_PUBLISHED_ONLY),
     ("o3-bench", json_list, O3, r"\boxed{B}", BOTH),
@@ -166,6 +167,7 @@ GOLDEN = [  # benchmark, container, row, reply, (published, strict)
     ("mi-mmsearch", tsv, MI, "Yes.", (None, 1)),
     ("tir-bench", parquet, TIR, "B", BOTH),
     ("tir-bench", parquet, TIR | {"answer": "A"}, "", RIGHT_BY_PUBLISHED_ONLY),  # an empty answer is option A
+    ("tir-bench", parquet, TIR | {"answer": "A", "prompt": "Which?"}, "none", RIGHT_BY_PUBLISHED_ONLY),  # the nearest letter
     ("tir-bench", parquet, TIR, "blue", RIGHT_BY_PUBLISHED_ONLY),  # options stand in the prompt alone
     ("tir-bench", parquet, TIR | {"answer": "0.1"}, "0.10000000001", RIGHT_BY_STRICT_ONLY),
     ("tir-bench", parquet, TIR | {"answer": "12"}, "12 cm", RIGHT_BY_PUBLISHED_ONLY),

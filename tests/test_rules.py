@@ -32,6 +32,9 @@ def test_a_reply_names_one_option_or_none(reply, letter):
 
 def test_options_in_the_text_of_a_question_are_letters():
     assert [option_of(PLAIN, reply) for reply in ("B", "The answer is (D).", "Blue", "Z")] == ["B", "D", None, "Z"]
+    image = Task("t", "?", (b"", b""), "Image 2", "choice")
+    assert [strict_choice(image, reply) for reply in ("Image 2", "2", "image 2.", "Image 1", "B", "two")] == [1, 1, 1, 0, 0, 0]
+    assert [unread(image, reply) for reply in ("Image 1", "two")] == [False, True]
     assert not unread(Task("t", "?", (), "seven"), "anything")
 
 

@@ -1,4 +1,7 @@
-"""Evaluation on held-out tasks: `python -m imagent_jax.evaluate --model.path FOLDER_OR_HUB_ID`.
+"""Evaluation on held-out tasks or benchmarks: `python -m imagent_jax.evaluate --model.path FOLDER_OR_HUB_ID`.
+
+`--benchmark muirbench,vstar=FOLDER` evaluates on benchmarks (docs/benchmarks.md) and writes to the folder `--out`. A killed
+evaluation goes on where it was.
 
 `--control shuffle` and `--control blank` evaluate again without information from images (`evals.controls`) and report that
 accuracy beside the normal one.
@@ -8,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +22,9 @@ from rich.table import Table
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.check import left_out
 from imagent_jax.data.pipeline import check_source
+from imagent_jax.evals.benchmarks import named
 from imagent_jax.evals.controls import CONTROLS, controlled
+from imagent_jax.evals.run import evaluate_benchmarks, labels, open_benchmarks
 from imagent_jax.rl.guards import looks_unused
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.metrics import call_metrics, summarise
@@ -87,48 +93,76 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     """Return the options of this command, and the configuration from all other options (`config.parse_args`)."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--control", action="append", choices=CONTROLS, default=[])
+    options.add_argument("--benchmark", default="")
+    options.add_argument("--out", type=Path, default=Path("evaluation"))
+    options.add_argument("--limit", type=int)
     chosen, rest = options.parse_known_args(argv)
-    return chosen, parse_args(rest, program=f"imagent_jax.evaluate [--control {'|'.join(CONTROLS)}]")
+    flags = f"[--control {'|'.join(CONTROLS)}] [--benchmark NAME[=PATH],... --out FOLDER --limit ROWS]"
+    return chosen, parse_args(rest, program=f"imagent_jax.evaluate {flags}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: print metrics of one model on the held-out split, and the warnings of its controls."""
-
+    """Run the command: exit code 0, or 2 after one sentence about bad input."""
     chosen, cfg = parse(argv)
     console = Console()
     try:
-        if not cfg.eval.tasks:
-            raise ValueError("eval.tasks is 0, so that nothing would be evaluated; set how many held-out tasks to evaluate.")
-        check_source(cfg.data)
-        with console.status("Loading the model and the tasks") as status:
-            parts = Policy(cfg)
-            split = parts.open_tasks("test", progress_on(console, status))
-        if sentence := left_out(split):
-            console.print(f"[yellow]{escape(sentence)}[/]")
-        tasks = list(split[: cfg.eval.tasks])
-        if chosen.control and (own := next((task for task in tasks if task.environment or cfg.tools.environment), None)):
-            raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
-        console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.title}; nothing is written.")
-        with jax.set_mesh(parts.mesh):
-
-            def run(collector: Collector):
-                return evaluate(
-                    collector, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
-                    temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
-                )  # fmt: skip
-
-            results = {"model": run(parts.collector)}
-            for control in chosen.control:
-                console.print(f"Control {control}: {CONTROLS[control]}.")
-                other = controlled(control, results["model"][1], cfg.eval.seed)
-                results[control] = run(Collector(parts.model, parts.processor, parts.tools, cfg, environment=other))
+        if chosen.benchmark:
+            _benchmarks(chosen, cfg, console)
+        else:
+            _held_out(chosen, cfg, console)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _benchmarks(chosen: argparse.Namespace, cfg: Config, console: Console) -> None:
+    """Evaluate on benchmarks; see `run.evaluate_benchmarks`."""
+    if chosen.control:
+        raise ValueError("Controls are for held-out tasks; leave out --benchmark, and name the rows as data.path.")
+    if chosen.limit is not None and chosen.limit < 1:
+        raise ValueError("--limit is below 1, so that nothing would be evaluated; leave it out for all rows.")
+    specs = [spec.strip() for spec in chosen.benchmark.split(",") if spec.strip()]
+    labels(specs)
+    for spec in specs:
+        named(spec)
+    with console.status("Loading the model and the benchmarks") as status:
+        policy = Policy(cfg)
+        opened = open_benchmarks(specs, cfg, policy.collector, console, progress_on(console, status))
+    with jax.set_mesh(policy.mesh):
+        evaluate_benchmarks(policy, opened, chosen.out, chosen.limit, console)
+
+
+def _held_out(chosen: argparse.Namespace, cfg: Config, console: Console) -> None:
+    """Print metrics of a model on the held-out split, and the warnings of its controls."""
+    if not cfg.eval.tasks:
+        raise ValueError("eval.tasks is 0, so that nothing would be evaluated; set how many held-out tasks to evaluate.")
+    check_source(cfg.data)
+    with console.status("Loading the model and the tasks") as status:
+        parts = Policy(cfg)
+        split = parts.open_tasks("test", progress_on(console, status))
+    if sentence := left_out(split):
+        console.print(f"[yellow]{escape(sentence)}[/]")
+    tasks = list(split[: cfg.eval.tasks])
+    if chosen.control and (own := next((task for task in tasks if task.environment or cfg.tools.environment), None)):
+        raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
+    console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.title}; nothing is written.")
+    with jax.set_mesh(parts.mesh):
+
+        def run(collector: Collector):
+            return evaluate(
+                collector, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
+                temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
+            )  # fmt: skip
+
+        results = {"model": run(parts.collector)}
+        for control in chosen.control:
+            console.print(f"Control {control}: {CONTROLS[control]}.")
+            other = controlled(control, results["model"][1], cfg.eval.seed)
+            results[control] = run(Collector(parts.model, parts.processor, parts.tools, cfg, environment=other))
     columns = {name: metrics for name, (metrics, _) in results.items()}
     console.print(comparison(columns, f"{cfg.model.path} on {cfg.data.title}"))
     true, *others = (np.asarray([t.right for t in done]) for _, done in results.values())
     for control, right in zip(list(results)[1:], others, strict=True):
         if warning := looks_unused(true, right, CONTROLS[control]):
             console.print(f"[yellow]warning[/] ({control}): {warning}")
-    return 0

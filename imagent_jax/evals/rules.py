@@ -78,12 +78,12 @@ _ARTICLE_LIKE = "AI"
 
 
 def option_of(task: Task, reply: str) -> str | None:
-    """Return the letter of the one option that a reply names; None: it names none, or several.
+    """Return the letter, or the image's number, of the one option that a reply names; None: it names none, or several.
 
     A reply names an option by the letter alone ("B", "(b)", "B."), by its text alone, by both ("B. red car"), or in a sentence
     such as "The answer is B". A letter that only stands in a sentence counts for nothing, nor does one that begins a word.
     """
-    reply, letters = reply.strip().strip("*").strip(), task.letters or string.ascii_uppercase
+    reply, letters = reply.strip().strip("*").strip(), task.letters or [*string.ascii_uppercase, *map(str, range(1, 100))]
     texts = dict(zip(task.letters, task.options, strict=True))
     named = {letter for letter in letters if choice(reply, letter)}
     named |= {letter for letter, text in texts.items() if strict_exact(reply, text)}
@@ -113,7 +113,8 @@ def _is_named(letter: str, rest: str, texts: dict[str, str]) -> bool:
 
 def strict_choice(task: Task, reply: str) -> float:
     """Return 1 if the reply names exactly one option and it is right, else 0."""
-    return float(option_of(task, reply) in task.answers)
+    named = option_of(task, reply)
+    return float(named is not None and any(choice(named, answer) for answer in task.answers))
 
 
 def unread(task: Task, reply: str) -> bool:
