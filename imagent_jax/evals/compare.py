@@ -88,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     made = Table(title=f"A: {a['model']}, B: {b['model']}", caption="micro averages, %; 95 % bootstrap over questions, paired")
-    for column in ("benchmark", "rule", "rows", "A", "B", "B - A", "95 % interval", ""):
-        made.add_column(column, justify="left" if column in ("benchmark", "rule", "") else "right")
+    for column in ("benchmark", "rule", "rows", "A", "B", "B - A", "95 % interval", "differ"):
+        made.add_column(column, justify="left" if column in ("benchmark", "rule", "differ") else "right")
     for line in lines:
         figures = [f"{100 * line[key]:.1f}" for key in ("a", "b")]
         interval = f"{100 * line['low']:+.1f} to {100 * line['high']:+.1f}"
-        verdict = "a difference" if line["shown"] else "no difference shown"
+        verdict = "yes" if line["shown"] else "not shown"
         name = f"{line['benchmark']} {line['metric']}".strip()
         made.add_row(name, line["rule"], str(line["rows"]), *figures, f"{100 * line['difference']:+.1f}", interval, verdict)
     Console().print(made)

@@ -5,11 +5,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from imagent_jax.chat import QWEN
 from imagent_jax.config import Config
@@ -81,7 +79,7 @@ def sample_of(t: Trajectory, prompted: bool) -> Record:
 
 def fingerprint(cfg: Config, opened: Opened, count: int) -> str:
     """Return a checksum of all that samples depend on."""
-    settings = {name: section for name, section in yaml.safe_load(cfg.to_yaml()).items() if name in SECTIONS}
+    settings = {name: asdict(getattr(cfg, name)) for name in SECTIONS}
     for name in ("benchmarks", "judge", "every", "tasks", "during"):
         settings["eval"].pop(name, None)
     tasks = [[task.uid, task.text, task.answers] for task in opened.questions.facts[:count]]
