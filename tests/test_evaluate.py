@@ -103,16 +103,17 @@ def test_the_command_evaluates_with_the_settings_of_its_configuration(tmp_path, 
         return job.summarise(done := [finished(t, ["x"], a) for t, a in zip(tasks, answers, strict=True)]), done
 
     monkeypatch.setattr(job, "evaluate", evaluate)
-    seen, controlled = [], job.controlled
-    monkeypatch.setattr(job, "controlled", lambda *args: (seen.append(args), controlled(*args))[1])
+    seen, audit = [], job.audit
+    monkeypatch.setattr(job, "audit", lambda *args: (seen.append(args), audit(*args))[1])
     assert job.main(["--config", str(tmp_path / "c.yaml"), "--control", "blank", "--control", "shuffle"]) == 0
     wanted = {"groups": 3, "seed": 9, "greedy": True, "temperature": 0.4}
     assert [(count, settings, empty) for _, count, settings, empty in asked] == [(5, wanted, False)] * 3
     (true, *_), *others = asked
     made = [type(collector.environment()) for collector in (true, *(other for other, *_ in others))]
     assert made == [ToolEnvironment, BlankEnvironment, ShuffledEnvironment]
-    assert [(control, len(done), seed) for control, done, seed in seen] == [("blank", 5, 9), ("shuffle", 5, 9)]
-    assert [t.answer == t.task.answer for t in seen[1][1]] == [True] * 5  # those of the true evaluation
+    [(controls, done, seed, _)] = seen
+    assert (controls, len(done), seed) == (["blank", "shuffle"], 5, 9)
+    assert [t.answer == t.task.answer for t in done] == [True] * 5  # those of the true evaluation
     out = " ".join(capsys.readouterr().out.split())
     assert "2/5" in out and f"Control blank: {CONTROLS['blank']}." in out and "on 5 held-out tasks of tiny_world" in out
     assert "100.0 % │ 0.0 % │ 0.0 %" in out and "warning" not in out
@@ -159,7 +160,7 @@ def test_an_agent_that_is_as_good_without_what_it_saw_is_warned_of(tmp_path, cap
 def test_controls_and_settings_are_told_apart():
     chosen, cfg = job.parse(["--control", "shuffle", "--eval.tasks=3", "--control", "blank"])
     assert chosen.control == ["shuffle", "blank"] and cfg.eval.tasks == 3
-    assert job.parse([])[0].control == []
+    assert job.parse([])[0].control == [] and job.parse(["--control", "all"])[0].control == [*CONTROLS]
 
 
 def test_a_table_has_a_column_for_each_evaluation():

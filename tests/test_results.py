@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 from types import SimpleNamespace
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from conftest import small_config
 from PIL import Image
+from rich.console import Console
 from scripted_run import finished
 
 from imagent_jax.config import DataConfig
 from imagent_jax.evals import compare
 from imagent_jax.evals.benchmarks import named
+from imagent_jax.evals.evaluate import HeldOut
 from imagent_jax.evals.exports import write_predictions
 from imagent_jax.evals.harness import Opened, Pieces, fingerprint, reply_of, sample
 from imagent_jax.evals.page import about, rows_of, write_page
@@ -213,6 +216,20 @@ def test_the_page_tells_what_the_result_says(opened, tmp_path):
     page = write_page(tmp_path, "my <model>", {"tsv-set": result}, {"tsv-set": 8.0}).read_text()
     assert "my &lt;model&gt;" in page and "&lt;i&gt;blue" in page and "<i>blue" not in page
     assert "category: even" in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_run_is_evaluated_on_benchmarks_beside_its_target(opened):
+    log = SimpleNamespace(write=lambda *args, **how: None)
+    console = Console(file=io.StringIO(), width=200)
+    cfg = small_config(eval={"groups": 4})
+    collector = Scripted(cfg, lambda task, i: "B" if task.answer == "B" else "7")
+    collector.names = ()
+    held_out = HeldOut(collector, [Task("h", "?", (), "7", "number")] * 3, cfg, log, console, {"retention": opened})
+    metrics = held_out("weights", 20, 5, "step 5")
+    assert metrics["accuracy"] == 1.0 and collector.asked == [["h"] * 3, [str(i) for i in range(16)], ["16", "17", "18", "19"]]
+    name = "benchmark/retention"
+    assert (metrics[f"{name}/published"], metrics[f"{name}/strict"], metrics[f"{name}/faults"]) == (1.0, 1.0, 0.0)
+    assert "retention, 20 rows: published 100.0 %, strict 100.0 %, faults 0.0 %" in console.file.getvalue()
 
 
 def test_names_of_results():

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from imagent_jax.config import Config
 from imagent_jax.data.check import left_out
+from imagent_jax.evals.benchmarks import named
 from imagent_jax.evals.exports import write_predictions
 from imagent_jax.evals.harness import Opened, Pieces, fingerprint, open_benchmark, sample
 from imagent_jax.evals.judging import judge_replies
@@ -25,12 +26,12 @@ def labels(specs: Sequence[str]) -> dict[str, str]:
     """Return names of benchmarks for results and files: that of the benchmark, for files of your own with that of the file.
 
     Raises:
-        ValueError: two have the same name.
+        ValueError: there is no such benchmark, or two have the same name.
     """
     found: dict[str, str] = {}
     for spec in specs:
-        name, _, path = spec.partition("=")
-        label = f"{name}-{Path(path).stem}" if name in ("own", "tsv") else name
+        benchmark, path = named(spec)
+        label = f"{benchmark.name}-{Path(path).stem}" if benchmark.name in ("own", "tsv") else benchmark.name
         if label in found:
             raise ValueError(f"The benchmark {label} is named twice; name each once.")
         found[label] = spec
@@ -95,21 +96,14 @@ def open_benchmarks(specs: Sequence[str], cfg: Config, collector: Collector, con
     return found
 
 
-class DuringTraining:
-    """Evaluates a policy on `eval.benchmarks` whenever held-out tasks are evaluated."""
-
-    def __init__(self, collector: Collector, cfg: Config, console: Console, progress):
-        self.collector, self.console = collector, console
-        self.opened = open_benchmarks(cfg.eval.benchmarks, cfg, collector, console, progress)
-
-    def __call__(self, params, count: int) -> dict[str, float]:
-        """Return the metrics of the first `count` rows of each benchmark."""
-        metrics: dict[str, float] = {}
-        for name, one in self.opened.items():
-            rows = min(count, len(one.questions))
-            records, _ = sample(self.collector, params, one, rows, Pieces(None, ""))
-            found = metrics_of(result_of(one.benchmark, one.questions.facts[:rows], records) | {"benchmark": name})
-            told = ", ".join(f"{key.removeprefix(f'benchmark/{name}/')} {100 * value:.1f} %" for key, value in found.items())
-            self.console.print(f"{name}, {rows} rows: {told}")
-            metrics |= found
-        return metrics
+def benchmark_metrics(collector: Collector, params, opened: dict[str, Opened], count: int, console: Console) -> dict[str, float]:
+    """Return the metrics of the first `count` rows of each benchmark (`result.metrics_of`), and print them."""
+    metrics: dict[str, float] = {}
+    for name, one in opened.items():
+        rows = min(count, len(one.questions))
+        records, _ = sample(collector, params, one, rows, Pieces(None, ""))
+        found = metrics_of(result_of(one.benchmark, one.questions.facts[:rows], records) | {"benchmark": name})
+        told = ", ".join(f"{key.removeprefix(f'benchmark/{name}/')} {100 * value:.1f} %" for key, value in found.items())
+        console.print(f"  {name}, {rows} rows: {told}")
+        metrics |= found
+    return metrics
