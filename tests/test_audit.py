@@ -138,7 +138,7 @@ def test_tools_off_gives_call_gain_and_call_harm(audits):
 def test_one_exchanged_observation_changes_the_answers_of_an_agent_that_looks_only(audits):
     for call in (1, 2):
         looks, blind = (line_of(audits, agent, "one_observation", f"call {call}") for agent in ("looks", "ignores its tools"))
-        assert looks.tasks == blind.tasks == COUNT and blind.changed == 0 and looks.changed > COUNT / 5
+        assert looks.tasks == blind.tasks == COUNT and blind.changed == 0 and looks.changed > COUNT / 10
         assert looks.lost == 0 and looks.won == looks.changed
     assert audits["looks"][1]["one_observation"].startswith("The agent acts on what call 1 and call 2 showed: ")
     said = audits["ignores its tools"][1]["one_observation"]

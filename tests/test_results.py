@@ -76,7 +76,7 @@ def says(task, i):
 
 
 def run(opened, tmp_path, die_after=None, cfg=CFG, script=says):
-    pieces = Pieces(tmp_path / "samples.jsonl", fingerprint(cfg, opened, 40))
+    pieces = Pieces(tmp_path / "samples.jsonl", fingerprint(cfg, opened, 40, tmp_path))
     collector = Scripted(cfg, script, die_after)
     return collector, sample(collector, None, opened, 40, pieces)[0]
 
@@ -101,6 +101,10 @@ def test_samples_of_other_settings_are_not_gone_on_with(opened, tmp_path):
     for name, value in {"eval.seed": 5, "tools.max_turns": 2, "eval.samples": 3, "rollout.temperature": 0.5}.items():
         with pytest.raises(ValueError, match="was sampled with other settings"):
             run(opened, tmp_path, cfg=CFG.changed({name: value}))
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="was sampled with other settings"):
+        run(opened, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     run(opened, tmp_path, cfg=CFG.changed({"run.name": "other", "eval.judge": True, "eval.every": 3}))
 
 

@@ -77,13 +77,16 @@ def sample_of(t: Trajectory, prompted: bool) -> Record:
     }  # fmt: skip
 
 
-def fingerprint(cfg: Config, opened: Opened, count: int) -> str:
-    """Return a checksum of all that samples depend on."""
+def fingerprint(cfg: Config, opened: Opened, count: int, folder: Path) -> str:
+    """Return a checksum of all that samples depend on. Weights in `folder`, and adapters, count by size and time of their files."""
     settings = {name: asdict(getattr(cfg, name)) for name in SECTIONS}
     for name in ("benchmarks", "judge", "every", "tasks", "during"):
         settings["eval"].pop(name, None)
     tasks = [[task.uid, task.text, task.answers] for task in opened.questions.facts[:count]]
-    return hashlib.sha256(json.dumps([settings, opened.benchmark.name, cfg.data.seed, tasks], default=str).encode()).hexdigest()
+    weights = [file for place in (folder, cfg.lora.path) if place for file in sorted(Path(place).glob("*.safetensors"))]
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
+    facts = [settings, opened.benchmark.name, cfg.data.seed, tasks, stamps]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
 class Pieces:
@@ -136,7 +139,6 @@ def sample(
         groups = collector.collect(
             params, tasks, group_size=cfg.eval.samples, seed=cfg.eval.seed, temperature=temperature, slots=cfg.eval.groups
         ).trajectories
-        groups = [group[: cfg.eval.samples] for group in groups]
         if number == 0:
             keep(groups)
         rows = [{"uid": t[0].task.uid, "samples": [sample_of(one, opened.prompted) for one in t]} for t in groups]

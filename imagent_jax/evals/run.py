@@ -63,7 +63,7 @@ def evaluate_benchmarks(policy: Policy, opened: dict[str, Opened], folder: Path,
     for name, one in opened.items():
         count = min(len(one.questions), limit or len(one.questions))
         console.print(f"{one.benchmark.title}: {count:,} rows.")
-        pieces = Pieces(folder / "samples" / f"{name}.jsonl", fingerprint(cfg, one, count))
+        pieces = Pieces(folder / "samples" / f"{name}.jsonl", fingerprint(cfg, one, count, policy.folder))
         records, seconds[name] = sample(
             collector, policy.params, one, count, pieces,
             keep=lambda groups, name=name: examples and examples.write(0, groups, name=name),
