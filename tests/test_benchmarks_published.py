@@ -12,6 +12,7 @@ from PIL import Image
 
 from imagent_jax.config import DataConfig
 from imagent_jax.evals.benchmarks import TABLE, named
+from imagent_jax.evals.harness import Opened
 from imagent_jax.types import Task
 
 
@@ -272,7 +273,9 @@ def test_a_circular_question_is_asked_in_every_order(tmp_path):
     assert [benchmark.question(task) for task in tasks.facts] == ["3"] * 4 + ["4"] * 2
     second = MMBENCH | {"index": 1000003, "image": "3", "A": "blue", "B": "red", "answer": "A", "C": "", "D": ""}
     tsv(tmp_path / "data", [*rows, second])
-    assert len(again(benchmark, tmp_path)) == 3  # the file has orders of its own
+    tasks = again(benchmark, tmp_path)
+    assert [task.uid for task in tasks.facts] == ["3", "1000003", "4"]  # the file has orders of its own
+    assert [Opened(benchmark, tasks, False).count(limit) for limit in (1, 2, 3, None)] == [2, 2, 3, 3]  # whole questions
 
 
 def test_boxes_of_treebench_are_those_of_the_reply():

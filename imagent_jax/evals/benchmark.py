@@ -94,10 +94,14 @@ class Benchmark:
             memory=Path(data.cache_dir).expanduser() / "checked", progress=progress,
             form=Format(self.name, self.needs, self.read),
         )  # fmt: skip
-        found = Questions(tasks, [(i, 0) for i in range(len(tasks))])
-        if self.circular and len({self.question(task) for task in found.facts}) == len(found):
-            return Questions(tasks, [(i, k) for i, row in enumerate(tasks.rows) for k in range(max(1, len(row.task.options)))])
-        return found
+        if not self.circular:
+            return Questions(tasks, [(i, 0) for i in range(len(tasks))])
+        firsts: dict[str, int] = {}  # rows of a question stand together, so that a limit leaves none in part
+        for i, row in enumerate(tasks.rows):
+            firsts.setdefault(self.question(row.task), i)
+        rotations = [1 if len(firsts) < len(tasks) else max(1, len(row.task.options)) for row in tasks.rows]
+        order = sorted(range(len(tasks)), key=lambda i: firsts[self.question(tasks.rows[i].task)])
+        return Questions(tasks, [(i, k) for i in order for k in range(rotations[i])])
 
     def prompted(self, task: Task) -> Task:
         """Return the task as it is shown under the benchmark's own prompt. Options stand in the text of that."""

@@ -35,6 +35,14 @@ class Opened:
     questions: Questions
     prompted: bool
 
+    def count(self, limit: int | None) -> int:
+        """Return how many rows are asked: at most `limit`, but all of the last question of a circular benchmark. None: all."""
+        facts, n = self.questions.facts, min(limit or len(self.questions), len(self.questions))
+        ask = self.benchmark.question
+        while self.benchmark.circular and n < len(facts) and ask(facts[n]) == ask(facts[n - 1]):
+            n += 1
+        return n
+
     def shown(self, begin: int, end: int) -> list[Task]:
         """Return tasks as the policy sees them."""
         tasks = self.questions[begin:end]
@@ -78,7 +86,7 @@ def sample_of(t: Trajectory, prompted: bool) -> Record:
 
 
 def fingerprint(cfg: Config, opened: Opened, count: int, folder: Path) -> str:
-    """Return a checksum of all that samples depend on. Weights in `folder`, and adapters, count by size and time of their files."""
+    """Return a checksum of all that samples depend on. Weights in `folder`, and adapters, count by size and time of files."""
     settings = {name: asdict(getattr(cfg, name)) for name in SECTIONS}
     for name in ("benchmarks", "judge", "every", "tasks", "during"):
         settings["eval"].pop(name, None)

@@ -61,7 +61,7 @@ def evaluate_benchmarks(policy: Policy, opened: dict[str, Opened], folder: Path,
     collector, cfg, results, seconds = policy.collector, policy.cfg, {}, {}
     examples = _Examples(folder, collector) if cfg.run.log_trajectories else None
     for name, one in opened.items():
-        count = min(len(one.questions), limit or len(one.questions))
+        count = one.count(limit)
         console.print(f"{one.benchmark.title}: {count:,} rows.")
         pieces = Pieces(folder / "samples" / f"{name}.jsonl", fingerprint(cfg, one, count, policy.folder))
         records, seconds[name] = sample(
@@ -100,7 +100,7 @@ def benchmark_metrics(collector: Collector, params, opened: dict[str, Opened], c
     """Return the metrics of the first `count` rows of each benchmark (`result.metrics_of`), and print them."""
     metrics: dict[str, float] = {}
     for name, one in opened.items():
-        rows = min(count, len(one.questions))
+        rows = one.count(count)
         records, _ = sample(collector, params, one, rows, Pieces(None, ""))
         found = metrics_of(result_of(one.benchmark, one.questions.facts[:rows], records) | {"benchmark": name})
         told = ", ".join(f"{key.removeprefix(f'benchmark/{name}/')} {100 * value:.1f} %" for key, value in found.items())
