@@ -106,67 +106,68 @@ def _share(count: int, of: int) -> str:
 def sentence(control: str, lines: Sequence[Line]) -> str:
     """Return one sentence about a control: what its figures show, and no more."""
     lines = [line for line in lines if line.tasks]
-    if not lines:
-        return "No task could be compared."
-    if control == "no_tools":
-        [line] = lines
-        wrong, right = line.tasks - line.under, line.under
-        effect = (
-            "Calls help"
-            if line.drops
-            else "Calls hurt"
-            if line.rises
-            else "Calls neither help nor hurt as far as these tasks show"
-        )
-        return (
-            f"{effect}: of {wrong} tasks wrong without tools, {_share(line.won, wrong)} are right with them (Call Gain); "
-            f"of {right} right without, {_share(line.lost, right)} are wrong with them (Call Harm)."
-        )
-    if control == "one_observation":
-        said = ", ".join(f"{_share(line.changed, line.tasks)} of {line.tasks} after {line.label}" for line in lines)
-        used = [line for line in lines if line.acted_on]
-        verdict = f"The agent acts on what {' and '.join(line.label for line in used)} showed" if used else (
-            "The agent ignores what its calls show")  # fmt: skip
-        return f"{verdict}: answers that change where one observation is exchanged: {said}."
-    if control == "permute":
-        [line] = lines
-        effect = "Accuracy drops" if line.drops else "Accuracy rises" if line.rises else "No effect of order is shown"
-        given, other = _share(line.right, line.tasks), _share(line.under, line.tasks)
-        return f"{effect}: {given} of {line.tasks} tasks are right in the given order, {other} in another."
-    if control == "without_image":
-        needed = [line.label for line in lines if line.drops]
-        said = ", ".join(
-            f"{_share(line.under, line.tasks)} without {line.label} ({_share(line.right, line.tasks)} with)" for line in lines
-        )
-        verdict = "No single image is needed as far as these tasks show"
-        if len(needed) == len(lines):
-            verdict = "Every image is needed by some tasks"
-        elif needed:
-            verdict = f"Only {' and '.join(needed)} is needed" if len(needed) == 1 else f"Only {', '.join(needed)} are needed"
-        return f"{verdict}: {said}."
+    return SENTENCES[control](lines) if lines else "No task could be compared."
+
+
+def _effect(line: Line, drops: str, rises: str, neither: str) -> str:
+    return drops if line.drops else rises if line.rises else neither
+
+
+def _calls(lines: Sequence[Line]) -> str:
     [line] = lines
+    wrong, right = line.tasks - line.under, line.under
+    effect = _effect(line, "Calls help", "Calls hurt", "Calls neither help nor hurt as far as these tasks show")
+    return (
+        f"{effect}: of {wrong} tasks wrong without tools, {_share(line.won, wrong)} are right with them (Call Gain); "
+        f"of {right} right without, {_share(line.lost, right)} are wrong with them (Call Harm)."
+    )
+
+
+def _observations(lines: Sequence[Line]) -> str:
+    said = ", ".join(f"{_share(line.changed, line.tasks)} of {line.tasks} after {line.label}" for line in lines)
+    used = " and ".join(line.label for line in lines if line.acted_on)
+    verdict = f"The agent acts on what {used} showed" if used else "The agent ignores what its calls show"
+    return f"{verdict}: answers that change where one observation is exchanged: {said}."
+
+
+def _order(lines: Sequence[Line]) -> str:
+    [line] = lines
+    effect = _effect(line, "Accuracy drops", "Accuracy rises", "No effect of order is shown")
+    given, other = _share(line.right, line.tasks), _share(line.under, line.tasks)
+    return f"{effect}: {given} of {line.tasks} tasks are right in the given order, {other} in another."
+
+
+def _images(lines: Sequence[Line]) -> str:
+    needed = [line.label for line in lines if line.drops]
+    verdict = f"Only {' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} needed"
+    if len(needed) in (0, len(lines)):
+        verdict = "Every image is needed by some tasks" if needed else "No single image is needed as far as these tasks show"
+    figures = [(_share(line.under, line.tasks), line.label, _share(line.right, line.tasks)) for line in lines]
+    return f"{verdict}: {', '.join(f'{under} without {label} ({right} with)' for under, label, right in figures)}."
+
+
+def _accuracy(lines: Sequence[Line]) -> str:
+    [line] = lines
+    words, right = CONTROLS[line.control], line.right
     if line.drops:
-        return (
-            f"Accuracy drops from {_share(line.right, line.tasks)} to {_share(line.under, line.tasks)} with {CONTROLS[control]}."
-        )
-    true = np.arange(line.tasks) < line.right  # only the counts matter to the sentence
-    under = np.concatenate([np.arange(line.right) >= line.won, np.arange(line.tasks - line.right) < line.lost])
-    return looks_unused(true, under, CONTROLS[control]) or ""
+        return f"Accuracy drops from {_share(right, line.tasks)} to {_share(line.under, line.tasks)} with {words}."
+    true = np.arange(line.tasks) < right  # only the counts matter to the sentence
+    under = np.concatenate([np.arange(right) >= line.won, np.arange(line.tasks - right) < line.lost])
+    return looks_unused(true, under, words) or ""
+
+
+SENTENCES: dict[str, Callable[[Sequence[Line]], str]] = {
+    "shuffle": _accuracy, "blank": _accuracy, "no_tools": _calls, "one_observation": _observations, "permute": _order,
+    "without_image": _images,
+}  # fmt: skip
+"""What is said of the lines of a control."""
 
 
 def table(lines: Sequence[Line], title: str) -> Table:
     """Return the table of all controls."""
     made = Table(title=title)
-    for column in (
-        "control",
-        "",
-        "tasks",
-        "without control",
-        "under control",
-        "right only without",
-        "right only under",
-        "answers changed",
-    ):
+    figures = ("without control", "under control", "right only without", "right only under", "answers changed")
+    for column in ("control", "", "tasks", *figures):
         made.add_column(column, justify="left" if column in ("control", "") else "right")
     for line in lines:
         shares = (_share(line.right, line.tasks), _share(line.under, line.tasks))
