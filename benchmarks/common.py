@@ -4,6 +4,7 @@ Importing this imports neither jax nor torch, so that a child process that measu
 """
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -141,6 +143,21 @@ def child(script: str, arguments: Iterable[object]) -> dict:
     if ended.returncode:
         sys.exit(f"error: a measurement ended with code {ended.returncode}; its own message stands above.")
     return json.loads(ended.stdout.splitlines()[-1])
+
+
+def left(sandbox) -> dict[str, float]:
+    """What there is of a `Sandbox`: its workers, descriptors, folders, and the memory of this process and of its own in MB."""
+    gc.collect()
+    time.sleep(1.0)  # the last worker is waited for after the answer
+    pid = sandbox._process.pid
+    pages = [int(Path(f"/proc/{number}/statm").read_text().split()[1]) for number in (os.getpid(), pid)]
+    return {
+        "workers": len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()),
+        "descriptors": len(os.listdir("/proc/self/fd")) + len(os.listdir(f"/proc/{pid}/fd")),
+        "folders": len(list(Path(tempfile.gettempdir()).glob("imagent_sandbox_*"))),
+        "trainer_mb": pages[0] * 4096 / 1e6,
+        "sandbox_mb": pages[1] * 4096 / 1e6,
+    }
 
 
 # ---- reporting ------------------------------------------------------------------------------------------------------

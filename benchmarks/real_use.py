@@ -27,6 +27,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -52,7 +53,7 @@ from imagent_jax.rollout.episode import Episode
 from imagent_jax.runs.folder import RunFolder
 from imagent_jax.runs.resources import CompileCounter
 from imagent_jax.tiny import world
-from imagent_jax.types import Markup
+from imagent_jax.types import Markup, Task
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
@@ -214,20 +215,28 @@ class Reading:
         return getattr(self.processor, name)
 
 
-def job(flags: list[str]) -> int:
-    """The main job, in which turns read as `said` does. A record of metrics holds two more, since the start: `compile/all`,
-    programs, and `memory/pages_left`, pages of encoded images that left the device."""
-    end, log, put = Episode.end_turn, RunFolder.log, Pages.__setitem__
-    compiled, left = CompileCounter(), Counter()
+def speak(said: Callable[[Task, int, int], str]) -> None:
+    """From now on, turns of this process's rollouts read as `said(task, rollout, turn)`, whatever tokens were sampled."""
+    end = Episode.end_turn
 
     def end_turn(episode, ids):
         rules, text = episode.rules, said(episode.task, episode.rollout, len(episode.turns))
-        stopped = ids[-1:].tolist() == rules.processor.encode(rules.chat.turn_close)
-        text = text if stopped else text[: len(text) // 2]  # cut off where the response is full
+        full = episode.length + len(ids) >= rules.response_tokens
+        closed = ids[-1:].tolist() == rules.processor.encode(rules.chat.turn_close)
+        text = text if closed or not full else text[: len(text) // 2]  # cut off where the response is full
         episode.rules = rules._replace(processor=Reading(rules.processor, text, len(ids)))
         action = end(episode, ids)
         episode.rules = rules
         return action
+
+    Episode.end_turn = end_turn
+
+
+def job(flags: list[str]) -> int:
+    """The main job, in which turns read as `said` does. A record of metrics holds two more, since the start: `compile/all`,
+    programs, and `memory/pages_left`, pages of encoded images that left the device."""
+    log, put = RunFolder.log, Pages.__setitem__
+    compiled, left = CompileCounter(), Counter()
 
     def set_page(pages, number, array):
         before = len(pages.host)
@@ -237,7 +246,8 @@ def job(flags: list[str]) -> int:
     def log_more(folder, record):
         log(folder, record | {"compile/all": compiled.count, "memory/pages_left": left["pages"]})
 
-    Episode.end_turn, Pages.__setitem__, RunFolder.log = end_turn, set_page, log_more
+    Pages.__setitem__, RunFolder.log = set_page, log_more
+    speak(said)
     return train.main(flags)
 
 

@@ -1,32 +1,25 @@
-"""Calls of the tool python: speed by backend, endurance, and random programs.
+"""Calls of the tool python: speed by backend, and endurance.
 
 python benchmarks/tools.py                    calls a second and added milliseconds, beside in-process exec and subprocess.run
 python benchmarks/tools.py --leaks 10000      calls after which no process, descriptor, file or memory may be left
-python benchmarks/tools.py --programs 100000  random programs, each of which must end as a result, an error or a fault
 """
 
 import argparse
-import gc
-import os
 import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections import Counter
-from pathlib import Path
 
 import common
 import numpy as np
 from PIL import Image
 
 from imagent_jax.config import SandboxConfig
-from imagent_jax.tools.sandbox import BACKENDS, Sandbox, SandboxError
+from imagent_jax.tools.sandbox import BACKENDS, Sandbox
 from imagent_jax.types import ToolError
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
 IMAGES = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))] * 2
 NOTHING, CROP = "pass", "show(images[1].crop((0, 0, 320, 240)))"
 
@@ -91,21 +84,6 @@ def speed(count: int) -> dict[str, dict]:
 # ---- endurance ----------------------------------------------------------------------------------------------------------
 
 
-def left(sandbox: Sandbox) -> dict[str, float]:
-    """What there is of the sandbox: its processes, this process's descriptors, folders, and memory of both in MB."""
-    gc.collect()
-    time.sleep(1.0)  # the last worker is waited for after the answer
-    pid = sandbox._process.pid
-    pages = [int(Path(f"/proc/{number}/statm").read_text().split()[1]) for number in (os.getpid(), pid)]
-    return {
-        "workers": len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()),
-        "descriptors": len(os.listdir("/proc/self/fd")) + len(os.listdir(f"/proc/{pid}/fd")),
-        "folders": len(list(Path(tempfile.gettempdir()).glob("imagent_sandbox_*"))),
-        "trainer_mb": pages[0] * 4096 / 1e6,
-        "sandbox_mb": pages[1] * 4096 / 1e6,
-    }
-
-
 def leaks(backend: str, calls: int) -> dict:
     """Make calls in trajectories of one to ten, every tenth of which ends its process."""
     sandbox, rng, made = Sandbox(SandboxConfig(backend=backend, wall_s=60.0)), random.Random(0), 0
@@ -125,9 +103,9 @@ def leaks(backend: str, calls: int) -> dict:
             worker.close()
 
     trajectories(calls // 10)  # memory settles
-    before = left(sandbox)
+    before = common.left(sandbox)
     trajectories(calls)
-    after = left(sandbox)
+    after = common.left(sandbox)
     sandbox.close()
     same = all(after[name] == before[name] for name in ("workers", "descriptors", "folders"))
     grown = max(after[name] - before[name] for name in ("trainer_mb", "sandbox_mb"))
@@ -136,51 +114,19 @@ def leaks(backend: str, calls: int) -> dict:
     return {"calls": made, "before": before, "after": after}
 
 
-# ---- random programs ----------------------------------------------------------------------------------------------------
-
-
-def programs(backend: str, count: int) -> dict[str, int]:
-    """How random programs end, run in trajectories of up to five calls."""
-    from generated import changed
-
-    sandbox, rng, ends, worker = Sandbox(SandboxConfig(backend=backend, wall_s=2.0)), random.Random(1), Counter(), None
-    small = [image.resize((32, 24)) for image in IMAGES]
-    for i in range(count):
-        if worker is None or not worker.alive or i % 5 == 0:
-            worker = sandbox.open(i)
-        try:
-            ends["executed" if worker.run(changed(rng), small, 4).error is None else "invalid"] += 1
-        except ToolError:
-            ends["invalid, and the worker ended"] += 1
-        except SandboxError as error:
-            ends[f"fault: {str(error)[:30]}"] += 1
-        if i % 1000 == 999:
-            print(i + 1, dict(ends), flush=True)
-    worker.close()
-    ended = left(sandbox)
-    sandbox.close()
-    if ended["workers"] or ended["folders"]:
-        sys.exit(f"error: {backend} leaves something behind: {ended}.")
-    return dict(ends)
-
-
 def main() -> None:
     parser = common.parser(__doc__, repeats=200)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--leaks", type=int, default=0, help="calls of the endurance run (0: none)")
-    parser.add_argument("--programs", type=int, default=0, help="random programs (0: none)")
     args = parser.parse_args()
     record: dict = {"repeats": args.repeats}
     if args.leaks:
         record["leaks"] = {backend: leaks(backend, args.leaks) for backend in BACKENDS}
-    if args.programs:
-        record["programs"] = {backend: programs(backend, args.programs) for backend in BACKENDS}
     record["speed"] = speed(20 if args.quick else args.repeats)
     common.show("Calls of code, two at a time", ["", "median ms", "calls a second"],
                 [(name, row["median_ms"], row["calls_a_second"] or "") for name, row in record["speed"].items()])  # fmt: skip
-    for name in ("leaks", "programs"):
-        for backend, row in record.get(name, {}).items():
-            print(f"{name}, {backend}: {row}")
+    for backend, row in record.get("leaks", {}).items():
+        print(f"leaks, {backend}: {row}")
     common.report("tools", args, record)
 
 

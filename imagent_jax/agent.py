@@ -66,7 +66,8 @@ class Agent:
         Raises:
             ValueError: an image cannot be read, or the question does not fit `rollout.prompt_tokens`.
         """
-        *_, trajectory = self.stream(question, images, temperature=temperature, seed=seed)
+        steps = self.stream(question, images, temperature=temperature, seed=seed)
+        [trajectory] = (step for step in steps if isinstance(step, Trajectory))
         return trajectory
 
     def stream(

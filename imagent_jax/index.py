@@ -56,7 +56,9 @@ class Corpus:
 
     def passages(self) -> Iterator[tuple[str, str, str]]:
         """Yield id, title and text of every row that is not skipped."""
-        yield from (found for place, _, found in self._rows("indexed") if place not in self.skipped)
+        for place, _, found in self._rows("indexed"):
+            if place not in self.skipped and not isinstance(found, RowError):
+                yield found
 
     def _repeated(self, hashes: set[int]) -> Iterator[tuple[tuple[int, int], Fault]]:
         first: dict[str, str] = {}

@@ -2,9 +2,9 @@
 
 `python -m imagent_jax.train [--config FILE.yaml] [--section.key VALUE ...]`; with no arguments, the embedded tiny world.
 
-Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wrong, here or in another process of the job;
-75 (`RESTART`) stopped by SIGTERM, as machines that are taken away send it, or because another process died: start it again with
-`--run.resume true`.
+Exit codes: 0 done, or stopped by Ctrl-C; 2 after one sentence about what is wrong;
+75 (`RESTART`) stopped by SIGTERM, as machines that are taken away send it: start it again with `--run.resume true`; 134 (SIGABRT)
+ended by JAX because another process of the job died: start all again.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -124,8 +124,7 @@ class Run:
             self.folder.log({"step": 0, "time/evaluation": base["time/evaluation"]} | _prefixed("base", base))
             if self.cfg.run.checkpoint_every:
                 self.save(state)
-        if state.unlogged is not None:
-            self.finish_step(state)
+        self.finish_step(state)
         return state
 
     def _restore(self) -> TrainState:
@@ -148,7 +147,7 @@ class Run:
         return self.interrupt.asked
 
     @contextlib.contextmanager
-    def traced(self, step: int) -> Iterator[None]:
+    def traced(self, step: int) -> Generator[None, None, None]:
         """Trace a step where the settings say so."""
         if step != self.cfg.run.profile:
             yield
@@ -173,12 +172,14 @@ class Run:
         self.failed |= faults.keys()
 
     def finish_step(self, state: TrainState) -> None:
-        """Evaluate where that is due, note what the guards warn of, and log the step.
+        """Evaluate where that is due, note what the guards warn of, and log the step, unless that was done.
 
         Raises:
             Stopped: by SIGTERM in the evaluation. The step stays unlogged until the run is resumed.
         """
-        metrics, cfg, step = state.unlogged, self.cfg, state.step
+        if (metrics := state.unlogged) is None:
+            return
+        cfg, step = self.cfg, state.step
         if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.run.steps:
             metrics = metrics | _prefixed("eval", self.held_out(state.params, cfg.eval.during, step, f"step {step}"))
         before = self.history[-1].get("warnings", {}) if self.history else {}
@@ -302,9 +303,9 @@ def _train(run: Run) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit codes are those of the module docstring."""
-    cfg, watcher, code = parse_args(argv), None, FAILED
+    cfg, code, failure = parse_args(argv), FAILED, None
     try:
-        watcher = processes.start(cfg.distributed)
+        processes.start(cfg.distributed)
         with Interrupt() as interrupt, jax.set_mesh(training_mesh(cfg)):
             final = train(cfg, Console(quiet=not processes.is_writer()), interrupt)
             code = RESTART if not final and interrupt.asked == signal.SIGTERM else 0
@@ -313,17 +314,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = RESTART
     except (ValueError, OSError) as error:
         print("error:", *(error, *getattr(error, "__notes__", ())), file=sys.stderr)
-    except Exception:
-        if watcher is None:
+        failure = error
+    except Exception as error:
+        if not processes.several():
             raise
-        traceback.print_exc()
-        watcher.fail(processes.LONG_GRACE)
+        traceback.print_exc()  # raised, it would wait for the other processes
+        failure = error
     except KeyboardInterrupt:  # the second Ctrl-C: at once
-        if watcher is None:
+        if not processes.several():
             raise
         os._exit(128 + signal.SIGINT)
-    if watcher is not None:
-        watcher.fail() if code == FAILED else watcher.close()
+    if processes.several():
+        processes.fail(failure, cfg.distributed) if failure else processes.leave()
     return code
 
 

@@ -125,7 +125,7 @@ class ImageEntry:
         region: (left, top, right, bottom) in pixels of `source` that the image is; None: all of it.
     """
 
-    number: int
+    number: ImageNumber
     source: Image.Image
     shown: tuple[int, int]
     parent: int | None = None

@@ -1,5 +1,6 @@
-"""Programs of the kind that policies write, and random changes to them."""
+"""Programs and turns of the kind that policies write, and random changes to them."""
 
+import json
 import random
 import re
 
@@ -49,6 +50,41 @@ a = np.asarray(images[2])[:, :, 0] > 100
 labels, count = ndi.label(a)
 print(count, [int((labels == i).sum()) for i in range(1, min(count, 4) + 1)])
 show((labels * 40).astype(np.uint8))
+---
+from PIL import Image
+image = Image.open('path_to_input_image.jpg')
+image.rotate(-90, expand=True).save('path_to_output_image.jpg')
+---
+import cv2
+image = cv2.imread('path_to_input_image.jpg')
+cv2.imwrite('path_to_output_image.jpg', cv2.rotate(image, cv2.ROTATE_180))
+---
+import cv2
+import numpy as np
+image = cv2.imread('path_to_input_image.jpg')
+lighter = np.clip(image.astype(np.float32) * 2.5 + 10, 0, 255).astype(np.uint8)
+cv2.imwrite('path_to_output_image.jpg', lighter)
+---
+import cv2
+image = cv2.imread('path_to_input_image.jpg')
+hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
+hsv[:, :, 2] = (hsv[:, :, 2] * 0.4).astype('uint8')
+cv2.imwrite('path_to_output_image.jpg', cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR))
+---
+import cv2
+image = cv2.imread('path_to_input_image.jpg')
+soft = cv2.GaussianBlur(image, (0, 0), 3)
+cv2.imwrite('path_to_output_image.jpg', cv2.addWeighted(image, 1.8, soft, -0.8, 0))
+---
+import cv2
+image = cv2.imread('path_to_input_image.jpg')
+cv2.imwrite('path_to_output_image.jpg', cv2.fastNlMeansDenoisingColored(cv2.medianBlur(image, 3), None, 5, 5, 3, 7))
+---
+from PIL import Image
+image = Image.open('path_to_input_image.jpg')
+width, height = image.size
+box = (width * 100 // 1000, height * 250 // 1000, width * 600 // 1000, height * 750 // 1000)
+image.crop(box).resize((64, 64), Image.LANCZOS).save('path_to_output_image.jpg')
 ---
 import cv2
 img = cv2.imread('path_to_input_image.jpg')
@@ -102,3 +138,44 @@ def changed(rng: random.Random) -> str:
             tokens[at] *= 2
         tokens = tokens or ["pass"]
     return "".join(tokens)
+
+
+# ---- turns ----------------------------------------------------------------------------------------------------------
+
+TOOLS = {
+    "visual_reflection": {"images": [[1], [2, 1], [], [3], [1, 1], [99]], "resolution": ["low", "high", "medium", None]},
+    "visual_confirmation": {"image": [1, 2, 3, 0, "1"], "bbox_2d": [[0, 0, 500, 500], [10.5, 20, 30, 1000], [9, 9, 1, 1], [0, 0, 1]],
+                            "label": ["the sign", "", 7]},
+    "image_zoom_in_tool": {"bbox_2d": [[0, 0, 1000, 1000], "all"], "label": ["x"], "img_idx": [0, 1, 5, -1, 1.0, True]},
+    "python": {"code": [*REAL, "", 3]},
+    "search": {"query": ["who built the tower", "\u4e07\u91cc\u957f\u57ce", "", "x" * 600, None]},
+    "unknown": {"a": [1]},
+}  # fmt: skip
+"""Names of tools, and values of their arguments, most of them good."""
+PIECES = ["<tool_call>", "</tool_call>", "<tool_response>", "<answer>", "</answer>", "<|im_end|>", "<|image_pad|>", "{", "}", "[", "]",
+          '"', "'", ",", ":", "\\", "\n", "\0", " ", "null", "true", "NaN", "-Infinity", "1e999", "9" * 5000, "[" * 2000, '{"a":' * 500,
+          '"name"', '"arguments"', '"name": "python",', "\ud800", "\\ud800", "\\u0000", "\u0665", "\u202e", "\x1b[0m", "```python", "\ufeff"]  # fmt: skip
+
+
+def turn(rng: random.Random) -> str:
+    """The text of a turn: a call, an answer or neither, in two of three cases with up to four random changes."""
+    kind = rng.random()
+    name = rng.choice([*TOOLS])
+    arguments = {key: rng.choice(values) for key, values in TOOLS[name].items() if rng.random() < 0.95}
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=rng.random() < 0.5)
+    text = f"Let me see.\n<tool_call>\n{body}\n</tool_call>"
+    if kind > 0.75:
+        text = rng.choice(("So <answer>7</answer><|im_end|>", "<answer></answer>", "I cannot tell.<|im_end|>", "", text * 2))
+    for _ in range(rng.randint(1, 4) if rng.random() < 0.67 else 0):
+        at, other = rng.randint(0, len(text)), rng.randint(0, len(text))
+        first, last = min(at, other), max(at, other)
+        change = rng.randrange(5)
+        if change < 2:
+            text = text[:at] + rng.choice(PIECES) + text[at:]
+        elif change == 2:
+            text = text[:at] + text[at + rng.randint(1, 8) :]
+        elif change == 3:
+            text = text[:at] + text[first:last] + text[at:]
+        else:
+            text = text.replace(rng.choice(PIECES[:24]), rng.choice(PIECES), 1)
+    return text

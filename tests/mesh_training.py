@@ -30,7 +30,7 @@ from imagent_jax.model.features import EncodedImages, FeatureStore, Pages
 from imagent_jax.model.sharding import LOGICAL_TO_MESH, shardings
 from imagent_jax.model.vlm import abstract
 from imagent_jax.rl.batch import GroupBatch, place_groups, take_groups
-from imagent_jax.rl.learner import Learner, accumulate, group_normalisers, shown_in
+from imagent_jax.rl.learner import Learner, LossSettings, accumulate, group_normalisers, shown_in
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.runs.folder import RunFolder
@@ -144,7 +144,7 @@ class Case:
     def gradient(self):
         """Of the whole batch; as `Learner.update` computes it, with no update."""
         parts = [take_groups(self.batch, index, R) for index in np.arange(N).reshape(2, -1)]
-        weight = np.sum(group_normalisers(self.cfg, self.batch, self.learner.tables))
+        weight = np.sum(group_normalisers(self.cfg.grpo, self.batch, self.learner.tables))
         kl = self.learner._score(self.params, parts[0], self.store()) if self.cfg.grpo.kl else None
         parts = [(part, kl, None) for part in parts]
         return host(self.learner._gradient(self.params, parts, self.store(), weight, fresh=True)[0])
@@ -156,7 +156,7 @@ class Case:
         part = take_groups(self.batch, np.arange(N // 2), R)
         total, shown = jax.tree.map(jnp.zeros_like, trained), shown_in(self.store(), part)
         text = accumulate.lower(
-            self.model, self.cfg, False, trained, frozen, total, shown, place_groups(part), learner.tables,
+            self.model, LossSettings.of(self.cfg), False, trained, frozen, total, shown, place_groups(part), learner.tables,
             np.float32(1), None, None,
         ).compile().as_text()  # fmt: skip
         found: dict[str, list[int]] = {}

@@ -15,7 +15,7 @@ from scripted_run import ANSWER, play, scripts
 
 from imagent_jax.config import TINY, Config, MaskConfig, read_args
 from imagent_jax.evals import ablate
-from imagent_jax.rl.learner import batch_loss, shown_in
+from imagent_jax.rl.learner import LossSettings, batch_loss, shown_in
 from imagent_jax.rl.loss import PRESETS
 from imagent_jax.rl.mask import MaskTables, mask_tables, two_level_mask
 from imagent_jax.rollout.collect import Collector
@@ -71,7 +71,7 @@ def test_observations_train_only_where_they_are_kept(parts, batch, rollout, conf
             old = jnp.asarray(batch.logprobs) - 0.5 * shown
             loss = jax.jit(batch_loss, static_argnums=(0, 1))
             ours = [
-                loss(parts.model, config, parts.params, type(parts.params)({}), shown_in(rollout.store, batch),
+                loss(parts.model, LossSettings.of(config), parts.params, type(parts.params)({}), shown_in(rollout.store, batch),
                      replace(batch, logprobs=logprobs), tables, 1.0, None, old)[0]
                 for logprobs in (batch.logprobs, np.where(shown, 3.0, batch.logprobs).astype(np.float32))
             ]  # fmt: skip

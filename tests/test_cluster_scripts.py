@@ -20,7 +20,7 @@ STAND_IN = """#!/bin/sh
 [ "$1" = - ] && exec {python} "$@"
 echo "$@" >> {log}
 [ -e {hang} ] && {{ trap 'exit 75' TERM; sleep 60 & wait; }}
-[ "$(wc -l < {log})" -lt 3 ] && exit 75
+case $(wc -l < {log}) in 1) exit 75 ;; 2) exit 134 ;; esac
 exit {code}
 """
 
@@ -34,7 +34,7 @@ def test_scripts_pass_shellcheck():
 
 
 def start(folder: Path, code: int, *arguments: str) -> tuple[subprocess.Popen, Path]:
-    """restart.sh with a stand-in for Python: training ends with 75 twice, then with `code`."""
+    """restart.sh with a stand-in for Python: training ends with 75, with 134, then with `code`."""
     log, python = folder / "calls", folder / "python"
     python.write_text(STAND_IN.format(python=sys.executable, log=log, hang=folder / "hang", code=code))
     python.chmod(0o755)

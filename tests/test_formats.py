@@ -251,6 +251,13 @@ def test_lines_of_a_tsv_file_are_those_of_an_editor(folder):
     assert "the row has 2 cells and the header 9" in str(tasks.faults[0])
 
 
+def test_a_tsv_file_that_changed_after_its_check_is_told_in_a_sentence(folder):
+    tasks = read(path := write(folder, ".tsv", MMBENCH))
+    path.write_text(path.read_text().rpartition("\t")[0])
+    with pytest.raises(ValueError, match=r"\.tsv has changed since the run began; start again\.$"):
+        tasks[0]
+
+
 def test_an_image_of_a_tsv_file_may_be_that_of_an_earlier_row(folder):
     rows = [MMBENCH, MMBENCH | {"index": "1000005", "image": "5", "question": "Or?"}, MMBENCH | {"index": "6", "image": "7"}]
     tasks = read(path := write(folder, ".tsv", *rows), skip_bad=True)

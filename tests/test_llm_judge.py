@@ -354,6 +354,14 @@ def test_a_reply_that_cannot_be_kept_is_a_fault(cfg, tmp_path):
     assert "Error" in scored["fault"] and scored["total"] == 0.0
 
 
+def test_a_reply_that_cannot_be_read_back_is_a_fault(cfg, monkeypatch):
+    with serving() as server:
+        functions = reward_functions(ONLY, replace(cfg, base_url=server.url))
+        monkeypatch.setattr(llm_judge, "_write", lambda path, record: None)
+        [scored] = score_trajectories(said("a bus"), functions)
+    assert "cannot be read" in scored["fault"] and scored["total"] == 0.0
+
+
 def ask(url, folder, queue):
     """Another process of the job: its own judge, the same folder."""
     cfg = JudgeConfig(model="m", base_url=url, cache_dir=folder)

@@ -29,7 +29,7 @@ from imagent_jax.model.features import FeatureStore
 from imagent_jax.model.sharding import shardings
 from imagent_jax.model.vlm import at_tokens, encode_images
 from imagent_jax.rl.batch import GroupBatch, pack_batch
-from imagent_jax.rl.learner import Learner, batch_loss, group_normalisers, score, shown_in
+from imagent_jax.rl.learner import Learner, LossSettings, batch_loss, group_normalisers, score, shown_in
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rl.optim import make_optimizer
 from imagent_jax.rollout.collect import Collector
@@ -431,7 +431,7 @@ def test_a_step_changes_adapters_alone_and_the_optimizer_holds_only_them(base, g
 def test_gradients_of_adapters_are_those_through_merged_weights(base, groups, settings):
     model, params = lora.attach(*base, Adapters(**settings))
     adapters, frozen = nnx.split_state(shaken(params), nnx.LoRAParam, ...)
-    normaliser, packed = group_normalisers(CFG, groups, TABLES).sum(), store_of(*base).packs[0]
+    normaliser, packed = group_normalisers(CFG.grpo, groups, TABLES).sum(), store_of(*base).packs[0]
 
     def loss(adapters, merge):
         here, whole = model, nnx.merge_state(adapters, frozen)
@@ -440,7 +440,7 @@ def test_gradients_of_adapters_are_those_through_merged_weights(base, groups, se
         features = encode_images(here, whole, *map(jnp.asarray, packed))
         batch = jax.tree.map(jnp.asarray, groups)
         shown = tuple(at_tokens(features, vision) for vision in (batch.prompt_vision, batch.response_vision))
-        return batch_loss(here, CFG, whole, nnx.State({}), shown, batch, TABLES, normaliser, None, None)[0]
+        return batch_loss(here, LossSettings.of(CFG), whole, nnx.State({}), shown, batch, TABLES, normaliser, None, None)[0]
 
     ours, expected = (flat(jax.jit(jax.grad(loss), static_argnums=1)(adapters, merge)) for merge in (False, True))
     for name, value in expected.items():

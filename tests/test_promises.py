@@ -16,7 +16,7 @@ from scripted_run import tools_with
 from imagent_jax.model.text import REMAT_POLICIES
 from imagent_jax.rl import learner
 from imagent_jax.rl.batch import check_images, pack_batch, take_groups
-from imagent_jax.rl.learner import batch_loss, score, shown_in
+from imagent_jax.rl.learner import LossSettings, batch_loss, score, shown_in
 from imagent_jax.rl.loss import loss_normaliser
 from imagent_jax.rl.mask import mask_tables, two_level_mask
 from imagent_jax.rollout import sampler
@@ -225,7 +225,9 @@ def gradient(parts, config, rollout, batch):
         normaliser = loss_normaliser(mask, cfg=config.grpo).sum()
 
         def loss(trained):
-            return batch_loss(parts.model, config, trained, nnx.State(frozen), shown, batch, tables, normaliser, None, None)[0]
+            return batch_loss(
+                parts.model, LossSettings.of(config), trained, nnx.State(frozen), shown, batch, tables, normaliser, None, None
+            )[0]
 
         return jax.grad(loss)(nnx.State(text))
 

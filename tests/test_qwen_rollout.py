@@ -16,7 +16,7 @@ from imagent_jax.model.families import read_config
 from imagent_jax.model.interleave import encode_parts
 from imagent_jax.model.vlm import create
 from imagent_jax.rl.batch import check_images, pack_batch
-from imagent_jax.rl.learner import batch_loss, score, shown_in
+from imagent_jax.rl.learner import LossSettings, batch_loss, score, shown_in
 from imagent_jax.rl.mask import mask_tables
 from imagent_jax.rollout import sampler
 from imagent_jax.rollout.collect import Collector
@@ -102,7 +102,7 @@ def test_turns_calls_answers_and_logprobs_are_those_of_the_text(world, recited):
     def gradient(text, vision, logprobs):
         def loss(trained):
             changed = dataclasses.replace(packed, logprobs=logprobs)
-            return batch_loss(model, cfg, trained, vision, shown, changed, tables, jnp.ones(()), None, None)[0]
+            return batch_loss(model, LossSettings.of(cfg), trained, vision, shown, changed, tables, jnp.ones(()), None, None)[0]
 
         return jax.tree.leaves(jax.grad(loss)(text))
 

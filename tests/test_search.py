@@ -25,13 +25,14 @@ from imagent_jax.chat.prompts import Prompt, read_prompt
 from imagent_jax.config import ImagesConfig, SearchConfig
 from imagent_jax.index import main
 from imagent_jax.model.interleave import encode_parts
-from imagent_jax.rollout.collect import Collector, PendingCalls
+from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.rollout.metrics import call_metrics
+from imagent_jax.rollout.pending import PendingCalls
 from imagent_jax.tiny.world import task_at
 from imagent_jax.tools import CallPool, ToolSettings, tools_by_name
 from imagent_jax.tools.search import Hit, Index, SearchError, open_backend
-from imagent_jax.tools.search.remote import MOST_BYTES, Server, post
+from imagent_jax.tools.search.remote import Serper, Server
 from imagent_jax.tools.search.tool import show
 from imagent_jax.types import CallStatus, EndReason, TokenKind
 
@@ -418,7 +419,7 @@ GOOD = result_of(item(1.0, id="a", contents="x"))
         (says(result_of(item(1.0, contents="x"))), "the passage has no id"),
         (says(result_of({"document": [], "score": 1})), "no list of scored documents"),
         (says(b'{"result": [[{"document": {"id": "a", "contents": "x"}, "score": NaN}]]}'), "a score that is no number"),
-        (says(b" " * (MOST_BYTES + 1)), f"more than {MOST_BYTES} bytes"),
+        (says(b" " * (2**23 + 1)), "more than 8388608 bytes"),
         (says(GOOD, **{"Content-Length": "999"}), "answered 200 and broke off"),
     ],
 )
@@ -622,5 +623,5 @@ def test_the_pool_is_not_held_up_by_a_server_that_never_answers():
 
 def test_post_names_the_address_and_never_the_headers():
     with scripted(says({}, 401)) as server, pytest.raises(SearchError, match="answered 401") as raised:
-        post(server.url, {}, {"X-API-KEY": "a-secret-key"}, 5.0)
+        Serper(server.url, "a-secret-key", 5.0).search("x", 1)
     assert server.url in str(raised.value) and "a-secret-key" not in str(raised.value)

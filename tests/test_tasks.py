@@ -76,9 +76,9 @@ def test_parts_are_shown_in_their_order_with_a_number_before_each_image(collecto
     opened = collector.open_task(task)
     sizes = [entry.size for entry in opened.environment.images]
     collector.check(task, sizes)  # no more tokens than the limit
-    counted = sum(collector.check._tokens(getattr(part, "grid", part)) for part in
-                  QWEN.render_task(collector.system(), task.shown, opened.prompt.images))  # fmt: skip
-    assert counted == len(opened.prompt.ids)
+    parts = QWEN.render_task(collector.system(), task.shown, opened.prompt.images)
+    counted = [collector.check._tokens(*((), part.grid) if hasattr(part, "grid") else (part,)) for part in parts]
+    assert sum(counted) == len(opened.prompt.ids)
 
 
 def test_text_of_a_task_is_literal_in_every_place(collector, pictures):

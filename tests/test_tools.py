@@ -255,6 +255,7 @@ MALFORMED = [
     (wrap('{"name": "f", "arguments": {}'), "bad JSON at character 29 of the call: Expecting ',' delimiter"),
     (wrap(""), "bad JSON at character 0 of the call: Expecting value"),
     (wrap('{"name": "f", "arguments": {"x": NaN}}'), "bad JSON: NaN is not a JSON number"),
+    (wrap('{"name": "f", "arguments": {"x": -1e999}}'), 'bad JSON: the number "-1e999" is too large'),
     (wrap('{"name": "f", "name": "g", "arguments": {}}'), 'bad JSON: "name" is given twice'),
     (wrap("[" * 100_000), "bad JSON: nested too deeply"),
     (wrap('{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}"), "bad JSON: a number is too long"),

@@ -122,7 +122,7 @@ def test_a_record_has_what_was_asked_answered_called_and_paid(made):
         for entry, image in zip(t.images, record["images"], strict=True):
             assert image["size"] == [*entry.image.size] and image["shown"] == [entry.shown[1], entry.shown[0]]
             assert (image.get("parent"), image.get("box")) == (entry.parent, entry.box and list(entry.box))
-            assert image.get("origin") == (entry.origin if entry.parent else None)
+            assert image.get("origin") == (entry.origin if entry.parent else entry.origin or None)
     assert errors and {record["right"] for record in records(path, "train-000002")} == {True, False}
     assert any(image["size"][0] != image["size"][1] for record in records(path, "train-000002") for image in record["images"])
 

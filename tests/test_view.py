@@ -8,11 +8,20 @@ import webbrowser
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 from PIL import Image
-from scripted_run import EVIL, look, many_trajectories, records
+from scripted_run import ANSWER, EVIL, look, many_trajectories, play, records, without_weights
 
+from imagent_jax.chat import QWEN
+from imagent_jax.config import SandboxConfig
+from imagent_jax.rollout.collect import Collector
+from imagent_jax.runs.folder import RunFolder
 from imagent_jax.runs.reader import read_run
+from imagent_jax.runs.trajectory_log import TrajectoryLog
 from imagent_jax.runs.view import FIELDS, KINDS, index, main, write_view
+from imagent_jax.tiny.world import task_at
+from imagent_jax.tools import ToolSet, python_tool
+from imagent_jax.tools.sandbox import Sandbox
 from imagent_jax.types import TokenKind
 
 pytestmark = pytest.mark.slow(1)
@@ -118,6 +127,35 @@ def test_a_search_is_shown_with_its_hits_and_a_crop_without_the_line_that_names_
     tools = page.locator(".turn:has(.status)").all()
     assert [tool.locator("pre").all_text_contents() for tool in tools] == [[], hits]
     assert tools[1].locator(".status").text_content() == "search ran"
+
+
+def test_code_is_shown_with_its_lines_its_output_and_its_images(page, tmp_path):
+    """A run of the tool python itself: a program that shows two images, one made of none, and one that fails."""
+    cfg = tiny_config({"run": {"dir": str(tmp_path), "name": "run"}, "rollout": {"prompt_tokens": 1024, "response_tokens": 1024}})
+    sandbox = Sandbox(SandboxConfig(wall_s=30.0))
+    collector = Collector(*without_weights(), ToolSet([python_tool(sandbox)]), cfg)
+    good = "import numpy as np\nprint('<b>wide</b>')\nshow(images[1].rotate(90))\nshow(np.full((40, 60, 3), 200, np.uint8))"
+    texts = [QWEN.render_call("python", {"code": code}) for code in (good, "x = (")]
+    t = play(collector, task_at(3, "train", 0), 0, [*texts, ANSWER.format("7")])
+    sandbox.close()
+    run, count = RunFolder(cfg), len(t.task.images)
+    TrajectoryLog(run, collector.processor, cfg).write(1, [[t]], [[{"total": 0.0}]], np.zeros((1, 1)))
+    run.log({"step": 1, "reward/total": 0.0, "time/step": 1.0, "time/total": 1.0})
+    run.close()
+    write_view(run.path)
+    look(page, run.path, "train-000001/0")
+    assert page.locator("pre.code").all_text_contents() == [good, "x = ("]
+    first, second = page.locator(".turn:has(.status)").all()
+    assert first.locator("pre:not(.code)").all_text_contents() == ["<b>wide</b>"]
+    assert [text.split(" · ")[0] for text in first.locator("figcaption").all_text_contents()] == [
+        f"Image {count + 1}: python of Image 1", f"Image {count + 2}: python",
+    ]  # fmt: skip
+    assert "SyntaxError: '(' was never closed" in second.locator(".status").text_content()
+    assert page.locator(".gallery figure").count() == count  # what a program made is not given
+    page.goto((run.path / "report.html").as_uri())
+    assert page.locator("pre.code").all_text_contents() == [good, "x = ("]
+    assert "<b>wide</b>" in page.locator("pre.said").all_text_contents()
+    assert f"Image {count + 2}: python" in page.locator(".case figcaption").all_text_contents()
 
 
 def test_a_group_stands_side_by_side_and_a_held_out_task_before_and_after(made, page):

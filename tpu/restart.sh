@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs imagent_jax.train on this host, again for as long as it ends with 75 (stopped from outside, saved), and continues
-# an earlier run of the same name: tpu/restart.sh --config FILE.yaml [--section.key VALUE ...]
+# Runs imagent_jax.train on this host, again for as long as it ends with 75 (stopped from outside, saved) or 134
+# (ended by JAX: another host's process died), and continues an earlier run of the same name: tpu/restart.sh --config FILE.yaml [--section.key VALUE ...]
 # SIGTERM to this script ends the run, which saves; the exit code is then the run's, 75.
 set -uo pipefail
 
@@ -29,7 +29,7 @@ while true; do
     code=$?
     [[ -n $interrupted ]]
   do :; done
-  [[ $code == 75 && -z $stopped ]] || exit "$code"
+  [[ $code =~ ^(75|134)$ && -z $stopped ]] || exit "$code"
   resume=true
   sleep "${PAUSE:-5}"
 done

@@ -4,6 +4,7 @@ A call is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Text of a 
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ class QwenChat:
         """Read the one call in a turn's text. Text around it is ignored.
 
         Raises:
-            ToolError: there is no call or more than one, it is not closed, or it is not strict JSON (no NaN, no repeated
+            ToolError: there is no call or more than one, it is not closed, or it is not strict JSON (finite numbers, no repeated
                 keys) of the form {"name": text, "arguments": object}. The message says what to repair.
         """
         opened, closed = text.count(self.call_open), text.count(self.call_close)
@@ -197,6 +198,11 @@ def _load_json(text: str) -> Any:
     def refuse_constant(word: str) -> None:
         raise ToolError(f"bad JSON: {word} is not a JSON number")
 
+    def finite(word: str) -> float:
+        if math.isinf(number := float(word)):
+            raise ToolError(f"bad JSON: the number {quote(word)} is too large")
+        return number
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
@@ -206,7 +212,7 @@ def _load_json(text: str) -> Any:
         return result
 
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ToolError(f"bad JSON at character {error.pos} of the call: {error.msg}") from error
     except RecursionError as error:

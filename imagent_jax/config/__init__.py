@@ -10,7 +10,9 @@ from imagent_jax.config.loading import (
     reference,
 )
 from imagent_jax.config.naming import import_path
+from imagent_jax.config.own import read_own
 from imagent_jax.config.settings import (
+    CallSettings,
     DataConfig,
     DistributedConfig,
     EvalConfig,
@@ -34,6 +36,7 @@ from imagent_jax.config.settings import (
 __all__ = [
     "SETTINGS",
     "TINY",
+    "CallSettings",
     "Config",
     "DataConfig",
     "DistributedConfig",
@@ -57,5 +60,6 @@ __all__ = [
     "load_config",
     "parse_args",
     "read_args",
+    "read_own",
     "reference",
 ]

@@ -128,11 +128,15 @@ class Config:
                 "model.freeze_vision is false, but with LoRA the model's own weights stay as they are; leave it true, and set "
                 "lora.tower or lora.merger to adapt the vision tower or its merger."
             )
-        if "python" in self.tools.names and self.sandbox.wall_s >= self.tools.timeout_s:
+        limit = self.tools.settings.get("python", {}).get("timeout_s")
+        place, limit = ("tools.timeout_s", self.tools.timeout_s) if limit is None else ("tools.settings.python.timeout_s", limit)
+        if "python" in self.tools.names and self.sandbox.wall_s >= limit:
             raise ValueError(
-                f"sandbox.wall_s is {self.sandbox.wall_s:g}, not below tools.timeout_s {self.tools.timeout_s:g}; lower it, "
-                "so that slow code is an error that the policy can repair and no fault."
+                f"sandbox.wall_s is {self.sandbox.wall_s:g}, not below {place} {limit:g}; lower it, so that slow code is an "
+                "error that the policy can repair and no fault."
             )
+        if self.sandbox.backend == "remote" and not self.sandbox.url:
+            raise ValueError("sandbox.backend is 'remote', but sandbox.url is empty; name a server that speaks POST /run_code.")
         if not self.lora.targets and not self.lora.merger:
             raise ValueError("lora.targets is empty, so that nothing is adapted; name matrices, or set lora.merger true.")
 
@@ -162,8 +166,8 @@ class Config:
             value = self.get(dotted)
             if kind is float and not math.isfinite(value):
                 raise ValueError(f"{dotted} is {value}; it must be a finite number.")
-            if not all(_INSIDE[name](value, bound) for name, bound in _BOUNDS[dotted].items()):
-                raise ValueError(f"{dotted} is {value}; it must be {_range(_BOUNDS[dotted])}.")
+            if not all(INSIDE[name](value, bound) for name, bound in _BOUNDS[dotted].items()):
+                raise ValueError(f"{dotted} is {value}; it must be {in_words(_BOUNDS[dotted])}.")
 
     def _paid_by(self, *environments: str) -> bool:
         """Return whether environments of a user's own may pay a reward."""
@@ -191,7 +195,7 @@ class Config:
 
 TINY = Path(__file__).parent.parent / "tiny" / "tiny.yaml"
 """Settings of the embedded tiny run; a command line without `--config` begins with them."""
-_SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
+_SECTIONS: dict[str, type[Any]] = typing.get_type_hints(Config)
 SETTINGS: dict[str, Any] = {f"{s}.{k}": t for s, kind in _SECTIONS.items() for k, t in typing.get_type_hints(kind).items()}
 """The type of every setting, by dotted name."""
 _BOUNDS: dict[str, dict[str, float]] = {
@@ -200,11 +204,11 @@ _BOUNDS: dict[str, dict[str, float]] = {
 _SOURCE: dict[str, Any] = typing.get_type_hints(sections.SourceConfig)
 _FORMER = {("data.name", "jsonl"): "files"}
 """Values of settings that have another name now."""
-_INSIDE = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
+INSIDE = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
 _WORDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
 
 
-def _range(bounds: dict[str, float]) -> str:
+def in_words(bounds: dict[str, float]) -> str:
     """A range in words."""
     return " and ".join(f"{_WORDS[name]} {bound:g}" for name, bound in bounds.items())
 
@@ -227,7 +231,7 @@ def read_args(argv: Sequence[str], program: str = "imagent_jax.train") -> Config
         ValueError: see `Config.from_dict`.
     """
     for arg in argv:
-        name = re.sub(r"^(data\.mixture)\..+", r"\1", arg[2:].partition("=")[0])  # `--data.mixture.NAME.weight=2`
+        name = re.sub(r"^(data\.mixture|tools\.settings)\..+", r"\1", arg[2:].partition("=")[0])  # `--data.mixture.NAME.weight=2`
         if arg.startswith("--") and name not in ("help", "config", "", *SETTINGS):
             raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
     parser = _parser(program)
@@ -253,12 +257,12 @@ def reference() -> str:
     lines = ["# Configuration", "", "Every setting: its default, its type and what it means. This page is written by", ""]
     lines += ["```bash", "python -m imagent_jax.config > docs/configuration.md", "```"]
     for section, settings in _SECTIONS.items():
-        lines += ["", f"## {section}", *textwrap.wrap(settings.__doc__, 120), ""]
+        lines += ["", f"## {section}", *textwrap.wrap(settings.__doc__ or "", 120), ""]
         for f in dataclasses.fields(settings):
             name = f"{section}.{f.name}"
             written = yaml.safe_dump(_plain(f.default), default_flow_style=True, width=1000).removesuffix("...\n").strip()
-            kind = re.split(r" \(|, such", _kind(SETTINGS[name]))[0]
-            inside = f", {_range(_BOUNDS[name])}" if _BOUNDS[name] else ""
+            kind = re.split(r" \(|, such", kind_in_words(SETTINGS[name]))[0]
+            inside = f", {in_words(_BOUNDS[name])}" if _BOUNDS[name] else ""
             words = f"- `{name}: {written}`, {kind}{inside}: {f.metadata['help']}"
             lines += textwrap.wrap(words, 120, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"
@@ -278,7 +282,8 @@ def _parser(program: str = "imagent_jax.train") -> ArgumentParser:
         group = parser.add_argument_group(section, kind.__doc__)
         for f in dataclasses.fields(kind):
             name = f"{section}.{f.name}"
-            options = {} if typing.get_origin(SETTINGS[name]) is Literal or SETTINGS[name] is bool else {"metavar": "VALUE"}
+            has_values = typing.get_origin(SETTINGS[name]) is Literal or SETTINGS[name] is bool
+            options: dict[str, Any] = {} if has_values else {"metavar": "VALUE"}
             group.add_argument(f"--{name}", type=SETTINGS[name], default=f.default, help=f.metadata["help"], **options)
     return parser
 
@@ -286,7 +291,7 @@ def _parser(program: str = "imagent_jax.train") -> ArgumentParser:
 def _build(parsed: Namespace) -> Config:
     for name, kind in SETTINGS.items():
         if parsed[name] is None:
-            raise ValueError(f"{name} is empty; it must be {_kind(kind)}, or be left out for its default.")
+            raise ValueError(f"{name} is empty; it must be {kind_in_words(kind)}, or be left out for its default.")
     given = {section: dict(vars(parsed[section])) for section in _SECTIONS}
     given["data"]["mixture"] = sections.Table({name: _source(s) for name, s in given["data"]["mixture"].items()})
     config = Config(**{section: kind(**given[section]) for section, kind in _SECTIONS.items()})
@@ -295,8 +300,8 @@ def _build(parsed: Namespace) -> Config:
 
 
 def _source(parsed: Namespace | sections.SourceConfig) -> sections.SourceConfig:
-    values = vars(parsed)
-    return sections.SourceConfig(**values | {"reward": sections.Table(values["reward"])})
+    values: dict[str, Any] = {**vars(parsed), "reward": sections.Table(parsed.reward)}
+    return sections.SourceConfig(**values)
 
 
 def _plain(value: Any) -> Any:
@@ -316,12 +321,12 @@ def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Name
         if found := re.search(r"data\.mixture.* Option '([^']+)' is not accepted", message):
             raise ValueError(f"A source of data.mixture has no setting {found[1]!r}; {_nearest(found[1], _SOURCE)}") from None
         if ill and (found := re.search(r'data\.mixture.* Parser key "(\w+)"', message)):
-            kind = _kind(_SOURCE[found[1]])
+            kind = kind_in_words(_SOURCE[found[1]])
             raise ValueError(f"A source of data.mixture has {found[1]} {ill[2]!r}; it must be {kind}.") from None
         if ill and (now := _FORMER.get((ill[1], ill[2]))):
             raise ValueError(f"{ill[1]} {ill[2]!r} is now {now!r}; write {now!r} in its place.") from None
         if ill and ill[1] in SETTINGS:
-            raise ValueError(f"{ill[1]} is {ill[2]!r}; it must be {_kind(SETTINGS[ill[1]])}.") from None
+            raise ValueError(f"{ill[1]} is {ill[2]!r}; it must be {kind_in_words(SETTINGS[ill[1]])}.") from None
         if lacks := re.match(r"argument --([\w.]+): expected one argument", message):
             raise ValueError(f"--{lacks[1]} needs a value, as in --{lacks[1]}=VALUE.") from None
         raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}; see --help for every setting.") from None
@@ -354,7 +359,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else "see --help for every setting."
 
 
-def _kind(kind: Any) -> str:
+def kind_in_words(kind: Any) -> str:
     """A type in words."""
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
@@ -364,6 +369,8 @@ def _kind(kind: Any) -> str:
         return "a list of names or a mapping from names to numbers, such as {a: 0.5}"
     if typing.get_origin(kind) is dict:
         return "a mapping of names, such as {a: ...}"
+    if type(None) in items:
+        return f"{kind_in_words(next(item for item in items if item is not type(None)))}, or null"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it in YAML)"}
     return words.get(kind, "a list of names, such as [a, b]")
 

@@ -147,6 +147,9 @@ class ToolsConfig:
     names: tuple[str, ...] = setting(
         ("visual_reflection", "visual_confirmation"), "tools the policy may call; your own as 'package.module:name'"
     )
+    settings: dict[str, dict[str, Any]] = setting(
+        Table(), "settings of a tool's own, by its name, such as {python: {timeout_s: 20}}; every tool has timeout_s", hash=False
+    )
     mcp: tuple[str, ...] = setting((), "MCP servers whose tools are offered too: commands that start them, or URLs (needs mcp)")
     mcp_chars: int = setting(4000, "most characters of text that a call of an MCP tool returns", least=1)
     environment: str = setting("", "your own world, 'package.module:Class'; its @tool methods are tools too")
@@ -169,10 +172,20 @@ class ToolsConfig:
 
 
 @dataclass(frozen=True)
+class CallSettings:
+    """Settings that every tool has. A tool with settings of its own has a frozen dataclass that inherits from this one."""
+
+    timeout_s: float | None = setting(None, "seconds a call may take (null: tools.timeout_s)", above=0)
+
+
+@dataclass(frozen=True)
 class SandboxConfig:
     """The sandbox in which the tool 'python' runs code of the policy."""
 
-    backend: Literal["auto", "namespaces", "landlock"] = setting("auto", "how code is confined (auto: the first that holds here)")
+    backend: Literal["auto", "namespaces", "landlock", "remote"] = setting(
+        "auto", "how code is confined (auto: namespaces or landlock, the first that holds here; remote: by the server of url)"
+    )
+    url: str = setting("", "remote: full address of a server that speaks SandboxFusion's POST /run_code")
     wall_s: float = setting(5.0, "seconds a call may take", above=0)
     cpu_s: int = setting(60, "processor seconds of a trajectory", least=1)
     memory_mb: int = setting(512, "MiB of a trajectory's code, beyond the libraries", least=16)
@@ -368,3 +381,4 @@ class DistributedConfig:
     num_processes: int = setting(0, "processes of the job (0: one, or as the cluster says)", least=0)
     process_id: int = setting(-1, "which of them this is, from 0 (-1: as the cluster says)")
     timeout_s: int = setting(300, "seconds to wait at the start for processes that are late", least=1)
+    heartbeat_s: int = setting(30, "seconds without a sign of a process after which JAX ends the others", least=10)

@@ -61,7 +61,13 @@ class TaskCheck(Protocol):
     def __call__(self, task: Task, sizes: Sequence[tuple[int, int]]) -> None: ...
 
 
-def left_out(tasks: Sequence[Task]) -> str:
+class Tasks(Sequence[Task]):
+    """Tasks with random access. `faults` are the omitted rows."""
+
+    faults: Sequence[Fault] = ()
+
+
+def left_out(tasks: Tasks) -> str:
     """Return a sentence about the rows that are left out of `tasks`: how many, why, and the first; "" if there are none."""
     if not (faults := tasks.faults):
         return ""

@@ -27,8 +27,10 @@ class Source(Protocol):
     Attributes:
         name: path or id, for messages.
         unit: what `rows` counts: "line" or "row".
+        path: of the file; relative paths of images begin at its folder.
     """
 
+    path: pathlib.Path
     name: str
     unit: str
 
@@ -113,7 +115,10 @@ class Tsv(_File):
     def read(self, place: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(place)
-            return self._row(next(self._reader(file)))
+            row = self._row(next(self._reader(file)))
+        if isinstance(row, RowError):
+            raise ValueError(f"{self.name} has changed since the run began; start again.")
+        return row
 
     def _reader(self, file):
         csv.field_size_limit(2**31 - 1)  # a cell may hold an image

@@ -152,7 +152,8 @@ def read_row(
         RowError: the row has no question or answer, or a field is not what it should be.
     """
     row = dict(row)
-    answer_type, own = _text("answer_type", row.pop("answer_type", None), answer_type), {}
+    answer_type = _text("answer_type", row.pop("answer_type", None), answer_type)
+    own: dict[str, Any] = {}
     if form.read is _own:
         own = {"tools": _tools(row.pop("tools", None)), "reward": _weights(row.pop("reward", None))}
         own["environment"] = _text("environment", row.pop("environment", None), "")
@@ -279,8 +280,9 @@ def _image(image: Any) -> str | bytes:
 
 
 def _answers(value: Any) -> tuple[str, ...]:
-    answers = tuple(_plain(answer) for answer in (value if isinstance(value, list) else [value]))
-    if not answers or any(answer is None or not answer.strip() for answer in answers):
+    given = value if isinstance(value, list) else [value]
+    answers = _texts(given)
+    if not given or len(answers) < len(given):
         raise RowError("no answer", 'the row has no answer; add "answer" as text or number, or as a list of them')
     return answers
 
@@ -304,12 +306,12 @@ def _guess(answers: Iterable[str]) -> str:
 
 def _options(value: Any, answers: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the options, and the letters of the right ones."""
-    options = [_plain(option) for option in value] if isinstance(value, list) else []
-    if not 2 <= len(options) <= 26 or not all(option and option.strip() for option in options):
+    options = _texts(value) if isinstance(value, list) else ()
+    if not 2 <= len(options) <= 26 or len(options) < len(value):
         raise RowError("bad options", '"options" is no list of 2 to 26 texts; write the text of each option')
     letters, found = string.ascii_uppercase[: len(options)], []
     for answer in answers:
-        meant = {letters[i] for i, option in enumerate(options) if option.strip() == answer.strip()}
+        meant: set[str] = {letters[i] for i, option in enumerate(options) if option.strip() == answer.strip()}
         if (match := _LETTER.fullmatch(answer.strip())) and match[1].upper() in letters:
             meant.add(match[1].upper())
         if len(meant) != 1:
@@ -318,7 +320,7 @@ def _options(value: Any, answers: Sequence[str]) -> tuple[tuple[str, ...], tuple
                 f"write one letter of {letters[0]} to {letters[-1]}, or the text of one option",
             )  # fmt: skip
         found += meant
-    return tuple(options), tuple(found)
+    return options, tuple(found)
 
 
 def _shuffled(options: Sequence[str], answers: Sequence[str], key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -341,6 +343,11 @@ def _plain(value: Any) -> str | None:
     if isinstance(value, float):
         return format(Decimal(repr(value)), "f") if math.isfinite(value) else None
     return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+
+
+def _texts(values: Sequence[Any]) -> tuple[str, ...]:
+    """Return those of the values that are text or numbers, as text, without blank ones."""
+    return tuple(text for value in values if (text := _plain(value)) and text.strip())
 
 
 def _text(name: str, value: Any, default: str) -> str:

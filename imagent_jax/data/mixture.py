@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import cached_property
 
 from imagent_jax.config import DataConfig, SourceConfig, import_path
-from imagent_jax.data.check import Fault, Progress, TaskCheck
+from imagent_jax.data.check import Fault, Progress, TaskCheck, Tasks
 from imagent_jax.types import Task
 
-Opener = Callable[[DataConfig, str, TaskCheck | None, Progress], Sequence[Task]]
+Opener = Callable[[DataConfig, str, TaskCheck | None, Progress], Tasks]
 """Opens the tasks of a split from settings without a mixture, see `pipeline.open_tasks`."""
 
 
@@ -46,7 +46,7 @@ class SourceTasks(Sequence[Task]):
         return of_source(self.tasks[index], self.name, self.cfg)
 
 
-class Mixture(Sequence[Task]):
+class Mixture(Tasks):
     """The tasks of several sources, each once, in an order that keeps the shares of their weights as long as tasks are left.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import grain
 
 from imagent_jax.config import DataConfig, import_path
-from imagent_jax.data.check import Progress, TaskCheck
+from imagent_jax.data.check import Progress, TaskCheck, Tasks
 from imagent_jax.data.curriculum import PassRates
 from imagent_jax.data.mixture import Mixture, next_source, open_mixture
 from imagent_jax.types import ANSWER_TYPES, Task
@@ -38,12 +38,8 @@ def check_source(cfg: DataConfig) -> None:
             raise ValueError(f"{name}.name is 'files' but {name}.path is empty; name the folder with train.jsonl and test.jsonl.")
 
 
-def open_tasks(
-    cfg: DataConfig, split: str, check: TaskCheck | None = None, progress: Progress = lambda sentence: None
-) -> Sequence[Task]:
-    """Return the tasks of a split as a random-access sequence; of a mixture, a `Mixture`.
-
-    The attribute `faults` of the result lists omitted rows (`cfg.skip_bad`).
+def open_tasks(cfg: DataConfig, split: str, check: TaskCheck | None = None, progress: Progress = lambda sentence: None) -> Tasks:
+    """Return the tasks of a split, with random access; of a mixture, a `Mixture`. Rows are omitted only with `cfg.skip_bad`.
 
     Args:
         check: tries whether a run can use a task, see `rollout.prompt_check`. The tiny world's tasks are not tried.
@@ -81,7 +77,7 @@ class TaskIterator(Iterator[list[Task]]):
             name: grain.MapDataset.range(len(own)).shuffle(seed=(seed + zlib.crc32(name.encode())) % 2**32).repeat()
             for name, own in tasks.sources.items()
         }
-        self.state = {name: {"next": 0, "skipped": 0, "returned": []} for name in tasks.sources}
+        self.state: dict[str, dict[str, Any]] = {name: {"next": 0, "skipped": 0, "returned": []} for name in tasks.sources}
         self.pool = ThreadPoolExecutor(threads, "tasks")
         self.reading: dict[Drawn, Future[Task]] = {}
         self.keys: dict[str, str] = {}  # keys of pass rates by uid
@@ -107,8 +103,9 @@ class TaskIterator(Iterator[list[Task]]):
 
     def learn(self, pass_rates: Iterable[tuple[str, float]]) -> None:
         """Take uids of drawn tasks, each with the share of a group's rollouts that was right. Without a curriculum: no-op."""
-        for uid, share in pass_rates if self.rates else ():
-            self.rates.learn(self.keys[uid], share)
+        if self.rates:
+            for uid, share in pass_rates:
+                self.rates.learn(self.keys[uid], share)
 
     def metrics(self) -> dict[str, float]:
         """Return metrics of the curriculum: `PassRates.metrics`, and `curriculum/skipped`, tasks left out since the start."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, overload
 
 from imagent_jax.chat import answer_markup, extract_answer
 from imagent_jax.config import DataConfig, import_path
-from imagent_jax.data.check import Fault, Key, Progress, RowError, Size, TaskCheck, Verdicts, image_sizes, tracked
+from imagent_jax.data.check import Fault, Key, Progress, RowError, Size, TaskCheck, Tasks, Verdicts, image_sizes, tracked
 from imagent_jax.data.files import Source, open_sources
 from imagent_jax.data.formats import Format, format_among, format_of, read_row, unknown_columns
 from imagent_jax.scoring import score
@@ -48,11 +48,12 @@ class Row(NamedTuple):
 
     def images(self) -> tuple[bytes, ...]:
         """Read the images."""
-        inside = read_row(self.source.read(self.place), self.form, "")[1] if None in self.paths else self.paths
-        return tuple(pathlib.Path(path).read_bytes() if path else image for path, image in zip(self.paths, inside, strict=True))
+        read = read_row(self.source.read(self.place), self.form, "")[1] if None in self.paths else ()
+        inside = (image for image in read if isinstance(image, bytes))
+        return tuple(pathlib.Path(path).read_bytes() if path else next(inside) for path in self.paths)
 
 
-class FileTasks(Sequence[Task]):
+class FileTasks(Tasks):
     """The valid rows of files as tasks. Image bytes are read when a task is accessed.
 
     Attributes:
@@ -130,8 +131,10 @@ def open_split(
 ) -> FileTasks:
     """Read the files of a split; see `files.open_sources` and `read_tasks`. Verdicts are remembered in `cfg.cache_dir`."""
     memory = pathlib.Path(cfg.cache_dir).expanduser() / "checked"
-    how = {"shuffle": cfg.seed if cfg.shuffle_options else None, "answer_type": cfg.answer_type}
-    tasks = read_tasks(open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, **how, memory=memory, progress=progress)
+    tasks = read_tasks(
+        open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, shuffle=cfg.seed if cfg.shuffle_options else None,
+        answer_type=cfg.answer_type, memory=memory, progress=progress,
+    )  # fmt: skip
     for path in sorted({row.task.environment for row in tasks.rows} - {""}):
         import_path(path, "environment of a row")  # each time: no remembered verdict knows whether it can be imported
     return tasks
@@ -167,7 +170,7 @@ def _pictures(sources: Sequence[Source], rows: Sequence[Row]) -> Iterator[tuple[
     for source in sources:
         if any(name == source.name for name, _ in inside):
             for line, _, found in source.rows():
-                if row := inside.get((source.name, line)):
+                if (row := inside.get((source.name, line))) and not isinstance(found, RowError):
                     images = read_row(found, row.form, "")[1]
                     yield from ((key, i) for key, i in zip(row.image_keys(), images, strict=True) if isinstance(i, bytes))
 
@@ -201,7 +204,7 @@ def _try_row(row: Row, sizes: Sequence[Size | RowError], check: TaskCheck | None
         _score_itself(answer, row.task.answer_type)
     try:
         if check is not None:
-            check(row.task, sizes)
+            check(row.task, [size for size in sizes if not isinstance(size, RowError)])
     except Exception as error:  # whatever would stop the run later
         raise RowError("unusable prompt", str(error).rstrip(".")) from error
 

@@ -5,17 +5,12 @@ runs its own rollouts, tools and image preparation on its own devices. With a si
 """
 
 import contextlib
-import ctypes
 import glob
 import importlib.util
-import json
 import os
 import pickle
-import signal
-import socket
-import subprocess
+import re
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -26,46 +21,45 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_mesh
 
 from imagent_jax.config import DistributedConfig
-from imagent_jax.distributed import watcher
 from imagent_jax.distributed.mesh import GROUPS
 
 RESTART = 75
 """Exit code of a process that was stopped from outside and should be restarted (EX_TEMPFAIL of sysexits.h)."""
 FAILED = 2
 """Exit code after an error that was printed as one sentence; a restart would fail again."""
-GRACE, LONG_GRACE = 3.0, 40.0
-"""Seconds to wait, after an error in this process, for a report that another process (GRACE) or its machine (LONG_GRACE) died."""
+GRACE = 3.0
+"""Seconds to wait, after an error in this process, before it ends."""
 T = TypeVar("T")
 
 
 # ---- start-up and supervision ------------------------------------------------------------------------------------------
 
 
-def start(cfg: DistributedConfig) -> "Watch | None":
+def start(cfg: DistributedConfig) -> None:
     """Join the processes of a multi-process job. Call it before any JAX computation.
+
+    When a process dies, JAX aborts the others (SIGABRT), whatever they are waiting for, and prints the number of the dead one:
+    after `heartbeat_s`, or at once where process 0 died.
 
     Args:
         cfg: coordinator, number of processes and index of this process. Unset fields are detected from the cluster (TPU VMs,
             Slurm, Open MPI).
-    Returns:
-        The supervision thread; None for a job of one process.
     Raises:
         ValueError: the processes could not connect to each other.
     """
-    named = {
+    named: dict[str, Any] = {
         "coordinator_address": cfg.coordinator or None, "num_processes": cfg.num_processes or None,
         "process_id": None if cfg.process_id < 0 else cfg.process_id,
     }  # fmt: skip
     if not any(value is not None for value in named.values()) and not _in_cluster():
-        return None
+        return
     try:
-        jax.distributed.initialize(**named, initialization_timeout=cfg.timeout_s)
+        jax.distributed.initialize(**named, initialization_timeout=cfg.timeout_s, heartbeat_timeout_seconds=cfg.heartbeat_s)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"The processes of this job did not find each other ({' '.join(str(error).split())[:300]}); give every "
             "process the same distributed.coordinator and distributed.num_processes, and its own distributed.process_id."
         ) from error
-    return Watch(cfg.coordinator) if jax.process_count() > 1 else None
 
 
 def _in_cluster() -> bool:
@@ -75,89 +69,28 @@ def _in_cluster() -> bool:
     return several or bool(tpu) and "tpu" in env.get("JAX_PLATFORMS", "tpu")
 
 
-class Watch(threading.Thread):
-    """Thread that ends this process when another process of the job has died, as reported by `watcher.py`.
+def several() -> bool:
+    """Return whether this process has joined a job of several."""
+    return jax.distributed.is_initialized()
 
-    Process 0 is linked to every other process by TCP. The death of a process closes its links at once. The death of a machine
-    is detected by TCP keep-alive within 30 seconds. JAX's own heartbeats take longer, and some backends' collectives block
-    forever.
 
-    Args:
-        coordinator: "host:port" of process 0; default: the address of process 0's outgoing network interface.
+def leave() -> None:
+    """Leave a job that ended normally: wait until all processes have. JAX ends the others of a job that one left before."""
+    barrier("done")
+
+
+def fail(error: Exception, cfg: DistributedConfig) -> None:
+    """End this process after an error that was printed, and thereby the job: JAX ends the other processes.
+
+    An error of JAX's runtime, such as a connection reset, may come from the death of another process. JAX then ends this process
+    with the number of the dead one; this function waits for that. Other errors may occur in all processes, each of which prints
+    its own within `GRACE` seconds.
     """
-
-    def __init__(self, coordinator: str = ""):
-        super().__init__(daemon=True)
-        count, process = jax.process_count(), jax.process_index()
-        own, links = np.zeros(128, np.uint8), {}
-        if process == 0:
-            server, token = socket.create_server(("", 0)), os.urandom(8)
-            text = f"{coordinator.rpartition(':')[0] or _address()} {server.getsockname()[1]}".encode()
-            own[: 8 + len(text)] = np.frombuffer(token + text, np.uint8)
-        sent = multihost_utils.broadcast_one_to_all(own).astype(np.uint8).tobytes()
-        token, (host, port) = sent[:8], sent[8:].rstrip(b"\0").decode().split()
-        if process:
-            link = socket.create_connection((host, int(port)), timeout=60)
-            link.sendall(token + f"process {process} ({socket.gethostname()})".encode()[:120].ljust(120))
-            links[link] = f"process 0 ({host})"
-        while process == 0 and len(links) < count - 1:
-            link, _ = server.accept()
-            if (said := link.recv(128, socket.MSG_WAITALL))[:8] == token:
-                links[link] = said[8:].decode().strip()
-        for link in links:
-            link.settimeout(None)
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-                if hasattr(socket, option):
-                    link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        names = {link.fileno(): name for link, name in links.items()}
-        self.watcher = subprocess.Popen(
-            [sys.executable, "-I", "-S", watcher.__file__, json.dumps(names), str(process)], pass_fds=list(names),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        for link in links:  # the watcher inherited the sockets
-            link.close()
-        libc = ctypes.CDLL(None)  # JAX aborts when process 0 is lost: delay SIGABRT until `run` has ended this process
-        libc.signal(signal.SIGABRT, libc.sleep)  # sleep(signal number): 6 seconds
-        self.start()
-
-    def run(self) -> None:
-        word = self.watcher.stdout.readline()
-        if word == b"died\n":
-            os._exit(RESTART)
-        if word:
-            time.sleep(GRACE)  # time to print the error of this process
-            os._exit(FAILED)
-
-    def close(self) -> None:
-        """Leave the job normally, after all processes have finished."""
-        barrier("done")
-        self._say(b"bye")
-
-    def fail(self, grace: float = GRACE) -> None:
-        """End this process, whose error was already printed, and thereby the job. JAX's own shutdown would wait for the others.
-
-        Args:
-            grace: seconds to wait first. If another process is reported dead meanwhile, `run` ends this process instead.
-        """
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(grace)
-        self._say(b"failed")
-        os._exit(FAILED)
-
-    def _say(self, word: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self.watcher.stdin.write(word)
-            self.watcher.stdin.close()
-        self.join()
-
-
-def _address() -> str:
-    """Return the address of this machine's outgoing network interface."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # UDP connect sends nothing; it selects the outgoing interface
-        return probe.getsockname()[0]
+    of_runtime = not isinstance(error, (ValueError, OSError)) or bool(re.match(r"[A-Z_]+: ", str(error)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(cfg.heartbeat_s + GRACE if of_runtime else GRACE)
+    os._exit(FAILED)
 
 
 # ---- exchange between processes ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{len(titles)} variants x {len(args.seeds)} seeds; results to {args.out}, table to {args.docs}.", flush=True)
         for file, title in () if args.table else titles.items():
             path = args.out / f"{file.stem}.json"
-            result = json.loads(path.read_text()) if path.is_file() else {"runs": []}
+            result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"runs": []}
             result |= {"variant": file.stem, "title": title, "overrides": overrides}
             for seed in args.seeds:
                 if any(run["seed"] == seed for run in result["runs"]):

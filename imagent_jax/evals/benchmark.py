@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagent_jax.config import DataConfig
-from imagent_jax.data.check import Progress, TaskCheck
+from imagent_jax.data.check import Progress, TaskCheck, Tasks
 from imagent_jax.data.files import CONTAINERS, HubSplit, Source, open_file
 from imagent_jax.data.formats import Fields, Format, Row
 from imagent_jax.data.reader import FileTasks, read_tasks
@@ -118,7 +118,7 @@ class Benchmark:
         return replace(task, question=question, parts=tuple(part for part in parts if part), options=())
 
 
-class Questions(Sequence[Task]):
+class Questions(Tasks):
     """The tasks of a benchmark. Images are read when a task is accessed; `facts` has the tasks without them.
 
     Args:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from imagent_jax.chat import Action
+from imagent_jax.chat import Call, MalformedCall
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.types import CallResult, CallStatus, ImageEntry, Task, Trajectory
 
@@ -105,7 +105,7 @@ class ShuffledEnvironment(ToolEnvironment):
         super().reset(task)
         self.own = fingerprint(self.images, task)
 
-    def step(self, call: Action) -> CallResult:
+    def step(self, call: Call | MalformedCall) -> CallResult:
         result = super().step(call)
         if result.status == CallStatus.EXECUTED:
             self.calls += 1
@@ -120,7 +120,7 @@ class ShuffledEnvironment(ToolEnvironment):
         others = [parts for owner, name, parts in self.texts if owner != self.own and name == result.name]
         if not others:
             return result
-        rng = np.random.default_rng((self.seed, zlib.crc32("\n".join(result.parts).encode("utf-8", "replace"))))
+        rng = np.random.default_rng((self.seed, zlib.crc32("\n".join(map(str, result.parts)).encode("utf-8", "replace"))))
         return replace(result, parts=list(others[rng.integers(len(others))]))
 
     def view(self, entry: ImageEntry, observed: bool) -> Image.Image:
@@ -136,7 +136,8 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int, only: int | 
     """Return the environment of the controls `blank` and `shuffle`. Image sizes and token counts do not change.
 
     Args:
-        done: trajectories of the normal evaluation; `shuffle` draws from what their calls returned.
+        done: trajectories of the normal evaluation; `shuffle` draws from what their calls returned, of those whose images are in
+            this process.
         seed: seed of that draw.
         only: see `ShuffledEnvironment`.
     Raises:
@@ -147,10 +148,11 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int, only: int | 
     if control == "blank":
         return BlankEnvironment
     calls = [
-        (fingerprint(t.images, t.task), t, turn.call)
-        for t in done for turn in t.turns if turn.call and turn.call.status == CallStatus.EXECUTED
+        (fingerprint(t.images, t.task), t.images, turn.call)
+        for t in done if t.images is not None
+        for turn in t.turns if turn.call and turn.call.status == CallStatus.EXECUTED
     ]  # fmt: skip
-    pool = [(owner, t.images[number - 1].pixels) for owner, t, call in calls for number in call.images]
+    pool = [(owner, images[number - 1].pixels) for owner, images, call in calls for number in call.images]
     texts = [(owner, call.name, call.parts) for owner, _, call in calls if not call.images]
     return partial(ShuffledEnvironment, pool=pool, texts=texts, seed=seed, only=only)
 

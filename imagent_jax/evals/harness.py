@@ -11,6 +11,7 @@ from typing import Any
 
 from imagent_jax.chat import QWEN
 from imagent_jax.config import Config
+from imagent_jax.data.check import TaskCheck
 from imagent_jax.evals.benchmark import Benchmark, Questions
 from imagent_jax.evals.benchmarks import named
 from imagent_jax.rollout.collect import Collector
@@ -49,6 +50,17 @@ class Opened:
         return [self.benchmark.prompted(task) for task in tasks] if self.prompted else tasks
 
 
+class _Check:
+    """Tries whether a run can use a task as it is shown (`data.check.TaskCheck`)."""
+
+    def __init__(self, check: TaskCheck, benchmark: Benchmark, prompted: bool):
+        self.check, self.benchmark, self.prompted = check, benchmark, prompted
+        self.fingerprint = f"{check.fingerprint} {prompted}"
+
+    def __call__(self, task: Task, sizes: Sequence[tuple[int, int]]) -> None:
+        self.check(self.benchmark.prompted(task) if self.prompted else task, sizes)
+
+
 def open_benchmark(spec: str, cfg: Config, collector: Collector, progress: Callable[[str], None] = lambda words: None) -> Opened:
     """Return the benchmark that "NAME" or "NAME=PATH" names, with its rows.
 
@@ -58,10 +70,7 @@ def open_benchmark(spec: str, cfg: Config, collector: Collector, progress: Calla
     benchmark, path = named(spec)
     shuffle, prompted = {"auto": None, "on": True, "off": False}[cfg.eval.shuffle_options], cfg.eval.prompt == "benchmark"
 
-    def check(task: Task, sizes: Sequence[tuple[int, int]]) -> None:
-        collector.check(benchmark.prompted(task) if prompted else task, sizes)
-
-    check.fingerprint = f"{collector.check.fingerprint} {cfg.eval.prompt}"
+    check = _Check(collector.check, benchmark, prompted)
     return Opened(benchmark, benchmark.open(path, cfg.data, shuffle=shuffle, check=check, progress=progress), prompted)
 
 

@@ -2,20 +2,11 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from imagent_jax.config import JudgeConfig
 from imagent_jax.evals.harness import Record
 from imagent_jax.rl.llm_judge import LLMJudge
-from imagent_jax.types import EndReason, Task
-
-
-class _Said(NamedTuple):
-    """A reply as the judge takes trajectories."""
-
-    task: Task
-    answer: str | None
-    end: EndReason
+from imagent_jax.types import Task
 
 
 def judge_replies(cfg: JudgeConfig, tasks: Sequence[Task], records: Sequence[Record]) -> None:
@@ -29,7 +20,7 @@ def judge_replies(cfg: JudgeConfig, tasks: Sequence[Task], records: Sequence[Rec
     async def scores() -> list[float | BaseException]:
         judge = LLMJudge(cfg)
         await judge.check()
-        return await judge([_Said(task, sample["reply"], EndReason[sample["end"]]) for task, sample in samples])
+        return await judge.scores([(task, sample["reply"]) for task, sample in samples])
 
     for (_, sample), score in zip(samples, asyncio.run(scores()), strict=True):
         if isinstance(score, BaseException):

@@ -4,7 +4,6 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from rich.table import Table
@@ -113,7 +112,7 @@ def _examples(folder: Path, name: str, result: Result, pictures: Pictures) -> st
 
 def write_page(folder: Path, model: str, results: dict[str, Result], seconds: dict[str, float]) -> Path:
     """Write `report.html` into the folder of an evaluation and return its path."""
-    pictures, parts, e = Pictures(SimpleNamespace(path=folder)), [], html.escape
+    pictures, parts, e = Pictures(folder), [], html.escape
     for name, result in results.items():
         sentences = " ".join(about(result, seconds.get(name)))
         parts.append(f"<h2>{e(result['title'])}</h2><p>{e(sentences)}</p>")

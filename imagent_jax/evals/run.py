@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -38,15 +37,15 @@ def labels(specs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-class _Examples(TrajectoryLog):
-    """A log of trajectories in the folder of an evaluation."""
+class ResultFolder:
+    """The folder of an evaluation, as `TrajectoryLog` takes it."""
 
-    def __init__(self, folder: Path, collector: Collector):
-        def log(step: int, records: list[dict[str, Any]], name: str) -> None:
-            lines = (json.dumps(record) + "\n" for record in records)
-            (folder / "trajectories" / f"{name}-{step:06d}.jsonl").write_text("".join(lines))
+    def __init__(self, path: Path):
+        self.path = path
 
-        super().__init__(SimpleNamespace(path=folder, log_trajectories=log), collector.processor, collector.cfg)
+    def log_trajectories(self, step: int, records: list[dict[str, Any]], name: str = "train") -> None:
+        lines = (json.dumps(record) + "\n" for record in records)
+        (self.path / "trajectories" / f"{name}-{step:06d}.jsonl").write_text("".join(lines))
 
 
 def evaluate_benchmarks(policy: Policy, opened: dict[str, Opened], folder: Path, limit: int | None, console: Console) -> dict:
@@ -59,14 +58,14 @@ def evaluate_benchmarks(policy: Policy, opened: dict[str, Opened], folder: Path,
         ValueError: the folder holds samples of other settings.
     """
     collector, cfg, results, seconds = policy.collector, policy.cfg, {}, {}
-    examples = _Examples(folder, collector) if cfg.run.log_trajectories else None
+    examples = TrajectoryLog(ResultFolder(folder), collector.processor, cfg)
     for name, one in opened.items():
         count = one.count(limit)
         console.print(f"{one.benchmark.title}: {count:,} rows.")
         pieces = Pieces(folder / "samples" / f"{name}.jsonl", fingerprint(cfg, one, count, policy.folder))
         records, seconds[name] = sample(
             collector, policy.params, one, count, pieces,
-            keep=lambda groups, name=name: examples and examples.write(0, groups, name=name),
+            keep=lambda groups, name=name: examples.write(0, groups, name=name),
             progress=lambda done, total: console.print(f"  {done}/{total}"),
         )  # fmt: skip
         tasks = one.questions.facts[:count]

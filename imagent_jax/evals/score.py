@@ -84,8 +84,9 @@ def _places(rows: Sequence[Row], form: Form, path: Path) -> list[int] | None:
     repeated = [name for name, count in Counter(name for name in ids if name is not None).items() if count > 1]
     if repeated:
         raise ValueError(f"{path} has the id {repeated[0]!r} more than once; keep one prediction for each question.")
-    if all(isinstance(name, int) and 1 <= name <= form.rows for name in ids):
-        return [name - 1 for name in ids]
+    numbers = [name for name in ids if isinstance(name, int) and 1 <= name <= form.rows]
+    if len(numbers) == len(ids):
+        return [number - 1 for number in numbers]
     return list(range(form.rows)) if len(rows) == form.rows else None
 
 
@@ -99,7 +100,7 @@ def score_predictions(rows: Sequence[Row], form: Form, path: Path) -> dict[str, 
         answers = row["gt"] if isinstance(row["gt"], list) else [row["gt"]]
         task, reply = Task("", "", (), answers[0], other_answers=tuple(answers[1:])), row["pred_answer"]
         scored.append({
-            name: tuple(0.0 if reply is None else rule(task, reply) for rule in (metric.published, metric.strict))
+            name: tuple(0.0 if reply is None or rule is None else rule(task, reply) for rule in (metric.published, metric.strict))
             for name, metric in form.metrics.items()
         })  # fmt: skip
     n, simple = form.rows, form.simple

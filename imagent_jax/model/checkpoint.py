@@ -201,7 +201,9 @@ def _place(read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ..
         return jax.device_put(read((slice(None),) * len(shape)), may_alias=False).block_until_ready()
     placed: dict[tuple, jax.Array] = {}
     shards = []
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
+    for device, index in sharding.devices_indices_map(shape).items():
+        if device not in sharding.addressable_devices:
+            continue
         span = tuple(part.indices(n) for part, n in zip(index, shape, strict=True))
         shard = jax.device_put(placed[span] if span in placed else read(index), device, may_alias=False)
         placed.setdefault(span, shard.block_until_ready())
@@ -267,11 +269,11 @@ def from_pretrained(path: str | Path, *, mesh: Mesh | None = None, dtype=None, p
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
-def _gather(value: jax.Array, layer: int | None, transposed: bool, tensor: Tensor) -> np.ndarray:
+def _gather(value: jax.Array, layer: int | None, transposed: bool, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return one tensor on the host, assembled from the shards of all devices and processes."""
     one = value if layer is None else value[layer]
-    one = (one.T if transposed else one).astype(tensor.dtype)
-    return np.asarray(one if one.is_fully_addressable else process_allgather(one, tiled=True)).reshape(tensor.shape)
+    one = (one.T if transposed else one).astype(dtype)
+    return np.asarray(one if one.is_fully_addressable else process_allgather(one, tiled=True)).reshape(shape)
 
 
 def to_tensors(model: Model, params: nnx.State, dtype=None) -> dict[str, Tensor]:
@@ -283,15 +285,16 @@ def to_tensors(model: Model, params: nnx.State, dtype=None) -> dict[str, Tensor]
         shape = shape[::-1] if transposed else shape
         if key == "vision.patch_embed":
             shape = (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        form = Tensor(shape, jnp.dtype(dtype or value.dtype), None)
+        form = shape, jnp.dtype(dtype or value.dtype)
         for i in layers:
-            tensors[name.format(i)] = form._replace(read=partial(_gather, value, i, transposed, form))
+            tensors[name.format(i)] = Tensor(*form, partial(_gather, value, i, transposed, *form))
     return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file with one tensor in memory at a time (safetensors' own writer needs all of them)."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     names = {dtype: name for name, dtype in _DTYPES.items()}
     for name, tensor in tensors.items():
         offsets = [end, end := end + tensor.nbytes]
@@ -301,7 +304,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
 
 
 def save(

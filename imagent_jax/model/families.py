@@ -104,7 +104,7 @@ def read_config(hf: dict[str, Any]) -> VLMConfig:
         image_token_id=hf["image_token_id"],
         vision_start_token_id=hf["vision_start_token_id"],
         vision_end_token_id=hf["vision_end_token_id"],
-        model_type=kind,
+        model_type=hf["model_type"],
         name=next(published, f"{family.title} of another size"),
         hf=json.dumps(hf),
     )

@@ -6,7 +6,7 @@ features of a page at the tokens of a batch, and runs once for every page that t
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -65,7 +65,7 @@ class Pages:
     """Numbered arrays of one shape. The `room` newest are on the device.
 
     Args:
-        make: returns the array of a number that was not set.
+        make: returns the array of a number that was not set; None: there is none, and to read one is a KeyError.
         keep: older ones move to host memory; else they are made again.
     """
 
@@ -77,14 +77,14 @@ class Pages:
     def __len__(self) -> int:
         return len(self.device) + len(self.host)
 
-    def __iter__(self) -> Iterable[int]:
+    def __iter__(self) -> Iterator[int]:
         return iter(sorted([*self.device, *self.host]))
 
     def __getitem__(self, number: int) -> Shaped[Array, "..."]:
         if number in self.host:
             array, place = self.host[number]
             return jax.make_array_from_callback(array.shape, place, array.__getitem__)
-        if number not in self.device:
+        if number not in self.device and self.make:
             self[number] = self.make(number)
         return self.device[number]
 
@@ -100,7 +100,7 @@ class Pages:
 
 
 COUNTS = ("encoded", "shown", "patches", "packed")
-"""Names of the counters of a `FeatureStore`."""
+"""Names of the counters of `EncodedImages`."""
 
 
 class EncodedImages:
@@ -112,11 +112,14 @@ class EncodedImages:
 
     Attributes:
         packs: patches, coordinates and image ids of every page, where the tower is trained.
+        encoded: distinct images encoded; shown: images requested; patches: patches of encoded images; packed: patch slots of
+            encoded packs, padding included. All four are also metrics.
     """
 
     def __init__(self, model: Model, pages: Pages, rows: int, mesh: Mesh | None = None):
         self.model, self.pages, self.rows, self.mesh = model, pages, rows, mesh
         self.packs: list[tuple] = []
+        self.encoded = self.shown = self.patches = self.packed = 0
 
     def touched(self, vision: Int[np.ndarray, "..."]) -> list[int]:
         """Return the pages of some feature rows (-1: text). There is always one, so that every batch runs the same programs."""
@@ -175,20 +178,17 @@ class FeatureStore(EncodedImages):
         frozen: the vision tower is not trained. Remaining blocks that fill less than 7/8 of a pack then go into smaller packs, of
             a quarter of `pack_blocks` and of one block, which share a page.
 
-    Attributes:
-        encoded: distinct images encoded; shown: images requested; patches: patches of encoded images; packed: patch slots of
-            encoded packs, padding included. All four are also metrics.
     """
 
     def __init__(self, model: Model, params: nnx.State, pack_blocks: int, pages: int = 4, frozen: bool = False):
         if jax.process_count() > 1 and not frozen:  # packs of all processes form one, with equally many blocks per device
             pack_blocks = -(-pack_blocks // shard_count(GROUPS)) * shard_count(GROUPS)
-        self.params, self.frozen = params, frozen
+        self.params: nnx.State | None = params
+        self.frozen = frozen
         self.pack = pack_blocks * model.vision_block
         mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
         super().__init__(model, Pages(pages), self.pack // model.cfg.vision.merge_unit, mesh)
         self.sizes = sorted({1, -(-pack_blocks // 4), pack_blocks}) if frozen else [pack_blocks]
-        self.encoded = self.shown = self.patches = self.packed = 0
         self.pages[0], self._end = self.blank(), 0
         self._first: dict[tuple, int] = {}
 

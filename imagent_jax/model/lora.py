@@ -244,8 +244,8 @@ def _put(root: nnx.Module, key: str, a, b, scale: float) -> None:
 def _put_whole(root: nnx.Module, key: str, module: str, value: jax.Array) -> None:
     owner, name = _place(root, key)
     base = getattr(owner, name)
-    held = {"logical_axes": base.get_metadata()["logical_axes"], "dtype": base.get_value().dtype.name, "module": module}
-    setattr(owner, name, Saved(jnp.asarray(value, jnp.float32), **held))
+    axes, dtype = base.get_metadata()["logical_axes"], base.get_value().dtype.name
+    setattr(owner, name, Saved(jnp.asarray(value, jnp.float32), logical_axes=axes, dtype=dtype, module=module))
 
 
 def _adapters(model: Model, root: nnx.Module) -> Iterator[tuple[str, nnx.LoRAParam, nnx.LoRAParam]]:

@@ -42,14 +42,8 @@ class Processor:
         self.max_pixels = settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
         self.patch_size = settings.get("patch_size", 14)
         self.merge_size = settings.get("merge_size", 2)
-        markers = {
-            "image_token_id": "<|image_pad|>", "vision_start_id": "<|vision_start|>", "vision_end_id": "<|vision_end|>",
-        }  # fmt: skip
-        for name, marker in markers.items():
-            ids = tokenizer.encode(marker, add_special_tokens=False)
-            if len(ids) != 1:
-                raise ValueError(f"The tokenizer has no single token {marker}; use a Qwen2-VL tokenizer.")
-            setattr(self, name, ids[0])
+        markers = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+        self.image_token_id, self.vision_start_id, self.vision_end_id = (self._marker_id(marker) for marker in markers)
         whole = tokenizer.backend_tokenizer
         self._markers = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
         longest_first = sorted(self._markers, key=len, reverse=True)
@@ -79,6 +73,12 @@ class Processor:
         if (folder / "config.json").is_file():
             processor._check_vocabulary(folder)
         return processor
+
+    def _marker_id(self, marker: str) -> int:
+        ids = self.tokenizer.encode(marker, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"The tokenizer has no single token {marker}; use a Qwen2-VL tokenizer.")
+        return ids[0]
 
     def _check_vocabulary(self, folder: Path) -> None:
         cfg, last = read_folder(folder), max(self.tokenizer.get_vocab().values())

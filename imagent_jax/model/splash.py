@@ -28,8 +28,8 @@ class _GroupMask(splash_mask.Mask):
     def shape(self) -> tuple[int, int]:
         return self.g * self.s, self.p + self.g * self.s
 
-    def __getitem__(self, index) -> np.ndarray:
-        (q, q_end), (k, k_end) = (slice_.indices(n)[:2] for slice_, n in zip(index, self.shape, strict=True))
+    def __getitem__(self, idx) -> np.ndarray:
+        (q, q_end), (k, k_end) = (slice_.indices(n)[:2] for slice_, n in zip(idx, self.shape, strict=True))
         k, k_end, shape = k - self.p, k_end - self.p, (q_end - q, k_end - k)
         same_row = q // self.s == (q_end - 1) // self.s == max(k, 0) // self.s == (k_end - 1) // self.s
         if k_end <= 0 or (k >= 0 and same_row and q >= k_end - 1):
@@ -46,7 +46,7 @@ def _uniform(shape: tuple[int, int], value: bool) -> np.ndarray:
 
 
 @lru_cache
-def _splash_kernel(mask: _GroupMask | int, heads: int, interpret: bool):
+def _splash_kernel(mask: splash_mask.Mask | int, heads: int, interpret: bool):
     """Return the kernel for a static mask (an int: full attention among that many tokens)."""
     mask = splash_mask.FullMask((mask, mask)) if isinstance(mask, int) else mask
     bq, bk = (next(b for b in BLOCKS if n % b == 0) for n in mask.shape)

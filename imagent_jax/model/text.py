@@ -1,5 +1,6 @@
 """The decoder, with two streams: prompts, shared by a group, and the group's responses, which attend to the prompts."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -149,29 +150,35 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 N P"],
         prompt_len: Int[Array, " N"] | None = None,
         backend: str = "xla",
-        source: Bool[Array, "N P C"] | None = None,
         deep: Deep | None = None,
-    ) -> tuple[Float[Array, "N P D"], PromptCache | Float[Array, "L N P C"]]:
-        """Run the prompts alone; return the final hidden states (after the norm, before the head) and the prompt cache.
+    ) -> tuple[Float[Array, "N P D"], PromptCache]:
+        """Run the prompts alone; return the final hidden states (after the norm, before the head) and the prompt cache."""
+        hidden, kept = self._alone(x, positions, prompt_len, backend, deep, lambda _, k, v: cached(k, v))
+        return hidden, PromptCache(*zip(*kept, strict=True))
 
-        Args:
-            source: if given, every layer's `attention_shares` [L N P C] is returned in place of the cache.
-        """
+    def attention_by_source(
+        self, x: Float[Array, "N S D"], positions: Int[Array, "3 N S"], length: Int[Array, " N"],
+        source: Bool[Array, "N S C"], backend: str = "xla", deep: Deep | None = None,
+    ) -> Float[Array, "L N S C"]:  # fmt: skip
+        """Run rows alone; return every layer's `attention_shares`."""
+        _, kept = self._alone(x, positions, length, backend, deep, lambda q, k, _: attention_shares(q, k, length, source))
+        return jnp.stack(kept)
+
+    def _alone(self, x, positions, length, backend, deep, keep: Callable) -> tuple[Float[Array, "N P D"], list]:
+        """Run rows alone; return the final hidden states, and what `keep` returns of each layer's queries, keys and values."""
         rope, dtype = self._rope(positions), x.dtype
 
         def layer(x, w):
             w = gathered(self.layers, w)
             q, k, v = self._qkv(w, x, rope)
-            x = self._finish(w, x, attention(q, k, v, Causal(prompt_len), backend=backend))
-            kept = cached(k, v) if source is None else attention_shares(q, k, prompt_len, source)
-            return constrain(x, GROUPS), kept
+            x = self._finish(w, x, attention(q, k, v, Causal(length), backend=backend))
+            return constrain(x, GROUPS), keep(q, k, v)
 
         x, layers, kept = constrain(x, GROUPS), weights(self.layers, dtype), []
         for i in range(self.cfg.num_layers):
             x, one = layer(x, layer_of(layers, i))
             x = deep.add(x, i) if deep else x
             kept.append(one)
-        kept = PromptCache(*zip(*kept, strict=True)) if source is None else jnp.stack(kept)
         return rms_norm(x, weights(self, dtype)["norm"], self.cfg.rms_norm_eps), kept
 
     def extend(
@@ -242,10 +249,9 @@ class Decoder(nnx.Module):
             p, x = constrain(self._finish(w, p, prompt_out), GROUPS), constrain(self._finish(w, x, out), GROUPS)
             return (deep[0].add(p, index), deep[1].add(x, index)) if deep else (p, x), None
 
-        if remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
+        step = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         carry = constrain(prompt_x, GROUPS), constrain(x, GROUPS)
         inputs = weights(self.layers, dtype), jnp.arange(self.cfg.num_layers) if deep else None
-        carry, _ = jax.lax.scan(layer, carry, inputs, unroll=self.cfg.num_layers <= UNROLLED)
+        carry, _ = jax.lax.scan(step, carry, inputs, unroll=self.cfg.num_layers <= UNROLLED)
         norm = partial(rms_norm, scale=weights(self, dtype)["norm"], eps=self.cfg.rms_norm_eps)
         return norm(carry[0]), norm(carry[1])

@@ -151,10 +151,6 @@ class VisionTower(nnx.Module):
     """
 
     BLOCKS: Callable[[VisionConfig, Maker], VisionBlocks]
-    feed_forward: Callable[[dict[str, jax.Array], Float[Array, "*b D"]], Float[Array, "*b D"]]
-    """Applies the MLP of one block, given its parameters."""
-    merge_deep: Callable[[int, Float[Array, "B S D"]], Float[Array, "B U E"]]
-    """Returns the features of `cfg.deepstack[index]`, given the output of that block; only of a family with DeepStack."""
 
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, dtype):
         self.cfg = cfg
@@ -173,6 +169,15 @@ class VisionTower(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Return the input of the first block, given normalised patches and the tower's own parameters `w`."""
         return x @ w["patch_embed"]
+
+    @staticmethod
+    def feed_forward(w: dict[str, jax.Array], x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """Apply the MLP of one block, given its parameters."""
+        raise NotImplementedError
+
+    def merge_deep(self, index: int, x: Float[Array, "B S D"]) -> Float[Array, "B U E"]:
+        """Return the features of `cfg.deepstack[index]`, given the output of that block; only of a family with DeepStack."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -201,7 +206,7 @@ class VisionTower(nnx.Module):
         Raises:
             ValueError: M is not a multiple of `block`.
         """
-        cfg, w = self.cfg, gathered(self, weights(self, dtype))
+        cfg, w = self.cfg, gathered(self, weights(self, dtype))  # ty: ignore[invalid-argument-type] - no layers, no tuples
         m = patches.shape[0]
         if m % block or block % cfg.merge_unit:
             raise ValueError(f"{m} patches do not fill blocks of {block}; pad the pack to a multiple.")

@@ -131,7 +131,7 @@ def attention_by_source(
     """Return the share of every token's attention that goes to each of C sources, by layer; see `attention_shares`."""
     text = model.bind(params).text
     x, deep = embed(model, params, ids, vision, shown), deep_features(model, shown)
-    return text.prefill(x, positions, length, model.attention, source, deep)[1]
+    return text.attention_by_source(x, positions, length, source, model.attention, deep)
 
 
 def extend(
@@ -147,13 +147,13 @@ def extend(
     cache: ResponseCache,
     shown: Float[Array, "B S E"] | None = None,
 ) -> tuple[Float[Array, "B V"], ResponseCache]:
-    """Append `count[b] <= S` tokens to response row b, from index `start[b]` on. Without `shown`, they are text.
+    """Append `count[b] <= S` tokens to response row b, from index `start[b]` on. Without `vision` and `shown`, they are text.
 
     Returns:
         Logits after the last appended token of each row (float32), and the cache.
     """
     text = model.bind(params).text
-    plain = shown is None
+    plain = vision is None or shown is None
     x = jnp.asarray(text.embed[...], model.dtype)[ids] if plain else embed(model, params, ids, vision, shown)
     deep = None if plain else deep_features(model, shown)
     hidden, cache = text.extend(x, positions, start, prompt, prompt_len, cache, deep)
@@ -236,7 +236,7 @@ def response_logprobs(
     """
     with jax.named_scope("two_streams"):
         text = model.bind(params).text
-        deep = tuple(deep_features(model, one) for one in shown)
+        deep_prompt, deep_response = (deep_features(model, one) for one in shown)
         prompt, hidden = text.two_streams(
             embed(model, params, prompt_ids, prompt_vision, shown[0]),
             prompt_positions,
@@ -246,7 +246,7 @@ def response_logprobs(
             response_len,
             model.remat,
             model.attention,
-            deep if all(deep) else None,
+            (deep_prompt, deep_response) if deep_prompt and deep_response else None,
         )
         n, g, r, d = hidden.shape
         last = jnp.take_along_axis(prompt, prompt_len[:, None, None] - 1, axis=1)[:, None]  # [N 1 1 D]

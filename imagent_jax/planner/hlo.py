@@ -94,7 +94,8 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
     """Return the trip count of the `while` on a line, 1 if it is unknown."""
     if known := _TRIPS.search(line):
         return int(known[1])
-    condition = "\n".join(computations.get(re.search(r"condition=%?([\w.\-]+)", line)[1], ()))
+    named = re.search(r"condition=%?([\w.\-]+)", line)
+    condition = "\n".join(computations.get(named[1], ()) if named else ())
     if limit := _BELOW.search(condition):
         constant = re.search(rf"%?{re.escape(limit[1])} = s32\[\][^ ]* constant\((\d+)\)", condition)
         return int(constant[1]) if constant else 1
@@ -104,7 +105,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 def _bytes(shapes: str, started: bool) -> int:
     """Return the bytes of an array or a tuple of arrays; for an asynchronous start (operands, results, ...), of the largest."""
     sizes = [
-        math.prod(map(int, filter(None, dims.split(",")))) * (_BITS.get(kind) or int(re.search(r"\d+", kind)[0])) // 8
+        math.prod(map(int, filter(None, dims.split(",")))) * (_BITS.get(kind) or int(re.findall(r"\d+", kind)[0])) // 8
         for kind, dims in _ARRAY.findall(shapes)
     ]
     return max(sizes, default=0) if started else sum(sizes)

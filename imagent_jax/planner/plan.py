@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not fits and not own.no_remedy and not own.only:
                 settings, remedied, tried = nearest(cfg, plan, say)
                 record["nearest"] = remedied and {"changes": settings} | remedied.to_dict()
-                if remedied:
+                if settings and remedied:
                     found = f"It fits ({remedied.peak.total / 1e9:.2f} GB) with {options(settings)}"
                     console.print(found, soft_wrap=True)
                 else:

@@ -279,7 +279,9 @@ def programs(held: RunArrays) -> Iterator[Program]:
         mask_tables(cfg.mask), np.float32(1),
         logprobs if cfg.grpo.kl else None, logprobs if cfg.grpo.recompute else None,
     )  # fmt: skip
-    yield Program("train", learner.accumulate, (model, cfg, held.learns), accumulate, learning, micro, "update")
+    yield Program(
+        "train", learner.accumulate, (model, learner.LossSettings.of(cfg), held.learns), accumulate, learning, micro, "update"
+    )
     if held.learns:
         pull, static = (held.params, *pack, held.of_pages[0]), (model, learner.trained_filter(cfg))
         yield Program("vision backward", features._pull_back, static, pull, learning, cfg.images.pages, "update")

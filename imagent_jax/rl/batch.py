@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import TYPE_CHECKING, Any, no_type_check
 
 import jax
 import numpy as np
@@ -16,7 +16,10 @@ from imagent_jax.model.interleave import pad_prompts
 from imagent_jax.rollout.batch import RolloutBatch
 from imagent_jax.types import TokenKind, Trajectory
 
-AnyArray = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    AnyArray = Any  # in a pytree also tracers, shapes and shardings
+else:
+    AnyArray = jax.Array | np.ndarray
 
 
 @no_type_check  # as a pytree it may hold shapes or shardings in place of arrays

@@ -195,7 +195,7 @@ def _bad_calls(history: History, status: str, limit: float, words: str) -> str |
 def _masked_for(history: History) -> str:
     """Return the reason for which the mask drops most tokens."""
     reasons = {k.rpartition("/")[2]: _mean(history, k) for k in history[-1] if k.startswith("mask/dropped_tokens/")}
-    return max(reasons, key=reasons.get, default="unknown")
+    return max(reasons, key=lambda reason: reasons[reason], default="unknown")
 
 
 def _mean(history: History, key: str) -> float:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Judged(NamedTuple):
     pass_rates: list[tuple[str, float]]
 
 
-Scores = list[dict[str, float | str]]
+Scores = list[dict[str, Any]]
 """What `score_trajectories` gives for each trajectory of a group."""
 
 

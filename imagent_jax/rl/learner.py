@@ -6,6 +6,7 @@ the features is summed over micro-batches and back-propagated through the tower 
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from imagent_jax.config import Config
+from imagent_jax.config import Config, GRPOConfig
 from imagent_jax.model.features import EncodedImages, Pages
 from imagent_jax.model.sharding import constrain_params
 from imagent_jax.model.vlm import Model, response_logprobs
@@ -21,6 +22,17 @@ from imagent_jax.rl.batch import GroupBatch, learning_groups, micro_batches, mic
 from imagent_jax.rl.loss import finish_metrics, loss_normaliser, policy_loss
 from imagent_jax.rl.mask import MaskTables, two_level_mask
 from imagent_jax.types import TokenKind
+
+
+class LossSettings(NamedTuple):
+    """The settings that change the compiled loss. `temperature`: of the sampled softmax."""
+
+    grpo: GRPOConfig
+    temperature: float
+
+    @classmethod
+    def of(cls, cfg: Config) -> "LossSettings":
+        return cls(cfg.grpo, cfg.rollout.temperature)
 
 
 def score(model: Model, params: nnx.State, batch: GroupBatch, shown, temperature: float):
@@ -35,7 +47,9 @@ def score(model: Model, params: nnx.State, batch: GroupBatch, shown, temperature
 score_jit = jax.jit(score, static_argnums=0, static_argnames="temperature")
 
 
-def batch_loss(model, cfg, trained, frozen, shown, batch: GroupBatch, tables: MaskTables, normaliser, reference, old):
+def batch_loss(
+    model, settings: LossSettings, trained, frozen, shown, batch: GroupBatch, tables: MaskTables, normaliser, reference, old
+):
     """Return the loss of a micro-batch and its metrics (sums and counts).
 
     Args:
@@ -46,30 +60,30 @@ def batch_loss(model, cfg, trained, frozen, shown, batch: GroupBatch, tables: Ma
         old: the trainer's log-probabilities before the first update [N G R], or None: those of the sampler.
     """
     params = nnx.merge_state(trained, frozen)
-    logprobs, entropy = score(model, params, batch, shown, cfg.rollout.temperature)
+    logprobs, entropy = score(model, params, batch, shown, settings.temperature)
     mask = two_level_mask(batch.kind, batch.end, batch.advantages, tables.action, tables.trajectory)
     observed = batch.kind == TokenKind.OBSERVATION  # observations that train (an ablation) were not sampled: their weight is 1
     sampler = None if old is None else jnp.where(observed, old, batch.logprobs)
     return policy_loss(
-        logprobs, batch.logprobs if old is None else old, batch.advantages, mask, cfg=cfg.grpo, normaliser=normaliser,
+        logprobs, batch.logprobs if old is None else old, batch.advantages, mask, cfg=settings.grpo, normaliser=normaliser,
         ref_logprobs=reference, sampler_logprobs=sampler, entropy=entropy,
     )  # fmt: skip
 
 
 @partial(jax.jit, static_argnums=0)
-def group_normalisers(cfg, batch, tables):
+def group_normalisers(grpo: GRPOConfig, batch, tables):
     """Return each group's contribution to the denominator of the loss, [N]."""
     mask = two_level_mask(batch.kind, batch.end, batch.advantages, tables.action, tables.trajectory)
-    return loss_normaliser(mask, cfg=cfg.grpo)
+    return loss_normaliser(mask, cfg=grpo)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def accumulate(model, cfg, with_shown, trained, frozen, total, shown, batch, tables, normaliser, reference, old):
+def accumulate(model, settings, with_shown, trained, frozen, total, shown, batch, tables, normaliser, reference, old):
     """Add a micro-batch's gradient of the trained parameters to `total`. Returns it, the loss, its metrics, and the gradient of
     `shown` if the tower is trained (else none)."""
 
     def loss(trained, shown):
-        return batch_loss(model, cfg, trained, frozen, shown, batch, tables, normaliser, reference, old)
+        return batch_loss(model, settings, trained, frozen, shown, batch, tables, normaliser, reference, old)
 
     argnums = (0, 1) if with_shown else (0,)
     (value, metrics), (gradient, *of_shown) = jax.value_and_grad(loss, argnums, has_aux=True)(trained, shown)
@@ -98,7 +112,7 @@ class Learner:
     """
 
     def __init__(self, model: Model, cfg: Config, optimizer, tables: MaskTables, reference: nnx.State | None = None):
-        self.model, self.cfg, self.optimizer, self.tables = model, cfg, optimizer, tables
+        self.model, self.settings, self.optimizer, self.tables = model, LossSettings.of(cfg), optimizer, tables
         self.warm = False
         self.trained = trained_filter(cfg)
         self.reference = reference
@@ -109,7 +123,8 @@ class Learner:
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
         """Return the trained and the frozen parameters; see `trained_filter`."""
-        return nnx.split_state(params, self.trained, ...)
+        trained, frozen = nnx.split_state(params, self.trained, ...)
+        return trained, frozen
 
     def init(self, params: nnx.State):
         return self.optimizer.init(self.split(params)[0])
@@ -124,8 +139,9 @@ class Learner:
         Returns:
             Parameters, optimizer state, and metrics (floats, over the groups that were run).
         """
-        cfg, sums = self.cfg.grpo, []
-        images = store.encode_again(self.reference) if cfg.kl and self._learns(params) else store  # as the reference sees them
+        cfg, sums = self.settings.grpo, []
+        seen = self.reference if self._learns(params) else None  # by other parameters than those of the rollout
+        images = store if seen is None else store.encode_again(seen)
 
         def with_logprobs(part: GroupBatch):  # the micro-batch, and log-probabilities of reference and trainer
             kl = self._score(self.reference, part, images) if cfg.kl else None
@@ -136,7 +152,7 @@ class Learner:
                 self._gradient(params, [with_logprobs(take_groups(batch, np.zeros(1, int), width, size))], store, 1.0, fresh=True)
             self.warm = True
         index = np.arange(len(batch.prompt_len)) if cfg.kl else learning_groups(batch, cfg.minibatches)
-        weight = np.asarray(group_normalisers(self.cfg, batch, self.tables))
+        weight = np.asarray(group_normalisers(cfg, batch, self.tables))
         idle = (weight.sum() - weight[index].sum()) / cfg.minibatches
         updates = [
             (idle + sum(weight[taken].sum() for taken, _ in update), [with_logprobs(part) for _, part in update])
@@ -159,7 +175,7 @@ class Learner:
 
     def _score(self, params, part: GroupBatch, images: EncodedImages):
         shown = shown_in(images, part)
-        return score_jit(self.model, params, place_groups(part), shown, temperature=self.cfg.rollout.temperature)[0]
+        return score_jit(self.model, params, place_groups(part), shown, temperature=self.settings.temperature)[0]
 
     def _gradient(self, params, parts, store, normaliser, fresh: bool):
         """Return the gradient of one update, and the metrics of its micro-batches.
@@ -173,8 +189,8 @@ class Learner:
         total, of_pages, sums = jax.tree.map(jnp.zeros_like, trained), Pages(images.pages.room, images.blank), []
         for part, reference, old in parts:
             total, value, metrics, *of_shown = accumulate(
-                self.model, self.cfg, learns, trained, frozen, total, shown_in(images, part), place_groups(part), self.tables,
-                np.float32(normaliser), reference, old,
+                self.model, self.settings, learns, trained, frozen, total, shown_in(images, part), place_groups(part),
+                self.tables, np.float32(normaliser), reference, old,
             )  # fmt: skip
             for gradients in of_shown:
                 for gradient, vision in zip(gradients, _vision(part), strict=True):
@@ -188,7 +204,7 @@ class Learner:
 def summed(of_parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return the metrics of an update from those of its micro-batches, on the host. (On a device, the first update of several
     micro-batches would compile their sum.)"""
-    total = {name: sum(part[name] for part in of_parts) for name in of_parts[0]}
+    total: dict[str, Any] = {name: sum(part[name] for part in of_parts) for name in of_parts[0]}
     loss = total.pop("loss")
     return finish_metrics(total) | {"loss": loss}
 

@@ -13,9 +13,10 @@ import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from imagent_jax.config import JudgeConfig
-from imagent_jax.types import EndReason, Trajectory, quote
+from imagent_jax.types import EndReason, Task, Trajectory, quote
 
 PROMPT = """You grade the answer that an assistant gave to a question about images. You do not see the images. \
 Compare the answer with the reference answers, of which one suffices. Wording, order and detail do not matter; what is \
@@ -77,11 +78,14 @@ class LLMJudge:
 
         Unread, a trajectory scores 0 that has no answer, has one longer than `LONGEST` or failed on an environment error.
         """
+        return await self.scores([(t.task, None if t.end == EndReason.FAULT else t.answer) for t in trajectories])
+
+    async def scores(self, answers: Sequence[tuple[Task, str | None]]) -> list[float | BaseException]:
+        """Return the score of each answer to a task in 0..1, or the error for which there is none; see `__call__`."""
         prompts = [
-            self.prompt(t.task.text, t.task.answers, t.answer)
-            if t.end != EndReason.FAULT and t.answer and len(t.answer) <= LONGEST else None
-            for t in trajectories
-        ]  # fmt: skip
+            self.prompt(task.text, task.answers, answer) if answer and len(answer) <= LONGEST else None
+            for task, answer in answers
+        ]
         asked = list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
         scores = dict(zip(asked, await asyncio.gather(*map(self.score, asked), return_exceptions=True), strict=True))
         return [scores.get(prompt, 0.0) for prompt in prompts]
@@ -112,7 +116,8 @@ class LLMJudge:
         path = self.folder / key[:2] / f"{key}.json"
         if (score := _read(path)) is None:
             _write(path, {"model": self.cfg.model, "prompt": prompt, "reply": await self._ask(prompt)})
-            score = _read(path)
+            if (score := _read(path)) is None:
+                raise OSError(f"The reply of the judge that was just written to {path} cannot be read.")
         return score
 
     async def _ask(self, prompt: str) -> str:
@@ -136,12 +141,14 @@ class LLMJudge:
         raise OSError(f"The judge at {self.cfg.base_url} gave no verdict ({type(failure).__name__}: {words})") from failure
 
     async def _reply(self, prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        for option in range(self.option, len(_OPTIONS)):
+        option = self.option
+        while True:
+            options: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], **_OPTIONS[option]}
             try:
-                made = await self.client.chat.completions.create(model=self.cfg.model, messages=messages, **_OPTIONS[option])
+                made = await self.client.chat.completions.create(model=self.cfg.model, **options)
             except self.refused:
-                if option + 1 == len(_OPTIONS):
+                option += 1
+                if option == len(_OPTIONS):
                     raise
                 continue
             self.option = option

@@ -97,6 +97,7 @@ def reward_functions(cfg: RewardConfig, judge: JudgeConfig | None = None, used: 
     """Return every reward by name. Call it at start-up, so that invalid settings fail early; it asks the judge one question.
 
     Args:
+        judge: default: the settings' defaults.
         used: rewards that have a weight for some tasks, whatever `cfg` says.
     Raises:
         ValueError: see `custom_reward` and `LLMJudge`; math-verify is not installed.
@@ -105,8 +106,9 @@ def reward_functions(cfg: RewardConfig, judge: JudgeConfig | None = None, used: 
         check_installed()
     parts = {name: Part(getattr(cfg, name), REWARDS[name]) for name in REWARDS}
     if cfg.judge or "judge" in used:
-        parts["judge"] = Part(cfg.judge, LLMJudge(judge))
-        asyncio.run_coroutine_threadsafe(parts["judge"].function.check(), _loop()).result()
+        model = LLMJudge(judge or JudgeConfig())
+        parts["judge"] = Part(cfg.judge, model)
+        asyncio.run_coroutine_threadsafe(model.check(), _loop()).result()
     return parts | {path: Part(weight, custom_reward(path), cfg.timeout_s) for path, weight in cfg.custom_weights.items()}
 
 
@@ -115,7 +117,7 @@ def reward_functions(cfg: RewardConfig, judge: JudgeConfig | None = None, used: 
 
 def score_trajectories(
     trajectories: Sequence[Trajectory], functions: dict[str, Part], concurrency: int = 16
-) -> list[dict[str, float | str]]:
+) -> list[dict[str, Any]]:
     """Return every reward of every trajectory by name, and their weighted sum, `total`.
 
     A reward that abstains is left out. Where all with a weight abstain, there is no `total`. A reward that raises, takes too long

@@ -100,7 +100,7 @@ def join_batches(own: RolloutBatch) -> RolloutBatch:
         return processes.stack_rows(part)
 
     store = EncodedImages(own.store.model, Pages(own.store.pages.room, stacked, keep=False), count * rows, get_mesh())
-    if not own.store.frozen:
+    if isinstance(own.store, FeatureStore) and not own.store.frozen:
         store.packs = spread_packs(own.store)
     for name in COUNTS:
         setattr(store, name, sum(getattr(one.store, name) for one in everyone))

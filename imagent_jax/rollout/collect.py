@@ -2,8 +2,6 @@
 
 import contextlib
 import threading
-import time
-import traceback
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from imagent_jax.chat import QWEN, Call, MalformedCall
+from imagent_jax.chat import QWEN
 from imagent_jax.chat.prompts import read_prompt
-from imagent_jax.config import Config, ToolsConfig
+from imagent_jax.config import Config
 from imagent_jax.distributed import processes
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import lora
@@ -31,9 +29,10 @@ from imagent_jax.rollout.batch import Grade, Refill, RolloutBatch, join_batches
 from imagent_jax.rollout.engine import Engine, EngineShape, Request
 from imagent_jax.rollout.environment import ToolEnvironment, environment_class
 from imagent_jax.rollout.episode import Episode, Rules
+from imagent_jax.rollout.pending import PendingCalls
 from imagent_jax.rollout.prompt_check import PromptCheck, check_length
 from imagent_jax.rollout.stops import stop_table
-from imagent_jax.tools import CallPool, ToolSet, ToolSettings, fault
+from imagent_jax.tools import ToolSet, ToolSettings
 from imagent_jax.types import CallResult, Task, Trajectory, Turn
 
 
@@ -120,7 +119,7 @@ class Collector:
 
     def parts(self, task: Task, images: Sequence[PreparedImage]) -> list[str | tuple[str, ...] | PreparedImage]:
         """Return the prompt of a task in parts (`interleave.encode_parts`), given its images."""
-        return self.chat.render_task(self.system(task.tools), task.shown, images)
+        return self.chat.render_task(self.system(task.tools, task.environment), task.shown, images)
 
     @cached_property
     def check(self) -> PromptCheck:
@@ -167,7 +166,7 @@ class Collector:
         params = processes.own_copy(params)
         with contextlib.suppress(Stopped), processes.alone():
             own = self._collect(params, parts, opened, room, sampling, grade)
-        if any(processes.gather(own is None)):
+        if any(processes.gather(own is None)) or own is None:
             raise Stopped
         return join_batches(own)
 
@@ -201,7 +200,7 @@ class Collector:
         for _ in run.turns():
             pass
         engine.store.params = None  # it encodes no more: gathered parameters are not kept while training
-        groups = sorted(filter(None, run.done), key=lambda group: bool(group.grade and not group.grade.spread))
+        groups = sorted(run.done.values(), key=lambda group: (bool(group.grade and not group.grade.spread), group.index))
         count = sum(turn.stop - turn.start for group in groups for t in group.trajectories for turn in t.turns)
         kept, replaced = groups[: len(parts[0])], groups[len(parts[0]) :]
         return RolloutBatch(
@@ -266,7 +265,7 @@ class _Run:
         self.submitted: dict[int, OpenedTask] = {}
         self.groups: dict[int, Group] = {}  # by slot
         self.episodes: dict[int, Episode] = {}  # by row
-        self.done: list[Group] = [None] * len(self.drawn)
+        self.done: dict[int, Group] = {}  # by place in `drawn`
         self.calls = PendingCalls(collector.rules, collector.cfg.tools)
 
     def turns(self) -> Iterator[Turn]:
@@ -333,71 +332,6 @@ class _Run:
                 if self.spares and not group.grade.spread:
                     self.queue.append(self.spares.popleft())
         self.engine.clock.lap("host")
-
-
-class PendingCalls:
-    """Calls in progress, by row, in the order in which they were made. Images that a call shows are prepared on its thread."""
-
-    def __init__(self, rules: Rules, cfg: ToolsConfig):
-        self.rules, self.timeout_s, self.patience_s = rules, cfg.timeout_s, cfg.patience_s
-        self.pool = CallPool(cfg.workers, cfg.timeout_s)
-        self.calling: dict[int, Call | MalformedCall] = {}
-        self.late: set[int] = set()  # rows whose calls were waited for in vain
-        self.results: dict[int, tuple[CallResult, list[PreparedImage]]] = {}
-
-    def submit(self, row: int, episode: Episode, call: Call | MalformedCall) -> None:
-        """Start a call."""
-        environment, prepare = episode.environment, self.rules.prepare
-
-        def seen(result: CallResult) -> tuple[CallResult, list[PreparedImage]]:
-            images = environment.images
-            try:
-                return result, [prepare(environment, images[number - 1], observed=True) for number in result.images]
-            except Exception:  # noqa: BLE001 - of an environment of the user's
-                return fault(traceback.format_exc(), call), []
-
-        def run() -> CallResult:
-            began = time.perf_counter()
-            try:
-                result = environment.step(call)
-            except Exception:  # noqa: BLE001 - of an environment of the user's
-                result = fault(traceback.format_exc(), call)
-            return replace(result, seconds=time.perf_counter() - began)
-
-        self.calling[row] = call
-        self.pool.submit(row, run, seen)
-
-    def due(self, engine: Engine) -> dict[int, tuple[CallResult, list[PreparedImage]]]:
-        """Return the results that rows get next: those that called first, as soon as they are a quarter of the batch or nothing
-        else is left to do. Their calls are waited for; while other rows could go on, only for `tools.patience_s`. What is
-        slower than that comes whenever it is there."""
-        self._poll()
-        waiting = [b for b in self.calling if b not in self.late or b in self.results]
-        if len(waiting) < engine.quarter and engine.live.any():
-            return {}
-        waiting = engine.fitting(waiting or self.calling)
-        give_up = time.perf_counter() + self.patience_s
-        while any(b not in self.results for b in waiting):
-            self._poll(0.1)
-            others = engine.live.any() or any(b in self.results for b in waiting)
-            if others and time.perf_counter() > give_up:
-                self.late.update(b for b in waiting if b not in self.results)
-                break
-        engine.clock.lap("tools")
-        due = {b: self.results.pop(b) for b in waiting if b in self.results}
-        for b in due:
-            del self.calling[b]
-        self.late.difference_update(due)
-        return due
-
-    def _poll(self, timeout_s: float = 0.0) -> None:
-        for row, result in self.pool.poll(timeout_s):
-            self.results[row] = (self._overdue(row), []) if result is None else result
-
-    def _overdue(self, row: int) -> CallResult:
-        call = self.calling[row]
-        name = call.name if isinstance(call, Call) else "reading a call"
-        return replace(fault(f"{name} ran longer than {self.timeout_s:g} s", call), seconds=self.timeout_s)
 
 
 def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:

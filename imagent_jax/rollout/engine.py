@@ -7,8 +7,8 @@ slot is free; rows decode together, stop by themselves at the end of a turn, and
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Request(NamedTuple):
         temperature: of the sampled softmax; 0 takes the likeliest token.
     """
 
-    key: Hashable
+    key: Any
     prompt: Encoded
     seed: int
     stream: int
@@ -59,7 +59,7 @@ class Request(NamedTuple):
 class Admitted(NamedTuple):
     """A request in its slot: the numbers of its rows, and the feature row of every prompt token (-1: text; int32 [S])."""
 
-    key: Hashable
+    key: Any
     rows: range
     vision: np.ndarray
 

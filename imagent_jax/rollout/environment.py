@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from imagent_jax.chat import Action
+from imagent_jax.chat import Call, MalformedCall
 from imagent_jax.config import ImagesConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.images.decode import read_image
@@ -53,7 +53,7 @@ class ToolEnvironment:
         """The tools of the run, then the methods of a subclass that are tools."""
         names = dict.fromkeys(name for kind in reversed(type(self).__mro__) for name in vars(kind))
         own = [getattr(self, name) for name in names if isinstance(getattr(type(self), name), Tool)]
-        return ToolSet([*self._given, *own]) if own else self._given
+        return ToolSet([*self._given, *own], self._given.changes) if own else self._given
 
     def reset(self, task: Task) -> None:
         """Number the images of a task from 1, each with the size at which the policy sees it.
@@ -101,7 +101,7 @@ class ToolEnvironment:
         """The numbered images, in order."""
         return tuple(self._registry)
 
-    def step(self, call: Action) -> CallResult:
+    def step(self, call: Call | MalformedCall) -> CallResult:
         """Run a call. Images that a tool made are kept only where the call is EXECUTED. Never raises for what the policy wrote
         or a tool did."""
         fork = self._registry.fork()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from imagent_jax.chat import Call, MalformedCall, QwenChat, extract_answer
+from imagent_jax.chat import Answer, Call, MalformedCall, QwenChat, Text, extract_answer
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
@@ -62,14 +62,15 @@ class Episode:
         kinds = token_kinds(ids, text, self.rules.processor, chat)
         self._add(kinds, positions, np.full(len(ids), -1, np.int32), self.position + len(ids))
         full = self.length >= self.rules.response_tokens
-        if not chat.makes_call(text):
+        action = chat.parse(text)
+        if isinstance(action, (Answer, Text)):
             void = EndReason.TRUNCATED if full else EndReason.VOID
-            return self._finish(void if extract_answer(text) is None else EndReason.ANSWERED)
+            return self._finish(EndReason.ANSWERED if isinstance(action, Answer) else void)
         if full and not chat.is_complete(text):
             return self._finish(EndReason.TRUNCATED)
         if sum(turn.call is not None for turn in self.turns) >= self.rules.max_turns:
             return self._finish(EndReason.OVER_TURNS)
-        return chat.parse(text)
+        return action
 
     def respond(self, result: CallResult, images: list[PreparedImage]) -> Encoded | None:
         """Take the result of a call and the images that it shows, prepared. Returns the observation; None where the episode
@@ -118,7 +119,7 @@ class Episode:
             positions=np.concatenate(self.positions, axis=1),
             vision=np.concatenate(self.vision),
             turns=self.turns,
-            end=self.end,
+            end=EndReason(self.end),  # fails before the end
             answer=extract_answer(self.turns[-1].text) if self.end == EndReason.ANSWERED else None,
             images=self.environment.images,
             error=self.error,

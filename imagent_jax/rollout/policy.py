@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 
 from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config
-from imagent_jax.data.check import Progress
+from imagent_jax.data.check import Progress, Tasks
 from imagent_jax.data.pipeline import open_tasks
 from imagent_jax.distributed import processes
 from imagent_jax.distributed.mesh import make_mesh
@@ -25,7 +26,7 @@ from imagent_jax.tools.mcp_servers import mcp_tools
 from imagent_jax.types import Task
 
 
-def model_settings(cfg: Config, platform: str | None = None) -> dict[str, str | int]:
+def model_settings(cfg: Config, platform: str | None = None) -> dict[str, Any]:
     """Return the fields of `Model` for a configuration.
 
     Args:
@@ -62,7 +63,20 @@ def tools_of(cfg: Config) -> ToolSet:
         ValueError: see `tools_by_name` and `mcp_tools`.
     """
     named = tools_by_name(cfg.tools.names, cfg.sandbox, cfg.search, read_prompt(cfg.tools.prompt))
-    return ToolSet([*named, *mcp_tools(cfg.tools.mcp, cfg.tools.mcp_chars, cfg.tools.timeout_s)])
+    return ToolSet([*named, *mcp_tools(cfg.tools.mcp, cfg.tools.mcp_chars, cfg.tools.timeout_s)], cfg.tools.settings)
+
+
+def check_tool_settings(cfg: Config, collector: Collector) -> None:
+    """Check that `tools.settings` names tools of the run, of its environment, or of that of a source.
+
+    Raises:
+        ValueError: it names another.
+    """
+    worlds = {source.environment for source in cfg.data.mixture.values()} - {""}
+    known = [*collector.names, *(name for path in sorted(worlds) for name in collector.environment(path=path).tools.names)]
+    for name in cfg.tools.settings:
+        if name not in known:
+            raise ValueError(f"tools.settings names {name!r}, which is no tool of the run; there are {', '.join(known)}.")
 
 
 class Policy:
@@ -97,12 +111,13 @@ class Policy:
             raise ValueError("rollout.overlap is for a tower that stays as it is, but its adapters are trained; unset it.")
         self.replace_params(self.params)  # adapters are sharded like their matrices
         self.collector = Collector(self.model, self.processor, self.tools, cfg, stop=stop)
+        check_tool_settings(cfg, self.collector)
 
     def replace_params(self, params: nnx.State) -> None:
         """Use other parameters of the same model, placed on the policy's mesh."""
         self.params = jax.device_put(params, shardings(params, self.mesh))
 
-    def open_tasks(self, split: str, progress: Progress = lambda sentence: None) -> Sequence[Task]:
+    def open_tasks(self, split: str, progress: Progress = lambda sentence: None) -> Tasks:
         """Return the tasks of a split, each tried against the settings of this policy; see `data.pipeline.open_tasks`."""
         return open_tasks(self.cfg.data, split, self.collector.check, progress)
 

@@ -41,7 +41,7 @@ class Prefetcher:
         """The iterator's state before the first step that has not been taken."""
         return self.next.place if self.next else self.iterator.get_state()
 
-    def begin(self, step: int, params: nnx.State | None = None) -> None:
+    def begin(self, step: int, params: nnx.State | None = None) -> "_Begun":
         """Start preprocessing the tasks of `step` (counted from 0), and with `params` also sampling its rollouts."""
         place, n = self.iterator.get_state(), self.cfg.groups
         tasks, drawn = self.iterator.draw(n + self.cfg.refill)
@@ -52,6 +52,7 @@ class Prefetcher:
             weights, mesh = self.collector.weights(params), jax.sharding.get_mesh()
             rollouts = self.thread.submit(self._sample_on, mesh, step, tasks, weights)
         self.next = _Begun(place, tasks, drawn, opened, rollouts)
+        return self.next
 
     def take(self, step: int, params: nnx.State) -> tuple[RolloutBatch, int]:
         """Return the rollouts of `step`, and the age, in updates, of the weights that sampled them (0 or 1).
@@ -59,9 +60,7 @@ class Prefetcher:
         Raises:
             Stopped: see `Collector`; the step is not taken.
         """
-        if self.next is None:
-            self.begin(step)
-        _, tasks, drawn, opened, rollouts = self.next
+        _, tasks, drawn, opened, rollouts = self.next or self.begin(step)
         batch = rollouts.result() if rollouts else self._sample(step, tasks, self.collector.weights(params), opened)
         self.next = None
         self.iterator.give_back([drawn[place] for place in batch.unused])

@@ -18,7 +18,7 @@ class PromptCheck:
     """Renders and encodes a task as `Collector.open_task` does, with images that have a size and no pixels.
 
     Args:
-        system: gives the content of the system turn for the names of a task's tools (None: all).
+        system: gives the content of the system turn for the names of a task's tools (None: all) and its environment.
         environment: decides at which size the policy sees an image.
         limit: most tokens of a prompt.
         rewards: names of the run's rewards.
@@ -28,7 +28,7 @@ class PromptCheck:
     """
 
     def __init__(
-        self, chat: QwenChat, processor: Processor, system: Callable[[tuple[str, ...] | None], tuple[str, ...]],
+        self, chat: QwenChat, processor: Processor, system: Callable[..., tuple[str, ...]],
         environment: ToolEnvironment, limit: int, rewards: Collection[str] = (),
     ):  # fmt: skip
         self.chat, self.processor, self.system, self.environment, self.limit = chat, processor, system, environment, limit
@@ -58,16 +58,15 @@ class PromptCheck:
             raise ValueError(f"the run has no reward {unknown[0]!r}; its rewards are {', '.join(self.rewards)}")
         parts = self.chat.render_task(self.system(task.tools, task.environment), task.shown, self._images(sizes))
         try:
-            tokens = sum(self._tokens(part.grid if isinstance(part, PreparedImage) else part) for part in parts)
+            tokens = sum(self._tokens((), part.grid) if isinstance(part, PreparedImage) else self._tokens(part) for part in parts)
         except ValueError:
             encode_parts(parts, self.processor)  # its sentence is about the whole prompt
             raise
         check_length(tokens, self.limit)
 
-    def _count(self, part: tuple[str, ...] | tuple[int, int]) -> int:
+    def _count(self, text: tuple[str, ...], grid: tuple[int, int] | None = None) -> int:
         """Return the tokens of a text, or of an image with a (height, width) in patches. Parts are tokenised apart."""
-        part = PreparedImage(_NO_PIXELS, part, (0, 0)) if isinstance(part[0], int) else part
-        return len(encode_parts([part], self.processor).ids)
+        return len(encode_parts([PreparedImage(_NO_PIXELS, grid, (0, 0)) if grid else text], self.processor).ids)
 
     def _images(self, sizes: Sequence[tuple[int, int]]) -> list[PreparedImage]:
         images = []

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -107,11 +108,17 @@ def names_image(line: str, call: dict[str, Any]) -> bool:
     return any(line == f"Image {n}" or line.startswith(f"Image {n}:") for n in call["images"])
 
 
-class Pictures:
-    """Renders cases as HTML; every image file is embedded once."""
+def programs(call: Record | None) -> list[str]:
+    """Return the arguments of a call that are programs or have several lines: in the turn's text, their line ends are "\\n"."""
+    arguments = (call and call.get("arguments")) or {}
+    return [v for name, v in arguments.items() if isinstance(v, str) and (name == "code" or "\n" in v)]
 
-    def __init__(self, run: RunLog):
-        self.folder, self.sizes = run.path / "trajectories" / "images", {}
+
+class Pictures:
+    """Renders cases as HTML; every image file is embedded once. `path`: the folder of the run."""
+
+    def __init__(self, path: Path):
+        self.folder, self.sizes = path / "trajectories" / "images", {}
 
     def definitions(self) -> str:
         """Return the embedded image files, to which `svg` refers. Call it last."""
@@ -154,7 +161,7 @@ class Pictures:
     def case(self, title: str, records: list[tuple[str, Record]]) -> str:
         """Return a case: question and given images, then the trajectories' text, calls and observations side by side."""
         e, (_, first) = html.escape, records[0]
-        given = [n for n, image in enumerate(first["images"], 1) if "parent" not in image]
+        given = [n for n, image in enumerate(first["images"], 1) if not {"parent", "origin"} & image.keys()]
         gallery = ""
         for n in given:
             boxes = [(box, str(m), record["right"]) for _, record in records for m, image in enumerate(record["images"], 1)
@@ -171,13 +178,15 @@ class Pictures:
         for turn in record["turns"]:
             parts.append(f"<pre>{e(turn['text'])}</pre>")
             call = turn["call"]
+            parts += [f"<pre class=code>{e(program)}</pre>" for program in programs(call)]
             if call and call["status"] == "INVALID":
                 parts.append(f"<p class=error>{e(' '.join(call['said']))}</p>")
             elif call and call["status"] == "EXECUTED":
                 parts += [f"<pre class=said>{e(line)}</pre>" for line in call["said"] if not names_image(line, call)]
             for n in call["images"] if call else ():
                 image = record["images"][n - 1]
-                made = f": {e(image['origin'] or 'made')} of Image {image['parent']}" if "parent" in image else ""
+                made = f": {e(image.get('origin') or 'made')}" if {"parent", "origin"} & image.keys() else ""
+                made += f" of Image {image['parent']}" if "parent" in image else ""
                 parts.append(f"<figure>{self.svg(record['images'], n, 96)}<figcaption>Image {n}{made}</figcaption></figure>")
         if record["end"] != "ANSWERED":
             why = (record["error"] or "").strip().splitlines()[-1:]  # the last line of a traceback

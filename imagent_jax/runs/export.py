@@ -15,7 +15,7 @@ from imagent_jax.model.vlm import Model
 from imagent_jax.runs.loading import load_policy
 
 
-def trained_params(run: Path, step: int | None) -> tuple[Path, Model, nnx.State, int]:
+def trained_params(run: Path, step: int | None) -> tuple[Path, Model, nnx.State, int | None]:
     """Return the base model's folder, the trained model with adapters merged, its parameters, and the checkpoint's step."""
     policy, step = load_policy(run, step=step)
     return policy.folder, *lora.merge(policy.model, policy.params), step

@@ -82,8 +82,9 @@ class RunFolder:
         try:
             self.manager = ocp.training.Checkpointer(
                 self.checkpoints,
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.AnyPreservationPolicy(kept),
+                # Orbax declares the metrics that a policy sees and those that it gives it differently
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # ty: ignore[invalid-argument-type]
+                preservation_policy=policies.AnyPreservationPolicy(kept),  # ty: ignore[invalid-argument-type]
                 cleanup_tmp_directories=True,
             )
             self.latest = self.manager.latest and self.manager.latest.step
@@ -183,7 +184,7 @@ class RunFolder:
             return
         (step, response), self.writing = self.writing, None
         try:
-            response.result()
+            response.result()  # ty: ignore[missing-union-attribute] - None, where Orbax refused the step, is an error too
         except Exception as error:
             raise self._unwritten(step, error) from error
         self.latest = step
@@ -259,7 +260,8 @@ def _load(manager: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -
     damaged = f"Checkpoint {step} in {manager.directory} is damaged ({{}}); {remedy}."
     try:
         metadata = manager.metadata(step)
-        saved, progress = metadata.metadata, dict(metadata.custom_metadata or {})
+        saved, written = metadata.metadata, metadata.custom_metadata
+        progress: dict[str, Any] = dict(written) if isinstance(written, dict) else {}
         counts = {name: (_shapes(saved[name]), _shapes(part)) for name, part in like.items()}
     except Exception as error:
         raise ValueError(damaged.format(_reason(error))) from error

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def write_report(path: Path) -> Path:
         ValueError: see `read_run`.
     """
     run = read_run(path)
-    e, pictures = html.escape, Pictures(run)
+    e, pictures = html.escape, Pictures(run.path)
     cfg = run.config
     seconds = max((record.get("time/total", 0.0) for record in run.metrics), default=0.0)
     about = (
@@ -200,9 +200,9 @@ def _table(evaluations: dict[str, dict[str, float]]) -> str:
 
 
 def _times(run: RunLog) -> str:
-    spent = Counter()
-    for record in run.steps:
-        spent.update(phases(record))
+    spent: dict[str, float] = defaultdict(float)
+    for name, seconds in (item for record in run.steps for item in phases(record).items()):
+        spent[name] += seconds
     spent["evaluation"] = sum(m.get("time/evaluation", 0.0) for m in run.evaluations.values())
     whole = max(max((r.get("time/total", 0.0) for r in run.metrics), default=0.0), sum(spent.values()))
     spent["starting, saving and the rest"] = max(whole - sum(spent.values()), 0.0)

@@ -15,9 +15,9 @@ class CompileCounter:
         self.count, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
-    def _hear(self, event: str, duration: float, **_) -> None:
+    def _hear(self, event: str, duration_secs: float, **_) -> None:
         if event == _EVENT:
-            self.count, self.seconds = self.count + 1, self.seconds + duration
+            self.count, self.seconds = self.count + 1, self.seconds + duration_secs
 
 
 def use_compile_cache(folder: str) -> None:

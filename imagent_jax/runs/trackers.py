@@ -40,18 +40,19 @@ class Trackers:
         if self.board is None:  # written synchronously: the thread of the library's SummaryWriter hangs on a full disk
             (self.folder / "tensorboard").mkdir(exist_ok=True)
             self.board = EventsWriter(str(self.folder / "tensorboard" / "events"), f".{time.time_ns()}")
-            self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+            _write(self.board, Event(step=step, session_log=SessionLog(status=SessionLog.START)))
         values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        self._write(Event(step=step, summary=Summary(value=values)))
+        _write(self.board, Event(step=step, summary=Summary(value=values)))
         if self.wandb:
             self.wandb.log(numbers, step=step)
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self.board.write_event(event)
-        self.board.flush()
 
     def close(self) -> None:
         """End the run at Weights & Biases."""
         if self.wandb:
             self.wandb.finish()
+
+
+def _write(board: EventsWriter, event: Event) -> None:
+    event.wall_time = time.time()
+    board.write_event(event)
+    board.flush()

@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -13,11 +13,18 @@ from imagent_jax.config import Config
 from imagent_jax.distributed import processes
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.mask import mask_tables
-from imagent_jax.runs.folder import RunFolder
 from imagent_jax.types import ImageEntry, TokenKind, Trajectory
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}  # formats that browsers show
 ORIENTATION = 0x0112  # the EXIF tag
+
+
+class LogFolder(Protocol):
+    """A folder that keeps records of trajectories, such as that of a run (`RunFolder`)."""
+
+    path: Path
+
+    def log_trajectories(self, step: int, records: list[dict[str, Any]], name: str = "train") -> None: ...
 
 
 class TrajectoryLog:
@@ -28,7 +35,7 @@ class TrajectoryLog:
     evaluations), `logprob`. A run of image placeholders is one entry; `repeat` holds its length by index.
     """
 
-    def __init__(self, folder: RunFolder, processor: Processor, cfg: Config):
+    def __init__(self, folder: LogFolder, processor: Processor, cfg: Config):
         self.folder, self.processor, self.limit = folder, processor, cfg.run.log_trajectories
         self.tables = mask_tables(cfg.mask)
         self.images = folder.path / "trajectories" / "images"
@@ -64,7 +71,7 @@ class TrajectoryLog:
             "rollout": t.rollout, "answer": t.answer, "right": t.right, "end": t.end.name, "error": t.error,
             "dropped": advantage is not None and not bool(self.tables.trajectory[t.end]),
             "rewards": rewards, "advantage": advantage, "length": len(t.ids),
-            "images": self._images(t.task.images, t.images),
+            "images": self._images(t.task.images, t.images or ()),
             "turns": [{"text": turn.text, "call": turn.call and _call(turn.call)} for turn in t.turns],
             "tokens": self._tokens(t, advantage),
         }  # fmt: skip
@@ -146,9 +153,11 @@ def _call(call) -> dict[str, Any]:
 
 
 def _lineage(entry: ImageEntry) -> dict[str, Any]:
-    facts = {"size": [*entry.size[::-1]], "shown": [*entry.shown[::-1]]}  # width, height
+    facts: dict[str, Any] = {"size": [*entry.size[::-1]], "shown": [*entry.shown[::-1]]}  # width, height
     if entry.parent is not None:
         facts |= {"parent": entry.parent, "origin": entry.origin}
+    elif entry.origin:
+        facts["origin"] = entry.origin  # made of no other image
     return facts | ({"box": list(entry.box)} if entry.box else {})
 
 

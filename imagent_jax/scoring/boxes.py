@@ -32,7 +32,7 @@ def coordinates(text: str) -> list[float]:
             item = next((item[key] for key in _KEYS if key in item), None)
         if isinstance(item, list):
             pending.extend(reversed(item))
-        elif type(item) in (int, float) and abs(item) <= _LIMIT:  # not true, NaN and infinity
+        elif isinstance(item, (int, float)) and not isinstance(item, bool) and abs(item) <= _LIMIT:  # not NaN and infinity
             found.append(float(item))
         else:
             return []

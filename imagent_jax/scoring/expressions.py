@@ -69,7 +69,7 @@ class _Worker:
                 self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=env)
             try:
                 print(json.dumps([reference, prediction]), file=self.process.stdin, flush=True)
-                reply = self.process.stdout.readline().strip()
+                reply = self.process.stdout.readline().strip()  # ty: ignore[missing-union-attribute] - a pipe
             except BrokenPipeError:
                 reply = ""
             if not reply:

@@ -148,7 +148,7 @@ def number(prediction: str, answer: str) -> float:
     value = _value(prediction)
     if value is None:
         return 0.0
-    if value.is_integer() and expected.is_integer():
+    if value % 1 == expected % 1 == 0:
         return float(value == expected)
     return float(math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-12))
 

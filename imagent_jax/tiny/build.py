@@ -203,8 +203,8 @@ def train_step(model, optimizer, params, text, opt_state, batch, pack):
     def loss(text):
         arrays = {k: v for k, v in batch.items() if k != "trained"}
         whole = nnx.State({**params, "text": text})
-        shown = tuple(at_tokens(features, arrays[f"{stream}_vision"]) for stream in ("prompt", "response"))
-        logprobs, _ = response_logprobs(model, whole, shown=shown, **arrays)
+        prompt, response = (at_tokens(features, arrays[f"{stream}_vision"]) for stream in ("prompt", "response"))
+        logprobs, _ = response_logprobs(model, whole, shown=(prompt, response), **arrays)
         return -jnp.sum(jnp.where(batch["trained"], logprobs, 0.0)) / jnp.sum(batch["trained"])
 
     value, gradients = jax.value_and_grad(loss)(text)
@@ -260,7 +260,8 @@ def start(out: Path, seed: int):
     model, params = create(read_config(architecture(processor, vocab + -vocab % 64)), seed, vision_block=BLOCK)
     rng = np.random.default_rng(seed)
     patch_embed = whitening(model.cfg.vision, [labelled_pack(rng, processor, BLOCK) for _ in range(6)])
-    params["vision"]["patch_embed"] = params["vision"]["patch_embed"].replace(jnp.asarray(patch_embed))
+    held = params["vision"]
+    held["patch_embed"] = held["patch_embed"].replace(jnp.asarray(patch_embed))  # ty: ignore[not-callable] - a parameter
     return processor, model, params
 
 

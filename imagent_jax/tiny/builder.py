@@ -72,7 +72,7 @@ def from_example(example: dict) -> Task:
 def version_hash(sizes: dict[str, int], seed: int) -> str:
     """Names what a cache folder holds: the settings, this format, the generator's code and its assets."""
     digest = hashlib.sha256(json.dumps([sorted(sizes.items()), seed, str(TinyWorld.VERSION)]).encode())
-    here = importlib.resources.files(__package__)
+    here = importlib.resources.files("imagent_jax.tiny")
     photos = sorted(here.joinpath("assets/world/photos").iterdir(), key=lambda file: file.name)
     for file in (here / "world.py", here / "builder.py", here / "assets/world/digits.npz", *photos):
         digest.update(file.name.encode() + file.read_bytes())

@@ -55,8 +55,8 @@ class ShownImage:
     """An image with the pixel budget it is shown at."""
 
     pixels: Image.Image
-    min_pixels: int
-    max_pixels: int
+    min_pixels: int | None
+    max_pixels: int | None
 
 
 @dataclass(frozen=True)
@@ -255,9 +255,8 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
     segments, said, seen, digits = [ask(question)], "", [], []
     for number, tag in zip(numbers, tags, strict=True):
         if kind != "command" and not targets and rng.random() < 0.12:
-            name, reading, arguments = "visual_reflection", "", {"images": [number]}
-            if rng.random() < 0.25:
-                arguments["resolution"] = "high"
+            high = {"resolution": "high"} if rng.random() < 0.25 else {}
+            name, reading, arguments = "visual_reflection", "", {"images": [number], **high}
         else:
             name, arguments = "visual_confirmation", {"image": number, "label": tag.colour, "bbox_2d": box_of(tag)}
             reading = _reading(number, tag)

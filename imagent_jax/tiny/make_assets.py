@@ -7,6 +7,7 @@ scikit-learn, which nothing else in the package does. `assets/README.md` lists s
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -54,7 +55,7 @@ def write_digits(path: pathlib.Path) -> int:
 
     data = load_digits()
     train, test = train_test_split(np.arange(len(data.target)), test_size=TEST_DIGITS, stratify=data.target, random_state=0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, rows in (("train", np.sort(train)), ("test", np.sort(test))):
         arrays[f"{split}_images"] = data.images[rows].astype(np.uint8)
         arrays[f"{split}_labels"] = data.target[rows].astype(np.uint8)

@@ -1,29 +1,26 @@
 """The tiny world as tasks: written once to ArrayRecord, then read with random access."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from imagent_jax.config import DataConfig
+from imagent_jax.data.check import Tasks
 from imagent_jax.tiny import builder
 from imagent_jax.tiny.world import in_fixed_order
 from imagent_jax.types import Task
 
 
-class ArrayRecordTasks(Sequence[Task]):
-    """Tasks of one split of a TFDS folder in ArrayRecord format, read one at a time.
-
-    Attributes:
-        faults: always empty; rows are checked when they are written.
-    """
-
-    faults: tuple = ()
+class ArrayRecordTasks(Tasks):
+    """Tasks of one split of a TFDS folder in ArrayRecord format, read one at a time. Rows are checked when they are written."""
 
     def __init__(self, folder: Path, split: str, change: Callable[[Task], Task] = lambda task: task):
         self._change = change
         try:
-            self._source = tfds.builder_from_directory(folder).as_data_source(split)
+            written = tfds.builder_from_directory(folder)
+            self._source: Any = written.as_data_source(split)  # ty: ignore[invalid-argument-type] - its decorator has no types
         except Exception as error:
             raise ValueError(f"The task cache {folder} cannot be read; delete it and start again.") from error
 

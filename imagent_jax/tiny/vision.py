@@ -113,7 +113,7 @@ def vision_step(model: Model, optimizer, params, trained, opt_state, pack: Label
     def loss(trained):
         tower, head = trained
         whole = nnx.State({**params, "vision": tower})
-        features = encode_images(model, whole, pack.patches, pack.coords, pack.image)
+        features = encode_images(model, whole, *pack[:3])  # ty: ignore[invalid-argument-type] - JAX's inside of jit
         total, right = 0.0, {}
         for name, weights in head.items():
             labels, logits = pack.labels[name], features @ weights

@@ -82,7 +82,8 @@ class Scene:
 def handwritten_digits(split: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Handwritten digits of a split: padded images uint8[n, 14, 14] (0..255) and, per label, the rows that show it."""
     _check_split(split)
-    with importlib.resources.files(__package__).joinpath("assets/world/digits.npz").open("rb") as file, np.load(file) as data:
+    path = importlib.resources.files("imagent_jax.tiny") / "assets/world/digits.npz"
+    with path.open("rb") as file, np.load(file) as data:
         images = np.minimum(data[f"{split}_images"].astype(np.int32) * 17, 255).astype(np.uint8)
         labels = data[f"{split}_labels"]
     images = np.pad(images, ((0, 0), (3, 3), (3, 3)))  # so that the bicubic transform fades to nothing at the edge
@@ -94,7 +95,7 @@ def photographs(split: str) -> tuple[tuple[str, tuple[np.ndarray, ...]], ...]:
     """Photographs of a split by name, in black and white, each at several scales: uint8[h, w, 3] with both sides at least
     336. Without colours of their own they hide no tag; fine detail is what is left to look for."""
     _check_split(split)
-    folder = importlib.resources.files(__package__).joinpath("assets/world/photos")
+    folder = importlib.resources.files("imagent_jax.tiny").joinpath("assets/world/photos")
     files = sorted((f for f in folder.iterdir() if f.name.startswith(f"{split}_")), key=lambda f: f.name)
     return tuple((f.name.removeprefix(f"{split}_").removesuffix(".jpg"), _scales(f.read_bytes())) for f in files)
 
@@ -105,8 +106,8 @@ def _scales(encoded: bytes) -> tuple[np.ndarray, ...]:
     scales = []
     for short in (least, 440):
         factor = short / min(photo.size)
-        size = tuple(max(least, round(side * factor)) for side in photo.size)
-        resized = photo.resize(size, Image.Resampling.BICUBIC)
+        width, height = (max(least, round(side * factor)) for side in photo.size)
+        resized = photo.resize((width, height), Image.Resampling.BICUBIC)
         for image in (resized, ImageOps.mirror(resized)):
             pixels = np.asarray(image)
             pixels.setflags(write=False)

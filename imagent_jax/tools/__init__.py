@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from imagent_jax.chat.prompts import Prompt
-from imagent_jax.config import SandboxConfig, SearchConfig
+from imagent_jax.config import CallSettings, SandboxConfig, SearchConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.context import ToolContext, ToolSettings, TrajectoryState
@@ -12,6 +12,7 @@ from imagent_jax.tools.pool import CallPool
 from imagent_jax.tools.protocol import ToolSet
 from imagent_jax.tools.python import python_tool
 from imagent_jax.tools.registry import ImageRegistry
+from imagent_jax.tools.sandbox import open_sandbox
 from imagent_jax.tools.schema import Tool, nearest
 from imagent_jax.tools.search import search_tool
 from imagent_jax.tools.visual import ALIASES, VISUAL_TOOLS, to_bbox, to_pixels, visual_confirmation, visual_reflection
@@ -21,6 +22,7 @@ __all__ = [
     "VISUAL_TOOLS",
     "CallPool",
     "CallResult",
+    "CallSettings",
     "CallStatus",
     "ImageEntry",
     "ImageNumber",
@@ -59,7 +61,7 @@ def tools_by_name(
             where there is no sandbox, or 'search' where `search` names no index or server that can be used.
     """
     resources = {
-        "python": lambda: python_tool(sandbox or SandboxConfig()),
+        "python": lambda: python_tool(open_sandbox(sandbox or SandboxConfig())),
         "search": lambda: search_tool(search or SearchConfig(), (prompt or Prompt("")).passage),
     }
     return ToolSet([_named(name, resources) for name in names])

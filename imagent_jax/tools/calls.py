@@ -17,5 +17,5 @@ def fault(error: str, call: Call | MalformedCall) -> CallResult:
     return CallResult(CallStatus.FAULT, *_named(call), [FAULT_TEXT], error)
 
 
-def _named(call: Call | MalformedCall) -> tuple:
+def _named(call: Call | MalformedCall) -> tuple[str | None, dict | None]:
     return (call.name, call.arguments) if isinstance(call, Call) else (None, None)

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from imagent_jax.chat import Call
+from imagent_jax.config import CallSettings
 from imagent_jax.images.prepare import fit_budget
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.registry import ImageRegistry
@@ -97,12 +98,17 @@ class TrajectoryState:
 
 
 class ToolContext:
-    """What a tool may access: the trajectory's image `registry`, its `state`, and the `settings`."""
+    """What a tool may access: the trajectory's image `registry`, its `state`, the `settings` of how images are shown, and the
+    tool's `own` settings."""
 
-    def __init__(self, registry: ImageRegistry, settings: ToolSettings, state: TrajectoryState | None = None) -> None:
+    def __init__(
+        self, registry: ImageRegistry, settings: ToolSettings, state: TrajectoryState | None = None,
+        own: CallSettings | None = None,
+    ) -> None:  # fmt: skip
         self.registry = registry
         self.settings = settings
         self.state = state or TrajectoryState()
+        self.own = own or CallSettings()
 
     def show(
         self,
@@ -179,7 +185,9 @@ def run_call(
 ) -> tuple[CallResult, ImageRegistry]:
     """Run a checked call on `registry`, to which it may add images. Return the result and the registry; never raise."""
     try:
-        returned = item(ToolContext(registry, settings, state), **copy.deepcopy(call.arguments))  # keeps the record unchanged
+        returned = item(
+            ToolContext(registry, settings, state, item.settings), **copy.deepcopy(call.arguments)
+        )  # keeps the record unchanged
         parts = observation_parts(returned, registry, item)
         return CallResult(CallStatus.EXECUTED, call.name, call.arguments, parts), registry
     except ToolError as error:

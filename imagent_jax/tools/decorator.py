@@ -1,16 +1,18 @@
 """The `@tool` decorator, which turns a typed Python function into a tool."""
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from imagent_jax.config import CallSettings
 from imagent_jax.tools.context import ToolContext
 from imagent_jax.tools.schema import Tool, parse_docstring, type_schema
 from imagent_jax.types import ImageNumber
 
 
-def tool(function: Callable[..., Any]) -> Tool:
+def tool(function: Callable[..., Any] | None = None, *, settings: type[CallSettings] = CallSettings) -> Any:
     """Turn a function into a Tool. Its first parameter receives the ToolContext and is not part of the schema.
 
     A method of an environment may be a tool too; its first parameter is then `self`, and its second the ToolContext.
@@ -23,11 +25,18 @@ def tool(function: Callable[..., Any]) -> Tool:
     says what another number means: `int`, `float` and `bool` are results that the policy reads; `ImageNumber`, or no declared
     type, is the number of an image to show.
 
+    Args:
+        settings: the tool's own settings, as in `@tool(settings=MySettings)`: a frozen dataclass that inherits from
+            `CallSettings` and has defaults. They are read from `tools.settings.<name>`; the tool finds them at `context.own`.
     Raises:
         ValueError: the first parameter or the return type can never work, a parameter lacks a supported type, the docstring is
             missing, or it describes an unknown parameter.
     """
-    name = function.__name__
+    if function is None:
+        return functools.partial(tool, settings=settings)
+    name = function.__name__  # ty: ignore[missing-attribute] - a `def` has one
+    if not (isinstance(settings, type) and issubclass(settings, CallSettings)):
+        raise ValueError(f"tool {name}: its settings must be a frozen dataclass that inherits from tools.CallSettings")
     parameters = list(inspect.signature(function).parameters.values())
     if method := bool(parameters) and parameters[0].name == "self":
         parameters = parameters[1:]
@@ -53,7 +62,9 @@ def tool(function: Callable[..., Any]) -> Tool:
         raise ValueError(f"tool {name}: the docstring describes {', '.join(documented)}, which is not a parameter")
     schema = {"type": "object", "properties": properties, "required": required}
     body = {"name": name, "description": description, "parameters": schema}
-    return Tool(name, function, {"type": "function", "function": body}, _returns_numbers(function, hints, name), method)
+    return Tool(
+        name, function, {"type": "function", "function": body}, _returns_numbers(function, hints, name), method, settings()
+    )
 
 
 def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:

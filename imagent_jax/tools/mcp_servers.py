@@ -6,7 +6,7 @@ import os
 import shlex
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -99,7 +99,7 @@ class McpServer:
                 opened.set_exception(error if isinstance(error, Exception) else ConnectionError(str(error)))
 
     @asynccontextmanager
-    async def _transport(self) -> Iterator[Any]:
+    async def _transport(self) -> AsyncGenerator[Any, None]:
         from mcp import Client, StdioServerParameters, stdio_client
 
         server: Any = self.address
@@ -175,14 +175,14 @@ def mcp_tools(addresses: Sequence[str], characters: int, timeout_s: float) -> li
 
 def _tool(server: McpServer, found: Any, characters: int, timeout_s: float) -> Tool:
     def function(context: ToolContext, /, **arguments: Any) -> list[str | ImageNumber]:
-        result = server.call(found.name, arguments, timeout_s)
+        result = server.call(found.name, arguments, context.own.timeout_s or timeout_s)
         text = "\n".join(part.text for part in result.content if part.type == "text").strip()
         text = text if len(text) <= characters else f"{text[:characters]}… ({len(text) - characters} more characters)"
         if result.is_error:
             raise ToolError(" ".join(text.split()) or f"{found.name} failed")
         images = [read_image(base64.b64decode(part.data)) for part in result.content if part.type == "image"]
         shown = [context.show(image, origin=found.name) for image in images]
-        return [text, *shown] if text or not shown else shown
+        return [*([text] if text or not shown else []), *shown]
 
     schema = {"type": "object", "properties": {}, "required": []} | found.input_schema
     body = {"name": found.name, "description": found.description or found.name, "parameters": schema}

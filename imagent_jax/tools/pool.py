@@ -5,16 +5,17 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(eq=False)
 class _Job:
-    key: Hashable
+    key: Any
     work: Callable[[], Any]
     then: Callable[[Any], Any]
+    timeout_s: float
     deadline: float = 0.0
 
 
@@ -35,7 +36,7 @@ class CallPool:
         self._workers, self._timeout_s = workers, timeout_s
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
-        self._ready: list[tuple[Hashable, Any]] = []
+        self._ready: list[tuple[Any, Any]] = []
         self._finished: queue.SimpleQueue[tuple[_Job, Any]] = queue.SimpleQueue()
 
     @property
@@ -43,18 +44,22 @@ class CallPool:
         """Number of results not yet returned."""
         return len(self._waiting) + len(self._running) + len(self._ready)
 
-    def submit(self, key: Hashable, work: Callable[[], Any], then: Callable[[Any], Any] = lambda result: result) -> None:
+    def submit(
+        self, key: Any, work: Callable[[], Any], then: Callable[[Any], Any] = lambda result: result,
+        timeout_s: float | None = None,
+    ) -> None:  # fmt: skip
         """Queue `work`; its result is returned together with `key`.
 
         Args:
+            timeout_s: its time limit; default: that of the pool.
             then: called with the result in the same thread, without time limit; its return value replaces the result.
 
         Exceptions of `work` and `then` are raised by `poll` and `drain`.
         """
-        self._waiting.append(_Job(key, work, then))
+        self._waiting.append(_Job(key, work, then, timeout_s or self._timeout_s))
         self._start()
 
-    def poll(self, timeout_s: float = 0.0) -> list[tuple[Hashable, Any]]:
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[Any, Any]]:
         """Return the available results by key; None: time limit exceeded. Wait up to `timeout_s` seconds for the first result."""
         give_up = time.monotonic() + timeout_s
         while True:
@@ -72,7 +77,7 @@ class CallPool:
         ready, self._ready = self._ready, []
         return ready
 
-    def drain(self) -> Iterator[tuple[Hashable, Any]]:
+    def drain(self) -> Iterator[tuple[Any, Any]]:
         """Yield all pending results as they become available."""
         while self.pending:
             yield from self.poll(self._timeout_s)
@@ -80,7 +85,7 @@ class CallPool:
     def _start(self) -> None:
         while self._waiting and len(self._running) < self._workers:
             job = self._waiting.popleft()
-            job.deadline = time.monotonic() + self._timeout_s
+            job.deadline = time.monotonic() + job.timeout_s
             self._running.append(job)
             threading.Thread(target=_run, args=(job, self._finished), name=f"tool-{job.key}", daemon=True).start()
 

@@ -5,7 +5,7 @@ an error of the environment (a bug in a tool, a timeout), which is excluded from
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from imagent_jax.chat import Call, MalformedCall
@@ -25,19 +25,23 @@ _SPACES = {
 class ToolSet:
     """The tools that a policy may call.
 
+    Args:
+        changes: settings of the tools' own, by name (`tools.settings`); there may be some of tools of environments.
+
     Raises:
-        ValueError: two tools have the same name.
+        ValueError: two tools have the same name, or see `Tool.configured`.
         TypeError: an item is not a `Tool`.
     """
 
-    def __init__(self, tools: Sequence[Tool]) -> None:
+    def __init__(self, tools: Sequence[Tool], changes: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._tools: dict[str, Tool] = {}
+        self.changes = changes or {}
         for item in tools:
             if not isinstance(item, Tool):
                 raise TypeError(f"{getattr(item, '__name__', item)!s} is not a tool; put @tool above the function")
             if item.name in self._tools:
                 raise ValueError(f"two tools are called {item.name}; give one another name")
-            self._tools[item.name] = item
+            self._tools[item.name] = item.configured(self.changes[item.name]) if item.name in self.changes else item
 
     def __iter__(self) -> Iterator[Tool]:
         return iter(self._tools.values())
@@ -58,7 +62,12 @@ class ToolSet:
         for name in names:
             if name not in self._tools:
                 raise ValueError(f"there is no tool {quote(name)} among those of the run ({', '.join(self._tools) or 'none'})")
-        return ToolSet([item for item in self if item.name in names])
+        return ToolSet([item for item in self if item.name in names], self.changes)
+
+    def limit_s(self, call: Any) -> float | None:
+        """Return the seconds that a call may take by its tool's own settings; None: it has no limit of its own."""
+        item = self._tools.get(call.name) if isinstance(call, Call) else None
+        return item.settings.timeout_s if item else None
 
     def schemas(self, settings: ToolSettings | None = None, prompt: Prompt | None = None) -> list[dict[str, Any]]:
         """Return the tools' schemas in OpenAI function form.
@@ -73,14 +82,12 @@ class ToolSet:
         text = json.dumps(schemas, ensure_ascii=False)
         return json.loads(text.replace("{coordinates}", coordinates).replace("{space}", space))
 
-    def tool_of(self, call: Call | MalformedCall) -> Tool:
+    def tool_of(self, call: Call) -> Tool:
         """Return the tool that a call names, after checking the arguments.
 
         Raises:
-            ToolError: the call is malformed, the tool is unknown, or the arguments do not match its schema.
+            ToolError: the tool is unknown, or the arguments do not match its schema.
         """
-        if isinstance(call, MalformedCall):
-            raise ToolError(call.error)
         if call.name not in self._tools:
             close = nearest(call.name, self._tools)
             hint = f'did you mean "{close}"?' if close else f"tools are {', '.join(self._tools) or 'none'}"
@@ -103,6 +110,8 @@ class ToolSet:
         Images made by the tool are added to `registry` only if the call is EXECUTED.
         """
         try:
+            if isinstance(call, MalformedCall):
+                raise ToolError(call.error)
             tool = self.tool_of(call)
         except ToolError as error:
             return invalid(error, call)

@@ -2,10 +2,9 @@
 
 import threading
 
-from imagent_jax.config import SandboxConfig
 from imagent_jax.tools.context import ToolContext
 from imagent_jax.tools.decorator import tool
-from imagent_jax.tools.sandbox import Ran, Sandbox, Worker
+from imagent_jax.tools.sandbox import Ran, Remote, RemoteWorker, Sandbox, Worker
 from imagent_jax.tools.schema import Tool
 from imagent_jax.types import ImageNumber, ToolError
 
@@ -13,9 +12,9 @@ from imagent_jax.types import ImageNumber, ToolError
 class Session:
     """The worker of one trajectory. It is started by the first call, and by the next after one that ended it."""
 
-    def __init__(self, sandbox: Sandbox, seed: int):
+    def __init__(self, sandbox: Sandbox | Remote, seed: int):
         self._sandbox, self._seed, self._lock = sandbox, seed, threading.Lock()
-        self._worker: Worker | None = None
+        self._worker: Worker | RemoteWorker | None = None
         self._closed = False
 
     def run(self, code: str, images: list, room: int) -> Ran:
@@ -36,13 +35,8 @@ class Session:
                 self._worker.close()
 
 
-def python_tool(settings: SandboxConfig) -> Tool:
-    """Return the tool `python`, with a sandbox of its own that has been tested.
-
-    Raises:
-        ValueError: there is no sandbox here, or a library is missing.
-    """
-    sandbox = Sandbox(settings)
+def python_tool(sandbox: Sandbox | Remote) -> Tool:
+    """Return the tool `python`, whose code runs in `sandbox`."""
 
     @tool
     def python(context: ToolContext, code: str) -> list[str | ImageNumber]:
@@ -54,7 +48,7 @@ def python_tool(settings: SandboxConfig) -> Tool:
         """
         session = context.state.keep("python", lambda: Session(sandbox, context.state.seed))
         registry = context.registry
-        ran = session.run(code, [entry.image for entry in registry], max(context.settings.max_images - len(registry), 0))
+        ran = session.run(code, [entry.pixels for entry in registry], max(context.settings.max_images - len(registry), 0))
         if ran.error is not None:
             raise ToolError(ran.error + (f"; printed before: {ran.text.strip()[:500]}" if ran.text.strip() else ""))
         shown = []

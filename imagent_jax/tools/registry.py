@@ -72,7 +72,7 @@ class ImageRegistry:
         rgb = to_rgb(image)
         rgb.load()  # decode once here: tools in several threads only read it
         number, region = ImageNumber(len(self._entries) + 1), None
-        if source is not None and np.array_equal((part := source.part(box)).pixels, rgb):
+        if source is not None and np.array_equal(np.asarray((part := source.part(box)).pixels), np.asarray(rgb)):
             rgb, region = part.source, part.region
         self._entries.append(ImageEntry(number, rgb, (height, width), parent, box, origin, min_pixels, max_pixels, region))
         return number

@@ -7,10 +7,11 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
+from imagent_jax.config import CallSettings, read_own
 from imagent_jax.types import ToolError, quote
 
 _SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
@@ -25,6 +26,7 @@ class Tool:
     Attributes:
         returns_numbers: the numbers that it returns are results to read, not numbers of images to show.
         method: it is a method of an environment. Read from an instance, it is bound to it, as methods are.
+        settings: its own settings, among them the time limit of a call.
     """
 
     name: str
@@ -32,10 +34,19 @@ class Tool:
     schema: dict[str, Any]
     returns_numbers: bool = False
     method: bool = False
+    settings: CallSettings = CallSettings()
 
     def __get__(self, instance: Any, owner: type | None = None) -> "Tool":
         bound = instance is not None and self.method
         return replace(self, function=functools.partial(self.function, instance), method=False) if bound else self
+
+    def configured(self, changes: Mapping[str, Any]) -> "Tool":
+        """Return the tool with some of its settings changed.
+
+        Raises:
+            ValueError: there is no such setting, or a value is of another type or out of range; the sentence names it.
+        """
+        return replace(self, settings=read_own(type(self.settings), changes, f"tools.settings.{self.name}"))
 
     def __call__(self, context: Any, /, **arguments: Any) -> Any:
         """Call the function; an `async def` function runs to its end."""

@@ -30,9 +30,10 @@ def _overlap(a: list[int], b: list[int]) -> float:
     return len({*a} & {*b}) / len({*a} | {*b}) if {*a} | {*b} else 1.0
 
 
-def _pair(text: str) -> list[str] | None:
+def _pair(text: str) -> list[int]:
+    """Return the first two numbers with a comma between them; [] without any."""
     found = re.search(r"\b(\d+)\s*,\s*(\d+)\b", text)
-    return [*found.groups()] if found else None
+    return [*map(int, found.groups())] if found else []
 
 
 def _jigsaw(task: Task, reply: str) -> float:
@@ -78,7 +79,7 @@ def published(task: Task, reply: str) -> float:
     if task.kind == "jigsaw":
         return _jigsaw(task, said)
     if task.kind == "word_search" and not _is(int, gold):
-        return float(_pair(said) is not None and [*map(int, _pair(said))] == [*map(int, _pair(gold) or ())])
+        return float(bool(_pair(said)) and _pair(said) == _pair(gold))
     if task.kind == "spot_difference" and not _is(int, gold):
         return _overlap(_integers(said), _integers(gold))
     if gold.isalpha():

@@ -78,7 +78,7 @@ function within(images, m, n) {
 
 const lineage = (images, n) => {
   const { parent, origin } = images[n - 1];
-  return [h("b", {}, `Image ${n}`), parent ? `: ${origin || "made"} of Image ${parent}` : ""];
+  return [h("b", {}, `Image ${n}`), parent ? `: ${origin || "made"} of Image ${parent}` : origin ? `: ${origin}` : ""];
 };
 
 /** Boxes over image `n`: those of `made` (default: all images cut out of it). */
@@ -177,6 +177,11 @@ function outcome(call) {
   return [name, ": ", h("span", { class: "bad" }, "fault of the world"), h("pre", {}, call.error || "")];
 }
 
+/** The arguments of a call that are programs or have several lines: in the tokens, their line ends are "\\n". */
+const programs = (call) => Object.entries(call.arguments || {})
+  .filter(([name, value]) => typeof value === "string" && (name === "code" || value.includes("\n")))
+  .map(([name, value]) => h("pre", { class: "code", title: name }, value));
+
 function conversation(t, side) {
   const all = spans(t.tokens.kind), parts = [];
   t.turns.forEach((turn, i) => {
@@ -187,6 +192,7 @@ function conversation(t, side) {
     const answer = all[at + 1];
     const said = turn.call.status === "EXECUTED" ? turn.call.said.filter((line) => !turn.call.images.some((n) => line === `Image ${n}` || line.startsWith(`Image ${n}:`))) : [];
     parts.push(h("section", { class: "turn" }, h("div", { class: "who" }, "tool"), h("div", {},
+      programs(turn.call),
       h("div", { class: "status" }, outcome(turn.call)),
       said.map((line) => h("pre", {}, line)),
       turn.call.images.length > 0 && h("div", { class: "shown" }, turn.call.images.map((n) => figure(t.images, n, side))),
@@ -210,7 +216,7 @@ function facts(t) {
     fact("tokens", t.length));
 }
 
-const given = (images) => images.map((_, i) => i + 1).filter((n) => !images[n - 1].parent);
+const given = (images) => images.map((_, i) => i + 1).filter((n) => !images[n - 1].parent && !images[n - 1].origin);
 const heldOut = (row) => chunkOf(row).split === "held-out";
 const elsewhere = (row) => rows.filter((other) => other.task === row.task && heldOut(other) === heldOut(row) && (heldOut(row) || other.chunk === row.chunk));
 const labelOf = (row) => (heldOut(row) ? chunkOf(row).label : `rollout ${row.rollout}`);

@@ -1,11 +1,17 @@
-"""`python -m imagent_jax.tools.sandbox`: tries every backend here and prints what it enforces, or why it does not hold."""
+"""`python -m imagent_jax.tools.sandbox [URL]`: tries every backend here, and the server at URL, and prints what each enforces, or
+why it does not hold."""
+
+import sys
+from typing import Any
 
 from imagent_jax.config import SandboxConfig
-from imagent_jax.tools.sandbox import BACKENDS, Sandbox
+from imagent_jax.tools.sandbox import BACKENDS, open_sandbox
 
-for backend, enforces in BACKENDS.items():
+tried: list[tuple[Any, str]] = [*((backend, "") for backend in BACKENDS), *(("remote", url) for url in sys.argv[1:2])]
+for backend, url in tried:
     try:
-        Sandbox(SandboxConfig(backend=backend)).close()
-        print(f"{backend}: holds here. Enforces: {enforces}.")
+        sandbox = open_sandbox(SandboxConfig(backend=backend, url=url))
+        print(f"{backend}: holds {'there' if url else 'here'}. Enforces: {sandbox.enforces}.")
+        sandbox.close()
     except ValueError as error:
         print(f"{backend}: {error}")

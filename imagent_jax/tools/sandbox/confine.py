@@ -4,14 +4,17 @@ Runs in the process that starts workers (`zygote.py`) and in the workers, before
 """
 
 import ctypes
+import importlib.util
 import os
 import resource
 import signal
 import struct
+import sysconfig
 
 HOME = "/sandbox"
 """The only folder in which a worker of the namespaces backend can write."""
 NOBODY = 65534
+LIBRARIES = ("numpy", "PIL", "cv2", "scipy")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
@@ -70,6 +73,29 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 def _mount_attributes(path: str, attributes: int) -> None:
     """Add attributes (1 read-only, 2 nosuid, 4 nodev, 8 noexec) to a mount and all below it."""
     _syscall(_MOUNT_SETATTR, "mount_setattr", -100, path.encode(), 0x8000, struct.pack("4Q", attributes, 0, 0, 0), 32)
+
+
+def places(own: str) -> dict[str, list[str]]:
+    """The folders of Python and of the libraries, and `own`, a folder of modules that a worker imports.
+
+    Returns:
+        `path`: for sys.path. `visible`: what workers see. `hidden`: other packages, inside of it. `readable`: for Landlock.
+    Raises:
+        ValueError: a library is missing.
+    """
+    standard = list(dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")))
+    hidden = [f"{folder}/{name}" for folder in standard for name in ("site-packages", "dist-packages")]
+    packages = []
+    for name in LIBRARIES:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"The tool 'python' needs {name}; pip install 'imagent-jax[sandbox]'.")
+        packages.append(spec.submodule_search_locations[0])
+    parents = list(dict.fromkeys(os.path.dirname(package) for package in packages))
+    packages += [entry.path for parent in parents for entry in os.scandir(parent) if entry.name.endswith(".libs")]
+    inner = [entry.path for folder in standard for entry in os.scandir(folder) if entry.path not in hidden]
+    listed = [f"{folder}/" for folder in standard]
+    return {"path": [own, *parents], "visible": standard + packages, "hidden": hidden, "readable": inner + packages + listed}
 
 
 # ---- the process that starts workers ------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The trainer's side of the sandbox: starts it, tests it, and starts workers."""
 
-import importlib.util
 import json
 import os
 import platform
@@ -8,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import weakref
@@ -19,6 +17,7 @@ from typing import Any
 
 from imagent_jax.config import SandboxConfig
 from imagent_jax.images import decode
+from imagent_jax.tools.sandbox.confine import places
 from imagent_jax.tools.sandbox.link import SandboxError, Worker, close_all
 from imagent_jax.types import ToolError
 
@@ -26,15 +25,16 @@ _SHARED = (
     "no network, no other processes or threads, no signals, no descriptors but pipes; bounded CPU and wall time, memory, open "
     "files and output; clock and entropy from the seed"
 )
-BACKENDS = {
+BACKENDS: dict[str, str] = {
     "namespaces": "its own process, mount, network and IPC namespaces; a read-only root with Python and the libraries; files "
     f"only in a private memory folder of bounded size; {_SHARED}",
     "landlock": "reads Python and the libraries, and names and sizes of other files; writes only 'path_to_input_image.jpg' and "
     f"'path_to_output_image.jpg', each of bounded size; {_SHARED}",
 }
 """How workers can be confined, best first, and what each enforces."""
-LIBRARIES = ("numpy", "PIL", "cv2", "scipy")
 _ZYGOTE = Path(__file__).with_name("zygote.py")
+OWN = str(Path(decode.__file__).parent)
+"""Folder of the modules of the package that workers import: they import nothing else of it."""
 _START_S, _ANSWER_S = 120.0, 30.0
 
 _PROBES = {
@@ -136,8 +136,7 @@ class Sandbox:
         with self._lock:
             if process is not None and self._process is not process:
                 raise SandboxError("it is gone")
-            if self._process is None:
-                self._start()
+            running = self._process or self._start()
             try:
                 socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
                 answer = json.loads(self._control.recv(4096) or b'{"error": "it ended"}')
@@ -146,20 +145,20 @@ class Sandbox:
             if "error" in answer:
                 self._stop()
                 raise SandboxError(f"the process that starts workers failed: {answer['error']}")
-            return answer, self._process
+            return answer, running
 
     def _stop(self) -> None:
         if self._process is not None:
             self._end_process()
             self._process = None
 
-    def _start(self) -> None:
-        """Start the process that starts workers."""
+    def _start(self) -> subprocess.Popen:
+        """Start the process that starts workers, and return it."""
         if sys.platform != "linux" or platform.machine() != "x86_64":
             raise SandboxError(f"it is for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         limits = {name: value for name, value in vars(self.settings).items() if isinstance(value, int)}
-        settings = {"backend": self.backend, "limits": limits} | places()
+        settings = {"backend": self.backend, "limits": limits} | places(OWN)
         command = [sys.executable, "-s", "-S", "-P", "-B", str(_ZYGOTE)]
         environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with other:
@@ -178,6 +177,7 @@ class Sandbox:
         if "error" in answer:
             self._stop()
             raise SandboxError(answer["error"])
+        return process
 
     def _test(self) -> None:
         """Try to break out.
@@ -189,18 +189,31 @@ class Sandbox:
             os.chmod(folder, 0o755)
             canary = Path(folder, "canary")
             canary.write_text("canary")
-            values = {"canary": str(canary), "pid": os.getpid(), "memory": (self.settings.memory_mb + 8) << 20,
-                      "disk": (self.settings.disk_mb << 20) + 1}  # fmt: skip
-            probes = {name: code.format(**values) for name, code in _PROBES.items()}
-            worker = self.open(0)
-            try:
-                ran = worker.run(_SELF_TEST.format(probes=json.dumps(probes)), [], 0)
-            except ToolError as error:
-                raise SandboxError(f"its test did not run: {error}") from None
-            finally:
-                worker.close()
-        if ran.text.strip() != "probed; 0":
-            raise SandboxError(f"code in it {ran.text.strip().removeprefix('probed; ')[3:] or ran.error}")
+            try_to_break_out(self, str(canary), os.getpid())
+
+
+def try_to_break_out(sandbox: Any, canary: str, pid: int) -> None:
+    """Run the probes in a worker of its own.
+
+    Args:
+        sandbox: a `Sandbox`, or another with its `settings` and `open`.
+        canary: path of a file that exists outside of the sandbox.
+        pid: number of a process outside of it.
+    Raises:
+        SandboxError: it does not start, or an attempt succeeds.
+    """
+    settings = sandbox.settings
+    values = {"canary": canary, "pid": pid, "memory": (settings.memory_mb + 8) << 20, "disk": (settings.disk_mb << 20) + 1}
+    probes = {name: code.format(**values) for name, code in _PROBES.items()}
+    worker = sandbox.open(0)
+    try:
+        ran = worker.run(_SELF_TEST.format(probes=json.dumps(probes)), [], 0)
+    except ToolError as error:
+        raise SandboxError(f"its test did not run: {error}") from None
+    finally:
+        worker.close()
+    if ran.text.strip() != "probed; 0":
+        raise SandboxError(f"code in it {ran.text.strip().removeprefix('probed; ')[3:] or ran.error}")
 
 
 def _end_process(process: subprocess.Popen, control: socket.socket, owner: int) -> None:
@@ -213,27 +226,3 @@ def _end_process(process: subprocess.Popen, control: socket.socket, owner: int) 
 def _remove(folder: str | None) -> None:
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def places() -> dict[str, list[str]]:
-    """The folders of Python and of the libraries.
-
-    Returns:
-        `path`: for sys.path. `visible`: what workers see. `hidden`: other packages, inside of it. `readable`: for Landlock.
-    Raises:
-        ValueError: a library is missing.
-    """
-    standard = list(dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")))
-    hidden = [f"{folder}/{name}" for folder in standard for name in ("site-packages", "dist-packages")]
-    packages = []
-    for name in LIBRARIES:
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"The tool 'python' needs {name}; pip install 'imagent-jax[sandbox]'.")
-        packages.append(spec.submodule_search_locations[0])
-    parents = list(dict.fromkeys(os.path.dirname(package) for package in packages))
-    packages += [str(folder) for parent in parents for folder in Path(parent).glob("*.libs")]
-    inner = [entry.path for folder in standard for entry in os.scandir(folder) if entry.path not in hidden]
-    listed = [f"{folder}/" for folder in standard]
-    own = [str(Path(decode.__file__).parent)]  # of the package, only what imports nothing else of it
-    return {"path": own + parents, "visible": standard + packages, "hidden": hidden, "readable": inner + packages + listed}

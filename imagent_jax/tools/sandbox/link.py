@@ -20,6 +20,7 @@ from imagent_jax.types import ToolError
 
 SHOWN_PIXELS = 1 << 24
 """Most pixels that a call may show, all images together."""
+GARBLED = "the code wrote to the connection of its result; its variables are gone"
 _HEADER, _START_S = 1 << 16, 30.0
 
 
@@ -41,11 +42,11 @@ class Ran(NamedTuple):
     error: str | None
 
 
-class _Lost(Exception):
+class Lost(Exception):
     """The worker closed its pipe."""
 
 
-class _Garbled(Exception):
+class Garbled(Exception):
     """The worker wrote what is no message."""
 
 
@@ -78,27 +79,23 @@ class Worker:
         self._deadline = time.monotonic() + self._settings.wall_s
         try:
             if self._poll(self._replies, select.POLLIN, 0):  # it has ended, or code of an earlier call wrote after its result
-                raise _Garbled if os.read(self._replies, 1) else _Lost
+                raise Garbled if os.read(self._replies, 1) else Lost
             self._send({"code": code, "count": len(images), "room": room, "pixels": SHOWN_PIXELS})
-            while set(message := self._receive()) == {"want"}:
+            while set(message := read_message(self._read, self._settings.printed)) == {"want"}:
                 number = message["want"]
                 if type(number) is not int or not 1 <= number <= len(images):
-                    raise _Garbled
+                    raise Garbled
                 image = images[number - 1]
                 self._send({"size": image.size}, image.tobytes())
-            return self._result(message, room)
+            return read_result(message, self._read, room, self._settings.printed)
         except TimeoutError:
             waited = self._waited_s() - waited
             self.close()
-            if waited > self._settings.wall_s / 2:
-                raise SandboxError(f"the machine was too busy: code waited {waited:.1f} s for a processor") from None
-            raise ToolError(
-                f"the code ran longer than {self._settings.wall_s:g} s; it was stopped and its variables are gone"
-            ) from None
-        except _Garbled:
+            raise too_long(self._settings.wall_s, waited) from None
+        except Garbled:
             self.close()
-            raise ToolError("the code wrote to the connection of its result; its variables are gone") from None
-        except _Lost:
+            raise ToolError(GARBLED) from None
+        except Lost:
             raise self._why_lost() from None
 
     def close(self) -> None:
@@ -111,8 +108,8 @@ class Worker:
         if self._ready:
             return
         self._deadline = time.monotonic() + _START_S
-        with contextlib.suppress(TimeoutError, _Garbled, _Lost):
-            self._ready = self._receive() == {"ready": True}
+        with contextlib.suppress(TimeoutError, Garbled, Lost):
+            self._ready = read_message(self._read, self._settings.printed) == {"ready": True}
         if not self._ready:
             self.close()
             raise SandboxError("a worker did not start")
@@ -132,29 +129,9 @@ class Worker:
         ended = self._end_lost()
         if ended is None:
             return SandboxError("the process that starts workers is gone")
-        if ended["cpu_s"] >= self._settings.cpu_s - 0.5:
-            return ToolError(f"the code used more than {self._settings.cpu_s} s of processor time; its variables are gone")
-        if ended["status"] is not None and os.WIFSIGNALED(ended["status"]) and os.WTERMSIG(ended["status"]) == signal.SIGKILL:
-            return SandboxError("the worker was killed from outside, as the system does where memory runs out")
-        return ToolError("the code ended its process; its variables are gone")
+        return why_ended(ended, self._settings.cpu_s)
 
     # ---- messages -------------------------------------------------------------------------------------------------------
-
-    def _result(self, message: dict, room: int) -> Ran:
-        """Check a result and read its pixels."""
-        text, error, shown = (message.get(name) for name in ("text", "error", "shown"))
-        if not isinstance(text, str) or not isinstance(error, str | None) or not isinstance(shown, list) or len(shown) > room:
-            raise _Garbled
-        sizes, pixels = [], 0
-        for item in shown:
-            if not isinstance(item, list) or len(item) != 3 or not all(type(side) is int and side > 0 for side in item[:2]):
-                raise _Garbled
-            pixels += item[0] * item[1]
-            if pixels > SHOWN_PIXELS or not (item[2] is None or type(item[2]) is int):
-                raise _Garbled
-            sizes.append(item)
-        made = [(Image.frombytes("RGB", (w, h), self._read(w * h * 3)), parent) for w, h, parent in sizes]
-        return Ran(_plain(text)[: self._settings.printed + 40], made, None if error is None else _plain(error)[:1000])
 
     def _send(self, message: dict, payload: bytes = b"") -> None:
         text = json.dumps(message).encode()
@@ -167,19 +144,7 @@ class Worker:
                 except BlockingIOError:
                     continue
                 except BrokenPipeError:
-                    raise _Lost from None
-
-    def _receive(self) -> dict:
-        length = struct.unpack("<I", self._read(4))[0]
-        if length > _HEADER + 12 * self._settings.printed:
-            raise _Garbled
-        try:
-            message = json.loads(self._read(length))
-        except (ValueError, RecursionError):
-            raise _Garbled from None
-        if not isinstance(message, dict):
-            raise _Garbled
-        return message
+                    raise Lost from None
 
     def _read(self, count: int) -> bytes:
         parts = bytearray()
@@ -190,7 +155,7 @@ class Worker:
             except BlockingIOError:
                 continue
             if not part:
-                raise _Lost
+                raise Lost
             parts += part
         return bytes(parts)
 
@@ -204,6 +169,64 @@ class Worker:
         poll = select.poll()
         poll.register(pipe, event)
         return bool(poll.poll(seconds * 1000))
+
+
+# ---- what a worker says, and why it says nothing ------------------------------------------------------------------------
+
+
+def read_message(read: Callable[[int], bytes], printed: int) -> dict:
+    """Return the next message of a worker that may print `printed` characters. `read` returns so many bytes.
+
+    Raises:
+        Garbled: it is no message.
+    """
+    length = struct.unpack("<I", read(4))[0]
+    if length > _HEADER + 12 * printed:
+        raise Garbled
+    try:
+        message = json.loads(read(length))
+    except (ValueError, RecursionError):
+        raise Garbled from None
+    if not isinstance(message, dict):
+        raise Garbled
+    return message
+
+
+def read_result(message: dict, read: Callable[[int], bytes], room: int, printed: int) -> Ran:
+    """Check a result, and read its pixels.
+
+    Raises:
+        Garbled: it is no result of at most `room` images.
+    """
+    text, error, shown = (message.get(name) for name in ("text", "error", "shown"))
+    if not isinstance(text, str) or not isinstance(error, str | None) or not isinstance(shown, list) or len(shown) > room:
+        raise Garbled
+    sizes, pixels = [], 0
+    for item in shown:
+        if not isinstance(item, list) or len(item) != 3 or not all(type(side) is int and side > 0 for side in item[:2]):
+            raise Garbled
+        pixels += item[0] * item[1]
+        if pixels > SHOWN_PIXELS or not (item[2] is None or type(item[2]) is int):
+            raise Garbled
+        sizes.append(item)
+    made = [(Image.frombytes("RGB", (w, h), read(w * h * 3)), parent) for w, h, parent in sizes]
+    return Ran(_plain(text)[: printed + 40], made, None if error is None else _plain(error)[:1000])
+
+
+def too_long(wall_s: float, waited_s: float) -> Exception:
+    """The error of code that ran longer than `wall_s`, of which it waited `waited_s` for a processor."""
+    if waited_s > wall_s / 2:
+        return SandboxError(f"the machine was too busy: code waited {waited_s:.1f} s for a processor")
+    return ToolError(f"the code ran longer than {wall_s:g} s; it was stopped and its variables are gone")
+
+
+def why_ended(ended: dict[str, Any], cpu_s: int) -> Exception:
+    """The error of code whose process has ended, given its wait `status` (None: it was stopped) and the `cpu_s` that it used."""
+    if ended["cpu_s"] >= cpu_s - 0.5:
+        return ToolError(f"the code used more than {cpu_s} s of processor time; its variables are gone")
+    if ended["status"] is not None and os.WIFSIGNALED(ended["status"]) and os.WTERMSIG(ended["status"]) == signal.SIGKILL:
+        return SandboxError("the worker was killed from outside, as the system does where memory runs out")
+    return ToolError("the code ended its process; its variables are gone")
 
 
 def _plain(text: str) -> str:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import sys
 import time
@@ -53,11 +54,22 @@ class Wire:
         return json.loads(self.read(struct.unpack("<I", self.read(4))[0]))
 
     def send(self, message: dict, *payload: bytes) -> None:
-        text = json.dumps(message).encode()
-        for part in (struct.pack("<I", len(text)) + text, *payload):
+        for part in (frame(message), *payload):
             view = memoryview(part)
             while view:
                 view = view[os.write(self._outgoing, view) :]
+
+    def fetch(self, number: int) -> Image.Image:
+        """The trajectory's image of a number."""
+        self.send({"want": number})
+        width, height = self.receive()["size"]
+        return Image.frombytes("RGB", (width, height), self.read(width * height * 3))
+
+
+def frame(message: dict) -> bytes:
+    """A message as it is sent."""
+    text = json.dumps(message).encode()
+    return struct.pack("<I", len(text)) + text
 
 
 # ---- what code sees -----------------------------------------------------------------------------------------------------
@@ -66,7 +78,7 @@ class Wire:
 class Images:
     """The trajectory's images by number, from 1. Pixels are fetched when they are first used; every use gets a copy."""
 
-    def __init__(self, wire: Wire):
+    def __init__(self, wire):
         self._wire, self._count, self._kept = wire, 0, {}
 
     def __len__(self):
@@ -81,9 +93,7 @@ class Images:
             raise KeyError(f"there is no images[{number!r}]; {valid}")
         number = int(number)
         if number not in self._kept:
-            self._wire.send({"want": number})
-            width, height = self._wire.receive()["size"]
-            self._keep(number, Image.frombytes("RGB", (width, height), self._wire.read(width * height * 3)))
+            self._keep(number, self._wire.fetch(number))
         return self._kept[number].copy()
 
     def _keep(self, number, image):
@@ -169,7 +179,7 @@ class Printed(io.TextIOBase):
 
     def _text(self):
         cut = self._total - self._kept
-        return "".join(self._parts) + (f"\n... {cut} more characters" if cut > 0 else "")
+        return without_addresses("".join(self._parts)) + (f"\n... {cut} more characters" if cut > 0 else "")
 
 
 # ---- clock and entropy --------------------------------------------------------------------------------------------------
@@ -218,7 +228,8 @@ def seed_world(seed: int) -> None:
 
         @classmethod
         def utcnow(cls):
-            return cls.fromtimestamp(time.time(), datetime.UTC).replace(tzinfo=None)
+            utc = datetime.timezone.utc  # noqa: UP017 - a server may have Python 3.10
+            return cls.fromtimestamp(time.time(), utc).replace(tzinfo=None)
 
         today = now
 
@@ -235,6 +246,11 @@ def seed_world(seed: int) -> None:
 
 
 # ---- calls --------------------------------------------------------------------------------------------------------------
+
+
+def without_addresses(text: str) -> str:
+    """Text in which objects, as `repr` writes them, have no address: it would differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]{6,16}(?=>)", " at 0x0", text)
 
 
 def describe(error: BaseException, sources: dict[str, str]) -> str:
@@ -254,6 +270,7 @@ def describe(error: BaseException, sources: dict[str, str]) -> str:
         text = sources[name].splitlines()[number - 1 : number] if number else []
         where = f" in {function}" if function not in ("", "<module>") else ""
         told.append(f"line {number}{where}: {text[0].strip()[:80] if text else ''}")
+    message = without_addresses(message)
     head = f"{type(error).__name__}: {message[:MESSAGE]}" if message else type(error).__name__
     return head + (f" ({'; '.join(told)})" if told else "")
 
@@ -261,7 +278,7 @@ def describe(error: BaseException, sources: dict[str, str]) -> str:
 class Session:
     """The calls of one trajectory."""
 
-    def __init__(self, wire: Wire, printed: int):
+    def __init__(self, wire, printed: int):
         self.wire, self.printed = wire, Printed(printed)
         self.images = Images(wire)
         self.shown = Shown(self.images)
@@ -299,12 +316,17 @@ class Session:
             os.truncate(OUTPUT, 0)
 
 
-def serve(incoming: int, outgoing: int, seed: int, printed: int) -> None:
-    """Answer requests until the trainer closes the pipe."""
+def begin(wire, seed: int, printed: int) -> Session:
+    """Begin a trajectory, whose clock and entropy come from `seed`."""
     os.environ.clear()
     sys.argv[:] = [""]
     seed_world(seed)
-    session = Session(Wire(incoming, outgoing), printed)
-    session.wire.send({"ready": True})
+    wire.send({"ready": True})
+    return Session(wire, printed)
+
+
+def serve(incoming: int, outgoing: int, seed: int, printed: int) -> None:
+    """Answer requests until the trainer closes the pipe."""
+    session = begin(Wire(incoming, outgoing), seed, printed)
     while True:
         session.call(session.wire.receive())

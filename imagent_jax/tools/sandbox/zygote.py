@@ -20,14 +20,9 @@ def main(control: socket.socket, settings: dict) -> None:
     import confine
 
     try:
-        import worker
-
-        if len(os.listdir("/proc/self/task")) > 1:
-            raise OSError("a library started threads")
+        worker, base = load()
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # where memory runs out, workers end first
-        with open("/proc/self/statm") as file:
-            base = int(file.read().split()[0]) * resource.getpagesize()
         if settings["backend"] == "namespaces":
             confine.enter_private_root(settings["visible"], settings["hidden"])
         else:
@@ -57,7 +52,22 @@ def main(control: socket.socket, settings: dict) -> None:
             os.close(descriptor)
         control.send(json.dumps(answer).encode())
         if "killed" in answer:
-            os.waitpid(answer["killed"], 0)  # takes longer than the trainer need wait
+            os.waitpid(request["end"], 0)  # takes longer than the trainer need wait
+
+
+def load():
+    """Import what workers run. Returns the module, and the address space of this process in bytes.
+
+    Raises:
+        OSError: a library has started threads, which a fork would lose.
+        ImportError: a library is missing.
+    """
+    import worker
+
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise OSError("a library started threads")
+    with open("/proc/self/statm") as file:
+        return worker, int(file.read().split()[0]) * resource.getpagesize()
 
 
 def start(confine, worker, settings: dict, base: int, request: dict, descriptors: list[int]) -> int:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+from imagent_jax.tools.post import clean
+
 _TITLED = re.compile(r'"([^\n]*)"\n')
 
 
@@ -37,11 +38,6 @@ class Backend(Protocol):
 
 class SearchError(Exception):
     """A search failed for a reason that the policy cannot repair. The trajectory ends with a FAULT."""
-
-
-def clean(text: str) -> str:
-    """Return a text without control characters; half a surrogate pair becomes "?". Tabs and line ends stay."""
-    return _CONTROLS.sub("", text.encode("utf-8", "replace").decode())
 
 
 def passage(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -1,25 +1,20 @@
 """Search by servers: Search-R1's `POST /retrieve` and Serper. Requests go to the configured address and nowhere else."""
 
 import hashlib
-import http.client
 import json
 import math
 import os
 import tempfile
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imagent_jax.tools.search.hits import Backend, Hit, SearchError, clean, passage, ranked
+from imagent_jax.tools.post import post
+from imagent_jax.tools.search.hits import Backend, Hit, SearchError, passage, ranked
 
 SERPER = "https://google.serper.dev/search"
-MOST_BYTES = 8 * 2**20
-"""Of an answer."""
+_ask = partial(post, raises=SearchError, setting="search.url")
 
 
 class Server:
@@ -30,7 +25,7 @@ class Server:
 
     def search(self, query: str, k: int) -> list[Hit]:
         """See `Backend.search`."""
-        answer = post(self.url, {"queries": [query], "topk": k, "return_scores": True}, {}, self.timeout_s)
+        answer = _ask(self.url, {"queries": [query], "topk": k, "return_scores": True}, self.timeout_s)
         try:
             [found] = answer["result"]
             hits = [Hit(*passage(item["document"]), float(item["score"])) for item in found]
@@ -49,7 +44,7 @@ class Serper:
 
     def search(self, query: str, k: int) -> list[Hit]:
         """See `Backend.search`."""
-        answer = post(self.url, {"q": query, "num": k}, {"X-API-KEY": self.key}, self.timeout_s)
+        answer = _ask(self.url, {"q": query, "num": k}, self.timeout_s, headers={"X-API-KEY": self.key})
         try:
             rows = [{"id": row["link"], "title": row["title"], "text": row.get("snippet", "")} for row in answer["organic"]]
             return [Hit(*passage(row), 1 / position) for position, row in enumerate(rows[:k], 1)]
@@ -99,56 +94,3 @@ def _write_once(path: Path, content: dict[str, Any]) -> None:
             pass
         finally:
             os.unlink(part.name)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
-        """Follow nothing: the answer itself is then an error."""
-
-
-# no proxies either, whatever the environment says
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-
-
-def post(url: str, body: Mapping[str, Any], headers: Mapping[str, str], timeout_s: float) -> Any:
-    """Send JSON and return the JSON of the answer, of at most `MOST_BYTES`.
-
-    Raises:
-        SearchError: no answer within `timeout_s`, another status than 200, or no JSON.
-    """
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **headers})
-    until = time.monotonic() + timeout_s
-    try:
-        with _OPENER.open(request, timeout=timeout_s) as response:
-            data = bytearray()
-            while piece := response.read1(65536):
-                data += piece
-                if len(data) > MOST_BYTES:
-                    raise SearchError(f"{url} answered more than {MOST_BYTES} bytes.")
-                if time.monotonic() > until:
-                    raise TimeoutError(f"longer than {timeout_s:g} s")
-            if response.status != 200 or response.length:
-                raise SearchError(f"{url} answered {response.status}{' and broke off' if response.length else ''}.")
-        return json.loads(bytes(data))
-    except urllib.error.HTTPError as error:
-        said = clean(error.read(200).decode("utf-8", "replace"))
-        where = "; set search.url to the final address" if 300 <= error.code < 400 else ""
-        raise SearchError(f"{url} answered {error.code} {error.reason}{where}. {said}") from None
-    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        raise SearchError(f"{url} gave no answer that can be used ({type(error).__name__}: {error}).") from None
-
-
-def check_url(url: str) -> str:
-    """Return a valid address.
-
-    Raises:
-        ValueError: it is not the address of a server.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.username is None and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(f"search.url is {url!r}; give a full address, such as http://127.0.0.1:8000/retrieve.")
-    return url

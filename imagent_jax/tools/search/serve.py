@@ -5,10 +5,12 @@ Request `{"queries": [text, ...], "topk": 3, "return_scores": true}`; answer `{"
 """
 
 import json
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from imagent_jax.tools.search.hits import Backend, clean
+from imagent_jax.tools.post import clean
+from imagent_jax.tools.search.hits import Backend
 
 MOST_BYTES, MOST_QUERIES, MOST_CHARS, MOST_PASSAGES = 2**20, 512, 4096, 100
 TOPK = 3
@@ -38,6 +40,10 @@ def answer(backend: Backend, request: Any) -> dict[str, Any]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 60, True
 
+    def __init__(self, backend: Backend, *connection: Any):
+        self.backend = backend
+        super().__init__(*connection)  # answers
+
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if self.path != "/retrieve":
@@ -46,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(413, {"detail": f"a request has a Content-Length of at most {MOST_BYTES} bytes"})
         else:
             try:
-                self._say(200, answer(self.server.backend, json.loads(self.rfile.read(int(length)))))
+                self._say(200, answer(self.backend, json.loads(self.rfile.read(int(length)))))
             except (ValueError, RecursionError) as error:
                 self._say(400, {"detail": str(error)})
 
@@ -62,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Print nothing."""
 
 
@@ -79,5 +85,4 @@ class RetrieveServer(ThreadingHTTPServer):
     request_queue_size = 256
 
     def __init__(self, backend: Backend, host: str, port: int):
-        self.backend = backend
-        super().__init__((host, port), _Handler)
+        super().__init__((host, port), partial(_Handler, backend))

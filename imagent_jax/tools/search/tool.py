@@ -7,10 +7,11 @@ from pathlib import Path
 from imagent_jax.config import SearchConfig
 from imagent_jax.tools.context import ToolContext
 from imagent_jax.tools.decorator import tool
+from imagent_jax.tools.post import check_url, clean
 from imagent_jax.tools.schema import Tool
-from imagent_jax.tools.search.hits import Backend, Hit, SearchError, clean
+from imagent_jax.tools.search.hits import Backend, Hit, SearchError
 from imagent_jax.tools.search.index import Index
-from imagent_jax.tools.search.remote import SERPER, Recorded, Serper, Server, check_url
+from imagent_jax.tools.search.remote import SERPER, Recorded, Serper, Server
 from imagent_jax.types import ToolError
 
 QUERY_CHARS, TITLE_CHARS = 500, 200
@@ -28,9 +29,11 @@ def open_backend(settings: SearchConfig) -> Backend:
     if mode == "auto":
         mode = "record" if s.backend == "serper" else "off"
     if s.backend != "index":
-        check_url(source)
+        check_url(source, "search.url", "http://127.0.0.1:8000/retrieve")
+    if mode == "off":
+        return _open(s, source)
     backend = None if mode == "replay" else _open(s, source)
-    return backend if mode == "off" else Recorded(backend, f"{s.backend} {source}", Path(s.recordings).expanduser())
+    return Recorded(backend, f"{s.backend} {source}", Path(s.recordings).expanduser())
 
 
 def _open(settings: SearchConfig, source: str) -> Backend:
