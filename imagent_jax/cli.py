@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train an agent (the main job)",
-    "evaluate": "evaluate a model on held-out tasks, beside controls",
+    "evaluate": "evaluate a model on held-out tasks or benchmarks, beside controls",
+    "score": "score predictions of MAT and text benchmarks",
+    "compare": "compare two results on the same questions",
     "data": "say what is in a data set, and which rows cannot be used",
     "index": "build a search index of passages, or serve one",
     "view": "open a run's trajectories and report in the browser",

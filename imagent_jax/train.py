@@ -30,6 +30,7 @@ from imagent_jax.data.pipeline import check_source, task_iterator
 from imagent_jax.distributed import processes
 from imagent_jax.distributed.processes import FAILED, RESTART
 from imagent_jax.evals.evaluate import HeldOut, comparison
+from imagent_jax.evals.run import labels, open_benchmarks
 from imagent_jax.model import checkpoint, lora
 from imagent_jax.model.sharding import gather_params
 from imagent_jax.rl.batch import pack_batch
@@ -88,17 +89,20 @@ class Run:
         console.print(f"Writes to {folder.path}: {files}. Ctrl-C saves and stops.")
         with console.status("Loading the model and the tasks (the tiny world is generated once, about ten seconds)") as status:
             check_source(cfg.data)
+            labels(cfg.eval.benchmarks)
             # bad settings are refused before any compute is spent
             self.rewards = reward_functions(cfg.reward, cfg.judge, cfg.used_rewards)
             self.policy = policy = Policy(cfg, interrupt.stop)
-            splits = [policy.open_tasks(split, progress_on(console, status)) for split in ("train", "test")[: 1 + self.evaluates]]
+            progress = progress_on(console, status)
+            splits = [policy.open_tasks(split, progress) for split in ("train", "test")[: 1 + self.evaluates]]
+            benchmarks = open_benchmarks(cfg.eval.benchmarks if self.evaluates else (), cfg, policy.collector, console, progress)
         folder.log_faults([fault for tasks in splits for fault in tasks.faults])
         for tasks in splits:
             if sentence := left_out(tasks):
                 console.print(f"[yellow]{escape(sentence)}[/] All are listed in {folder.path}/data_faults.txt.")
         tasks, held_out = splits[0], list(splits[-1][: cfg.eval.most_tasks])
         self.log = TrajectoryLog(folder, policy.processor, cfg)
-        self.held_out = HeldOut(policy.collector, held_out, cfg, self.log, console)
+        self.held_out = HeldOut(policy.collector, held_out, cfg, self.log, console, benchmarks)
         optimizer = make_optimizer(cfg.optim, cfg.run.steps * cfg.grpo.epochs * cfg.grpo.minibatches)
         reference = policy.params if cfg.grpo.kl > 0 else None
         self.learner = Learner(policy.model, cfg, optimizer, mask_tables(cfg.mask), reference)

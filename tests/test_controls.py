@@ -126,7 +126,7 @@ def test_blank_leaves_nothing_to_see_and_every_size_as_it_was(parts, true):
 
 
 def test_the_shipped_base_gets_worse_under_both_controls(parts, run, true):
-    for control in CONTROLS:
+    for control in ("shuffle", "blank"):
         done = run(under(parts, control, true, 0))
         assert looks_unused(right(true), right(done), control) is None, (right(true).mean(), right(done).mean())
         if control == "shuffle":  # alike until the first observation
@@ -168,7 +168,7 @@ def test_the_command_reports_controls_beside_the_true_accuracy(tmp_path, capsys)
     out = capsys.readouterr().out
     header = next(line for line in out.splitlines() if "held-out" in line and "model" in line)
     assert header.split("┃")[2:5] and [c.strip() for c in header.split("┃")[2:5]] == ["model", "shuffle", "blank"]
-    for flags, words in ((["--control", "scramble"], "scramble"), (["--help"], "[--control shuffle|blank]")):
+    for flags, words in ((["--control", "scramble"], "scramble"), (["--help"], "[--control shuffle|blank|no_tools|")):
         with pytest.raises(SystemExit):
             job.main(flags)
         said = capsys.readouterr()

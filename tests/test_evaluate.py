@@ -14,6 +14,8 @@ from scripted_run import finished
 
 from imagent_jax.evals import evaluate as job
 from imagent_jax.evals.controls import CONTROLS, BlankEnvironment, ShuffledEnvironment
+from imagent_jax.evals.rules import by_type
+from imagent_jax.evals.run import evaluate_benchmarks, open_benchmarks
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.tiny.world import task_at
@@ -103,16 +105,17 @@ def test_the_command_evaluates_with_the_settings_of_its_configuration(tmp_path, 
         return job.summarise(done := [finished(t, ["x"], a) for t, a in zip(tasks, answers, strict=True)]), done
 
     monkeypatch.setattr(job, "evaluate", evaluate)
-    seen, controlled = [], job.controlled
-    monkeypatch.setattr(job, "controlled", lambda *args: (seen.append(args), controlled(*args))[1])
+    seen, audit = [], job.audit
+    monkeypatch.setattr(job, "audit", lambda *args: (seen.append(args), audit(*args))[1])
     assert job.main(["--config", str(tmp_path / "c.yaml"), "--control", "blank", "--control", "shuffle"]) == 0
     wanted = {"groups": 3, "seed": 9, "greedy": True, "temperature": 0.4}
     assert [(count, settings, empty) for _, count, settings, empty in asked] == [(5, wanted, False)] * 3
     (true, *_), *others = asked
     made = [type(collector.environment()) for collector in (true, *(other for other, *_ in others))]
     assert made == [ToolEnvironment, BlankEnvironment, ShuffledEnvironment]
-    assert [(control, len(done), seed) for control, done, seed in seen] == [("blank", 5, 9), ("shuffle", 5, 9)]
-    assert [t.answer == t.task.answer for t in seen[1][1]] == [True] * 5  # those of the true evaluation
+    [(controls, done, seed, _)] = seen
+    assert (controls, len(done), seed) == (["blank", "shuffle"], 5, 9)
+    assert [t.answer == t.task.answer for t in done] == [True] * 5  # those of the true evaluation
     out = " ".join(capsys.readouterr().out.split())
     assert "2/5" in out and f"Control blank: {CONTROLS['blank']}." in out and "on 5 held-out tasks of tiny_world" in out
     assert "100.0 % │ 0.0 % │ 0.0 %" in out and "warning" not in out
@@ -159,7 +162,7 @@ def test_an_agent_that_is_as_good_without_what_it_saw_is_warned_of(tmp_path, cap
 def test_controls_and_settings_are_told_apart():
     chosen, cfg = job.parse(["--control", "shuffle", "--eval.tasks=3", "--control", "blank"])
     assert chosen.control == ["shuffle", "blank"] and cfg.eval.tasks == 3
-    assert job.parse([])[0].control == []
+    assert job.parse([])[0].control == [] and job.parse(["--control", "all"])[0].control == [*CONTROLS]
 
 
 def test_a_table_has_a_column_for_each_evaluation():
@@ -195,3 +198,55 @@ def test_greedy_takes_the_likeliest_token_whatever_the_seed_and_the_temperature(
     assert said(seed=5, greedy=False, temperature=1e-4) == ids
     hot = [said(seed=seed, greedy=False, temperature=3.0) for seed in (5, 6, 5)]
     assert hot[0] == hot[2] != hot[1] and ids not in hot
+
+
+# ---- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--benchmark=vstar,nothing"], "There is no benchmark 'nothing'; use one of muirbench, "),
+        (["--benchmark=vstar,vstar=x"], "The benchmark vstar is named twice"),
+        (["--benchmark=own=x", "--control=all"], "Controls are for held-out tasks"),
+        (["--benchmark=own=x", "--limit=0"], "--limit is below 1"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_told_before_a_model_is_loaded(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(job, "Policy", lambda cfg: pytest.fail("a model is loaded"))
+    assert job.main(flags) == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.slow(12)
+def test_the_base_is_evaluated_on_a_benchmark_end_to_end_and_a_second_call_samples_nothing(parts, tmp_path, monkeypatch):
+    rows = []
+    for i in range(10):
+        task = task_at(1, "test", i)
+        for k, data in enumerate(task.images):
+            (tmp_path / f"{i}-{k}.jpg").write_bytes(data)
+        images = [f"{i}-{k}.jpg" for k in range(len(task.images))]
+        rows.append({"question": task.question, "images": images, "answer": task.answer, "answer_type": task.answer_type})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    console, out = Console(file=io.StringIO(), width=200), tmp_path / "out"
+    cfg = parts.cfg.changed({"data.cache_dir": str(tmp_path)})
+    opened = open_benchmarks([f"own={tmp_path}/rows.jsonl"], cfg, parts.collector, console, lambda words: None)
+
+    def run():
+        with jax.set_mesh(parts.mesh):
+            evaluate_benchmarks(parts, opened, out, 9, console)
+        return (out / "result.json").read_bytes()
+
+    first = run()
+    result = json.loads(first)["benchmarks"]["own-rows"]
+    replies = [json.loads(line) for line in (out / "predictions" / "own-rows.lmms_eval.jsonl").read_text().splitlines()]
+    right = [by_type(task, said["resps"][0][0]) for task, said in zip(opened["own-rows"].questions.facts, replies, strict=False)]
+    assert len(right) == 9 and result["scores"][""]["strict"]["micro"]["mean"] == pytest.approx(sum(right) / 9, abs=1e-6)
+    assert [row["scores"][""]["strict"] for row in result["per_row"]] == [[score] for score in right]
+    logged = [json.loads(line) for line in (out / "trajectories" / "own-rows-000000.jsonl").read_text().splitlines()]
+    assert [record["answer"] or "" for record in logged] == [said["resps"][0][0] for said in replies]
+    page = (out / "report.html").read_text()
+    assert (
+        page.count("<section class=case>") == min(4, int(sum(right))) + min(4, 9 - int(sum(right))) and "data:image/jpeg" in page
+    )
+    monkeypatch.setattr(parts.collector, "collect", lambda *args, **how: pytest.fail("it samples again"))
+    assert run() == first and "own-rows, micro" in console.file.getvalue()

@@ -17,6 +17,10 @@ import pytest
 from scripted_run import finished
 
 from imagent_jax.config import JudgeConfig, RewardConfig
+from imagent_jax.evals.benchmarks import named
+from imagent_jax.evals.judging import judge_replies
+from imagent_jax.evals.page import about
+from imagent_jax.evals.result import result_of
 from imagent_jax.rl import llm_judge
 from imagent_jax.rl.llm_judge import LLMJudge, verdict
 from imagent_jax.rl.rewards import reward_functions, score_trajectories
@@ -380,3 +384,37 @@ def test_processes_that_ask_the_same_end_with_the_same_scores(cfg):
         found = [queue.get(timeout=120) for _ in others]
         [process.join() for process in others]
     assert found[0] == found[1] == found[2] and len(set(found[0])) == 20
+
+
+# ---- in evaluation ----------------------------------------------------------------------------------------------------
+
+
+def records_of(*replies):
+    rest = {"end": "ANSWERED", "calls": 0, "invalid": 0, "tokens": 1, "fault": None}
+    return [{"uid": "t/1", "samples": [{"reply": reply} | rest for reply in replies]}]
+
+
+def test_a_judge_scores_replies_to_a_benchmark_and_its_failures_count_apart(cfg, quick):
+    benchmark, _ = named("visualprobe=x")
+    with serving() as server:
+        records, cfg = records_of("a bus", "a red bus", None, "a car"), replace(cfg, base_url=server.url, retries=0)
+        judge_replies(cfg, [TASK], records)
+        asked = len(server.asked)
+        result = result_of(benchmark, [TASK], records)
+        assert result["per_row"][0]["scores"][""]["judged"] == [1.0, 1.0, 0.0, 0.0] and result["judge_faults"] == {}
+        assert result["scores"][""]["judged"]["micro"]["mean"] == 0.5 and result["scores"][""]["strict"]["micro"]["mean"] == 0.5
+        judge_replies(cfg, [TASK], records_of("a bus", "a red bus", None, "a car"))
+        assert len(server.asked) == asked  # all were kept
+        records = records_of("a bus", "a tram", "a train")
+        server.faults += [FAULTS["busy"], FAULTS["no score"]]
+        judge_replies(cfg, [TASK], records)
+        result = result_of(benchmark, [TASK], records)
+    assert result["per_row"][0]["scores"][""]["judged"] == [1.0, None, None] and sum(result["judge_faults"].values()) == 2
+    assert result["scores"][""]["judged"]["micro"]["mean"] == 1.0
+    assert result["scores"][""]["strict"]["micro"]["mean"] == pytest.approx(1 / 3, abs=1e-6)
+    assert "2 samples have no verdict and count nowhere." in " ".join(about(result))
+
+
+def test_without_a_judge_an_evaluation_with_one_does_not_begin(cfg):
+    with serving(reply="no idea") as server, pytest.raises(ValueError, match="start the server, or mend judge.base_url"):
+        judge_replies(replace(cfg, base_url=server.url, retries=0), [TASK], records_of("a bus"))

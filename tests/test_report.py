@@ -239,7 +239,7 @@ def test_pictures_are_embedded_once_and_cut_where_they_were_cut(tmp_path, monkey
     folder = tmp_path / "trajectories" / "images"
     folder.mkdir(parents=True)
     Image.new("RGB", (100, 80), "red").save(folder / "a.png")
-    pictures = Pictures(run_of(path=tmp_path))
+    pictures = Pictures(run_of(path=tmp_path).path)
     svg = pictures.svg(IMAGES, 2, 25, [([1, 2, 11, 22], "<3>", True), ([0, 0, 5, 5], "4", False)])
     assert svg.startswith('<svg class=picture viewBox="10 20 50 50" width=25 height=25><use href="#a.png" />')
     assert (
@@ -267,7 +267,7 @@ def test_a_case_tells_what_was_asked_said_called_and_seen():
     )
     two = told(end="FAULT", question="Which <one>?", truth="A", answer=None, images=IMAGES, error="Traceback\nOSError: full\n",
                turns=[{"text": "Hm", "call": bad}])  # fmt: skip
-    text = Pictures(run_of()).case("Title", [("base", one), ("trained", two)])
+    text = Pictures(run_of().path).case("Title", [("base", one), ("trained", two)])
     assert "<p class=kind>Title</p><h3>Which &lt;one&gt;?</h3><p>truth <b>A</b></p>" in text
     assert re.findall(r"<figcaption>([^<]*)</figcaption>", text) == ["Image 1", "Image 6", "Image 2: crop of Image 1"]
     assert (

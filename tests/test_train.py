@@ -450,6 +450,8 @@ def test_where_nothing_is_evaluated_no_test_split_is_needed(tmp_path, capsys, du
         (["--tools.names=[nowhere:tool]"], "nowhere:tool"),
         (["--run.resume=true", "--run.name=none"], "holds no checkpoints"),
         (["--mesh.fsdp=1009"], "mesh.fsdp=1009"),
+        (["--eval.benchmarks=[nothing]"], "There is no benchmark 'nothing'"),
+        (["--eval.benchmarks=[own=/nowhere.jsonl]"], "/nowhere.jsonl does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, data, capsys, flags, words):

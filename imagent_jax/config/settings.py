@@ -346,6 +346,17 @@ class EvalConfig:
     groups: int = setting(16, "tasks evaluated at once", least=1)
     seed: int = setting(1234, "seed of sampling in evaluation")
     greedy: bool = setting(False, "greedy decoding in evaluation")
+    benchmarks: tuple[str, ...] = setting(
+        (), "benchmarks evaluated whenever held-out tasks are, NAME or NAME=PATH of their files (docs/benchmarks.md)"
+    )
+    samples: int = setting(1, "k of Avg@k: samples of each question of a benchmark", least=1)
+    prompt: Literal["agent", "benchmark"] = setting(
+        "agent", "of benchmarks: question and options as in training, or the benchmark's own prompt"
+    )
+    shuffle_options: Literal["auto", "on", "off"] = setting(
+        "auto", "order of options in benchmarks (auto: shuffled where the released order gives the answer away)"
+    )
+    judge: bool = setting(False, "score the replies to benchmarks by the model of the section judge too")
 
     @property
     def most_tasks(self) -> int:

@@ -176,16 +176,17 @@ class HubSplit:
 
     unit = "row"
 
-    def __init__(self, name: str, split: str):
-        self.name = f"{name} ({split})"
+    def __init__(self, name: str, split: str, config: str = ""):
+        self.name = f"{name} ({f'{config}, ' if config else ''}{split})"
         datasets = _extra("datasets")
         try:
+            which = [config] if config else []
             saved = (pathlib.Path(name) / "dataset_dict.json").is_file()
-            data = datasets.load_from_disk(name)[split] if saved else datasets.load_dataset(name, split=split)
+            data = datasets.load_from_disk(name)[split] if saved else datasets.load_dataset(name, *which, split=split)
         except Exception as error:  # whatever the hub or a file of it raises
             reason = " ".join(str(error).split())
             raise ValueError(f"There is no file or folder {name}, and no data set {self.name} ({reason}).") from error
-        self.path = pathlib.Path(name) / split
+        self.path = pathlib.Path(name) / f"{f'{config}-' if config else ''}{split}"
         self._hash, self._data = data._fingerprint, data.with_format("arrow")
 
     def content(self) -> str:

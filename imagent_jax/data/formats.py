@@ -117,11 +117,19 @@ FORMATS = (
 
 def format_of(row: Row) -> Format | None:
     """Return the format of a row by its columns; None: unknown."""
-    return next((f for f in FORMATS if all(row.keys() & set(need.split("|")) for need in f.needs)), None)
+    return format_among(FORMATS, row)
 
 
-def unknown_columns(row: Row) -> RowError:
-    """Return the error of a row that has no format."""
+def format_among(forms: Iterable[Format], row: Row) -> Format | None:
+    """Return the first of some formats whose columns a row has; None: it has those of none."""
+    return next((f for f in forms if all(row.keys() & set(need.split("|")) for need in f.needs)), None)
+
+
+def unknown_columns(row: Row, wanted: Format | None = None) -> RowError:
+    """Return the error of a row that has no format, or not the one that is wanted."""
+    if wanted:
+        needs = ", ".join(need.replace("|", " or ") for need in wanted.needs)
+        return RowError("unknown columns", f"the columns {', '.join(row)} are not those of {wanted.name}; it has {needs}")
     known = ", ".join(dict.fromkeys(f.name for f in FORMATS))
     return RowError(
         "unknown columns", f"the columns {', '.join(row)} are of no format known here; use one of {known} (docs/data.md)"

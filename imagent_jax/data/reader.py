@@ -20,7 +20,7 @@ from imagent_jax.chat import answer_markup, extract_answer
 from imagent_jax.config import DataConfig, import_path
 from imagent_jax.data.check import Fault, Key, Progress, RowError, Size, TaskCheck, Tasks, Verdicts, image_sizes, tracked
 from imagent_jax.data.files import Source, open_sources
-from imagent_jax.data.formats import Format, format_of, read_row, unknown_columns
+from imagent_jax.data.formats import Format, format_among, format_of, read_row, unknown_columns
 from imagent_jax.scoring import score
 from imagent_jax.types import Task, quote
 
@@ -82,6 +82,7 @@ class FileTasks(Tasks):
 def read_tasks(
     sources: Sequence[Source], *, skip_bad: bool = False, check: TaskCheck | None = None, shuffle: int | None = None,
     answer_type: str = "", memory: pathlib.Path | None = None, progress: Progress = lambda sentence: None,
+    form: Format | None = None,
 ) -> FileTasks:  # fmt: skip
     """Read and check rows: every row becomes a task, its answers are scored against themselves, every image is decoded once.
 
@@ -93,6 +94,7 @@ def read_tasks(
         answer_type: of rows that name none, see `formats.read_row`.
         memory: folder in which verdicts are remembered, see `Verdicts`; default: none.
         progress: shows how far the check is.
+        form: format of all rows; None: by their columns.
 
     Returns:
         A random-access sequence of tasks.
@@ -105,10 +107,12 @@ def read_tasks(
     names = ", ".join(source.name for source in sources)
     rows, faults = [], []
     for source in sources:
-        _parse(source, (shuffle, answer_type), rows, faults)
+        _parse(source, form, (shuffle, answer_type), rows, faults)
     content = " ".join(f"{source.name} {source.content()}" for source in sources)
     paths = sorted({path for row in rows for path in row.paths if path})
-    verdicts = Verdicts(memory, f"{content} {shuffle} {answer_type}", paths, check.fingerprint if check else "")
+    verdicts = Verdicts(
+        memory, f"{content} {shuffle} {answer_type} {form and form.name}", paths, check.fingerprint if check else ""
+    )
     if (known := verdicts.recall()) is None:
         known = _judge(sources, rows, faults, check, lambda words: progress(f"Checking {pathlib.Path(names).name}: {words}"))
         verdicts.remember(known)
@@ -127,8 +131,10 @@ def open_split(
 ) -> FileTasks:
     """Read the files of a split; see `files.open_sources` and `read_tasks`. Verdicts are remembered in `cfg.cache_dir`."""
     memory = pathlib.Path(cfg.cache_dir).expanduser() / "checked"
-    how = {"shuffle": cfg.seed if cfg.shuffle_options else None, "answer_type": cfg.answer_type}
-    tasks = read_tasks(open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, **how, memory=memory, progress=progress)
+    tasks = read_tasks(
+        open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, shuffle=cfg.seed if cfg.shuffle_options else None,
+        answer_type=cfg.answer_type, memory=memory, progress=progress,
+    )  # fmt: skip
     for path in sorted({row.task.environment for row in tasks.rows} - {""}):
         import_path(path, "environment of a row")  # each time: no remembered verdict knows whether it can be imported
     return tasks
@@ -137,15 +143,15 @@ def open_split(
 # ---- the rows of a source ---------------------------------------------------------------------------------------------
 
 
-def _parse(source: Source, how: tuple[int | None, str], rows: list[Row], faults: list[Fault]) -> None:
+def _parse(source: Source, fixed: Format | None, how: tuple[int | None, str], rows: list[Row], faults: list[Fault]) -> None:
     """Append the rows that can be read, and the faults of the others. `how`: the last arguments of `read_row`."""
     form, names = None, {}
     for line, place, found in source.rows():
         try:
             if isinstance(found, RowError):
                 raise found
-            if (form := format_of(found) or form) is None:
-                raise unknown_columns(found)
+            if (form := format_among([fixed], found) if fixed else format_of(found) or form) is None:
+                raise unknown_columns(found, fixed)
             task, images = read_row(found, form, f"{source.path.stem}:{line}", *how)
         except RowError as error:
             faults.append(Fault(source.name, line, error.reason, error.kind, source.unit))

@@ -1,16 +1,19 @@
-"""Evaluation on held-out tasks: `python -m imagent_jax.evaluate --model.path FOLDER_OR_HUB_ID`.
+"""Evaluation on held-out tasks or benchmarks: `python -m imagent_jax.evaluate --model.path FOLDER_OR_HUB_ID`.
 
-`--control shuffle` and `--control blank` evaluate again without information from images (`evals.controls`) and report that
-accuracy beside the normal one.
+`--benchmark muirbench,vstar=FOLDER` evaluates on benchmarks (docs/benchmarks.md) and writes to the folder `--out`. A killed
+evaluation goes on where it was.
+
+`--control NAME` evaluates again with something taken away from the agent or exchanged (`evals.controls`), and says in a sentence
+what that shows; `--control all` does so with every control.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,8 +21,11 @@ from rich.table import Table
 from imagent_jax.config import Config, parse_args
 from imagent_jax.data.check import left_out
 from imagent_jax.data.pipeline import check_source
-from imagent_jax.evals.controls import CONTROLS, controlled
-from imagent_jax.rl.guards import looks_unused
+from imagent_jax.evals.audit import audit, is_warning
+from imagent_jax.evals.audit import table as audit_table
+from imagent_jax.evals.controls import CONTROLS, Variant
+from imagent_jax.evals.harness import Opened
+from imagent_jax.evals.run import benchmark_metrics, evaluate_benchmarks, labels, open_benchmarks
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.metrics import call_metrics, summarise
 from imagent_jax.rollout.policy import Policy
@@ -46,13 +52,21 @@ def evaluate(
 
 
 class HeldOut:
-    """Evaluates a policy on a run's held-out tasks, logs the trajectories and prints the accuracy."""
+    """Evaluates a policy on a run's held-out tasks, logs the trajectories and prints the accuracy; then on benchmarks.
 
-    def __init__(self, collector: Collector, tasks: Sequence[Task], cfg: Config, log: TrajectoryLog, console: Console):
+    Args:
+        benchmarks: `eval.benchmarks`, opened.
+    """
+
+    def __init__(
+        self, collector: Collector, tasks: Sequence[Task], cfg: Config, log: TrajectoryLog, console: Console,
+        benchmarks: dict[str, Opened],
+    ):  # fmt: skip
         self.collector, self.tasks, self.cfg, self.log, self.console = collector, tasks, cfg, log, console
+        self.benchmarks = benchmarks
 
     def __call__(self, params, count: int, step: int, name: str) -> dict[str, float]:
-        """Return metrics of the first `count` tasks."""
+        """Return metrics of the first `count` tasks, and of the first `count` rows of each benchmark."""
         began, tasks, cfg = time.perf_counter(), self.tasks[:count], self.cfg.eval
         with self.console.status(f"Evaluating on {len(tasks)} held-out tasks"):
             metrics, trajectories = evaluate(
@@ -65,7 +79,7 @@ class HeldOut:
             f"{name}: {100 * metrics['accuracy']:.1f} % of {len(trajectories)} held-out tasks right, "
             f"{metrics['tools/calls']:.2f} calls a task ({metrics['time/evaluation']:.0f} s)"
         )
-        return metrics
+        return metrics | benchmark_metrics(self.collector, params, self.benchmarks, count, self.console)
 
 
 def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
@@ -86,49 +100,81 @@ def comparison(columns: dict[str, dict[str, float]], title: str) -> Table:
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     """Return the options of this command, and the configuration from all other options (`config.parse_args`)."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--control", action="append", choices=CONTROLS, default=[])
+    options.add_argument("--control", action="append", choices=(*CONTROLS, "all"), default=[])
+    options.add_argument("--benchmark", default="")
+    options.add_argument("--out", type=Path, default=Path("evaluation"))
+    options.add_argument("--limit", type=int)
     chosen, rest = options.parse_known_args(argv)
-    return chosen, parse_args(rest, program=f"imagent_jax.evaluate [--control {'|'.join(CONTROLS)}]")
+    chosen.control = [*CONTROLS] if "all" in chosen.control else list(dict.fromkeys(chosen.control))
+    flags = f"[--control {'|'.join(CONTROLS)}|all] [--benchmark NAME[=PATH],... --out FOLDER --limit ROWS]"
+    return chosen, parse_args(rest, program=f"imagent_jax.evaluate {flags}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: print metrics of one model on the held-out split, and the warnings of its controls."""
-
+    """Run the command: exit code 0, or 2 after one sentence about bad input."""
     chosen, cfg = parse(argv)
     console = Console()
     try:
-        if not cfg.eval.tasks:
-            raise ValueError("eval.tasks is 0, so that nothing would be evaluated; set how many held-out tasks to evaluate.")
-        check_source(cfg.data)
-        with console.status("Loading the model and the tasks") as status:
-            parts = Policy(cfg)
-            split = parts.open_tasks("test", progress_on(console, status))
-        if sentence := left_out(split):
-            console.print(f"[yellow]{escape(sentence)}[/]")
-        tasks = list(split[: cfg.eval.tasks])
-        if chosen.control and (own := next((task for task in tasks if task.environment or cfg.tools.environment), None)):
-            raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
-        console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.title}; nothing is written.")
-        with jax.set_mesh(parts.mesh):
-
-            def run(collector: Collector):
-                return evaluate(
-                    collector, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
-                    temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
-                )  # fmt: skip
-
-            results = {"model": run(parts.collector)}
-            for control in chosen.control:
-                console.print(f"Control {control}: {CONTROLS[control]}.")
-                other = controlled(control, results["model"][1], cfg.eval.seed)
-                results[control] = run(Collector(parts.model, parts.processor, parts.tools, cfg, environment=other))
+        if chosen.benchmark:
+            _benchmarks(chosen, cfg, console)
+        else:
+            _held_out(chosen, cfg, console)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    columns = {name: metrics for name, (metrics, _) in results.items()}
-    console.print(comparison(columns, f"{cfg.model.path} on {cfg.data.title}"))
-    true, *others = (np.asarray([t.right for t in done]) for _, done in results.values())
-    for control, right in zip(list(results)[1:], others, strict=True):
-        if warning := looks_unused(true, right, CONTROLS[control]):
-            console.print(f"[yellow]warning[/] ({control}): {warning}")
     return 0
+
+
+def _benchmarks(chosen: argparse.Namespace, cfg: Config, console: Console) -> None:
+    """Evaluate on benchmarks; see `run.evaluate_benchmarks`."""
+    if chosen.control:
+        raise ValueError("Controls are for held-out tasks; leave out --benchmark, and name the rows as data.path.")
+    if chosen.limit is not None and chosen.limit < 1:
+        raise ValueError("--limit is below 1, so that nothing would be evaluated; leave it out for all rows.")
+    specs = [spec.strip() for spec in chosen.benchmark.split(",") if spec.strip()]
+    labels(specs)  # bad names are refused before the model is loaded
+    with console.status("Loading the model and the benchmarks") as status:
+        policy = Policy(cfg)
+        opened = open_benchmarks(specs, cfg, policy.collector, console, progress_on(console, status))
+    with jax.set_mesh(policy.mesh):
+        evaluate_benchmarks(policy, opened, chosen.out, chosen.limit, console)
+
+
+def _held_out(chosen: argparse.Namespace, cfg: Config, console: Console) -> None:
+    """Print metrics of a model on the held-out split, and the warnings of its controls."""
+    if not cfg.eval.tasks:
+        raise ValueError("eval.tasks is 0, so that nothing would be evaluated; set how many held-out tasks to evaluate.")
+    check_source(cfg.data)
+    with console.status("Loading the model and the tasks") as status:
+        parts = Policy(cfg)
+        split = parts.open_tasks("test", progress_on(console, status))
+    if sentence := left_out(split):
+        console.print(f"[yellow]{escape(sentence)}[/]")
+    tasks = list(split[: cfg.eval.tasks])
+    if chosen.control and (own := next((task for task in tasks if task.environment or cfg.tools.environment), None)):
+        raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
+    console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.title}; nothing is written.")
+    columns = {}
+
+    def run(name: str, collector: Collector, tasks: Sequence[Task]) -> list[Trajectory]:
+        columns[name], done = evaluate(
+            collector, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
+            temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
+        )  # fmt: skip
+        return done
+
+    def under(variant: Variant) -> list[Trajectory]:
+        console.print(f"Control {variant.name}: {CONTROLS[variant.control]}.")
+        other = Collector(parts.model, parts.processor, parts.tools, cfg, environment=variant.environment)
+        return run(variant.name, other, variant.tasks)
+
+    with jax.set_mesh(parts.mesh):
+        done = run("model", parts.collector, tasks)
+        lines, sentences = audit(chosen.control, done, cfg.eval.seed, under)
+    whole = {name: metrics for name, metrics in columns.items() if name in ("model", *chosen.control)}
+    console.print(comparison(whole, f"{cfg.model.path} on {cfg.data.title}"))
+    if lines:
+        console.print(audit_table(lines, "controls"))
+    for control, sentence in sentences.items():
+        mark = "[yellow]warning[/] " if is_warning(control, [line for line in lines if line.control == control]) else ""
+        console.print(f"{mark}({control}): {escape(sentence)}", soft_wrap=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from imagent_jax.config import JudgeConfig
-from imagent_jax.types import EndReason, Trajectory, quote
+from imagent_jax.types import EndReason, Task, Trajectory, quote
 
 PROMPT = """You grade the answer that an assistant gave to a question about images. You do not see the images. \
 Compare the answer with the reference answers, of which one suffices. Wording, order and detail do not matter; what is \
@@ -78,11 +78,14 @@ class LLMJudge:
 
         Unread, a trajectory scores 0 that has no answer, has one longer than `LONGEST` or failed on an environment error.
         """
+        return await self.scores([(t.task, None if t.end == EndReason.FAULT else t.answer) for t in trajectories])
+
+    async def scores(self, answers: Sequence[tuple[Task, str | None]]) -> list[float | BaseException]:
+        """Return the score of each answer to a task in 0..1, or the error for which there is none; see `__call__`."""
         prompts = [
-            self.prompt(t.task.text, t.task.answers, t.answer)
-            if t.end != EndReason.FAULT and t.answer and len(t.answer) <= LONGEST else None
-            for t in trajectories
-        ]  # fmt: skip
+            self.prompt(task.text, task.answers, answer) if answer and len(answer) <= LONGEST else None
+            for task, answer in answers
+        ]
         asked = list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
         scores = dict(zip(asked, await asyncio.gather(*map(self.score, asked), return_exceptions=True), strict=True))
         return [scores.get(prompt, 0.0) for prompt in prompts]

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -114,10 +115,10 @@ def programs(call: Record | None) -> list[str]:
 
 
 class Pictures:
-    """Renders cases as HTML; every image file is embedded once."""
+    """Renders cases as HTML; every image file is embedded once. `path`: the folder of the run."""
 
-    def __init__(self, run: RunLog):
-        self.folder, self.sizes = run.path / "trajectories" / "images", {}
+    def __init__(self, path: Path):
+        self.folder, self.sizes = path / "trajectories" / "images", {}
 
     def definitions(self) -> str:
         """Return the embedded image files, to which `svg` refers. Call it last."""

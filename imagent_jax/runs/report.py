@@ -45,7 +45,7 @@ def write_report(path: Path) -> Path:
         ValueError: see `read_run`.
     """
     run = read_run(path)
-    e, pictures = html.escape, Pictures(run)
+    e, pictures = html.escape, Pictures(run.path)
     cfg = run.config
     seconds = max((record.get("time/total", 0.0) for record in run.metrics), default=0.0)
     about = (

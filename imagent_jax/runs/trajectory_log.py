@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -13,11 +13,18 @@ from imagent_jax.config import Config
 from imagent_jax.distributed import processes
 from imagent_jax.model.processor import Processor
 from imagent_jax.rl.mask import mask_tables
-from imagent_jax.runs.folder import RunFolder
 from imagent_jax.types import ImageEntry, TokenKind, Trajectory
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}  # formats that browsers show
 ORIENTATION = 0x0112  # the EXIF tag
+
+
+class LogFolder(Protocol):
+    """A folder that keeps records of trajectories, such as that of a run (`RunFolder`)."""
+
+    path: Path
+
+    def log_trajectories(self, step: int, records: list[dict[str, Any]], name: str = "train") -> None: ...
 
 
 class TrajectoryLog:
@@ -28,7 +35,7 @@ class TrajectoryLog:
     evaluations), `logprob`. A run of image placeholders is one entry; `repeat` holds its length by index.
     """
 
-    def __init__(self, folder: RunFolder, processor: Processor, cfg: Config):
+    def __init__(self, folder: LogFolder, processor: Processor, cfg: Config):
         self.folder, self.processor, self.limit = folder, processor, cfg.run.log_trajectories
         self.tables = mask_tables(cfg.mask)
         self.images = folder.path / "trajectories" / "images"

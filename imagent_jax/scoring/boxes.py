@@ -52,7 +52,7 @@ def box(prediction: str, answer: str) -> float:
     expected, found = _reference(answer), coordinates(prediction)
     if not found or len(found) % 4:
         return 0.0
-    overlaps = _iou(np.reshape(found, (-1, 4)), expected)
+    overlaps = iou(np.reshape(found, (-1, 4)), expected)
     return float(overlaps[linear_sum_assignment(overlaps, maximize=True)].sum() / max(overlaps.shape))
 
 
@@ -83,7 +83,7 @@ def _reference(answer: str) -> np.ndarray:
     return boxes
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the IoU of every two boxes of a [n, 4] and b [m, 4]: [n, m]."""
     low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
     area_a, area_b, both = (np.maximum(side, 0).prod(-1) for side in (a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2], high - low))
