@@ -236,6 +236,7 @@ def main() -> None:
     if args.quick:
         args.seconds = 20.0
     with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder  # what other processes have in the common one is theirs
         try:
             record = run(Path(folder), args.seconds, args.trajectories)
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Runs with tools that act, and a load of hostile calls: the short forms of benchmarks/acting.py and benchmarks/load.py."""
 
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,8 @@ def test_a_run_whose_tools_act_is_the_same_with_other_workers_and_delays_and_aft
 
 
 @pytest.mark.slow(30)
-def test_honest_calls_beside_hostile_and_slow_ones_are_right_and_a_killed_search_server_gives_faults_alone(tmp_path):
+def test_honest_calls_beside_hostile_and_slow_ones_are_right_and_a_killed_search_server_gives_faults_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = load.run(tmp_path, 10.0, 16, wall_s=1.0)
     ends = found["ends"]
     assert (
