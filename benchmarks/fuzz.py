@@ -36,7 +36,7 @@ from imagent_jax.types import CallStatus, Task
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import generated
 
-CHUNK = 500
+CHUNK = 100
 """Trajectories between two writes of the result file."""
 BUSY = ("the machine was too busy", "killed from outside")
 """Words of the faults that are the machine's."""
