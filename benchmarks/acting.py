@@ -19,6 +19,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
@@ -32,8 +33,8 @@ from imagent_jax.chat.answers import answer_markup
 from imagent_jax.index import main as index
 from imagent_jax.rollout.environment import ToolEnvironment
 
-CALLS, DELAY_S = 3, 0.3
-"""Most calls of a rollout, and the longest delay of a call."""
+CALLS, DELAY_S, STARTUP_S = 3, 0.3, 20.0
+"""Most calls of a rollout, the longest delay of a call, and the seconds in which one start in four is killed."""
 WORDS = ("tower", "river", "bridge", "harbour", "garden", "market", "museum", "station", "island", "castle")
 SETTINGS = [
     *survival.SMALL, "--tools.names=[visual_reflection, visual_confirmation, python, search]", f"--tools.max_turns={CALLS}",
@@ -116,23 +117,38 @@ def counted(run: Path) -> dict:
     }  # fmt: skip
 
 
-def measure(folder: Path, steps: int, kills: int, *flags: str, again: bool = True) -> dict:
-    """The runs, in `folder`. Without `again`, the one that is killed is the only other run."""
-    flags = [f"--run.steps={steps}", f"--run.compile_cache={folder}/programs", f"--data.cache_dir={folder}/data", *flags]
-    write_index(folder)
-    began = time.perf_counter()
-    survival.finish(start(folder, "whole", 8, 0.0, *flags), folder / "whole.log")
-    lines = [json.loads(line) for line in (folder / "whole/metrics.jsonl").read_text().splitlines()]
-    step = float(np.median([line["time/step"] for line in lines if "time/step" in line]))
-    startup = time.perf_counter() - began - steps * step
-    if again:
-        survival.finish(start(folder, "again", 1, DELAY_S, *flags), folder / "again.log")
+def step_s(run: Path) -> float:
+    """Median seconds of the steps of a run so far; 1 before the first."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    return float(np.median([json.loads(line)["time/step"] for line in lines if '"time/step"' in line] or [1.0]))
+
+
+def through(folder: Path, name: str, workers: int, delay_s: float, flags: list[str]) -> None:
+    """A run that goes through."""
+    survival.finish(start(folder, name, workers, delay_s, *flags), folder / f"{name}.log")
+
+
+def struck(folder: Path, kills: int, flags: list[str]) -> list[dict]:
+    """The run that is killed: while it starts, or within three steps after its first. Returns what was hit when."""
     rng, log, strikes = random.Random(0), folder / "struck.log", []
     for _ in range(kills):
         process = start(folder, "struck", 3, DELAY_S, *flags)
-        strikes.append(survival.strike(process, log, signal.SIGKILL, rng, startup, steps * step / kills / 1.5))
+        strikes.append(survival.strike(process, log, signal.SIGKILL, rng, STARTUP_S, 2 * step_s(folder / "struck")))
         print(f"killed: {strikes[-1]}", flush=True)
-    survival.finish(start(folder, "struck", 3, DELAY_S, *flags), log)
+    through(folder, "struck", 3, DELAY_S, flags)
+    return strikes
+
+
+def measure(folder: Path, steps: int, kills: int, *flags: str, again: bool = True) -> dict:
+    """The runs, beside each other, in `folder`. Without `again`, the one that is killed is the only other run."""
+    flags = [f"--run.steps={steps}", f"--run.compile_cache={folder}/programs", f"--data.cache_dir={folder}/data", *flags]
+    write_index(folder)
+    began = time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(through, folder, "whole", 8, 0.0, flags), pool.submit(struck, folder, kills, flags)]
+        runs += [pool.submit(through, folder, "again", 1, DELAY_S, flags)] if again else []
+        strikes = [run.result() for run in runs][1]
     others = ["again", "struck"] if again else ["struck"]
     found = {name: real_use.differences(folder / "whole", folder / name) for name in others}
     return counted(folder / "whole") | {"kills": strikes, "differences": found, "seconds": round(time.perf_counter() - began)}

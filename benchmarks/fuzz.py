@@ -14,6 +14,7 @@ import io
 import json
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -35,7 +36,7 @@ from imagent_jax.types import CallStatus, Task
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import generated
 
-CHUNK = 500
+CHUNK = 100
 """Trajectories between two writes of the result file."""
 BUSY = ("the machine was too busy", "killed from outside")
 """Words of the faults that are the machine's."""
@@ -167,6 +168,8 @@ def main() -> None:
     path = (args.out or common.RESULTS) / "fuzz.json"
     record = json.loads(path.read_text()) if path.is_file() and not args.quick else {}
     record = {name: record[name] for name in ("texts", "programs") if name in record}
+    scratch = tempfile.TemporaryDirectory()
+    tempfile.tempdir = scratch.name  # what other processes have in the common one is theirs
     for name, wanted, size, run in (("texts", args.texts, 50_000, texts), ("programs", args.programs // 5, CHUNK, None)):
         if (done := record.get(name, {}).get("done", 0)) >= wanted:
             continue

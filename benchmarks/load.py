@@ -1,8 +1,8 @@
 """Many trajectories at once that call tools, some of them hostile or slow: `python benchmarks/load.py [--seconds 600]`.
 
-64 trajectories run at a time, each of up to five calls, without a model. Three calls in four are honest: programs that build on
-each other, searches, crops. The others are hostile programs (tests/hostile.py) and, one call in forty, programs that do not end.
-The search server is killed at two fifths of the time and started again at half of it.
+64 trajectories run at a time, each of up to five calls, without a model. Three in four are honest: programs that build on each
+other, searches, crops. The others make hostile programs (tests/hostile.py) and, one call in ten, programs that do not end. The
+search server is killed at two fifths of the time and started again at half of it.
 
 An honest call must return exactly what it should, or be a fault of a kind that the machine or the killed server explains. A
 hostile program may do no harm, to its end or to what it attacks. Workers, descriptors and folders must be gone at the end, and
@@ -87,21 +87,22 @@ class Trajectory:
     def __init__(self, number: int, world: ToolEnvironment, attacked: World, searcher: Searcher):
         self.rng, self.world = random.Random(f"load {number}"), world.fork(number)
         self.attacked, self.searcher = attacked, searcher
-        self.left, self.total = self.rng.randint(1, CALLS), None  # the sum that its programs keep
+        self.hostile, self.left = self.rng.random() < 0.25, self.rng.randint(1, CALLS)
+        self.total: int | None = None  # the sum that its programs keep
 
     def next(self) -> tuple[str, Call, object]:
         """The kind of the next call, the call, and what it should return."""
         self.left -= 1
         kind, number = self.rng.random(), self.rng.randrange(10**6)
-        if kind < 0.025:
+        if self.hostile and kind < 0.1:
             return "slow", Call("python", {"code": self.attacked.code(self.rng.choice(TIME))}), None
-        if kind < 0.25:
+        if self.hostile:
             program = self.rng.choice([p for p in PROGRAMS if not p.hangs])
             return "hostile", Call("python", {"code": self.attacked.code(program)}), program
-        if kind < 0.5:
+        if kind < 0.33:
             query = " ".join(self.rng.sample(acting.WORDS, 2))
             return "search", Call("search", {"query": query}), self.searcher.answer(query)
-        if kind < 0.6:
+        if kind < 0.5:
             return "crop", Call("visual_confirmation", {"image": 1, "bbox_2d": [100, 100, 900, 900]}), None
         code = f"total = {number}\n" if self.total is None else f"total += {number}\n"
         self.total = (self.total or 0) + number
@@ -113,7 +114,6 @@ class Trajectory:
         """Return what was wrong with a result; "" where nothing was."""
         said = [part for part in result.parts if isinstance(part, str)] if result else []
         if kind in ("slow", "hostile"):
-            self.total = None if result is None or "variables are gone" in str(result.error) else self.total
             outside = kind == "hostile" and (expected.untried == hostile_calls.OUTSIDE or (expected.strict and not strict))
             return "" if outside or not any("HARM" in line for line in said) else f"harm: {call.arguments['code']}"
         if result is None or result.status is CallStatus.FAULT:
@@ -236,6 +236,7 @@ def main() -> None:
     if args.quick:
         args.seconds = 20.0
     with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder  # what other processes have in the common one is theirs
         try:
             record = run(Path(folder), args.seconds, args.trajectories)
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def test_random_turns_end_as_calls_answers_or_texts():
 
 
 @pytest.mark.slow(15)
-def test_random_programs_end_as_results_or_errors_and_leave_nothing_behind():
+def test_random_programs_end_as_results_or_errors_and_leave_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     sandbox = Sandbox(SandboxConfig(wall_s=1.0, memory_mb=64))
     before = common.left(sandbox)
     found = fuzz.programs(0, 100, sandbox)

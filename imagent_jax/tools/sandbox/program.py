@@ -16,8 +16,6 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-ENDING_S = 10
-"""Seconds in which a server runs this program beside the code itself."""
 
 
 def main() -> None:
