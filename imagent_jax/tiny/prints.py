@@ -59,7 +59,9 @@ OPERATIONS = {
     "brighten": Operation("brightened by {}", "{0}.point(lambda v: {1} * v)", (4, GAIN)),
     "darken": Operation("darkened by {}", "{0}.point(lambda v: 255 - {1} * (255 - v))", (4, GAIN)),
     "sharpen": Operation(
-        "sharpened", "{0}.filter(F.UnsharpMask(3, 400, 0)).filter(F.UnsharpMask(3, 400, 0))", ("",),
+        "sharpened",
+        "{0}.filter(F.UnsharpMask(3, 400, 0)).filter(F.UnsharpMask(3, 400, 0))",
+        ("",),
         "from PIL import ImageFilter as F",
     ),
     "denoise": Operation(

@@ -129,6 +129,7 @@ def make_scene(
     colours: Sequence[str] | None = None,
     digits: Sequence[int] | None = None,
     varied: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Scene:
     """Draws one image: a piece of a photograph with tags of different colours.
 
@@ -138,9 +139,10 @@ def make_scene(
         colours: the colours of the tags, all different; by default two or three at random.
         digits: the digit on each tag, in the order of `colours`; by default random.
         varied: for pre-training: photographs turned and blended, digits of more shapes than there are.
+        size: (height, width) in pixels; by default one of `SIZES`.
 
     Returns:
-        A scene of one of `SIZES`. Tags do not touch: their centres are `TAG_GAP` pixels apart along one axis at least,
+        A scene. Tags do not touch: their centres are `TAG_GAP` pixels apart along one axis at least,
         `TAG_MARGIN` of the side from the border, and in different cells of a grid of 2 x 2, 2 x 3 or 3 x 2, so that a
         thumbnail of the default size shows at most one tag in a merged feature of Qwen2-VL.
 
@@ -157,7 +159,7 @@ def make_scene(
         raise ValueError(f"A scene takes up to {MAX_TAGS} different colours of {', '.join(COLOURS)}; got {colours}.")
     if len(digits) != len(colours) or not all(0 <= digit <= 9 for digit in digits):
         raise ValueError(f"A scene takes one digit from 0 to 9 for each of its colours {colours}; got {digits}.")
-    height, width = SIZES[rng.integers(len(SIZES))]
+    height, width = size or SIZES[rng.integers(len(SIZES))]
     pixels, photo = background(rng, split, height, width)
     if varied:
         pixels = vary(rng, split, pixels)
