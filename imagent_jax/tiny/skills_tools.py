@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from imagent_jax.model import checkpoint
