@@ -31,7 +31,7 @@ STRENGTHS = {
     "test": {"dark": (0.0625, 0.0775), "overexposure": (0.0625, 0.0775), "blur": (4.35, 4.65), "noise": (0.67, 0.69)},
 }  # fmt: skip
 """Strengths of faults: the factor of contrast that is left, sigma of the blur in pixels, share of the pixels lost."""
-GAIN = 12
+GAIN = 14
 """What contrast is multiplied by to repair an exposure."""
 
 

@@ -14,7 +14,7 @@ import queue as queues
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -82,9 +82,10 @@ class Recipe:
     seed: int = 0
 
     def scaled(self, factor: float) -> "Recipe":
-        """Return the recipe with so many times the updates, at least two chunks a stage."""
-        steps = {stage: max(round(factor * count / self.chunk), 2) * self.chunk for stage, count in self.steps.items()}
-        return Recipe(**{**vars(self), "steps": steps})
+        """Return the recipe with so many times the updates, in chunks of about so many times the size."""
+        chunk = max(round(self.chunk * min(4 * factor, 1.0)), 1)
+        steps = {stage: max(round(factor * count / chunk), 2) * chunk for stage, count in self.steps.items()}
+        return replace(self, steps=steps, chunk=chunk)
 
 
 RECIPES = {
