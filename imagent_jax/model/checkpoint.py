@@ -61,7 +61,7 @@ class Tensor(NamedTuple):
 
 
 def resolve(path: str | Path, weights: bool = True) -> Path:
-    """Return a local folder for an embedded model, a folder, or a hub id (downloaded by huggingface_hub, resumable, needed files only).
+    """Return a local folder for an embedded model, a folder, or a hub id (huggingface_hub downloads the needed files).
 
     Raises:
         ValueError: neither a folder nor a hub id that can be downloaded.
