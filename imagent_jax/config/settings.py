@@ -98,7 +98,9 @@ class ImagesConfig:
 class SourceConfig:
     """A source of a mixture."""
 
-    name: Literal["files", "tiny_world", "tiny_code", "tiny_search", "tiny_total"] = setting("files", "as data.name")
+    name: Literal["files", "tiny_world", "tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps"] = (
+        setting("files", "as data.name")
+    )
     path: str = setting("", "as data.path")
     test_path: str = setting("", "as data.test_path")
     weight: float = setting(1.0, "share of the tasks, relative to the weights of the others", above=0)
@@ -115,8 +117,8 @@ _SOURCE = "; ".join(f"{f.name} ({f.metadata['help']})" for f in fields(SourceCon
 class DataConfig:
     """Tasks."""
 
-    name: Literal["tiny_world", "tiny_code", "tiny_search", "tiny_total", "files"] = setting(
-        "files", "your own files, or an embedded world"
+    name: Literal["tiny_world", "tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps", "files"] = (
+        setting("files", "your own files, or an embedded world")
     )
     path: str = setting("", "folder with train.* and, where anything is evaluated, test.*; a file, a pattern, or a hub id")
     test_path: str = setting("", "held-out tasks, where they are not in data.path; as data.path")
@@ -231,6 +233,11 @@ class RewardConfig:
     set_f1: float = setting(0.0, "F1 of the sets of words of answer and reference")
     math_verify: float = setting(0.0, "equal expressions, by math-verify; abstains where the reference is none")
     judge: float = setting(0.0, "score by the model of the section judge")
+    published_code: float = setting(0.0, "as Visual-ARFT pays code: 0.9, whatever it is; rows with a step only, as the next four")
+    problem_set: float = setting(0.0, "the set of problems of a picture, half a point for its turn alone")
+    published_answer: float = setting(0.0, "F1 of the answer of a row's one step")
+    published_query: float = setting(0.0, "similarity of the query, from 0.5 on")
+    published_format: float = setting(0.0, "one step of the row's sort, and nothing beside it")
     environment: float = setting(1.0, "what the task's own environment pays, where it does")
     custom: dict[str, float] | tuple[str, ...] = setting(
         (), "your own rewards: 'package.module:function', weight 1, or a mapping from these to weights", hash=False
@@ -241,7 +248,8 @@ class RewardConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every reward but that of environments, by name or path."""
-        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge")
+        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge", "published_code",
+                 "problem_set", "published_answer", "published_query", "published_format")  # fmt: skip
         return {name: getattr(self, name) for name in named} | self.custom_weights
 
     @property

@@ -19,7 +19,10 @@ from imagent_jax.types import ANSWER_TYPES, Task
 SPLITS = ("train", "test")
 SOURCES = {
     "tiny_world": "imagent_jax.tiny.tasks:open_split",
-    **dict.fromkeys(("tiny_code", "tiny_search", "tiny_total"), "imagent_jax.tiny.generated:open_split"),
+    **dict.fromkeys(
+        ("tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps"),
+        "imagent_jax.tiny.generated:open_split",
+    ),
     "files": "imagent_jax.data.reader:open_split",
 }
 """Data sets: import path of the function that opens a split from the settings; imported on use."""

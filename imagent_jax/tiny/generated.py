@@ -14,6 +14,8 @@ WORLDS = {
     "tiny_code": "imagent_jax.tiny.code_world:task_at",
     "tiny_search": "imagent_jax.tiny.search_world:task_at",
     "tiny_total": "imagent_jax.tiny.total_world:task_at",
+    "tiny_code_steps": "imagent_jax.tiny.published_steps:code_at",
+    "tiny_search_steps": "imagent_jax.tiny.published_steps:search_at",
 }
 """Import path of the function (seed, split, index) -> Task, by name of the data set."""
 
