@@ -235,7 +235,7 @@ def test_forms_have_shares_shapes_and_the_tools_they_need():
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory) -> Processor:
     folder = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer(folder, corpus_texts(600, 0), 1408, NAMED_VALUES)
+    build_tokenizer(folder, corpus_texts(1500, 0), 1408, NAMED_VALUES)
     return Processor.from_pretrained(folder)
 
 

@@ -100,7 +100,7 @@ def _after_question(rng, library: Library, registry, style: Style, calls: int) -
     segments = [ask(question_text(tuple(relations), article.kind, subject.called))]
     shown: list[str] = []
     for turn in range(min(calls, len(relations) if rng.random() < 0.85 else int(rng.integers(1, 3)))):
-        found = _facts(shown)
+        found = [fact for fact in _facts(shown) if fact[1] != article.name]
         if turn and found and rng.random() < 0.6:  # search for what the last search named
             relation, name = found[rng.integers(len(found))]
             said, query = "", f"{next(r[relation] for r in RELATIONS.values() if relation in r)} {name}"

@@ -39,7 +39,7 @@ TOOL_SHAPES = {
     "thumbnail": (Shape(48, 3, 96, 24, 14),),
     "print": (Shape(64, 1, 96, 24, 18),),
     "page": (Shape(32, 1, 120, 24, 34),),
-    "crops": (Shape(16, 8, 128, 48, 22),),
+    "crops": (Shape(16, 8, 144, 48, 26),),
     "thumbnails": (Shape(20, 8, 128, 40, 22),),
     "prints": (Shape(20, 8, 120, 40, 18),),
     "calls": (Shape(16, 4, 128, 112, 48), Shape(12, 4, 128, 176, 48), Shape(8, 4, 128, 304, 48)),
