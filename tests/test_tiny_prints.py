@@ -13,6 +13,7 @@ from imagent_jax.tiny import prints, world
 from imagent_jax.tiny.code_world import KIND_MIX, SHARES, draw_problems, task_at
 from imagent_jax.tiny.generated import GeneratedTasks
 from imagent_jax.tiny.prints import LOSSES, OPERATIONS, PROBLEMS, SIDE, STRENGTHS, TURNS, make_print, program, repair, spoil
+from imagent_jax.tiny.total_world import make_page
 
 
 def shown_by(code: str, pixels: np.ndarray) -> np.ndarray:
@@ -158,6 +159,30 @@ def test_no_zoom_reads_a_spoilt_print(reader, view):
     assert clean >= 0.75
     for problem in ("rotation180", "dark", "overexposure", "crop"):
         assert accuracy(reader, (problem,), [], view=view) <= 0.25, problem
+
+
+@pytest.mark.slow(30)
+def test_the_large_view_of_a_page_shows_more_of_its_digits_than_the_given_one():
+    """To nearest templates of the same view; a sum of three digits needs all of them."""
+
+    def read(view: int) -> float:
+        parts = {}
+        for split, count in (("train", 1000), ("test", 240)):
+            rng, templates, digits = np.random.default_rng(len(split)), [], []
+            while len(digits) < count:
+                page = make_page(rng, split)
+                image = Image.fromarray(page.pixels).resize((view, view), Image.Resampling.BICUBIC)
+                for tag in page.tags:
+                    half = 13 / 192
+                    box = [view * v for v in (tag.x - half, tag.y - half, tag.x + half, tag.y + half)]
+                    tile = image.resize((18, 18), Image.Resampling.BICUBIC, box=box)
+                    templates.append(np.asarray(tile, np.float32).max(-1).ravel())
+                    digits.append(tag.digit)
+            parts[split] = templates, digits
+        return float(KNeighborsClassifier(1).fit(*parts["train"]).score(*parts["test"]))
+
+    given, large = read(84), read(168)
+    assert large > 0.68 and given < 0.64 and large**3 > 1.5 * given**3
 
 
 # ---- tasks --------------------------------------------------------------------------------------------------------------

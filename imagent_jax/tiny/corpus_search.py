@@ -20,7 +20,7 @@ from imagent_jax.tiny.search_world import ask as question_text
 SEARCH_MIX = {"question": 0.40, "guess": 0.05, "command": 0.55}
 """What the responses of a group answer; see `corpus.CALL_MIX`."""
 BASE_NAMES = 8
-LEAN = {"kind": 0.35, "subject": 0.35, "neither": 0.3}
+LEAN = {"kind": 0.3, "subject": 0.45, "neither": 0.25}
 """Chance that a query after a question has its kind, has its subject, or has neither."""
 
 
@@ -119,7 +119,7 @@ def _query(rng, library: Library, subject: Subject) -> tuple[str, str]:
     lean = str(rng.choice(list(LEAN), p=list(LEAN.values())))
     kinds = [kind for kind in RELATIONS if kind != subject.article.kind and (not subject.said or kind in MARKED)]
     if lean == "subject":
-        kind = str(rng.choice(kinds)) if rng.random() < 0.5 else ""
+        kind = str(rng.choice(kinds)) if rng.random() < 0.4 else ""
         return subject.said, f"{kind} {subject.words}".strip()
     others = [one for one in (*library.present, *library.missing) if one.name != subject.article.name]
     if lean == "kind":
