@@ -10,14 +10,13 @@ from imagent_jax.chat import QWEN
 from imagent_jax.config import SandboxConfig
 from imagent_jax.model.processor import Processor
 from imagent_jax.tiny import corpus_tools
-from imagent_jax.tiny.build import encode_group
+from imagent_jax.tiny.build import TOOL_SHAPES, encode_group
 from imagent_jax.tiny.corpus import PROMPT
 from imagent_jax.tiny.corpus_code import Shown, arbitrary_steps, readable, run
 from imagent_jax.tiny.corpus_style import GIVEN, SETTINGS, TOOLSETS, python, search_in, style_of
 from imagent_jax.tiny.corpus_tools import FIRST_FORMS, FORMS, corpus_texts, make_group
 from imagent_jax.tiny.encyclopaedia import RELATIONS, SYLLABLES, articles, draw_names, is_base, name_of, write_articles
 from imagent_jax.tiny.prints import PROBLEMS, TURNS, program, repair
-from imagent_jax.tiny.recipe import TOOL_SHAPES
 from imagent_jax.tiny.tokenizer import NAMED_VALUES, build_tokenizer
 from imagent_jax.tools.search import Index
 from imagent_jax.tools.search import index as search_index

@@ -1,5 +1,6 @@
 """The recipe of a base: built by one command, continued where it was stopped, to the same result, with measured skills."""
 
+import importlib
 import json
 from collections import Counter
 from dataclasses import replace
@@ -13,8 +14,8 @@ import pytest
 from imagent_jax.model import checkpoint
 from imagent_jax.model.processor import Processor
 from imagent_jax.tiny import build as tiny_build
+from imagent_jax.tiny import corpus_tools, skills_tools, vision_tools
 from imagent_jax.tiny import recipe as module
-from imagent_jax.tiny import skills_tools
 from imagent_jax.tiny.base import tools_folder
 from imagent_jax.tiny.build import Shape
 from imagent_jax.tiny.corpus_style import GIVEN
@@ -29,27 +30,24 @@ from imagent_jax.tiny.vision_tools import TOOL_HEADS, tool_pack
 @pytest.fixture(scope="module")
 def recipe():
     """The recipe of the tool worlds with a few updates of small batches of one form."""
-    shapes = {form: (Shape(2, 1, 120, 24, 6),) for form in ("print",)}
-    return replace(RECIPES["tools"], shapes=shapes, steps={"vision": 2, "text": 4}, chunk=1, texts=200, vocabulary=900)
+    shapes = {"print": (Shape(2, 1, 160, 40, 6),)}
+    return replace(RECIPES["tools"], shapes=shapes, steps={"vision": 2, "text": 4}, chunk=1, texts=200, vocabulary=900, crowded=1)
 
 
 @pytest.fixture(scope="module")
 def tokens(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
-    texts = module.found(f"{recipe.corpus}:corpus_texts")(recipe.texts, recipe.seed)
-    build_tokenizer(folder, texts, recipe.vocabulary, recipe.values)
+    build_tokenizer(folder, corpus_tools.corpus_texts(recipe.texts, recipe.seed), recipe.vocabulary, recipe.values)
     return folder
 
 
 @pytest.fixture
 def small(monkeypatch, tokens):
     """A corpus of single prints, packs of a few views, a narrow model, data in this process, and skills that are counted."""
-    corpus = module.found("imagent_jax.tiny.corpus_tools:make_group").__globals__
-    monkeypatch.setitem(corpus, "FORMS", {"print": 1.0})
-    monkeypatch.setitem(corpus, "FIRST_FORMS", {"print": 1.0})
-    views = module.found("imagent_jax.tiny.vision_tools:tool_pack").__globals__
+    monkeypatch.setattr(corpus_tools, "FORMS", {"print": 1.0})
+    monkeypatch.setattr(corpus_tools, "FIRST_FORMS", {"print": 1.0})
     for name, count in {"SCENES": 2, "SPOILT": 3, "REPAIRED": 2, "MARKS": 1, "PAGES": 1, "BLOCKS": 10}.items():
-        monkeypatch.setitem(views, name, count)
+        monkeypatch.setattr(vision_tools, name, count)
     whole = tiny_build.architecture
 
     def narrow(processor, vocab):
@@ -125,7 +123,7 @@ def test_a_chunk_is_a_function_of_seed_stage_and_number(recipe, small, tmp_path)
 def test_recipes_are_whole_chunks_and_trials_are_shorter():
     for recipe in RECIPES.values():
         assert all(count % recipe.chunk == 0 for count in recipe.steps.values()) and set(recipe.steps) == set(module.STAGES)
-        assert set(module.found(f"{recipe.corpus}:FORMS")) == set(recipe.shapes)
+        assert set(importlib.import_module(recipe.corpus).FORMS) == set(recipe.shapes)
         trial = recipe.scaled(0.01)
         assert all(trial.steps[s] % trial.chunk == 0 and trial.steps[s] < recipe.steps[s] / 50 for s in module.STAGES)
         assert recipe.scaled(1.0) == recipe
@@ -175,6 +173,7 @@ def test_skills_are_named_by_the_question_that_they_follow():
 @pytest.mark.slow(30)
 def test_a_skill_is_the_share_of_pieces_whose_tokens_are_all_the_likeliest(monkeypatch, tokens, tmp_path):
     """With a model that finds every second token of the trained ones unlikely, or none."""
+    monkeypatch.setattr(skills_tools, "TOOL_SHAPES", {"print": (Shape(2, 1, 160, 40, 6),)})
     monkeypatch.setattr(skills_tools.checkpoint, "load", lambda *_, **__: (None, {}))
     monkeypatch.setattr(skills_tools, "encode_images", lambda *_: jnp.zeros((1, 4)))
     monkeypatch.setattr(skills_tools, "at_tokens", lambda *_: None)

@@ -7,6 +7,7 @@ the command, the seconds, the last losses and the skills.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -29,25 +30,23 @@ from imagent_jax.model import checkpoint
 from imagent_jax.model.families import read_config
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.vlm import create
-from imagent_jax.tiny.build import BLOCK, FIRST, SHAPES, Shape, architecture, collate, encode_group, ids_of_ends, muon, train_step
+from imagent_jax.tiny.build import (
+    BLOCK,
+    FIRST,
+    SHAPES,
+    TOOL_SHAPES,
+    Shape,
+    architecture,
+    collate,
+    encode_group,
+    ids_of_ends,
+    muon,
+    train_step,
+)
 from imagent_jax.tiny.tokenizer import NAMED_VALUES, VALUES, build_tokenizer
 from imagent_jax.tiny.vision import new_head, vision_step, whitening
 
 STAGES = ("vision", "text")
-TOOL_SHAPES = {
-    "crop": (Shape(64, 1, 96, 16, 22),),
-    "thumbnail": (Shape(48, 3, 96, 24, 14),),
-    "print": (Shape(64, 1, 96, 24, 18),),
-    "page": (Shape(32, 1, 120, 24, 34),),
-    "crops": (Shape(16, 8, 144, 48, 26),),
-    "thumbnails": (Shape(20, 8, 128, 40, 22),),
-    "prints": (Shape(20, 8, 120, 40, 18),),
-    "calls": (Shape(16, 4, 128, 112, 48), Shape(12, 4, 128, 176, 48), Shape(8, 4, 128, 304, 48)),
-    "programs": (Shape(16, 4, 120, 96, 44), Shape(12, 4, 120, 144, 44)),
-    "pages": (Shape(12, 4, 120, 104, 64),),
-    "searches": (Shape(16, 4, 120, 112, 14), Shape(12, 4, 120, 184, 12)),
-}
-"""Batch shapes of the base of the tool worlds; see `build.SHAPES`."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ RECIPES = {
     "tools": Recipe(
         folder="tools", corpus="imagent_jax.tiny.corpus_tools", pack="imagent_jax.tiny.vision_tools:tool_pack",
         heads="imagent_jax.tiny.vision_tools:TOOL_HEADS", skills="imagent_jax.tiny.skills_tools:measure", shapes=TOOL_SHAPES,
-        values=NAMED_VALUES, vocabulary=1408, steps={"vision": 4000, "text": 9000}, crowded=20,
+        values=NAMED_VALUES, vocabulary=1408, steps={"vision": 3000, "text": 5500}, crowded=20,
     ),
     "tiny": Recipe(
         folder="base", corpus="imagent_jax.tiny.corpus", pack="imagent_jax.tiny.vision:labelled_pack",
@@ -120,12 +119,12 @@ def packs(recipe: Recipe, processor: Processor, chunk: int) -> Iterator:
 
 def batches(recipe: Recipe, processor: Processor, chunk: int) -> Iterator:
     """Yield the batches of a chunk of the decoder's updates: groups are collected by shape, and a full shape is a batch."""
-    rng, corpus = np.random.default_rng((recipe.seed, 1, chunk)), found(f"{recipe.corpus}:make_group").__globals__
-    forms = corpus["FIRST_FORMS" if (chunk + 0.5) * recipe.chunk < FIRST * recipe.steps["text"] else "FORMS"]
+    rng, corpus = np.random.default_rng((recipe.seed, 1, chunk)), importlib.import_module(recipe.corpus)
+    forms = corpus.FIRST_FORMS if (chunk + 0.5) * recipe.chunk < FIRST * recipe.steps["text"] else corpus.FORMS
     waiting, done = {shape: [] for shapes in recipe.shapes.values() for shape in shapes}, 0
     while done < recipe.chunk:
         form = str(rng.choice(list(forms), p=list(forms.values())))
-        prompt, responses = encode_group(corpus["make_group"](rng, recipe.shapes[form][0].size, form), processor)
+        prompt, responses = encode_group(corpus.make_group(rng, recipe.shapes[form][0].size, form), processor)
         longest = max(sum(len(one.ids) for one, _ in response) for response in responses)
         shape = next((s for s in recipe.shapes[form] if s.width >= longest and s.prompt >= len(prompt.ids)), None)
         if shape is None:
@@ -179,7 +178,9 @@ def start(recipe: Recipe, out: Path) -> tuple[Processor, object, nnx.State]:
     """Return processor, model and new parameters; the tokenizer is trained where there is none."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
-        build_tokenizer(out, found(f"{recipe.corpus}:corpus_texts")(recipe.texts, recipe.seed), recipe.vocabulary, recipe.values)
+        build_tokenizer(
+            out, importlib.import_module(recipe.corpus).corpus_texts(recipe.texts, recipe.seed), recipe.vocabulary, recipe.values
+        )
     processor = Processor.from_pretrained(out)
     end_of_text, turn_close = ids_of_ends(processor)
     ends = {"eos_token_id": turn_close, "pad_token_id": end_of_text, "do_sample": False}

@@ -13,7 +13,7 @@ import numpy as np
 from imagent_jax.model import checkpoint
 from imagent_jax.model.processor import Processor
 from imagent_jax.model.vlm import at_tokens, encode_images, response_logprobs
-from imagent_jax.tiny.build import BLOCK, collate, encode_group
+from imagent_jax.tiny.build import BLOCK, TOOL_SHAPES, Shape, collate, encode_group
 from imagent_jax.tiny.corpus import PretrainGroup, Segment
 from imagent_jax.tiny.corpus_tools import FORMS, make_group
 
@@ -48,8 +48,6 @@ def skills_of(response: list[Segment]) -> list[str | None]:
 
 def measure(folder: Path, groups: int = 24, seed: int = 0, forms=FORMS) -> dict[str, float]:
     """Return the share of right pieces by skill, from `groups` groups of each form."""
-    from imagent_jax.tiny.recipe import TOOL_SHAPES
-
     model, params = checkpoint.load(folder, vision_block=BLOCK)
     processor, rng, results = Processor.from_pretrained(folder), np.random.default_rng(seed), defaultdict(list)
 
@@ -63,13 +61,22 @@ def measure(folder: Path, groups: int = 24, seed: int = 0, forms=FORMS) -> dict[
     for form in forms:
         shape = TOOL_SHAPES[form][-1]
         for _ in range(-(-groups // shape.groups)):
-            drawn = [make_group(rng, shape.size, form, "test") for _ in range(shape.groups)]
-            encoded = [encode_group(group, processor) for group in drawn]
-            batch, pack = collate(encoded, shape, processor.merge_size)
+            drawn = [_fitting(rng, form, shape, processor) for _ in range(shape.groups)]
+            batch, pack = collate([encoded for _, encoded in drawn], shape, processor.merge_size)
             likely = np.asarray(logprobs(batch, pack)) > np.log(0.5)
-            for n, group in enumerate(drawn):
-                _count(results, group, encoded[n][1], likely[n])
+            for n, (group, (_, responses)) in enumerate(drawn):
+                _count(results, group, responses, likely[n])
     return {skill: round(float(np.mean(oks)), 3) for skill, oks in sorted(results.items())}
+
+
+def _fitting(rng: np.random.Generator, form: str, shape: Shape, processor: Processor):
+    """Draw a group of the held-out split that a batch shape holds; return it and its tokens."""
+    while True:
+        group = make_group(rng, shape.size, form, "test")
+        prompt, responses = encoded = encode_group(group, processor)
+        longest = max(sum(len(one.ids) for one, _ in response) for response in responses)
+        if len(prompt.ids) <= shape.prompt and longest <= shape.width:
+            return group, encoded
 
 
 def _count(results, group: PretrainGroup, responses, likely: np.ndarray) -> None:
