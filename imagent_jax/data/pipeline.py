@@ -40,7 +40,7 @@ def check_source(cfg: DataConfig) -> None:
             raise ValueError(f"{name}.answer_type is {source.answer_type!r}; set one of {', '.join(ANSWER_TYPES)}, or ''.")
     for name, source in (mixed or {"data": cfg}).items():
         if source.name not in SOURCES:
-            raise ValueError(f"There is no data set {source.name!r}; set {name}.name to {' or '.join(SOURCES)}.")
+            raise ValueError(f"There is no data set {source.name!r}; set {name}.name to one of {', '.join(SOURCES)}.")
         if source.name == "files" and not source.path:
             raise ValueError(f"{name}.name is 'files' but {name}.path is empty; name the folder with train.jsonl and test.jsonl.")
 
