@@ -182,6 +182,7 @@ class CallResult:
             precedes it.
         error: for logs; the policy's message when INVALID, the traceback or the timeout when FAULT.
         seconds: how long it took, wall time; no part of what happened, and not compared.
+        ends: the trajectory ends with this call, without an answer. For environments that execute nothing.
     """
 
     status: CallStatus
@@ -190,6 +191,7 @@ class CallResult:
     parts: list[str | int] = field(default_factory=list)
     error: str | None = None
     seconds: float = field(default=0.0, compare=False)
+    ends: bool = False
 
     @property
     def images(self) -> list[int]:

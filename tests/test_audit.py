@@ -213,7 +213,7 @@ def look(context, word: str) -> str:
 
 def test_texts_of_calls_are_exchanged_between_tasks_by_tool():
     tools = ToolSet([look])
-    texts = [(1, "look", ["one"]), (2, "look", ["two"]), (3, "other", ["three"])]
+    texts = [(1, "look", "one"), (2, "look", "two"), (3, "other", "three")]
 
     def asked(own, only=None, calls=1, **how):
         given = {"pool": [], "texts": texts, "seed": 0, "only": only} | how

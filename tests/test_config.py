@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from imagent_jax.config import SETTINGS, TINY, Config, SourceConfig, load_config, parse_args, read_args
+from imagent_jax.rl.published import PUBLISHED
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CHANGED = {
@@ -202,6 +203,7 @@ def test_every_number_has_a_range_or_needs_none():
         "sandbox.files",
         "search.passages",
         "reward.judge",
+        *(f"reward.{name}" for name in PUBLISHED),
     ]
     assert sorted(numbers) == sorted(ranged)
     for dotted in FREE:
@@ -344,7 +346,11 @@ def test_a_source_of_a_mixture_is_changed_from_the_command_line_alone(tmp_path):
         ("{weigt: 2}", "A source of data.mixture has no setting 'weigt'; did you mean 'weight'?"),
         ("{tools: zoom}", "A source of data.mixture has tools 'zoom'; it must be a list of names, such as [a, b]."),
         ("3", "data.mixture is '3'; it must be a mapping of names, such as {a: ...}."),
-        ("{name: web}", "A source of data.mixture has name 'web'; it must be one of 'files', 'tiny_world'."),
+        (
+            "{name: web}",
+            "A source of data.mixture has name 'web'; it must be one of 'files', 'tiny_world', 'tiny_code', 'tiny_search', "
+            "'tiny_total', 'tiny_code_steps', 'tiny_search_steps'.",
+        ),
         ("{reward: {anser: 1}}", "data.mixture.a.reward has 'anser', which is no reward of the run; did you mean 'answer'?"),
         ("{reward: {answer: .nan}}", "data.mixture.a.reward.answer is nan; it must be a finite number."),
         (

@@ -6,13 +6,15 @@ from conftest import small_config
 from PIL import Image
 from scripted_run import crop, play, tools_with
 
+from imagent_jax.chat import Call
 from imagent_jax.evals import evaluate as job
 from imagent_jax.evals.controls import CONTROLS, controlled
 from imagent_jax.rl.guards import looks_unused
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.tiny.world import task_at
-from imagent_jax.types import TokenKind
+from imagent_jax.tools import ToolSet, ToolSettings, tool
+from imagent_jax.types import CallResult, CallStatus, EndReason, ImageNumber, Task, TokenKind, Trajectory, Turn
 
 pytestmark = pytest.mark.slow(3)
 
@@ -173,3 +175,48 @@ def test_the_command_reports_controls_beside_the_true_accuracy(tmp_path, capsys)
             job.main(flags)
         said = capsys.readouterr()
         assert words in said.out + said.err
+
+
+def lookup_result(*texts: str) -> CallResult:
+    return CallResult(CallStatus.EXECUTED, "lookup", {"query": "x"}, [*texts])
+
+
+@tool
+def lookup(context, query: str) -> list[str | ImageNumber]:
+    """Say two lines about a query, and show Image 1 larger.
+
+    Args:
+        query: anything
+    """
+    return [f"{query} is known.", context.show(context.registry[1].pixels, parent=1, origin="view"), "No more."]
+
+
+def test_shuffle_replaces_texts_of_tools_and_keeps_lines_that_name_images(config, tasks):
+    """Also in tasks without images, which are told apart by their question."""
+    bare = [Task(f"bare/{i}", f"Who is {i}?", (), "x") for i in range(2)]
+
+    def done(task, *texts):
+        turn = Turn(0, 1, "", lookup_result(*texts))
+        given = make_given(task)
+        return Trajectory(
+            task, 0, *[np.zeros(1)] * 3, *[np.zeros((3, 1))] * 2, turns=[turn], end=EndReason.VOID, answer=None, images=given
+        )
+
+    def make_given(task):
+        environment = ToolEnvironment(ToolSet([]), ToolSettings(), config.images)
+        environment.reset(task)
+        return environment.images
+
+    seen = set()
+    for seed in range(12):
+        make = controlled("shuffle", [done(bare[0], "own"), done(bare[1], "first", "second"), done(tasks[0], "third")], seed)
+        environment = make(ToolSet([lookup]), ToolSettings(), config.images)
+        environment.reset(tasks[0])
+        result = environment.fork().step(Call("lookup", {"query": "this"}))
+        one, line, image, other = result.parts
+        assert line == f"Image {int(image)}: view of Image 1" and one in ("own", "first", "second")
+        seen |= {one, other}
+    assert seen == {"own", "first", "second"}
+    environment.reset(bare[1])
+    refused = environment.fork().step(Call("lookup", {}))
+    assert refused.status == CallStatus.INVALID and "needs the argument query" in refused.parts[0]

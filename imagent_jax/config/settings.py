@@ -45,7 +45,7 @@ class RunConfig:
 class ModelConfig:
     """The policy's checkpoint and how it computes."""
 
-    path: str = setting("Qwen/Qwen2-VL-2B-Instruct", "a folder, a hub id, or 'tiny' (the embedded base)")
+    path: str = setting("Qwen/Qwen2-VL-2B-Instruct", "a folder, a hub id, or 'tiny' or 'tiny_tools' (the embedded bases)")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute dtype (auto: bfloat16 on GPU and TPU, float32 on CPU)"
     )
@@ -98,7 +98,9 @@ class ImagesConfig:
 class SourceConfig:
     """A source of a mixture."""
 
-    name: Literal["files", "tiny_world"] = setting("files", "as data.name")
+    name: Literal["files", "tiny_world", "tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps"] = (
+        setting("files", "as data.name")
+    )
     path: str = setting("", "as data.path")
     test_path: str = setting("", "as data.test_path")
     weight: float = setting(1.0, "share of the tasks, relative to the weights of the others", above=0)
@@ -115,7 +117,9 @@ _SOURCE = "; ".join(f"{f.name} ({f.metadata['help']})" for f in fields(SourceCon
 class DataConfig:
     """Tasks."""
 
-    name: Literal["tiny_world", "files"] = setting("files", "your own files, or the embedded world")
+    name: Literal["tiny_world", "tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps", "files"] = (
+        setting("files", "your own files, or an embedded world")
+    )
     path: str = setting("", "folder with train.* and, where anything is evaluated, test.*; a file, a pattern, or a hub id")
     test_path: str = setting("", "held-out tasks, where they are not in data.path; as data.path")
     mixture: dict[str, SourceConfig] = setting(
@@ -127,9 +131,9 @@ class DataConfig:
     )
     curriculum_floor: float = setting(0.1, "least chance that the curriculum leaves a task in an epoch", above=0, most=1)
     cache_dir: str = setting("~/.cache/imagent_jax/data", "where generated tasks and verdicts on task files are kept")
-    train_size: int = setting(3072, "training tasks of the tiny world", least=1)
-    test_size: int = setting(512, "held-out tasks of the tiny world", least=1)
-    seed: int = setting(0, "seed of the tiny world, of the order of tasks and of options")
+    train_size: int = setting(3072, "training tasks of a tiny world", least=1)
+    test_size: int = setting(512, "held-out tasks of a tiny world", least=1)
+    seed: int = setting(0, "seed of a tiny world, of the order of tasks and of options")
     shuffle_options: bool = setting(False, "show the options of a question in an order of its own (files)")
     permute_images: bool = setting(True, "in random order; else what the answer needs comes first (tiny world, training)")
     skip_bad: bool = setting(False, "skip rows with faults (counted and listed) instead of stopping")
@@ -201,7 +205,7 @@ class SearchConfig:
     backend: Literal["index", "server", "serper"] = setting(
         "index", "a folder of `imagent index`, a server that speaks Search-R1's POST /retrieve, or Serper's web search"
     )
-    path: str = setting("", "index: its folder")
+    path: str = setting("", "index: its folder, or 'tiny' (the embedded encyclopaedia, built on first use)")
     url: str = setting("", "server: its full address, such as http://127.0.0.1:8000/retrieve ('' with serper: Serper's own)")
     key_env: str = setting("SERPER_API_KEY", "serper: environment variable that holds the key")
     passages: int = setting(3, "passages that a call returns", least=1, most=100)
@@ -242,6 +246,11 @@ class RewardConfig:
     set_f1: float = setting(0.0, "F1 of the sets of words of answer and reference")
     math_verify: float = setting(0.0, "equal expressions, by math-verify; abstains where the reference is none")
     judge: float = setting(0.0, "score by the model of the section judge")
+    published_code: float = setting(0.0, "as Visual-ARFT pays code: 0.9, whatever it is; rows with a step only, as the next four")
+    problem_set: float = setting(0.0, "the set of problems of a picture, half a point for its turn alone")
+    published_answer: float = setting(0.0, "F1 of the answer of a row's one step")
+    published_query: float = setting(0.0, "similarity of the query, from 0.5 on")
+    published_format: float = setting(0.0, "one step of the row's sort, and nothing beside it")
     environment: float = setting(1.0, "what the task's own environment pays, where it does")
     custom: dict[str, float] | tuple[str, ...] = setting(
         (), "your own rewards: 'package.module:function', weight 1, or a mapping from these to weights", hash=False
@@ -252,7 +261,8 @@ class RewardConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every reward but that of environments, by name or path."""
-        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge")
+        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge", "published_code",
+                 "problem_set", "published_answer", "published_query", "published_format")  # fmt: skip
         return {name: getattr(self, name) for name in named} | self.custom_weights
 
     @property

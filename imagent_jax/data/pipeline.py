@@ -17,7 +17,14 @@ from imagent_jax.data.mixture import Mixture, next_source, open_mixture
 from imagent_jax.types import ANSWER_TYPES, Task
 
 SPLITS = ("train", "test")
-SOURCES = {"tiny_world": "imagent_jax.tiny.tasks:open_split", "files": "imagent_jax.data.reader:open_split"}
+SOURCES = {
+    "tiny_world": "imagent_jax.tiny.tasks:open_split",
+    **dict.fromkeys(
+        ("tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps"),
+        "imagent_jax.tiny.generated:open_split",
+    ),
+    "files": "imagent_jax.data.reader:open_split",
+}
 """Data sets: import path of the function that opens a split from the settings; imported on use."""
 
 
@@ -33,7 +40,7 @@ def check_source(cfg: DataConfig) -> None:
             raise ValueError(f"{name}.answer_type is {source.answer_type!r}; set one of {', '.join(ANSWER_TYPES)}, or ''.")
     for name, source in (mixed or {"data": cfg}).items():
         if source.name not in SOURCES:
-            raise ValueError(f"There is no data set {source.name!r}; set {name}.name to {' or '.join(SOURCES)}.")
+            raise ValueError(f"There is no data set {source.name!r}; set {name}.name to one of {', '.join(SOURCES)}.")
         if source.name == "files" and not source.path:
             raise ValueError(f"{name}.name is 'files' but {name}.path is empty; name the folder with train.jsonl and test.jsonl.")
 

@@ -82,8 +82,8 @@ class WithoutImageEnvironment(ToolEnvironment):
 
 
 class ShuffledEnvironment(ToolEnvironment):
-    """Environment in which what a call returns is replaced by what a call returned in another task: every image that it shows, or
-    the text of a call that shows none.
+    """Environment in which what a call returns is replaced by what a call returned in another task: every text, by one of the
+    same tool, and every image. Lines that name images stay.
 
     The choice depends on `seed` and on what is replaced, not on the order of the rollouts.
 
@@ -94,7 +94,7 @@ class ShuffledEnvironment(ToolEnvironment):
     """
 
     def __init__(
-        self, *args, pool: Sequence[tuple[int, Image.Image]], seed: int, texts: Sequence[tuple[int, str, list]] = (),
+        self, *args, pool: Sequence[tuple[int, Image.Image]], seed: int, texts: Sequence[tuple[int, str, str]] = (),
         only: int | None = None,
     ):  # fmt: skip
         super().__init__(*args)
@@ -109,19 +109,20 @@ class ShuffledEnvironment(ToolEnvironment):
         result = super().step(call)
         if result.status == CallStatus.EXECUTED:
             self.calls += 1
-            if not result.images and self._replaces():
-                return self._with_other_text(result)
+            if self._replaces():
+                return self._with_other_texts(result)
         return result
 
     def _replaces(self) -> bool:
         return self.only in (None, self.calls)
 
-    def _with_other_text(self, result: CallResult) -> CallResult:
-        others = [parts for owner, name, parts in self.texts if owner != self.own and name == result.name]
-        if not others:
-            return result
-        rng = np.random.default_rng((self.seed, zlib.crc32("\n".join(map(str, result.parts)).encode("utf-8", "replace"))))
-        return replace(result, parts=list(others[rng.integers(len(others))]))
+    def _with_other_texts(self, result: CallResult) -> CallResult:
+        parts = list(result.parts)
+        others = [text for owner, name, text in self.texts if owner != self.own and name == result.name]
+        for i in told(result) if others else ():
+            rng = np.random.default_rng((self.seed, zlib.crc32(str(parts[i]).encode("utf-8", "replace"))))
+            parts[i] = others[rng.integers(len(others))]
+        return replace(result, parts=parts)
 
     def view(self, entry: ImageEntry, observed: bool) -> Image.Image:
         observed = observed and self._replaces()
@@ -153,8 +154,14 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int, only: int | 
         for turn in t.turns if turn.call and turn.call.status == CallStatus.EXECUTED
     ]  # fmt: skip
     pool = [(owner, images[number - 1].pixels) for owner, images, call in calls for number in call.images]
-    texts = [(owner, call.name, call.parts) for owner, _, call in calls if not call.images]
+    texts = [(owner, call.name, call.parts[i]) for owner, _, call in calls for i in told(call)]
     return partial(ShuffledEnvironment, pool=pool, texts=texts, seed=seed, only=only)
+
+
+def told(result: CallResult) -> list[int]:
+    """Return the indices of the parts of a result that are texts of their own: not the line that names the next image."""
+    after = [*result.parts[1:], ""]
+    return [i for i, part in enumerate(result.parts) if isinstance(part, str) and isinstance(after[i], str)]
 
 
 def fingerprint(images: Sequence[ImageEntry], task: Task) -> int:

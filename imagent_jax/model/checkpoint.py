@@ -41,7 +41,7 @@ COMPANIONS = (
 )  # fmt: skip
 """Files of a complete checkpoint besides weights and config.json: tokenizer, processor and generation settings."""
 
-EMBEDDED = {"tiny": "imagent_jax.tiny.base:base_folder"}
+EMBEDDED = {"tiny": "imagent_jax.tiny.base:base_folder", "tiny_tools": "imagent_jax.tiny.base:tools_folder"}
 """Models shipped with the package: import path of the function that returns the model's folder, imported on use."""
 
 _ROWS = 256  # rows of a stored matrix copied per read
@@ -61,7 +61,7 @@ class Tensor(NamedTuple):
 
 
 def resolve(path: str | Path, weights: bool = True) -> Path:
-    """Return a local folder for "tiny", a folder, or a hub id (downloaded by huggingface_hub, resumable, needed files only).
+    """Return a local folder for an embedded model, a folder, or a hub id (huggingface_hub downloads the needed files).
 
     Raises:
         ValueError: neither a folder nor a hub id that can be downloaded.

@@ -15,6 +15,7 @@ from imagent_jax.chat import well_formed_answer
 from imagent_jax.config import JudgeConfig, RewardConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.rl.llm_judge import LLMJudge
+from imagent_jax.rl.published import PUBLISHED
 from imagent_jax.scoring import BadReference
 from imagent_jax.scoring.expressions import check_installed
 from imagent_jax.types import EndReason, Trajectory
@@ -78,7 +79,7 @@ ALWAYS: dict[str, Reward] = {"answer": answer, "format": well_formed, "tool_gain
 REWARDS: dict[str, Reward] = ALWAYS | {
     "iou": scored_as("box"), "point_in_box": scored_as("point"), "set_f1": scored_as("set_f1"), "math_verify": scored_as("math"),
     "environment": environment,
-}  # fmt: skip
+} | PUBLISHED  # fmt: skip
 
 
 def custom_reward(path: str) -> Reward:

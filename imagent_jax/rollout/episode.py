@@ -83,6 +83,8 @@ class Episode:
         if result.status == CallStatus.FAULT:
             self.error = result.error
             return self._finish(EndReason.FAULT)
+        if result.ends:
+            return self._finish(EndReason.VOID)
         if result.status == CallStatus.INVALID:
             kinds = self.kinds[-1]
             kinds[kinds == TokenKind.TOOL_CALL] = TokenKind.INVALID_CALL

@@ -1,4 +1,4 @@
-"""Location of the embedded base model."""
+"""Locations of the embedded base models."""
 
 from pathlib import Path
 
@@ -9,7 +9,16 @@ def base_folder() -> Path:
     Raises:
         ValueError: the folder holds no model (a checkout in which the model has not been built).
     """
-    folder = Path(__file__).parent / "assets" / "base"
+    return _folder("base", "python -m imagent_jax.tiny")
+
+
+def tools_folder() -> Path:
+    """Return the folder of the base of the tool worlds, see `base_folder`."""
+    return _folder("tools", "python -m imagent_jax.tiny.recipe tools")
+
+
+def _folder(name: str, command: str) -> Path:
+    folder = Path(__file__).parent / "assets" / name
     if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"{folder} holds no model; build it with `python -m imagent_jax.tiny`.")
+        raise ValueError(f"{folder} holds no model; build it with `{command}`.")
     return folder

@@ -22,7 +22,7 @@ from imagent_jax.chat import QWEN, Call, answer_markup
 from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.images.prepare import smart_resize
 from imagent_jax.tiny.world import COLOURS, Scene, Tag, make_scene
-from imagent_jax.tools import ImageRegistry, ToolSettings, tools_by_name
+from imagent_jax.tools import ImageRegistry, ToolSet, ToolSettings, tools_by_name
 
 THUMBNAIL = (3136, 4704)
 """Pixel budget of the images a question is asked of (least, most); the default run's own."""
@@ -48,6 +48,24 @@ NO_TAG = 0.06
 """Share of crops without a tag."""
 SETTINGS = ToolSettings()
 TOOLS = tools_by_name(("visual_reflection", "visual_confirmation"))
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the corpus shows images: those of a base and of the runs that begin with it.
+
+    Attributes:
+        given: pixel budget of the images a question is asked of (least, most).
+        tools: those that a prompt offers.
+    """
+
+    given: tuple[int, int]
+    settings: ToolSettings
+    tools: ToolSet
+
+
+STYLE = Style(THUMBNAIL, SETTINGS, TOOLS)
+"""Of the base of the tiny world."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +96,9 @@ class PretrainGroup:
     scenes: list[Scene] = field(default_factory=list)
 
 
-def prompt_text(count: int) -> str:
+def prompt_text(count: int, style: Style = STYLE) -> str:
     """System turn and the images of a user turn, exactly as a rollout renders them."""
-    system = QWEN.system(PROMPT.system, TOOLS.schemas(SETTINGS, PROMPT))
+    system = QWEN.system(PROMPT.system, style.tools.schemas(style.settings, PROMPT))
     return _with_placeholders(QWEN.render_parts(system, range(1, count + 1), range(count)))
 
 
@@ -227,7 +245,7 @@ def guess(rng, scenes: list[Scene]) -> tuple[str, str]:
 # ---- calls --------------------------------------------------------------------------------------------------------
 
 
-def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[Segment]:
+def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str, style: Style = STYLE) -> list[Segment]:
     """One to four calls with arbitrary arguments, each followed by what it shows.
 
     Args:
@@ -259,10 +277,10 @@ def call(rng, scenes: list[Scene], registry: ImageRegistry, kind: str) -> list[S
             name, reading, arguments = "visual_reflection", "", {"images": [number], **high}
         else:
             name, arguments = "visual_confirmation", {"image": number, "label": tag.colour, "bbox_2d": box_of(tag)}
-            reading = _reading(number, tag)
+            reading = reading_of(number, tag)
             seen.append((number, tag))
         text = QWEN.render_call(name, arguments)
-        result = TOOLS.execute(Call(name, arguments), registry, SETTINGS)
+        result = style.tools.execute(Call(name, arguments), registry, style.settings)
         cut = text.index(', "label"') if targets else len(text)  # which tag is chance: nothing to learn
         segments += [Segment(said + text[:cut], True), *([Segment(text[cut:], False)] if targets else [])]
         segments.append(observation(result.parts, registry))
@@ -332,10 +350,10 @@ def crop_beside(rng, scene: Scene) -> Image.Image:
 
 def read(rng, shown: list[Tag | None]) -> tuple[str, str]:
     number = int(rng.integers(len(shown)))
-    return f"What does Image {number + 1} show?", _reading(number + 1, shown[number])
+    return f"What does Image {number + 1} show?", reading_of(number + 1, shown[number])
 
 
-def _reading(number: int, tag: Tag | None) -> str:
+def reading_of(number: int, tag: Tag | None) -> str:
     """What is said of a tag seen closely in the given image `number`, itself or a crop of it; None: there is none."""
     return f"Image {number} {tag.colour} {tag.digit}.\n" if tag else f"Image {number} no tag.\n"
 
@@ -353,23 +371,25 @@ def about(rng, seen: list[tuple[int, Tag]], images: int = 0) -> tuple[str, str, 
     (a, first), (b, second) = seen[0], seen[-1]
     kind = _pick(rng, ("read", "sum", "sum", "compare", "find", "find", "find", "find"))  # where tags allow it; else the sum
     if len(seen) == 1 or kind == "read":
-        return read_question(rng, a, first.colour), _reading(a, first), str(first.digit)
+        return read_question(rng, a, first.colour), reading_of(a, first), str(first.digit)
     if kind == "compare" and first.colour == second.colour and first.digit != second.digit:
-        evidence = _reading(a, first) + _reading(b, second)
+        evidence = reading_of(a, first) + reading_of(b, second)
         return compare_question(first.colour, a, b), evidence, f"Image {a if first.digit > second.digit else b}"
     alike = [(n, tag) for n, tag in ordered if tag.colour == first.colour]
     large = [at for at, (_, tag) in enumerate(alike) if tag.digit > 4]
     if kind == "find" and len(large) == 1:
-        evidence = [_reading(n, t) for n, t in alike[: large[0] + 1]][: images - 1 if len(alike) == images else None]
+        evidence = [reading_of(n, t) for n, t in alike[: large[0] + 1]][: images - 1 if len(alike) == images else None]
         return find_question(first.colour), "".join(evidence), f"Image {alike[large[0]][0]}"
-    evidence = _reading(a, first) + _reading(b, second)
+    evidence = reading_of(a, first) + reading_of(b, second)
     return sum_question(rng, (a, first.colour), (b, second.colour)), evidence, str(first.digit + second.digit)
 
 
 # ---- groups -------------------------------------------------------------------------------------------------------
 
 
-def make_group(rng: np.random.Generator, size: int, form: str | None = None, split: str = "train") -> PretrainGroup:
+def make_group(
+    rng: np.random.Generator, size: int, form: str | None = None, split: str = "train", style: Style = STYLE
+) -> PretrainGroup:
     """Images and `size` continuations of one form: "crops" (READ, ANSWER), "thumbnails" (LOCATE, LOOK, GUESS) or
     "calls" (CALL, GUESS), "crop" (READ) and "thumbnail" (LOCATE) of a single image; by default drawn by `FORMS`.
     All is a function of `rng`'s state. Pre-training uses the train split only; skills are measured on the other.
@@ -377,7 +397,7 @@ def make_group(rng: np.random.Generator, size: int, form: str | None = None, spl
     form = form or str(rng.choice(list(FORMS), p=list(FORMS.values())))
     count = 1 if form in ("crop", "thumbnail") else int(rng.choice((2, 3, 4), p=(0.5, 0.35, 0.15)))
     if form in ("crop", "crops"):
-        return _crops(rng, size, count, split)
+        return _crops(rng, size, count, split, style)
     palette = rng.permutation(COLOURS)[: int(rng.integers(4, 6))].tolist()  # no image has a colour outside it
     shared = palette[:1] if rng.random() < 0.5 else []
     scenes = []
@@ -385,26 +405,31 @@ def make_group(rng: np.random.Generator, size: int, form: str | None = None, spl
         others = [c for c in rng.permutation(palette).tolist() if c not in shared]
         chosen = [*shared, *others][: int(rng.integers(2, 4))]
         scenes.append(make_scene(rng, split, colours=rng.permutation(chosen).tolist(), varied=split == "train"))
-    images = [ShownImage(Image.fromarray(scene.pixels), *THUMBNAIL) for scene in scenes]
-    registry = ImageRegistry()
-    for image in images:
-        shown = smart_resize(image.pixels.height, image.pixels.width, SETTINGS.patch_factor, *THUMBNAIL)
-        registry.add(image.pixels, shown=shown, min_pixels=THUMBNAIL[0], max_pixels=THUMBNAIL[1])
+    images, registry = give([scene.pixels for scene in scenes], style)
     targets = [(number, tag) for number, scene in enumerate(scenes, 1) for tag in scene.tags]
     targets = [targets[i] for i in rng.permutation(len(targets))]
     mix = {"thumbnail": {"locate": 1.0}, "thumbnails": THUMBNAIL_MIX, "calls": CALL_MIX}[form]
     responses = []
     for i, skill in enumerate(rng.choice(list(mix), size, p=list(mix.values()))):
         if skill in ("question", "request", "command"):
-            responses.append(call(rng, scenes, registry.fork(), skill))
+            responses.append(call(rng, scenes, registry.fork(), skill, style))
             continue
         asked = {"look": look, "guess": guess}.get(skill)
         question, text = asked(rng, scenes) if asked else locate(rng, scenes, *targets[i % len(targets)])
         responses.append([ask(question), say(text)])
-    return PretrainGroup(images, prompt_text(count), responses, scenes)
+    return PretrainGroup(images, prompt_text(count, style), responses, scenes)
 
 
-def _crops(rng, size: int, count: int, split: str) -> PretrainGroup:
+def give(pixels: Sequence[np.ndarray], style: Style) -> tuple[list[ShownImage], ImageRegistry]:
+    """Return images as a question has them, and the registry of an environment that was reset to them."""
+    images, registry = [ShownImage(Image.fromarray(one), *style.given) for one in pixels], ImageRegistry()
+    for image in images:
+        shown = smart_resize(image.pixels.height, image.pixels.width, style.settings.patch_factor, *style.given)
+        registry.add(image.pixels, shown=shown, min_pixels=style.given[0], max_pixels=style.given[1])
+    return images, registry
+
+
+def _crops(rng, size: int, count: int, split: str, style: Style) -> PretrainGroup:
     """Crops as the given images, in 60 % of the groups around tags of one colour."""
     same, colour = rng.random() < 0.6, _pick(rng, COLOURS)
     images, shown, scenes = [], [], []
@@ -415,14 +440,14 @@ def _crops(rng, size: int, count: int, split: str) -> PretrainGroup:
         tag = scene.tags[0] if same else _pick(rng, scene.tags)
         tag = None if (number or count == 1) and rng.random() < NO_TAG else tag
         pixels = crop_near(rng, scene, tag) if tag else crop_beside(rng, scene)
-        images.append(ShownImage(pixels, SETTINGS.confirm_min_pixels, SETTINGS.confirm_max_pixels))
+        images.append(ShownImage(pixels, style.settings.confirm_min_pixels, style.settings.confirm_max_pixels))
         shown.append(tag)
         scenes.append(scene)
     responses = []
     for i in range(size):
         question, text = (answer_given if i % 4 and count > 1 else read)(rng, shown)
         responses.append([ask(question), say(text)])
-    return PretrainGroup(images, prompt_text(count), responses, scenes)
+    return PretrainGroup(images, prompt_text(count, style), responses, scenes)
 
 
 def corpus_texts(count: int, seed: int) -> list[str]:

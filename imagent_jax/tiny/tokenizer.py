@@ -15,6 +15,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD
+from imagent_jax.tiny.encyclopaedia import RELATIONS, SYLLABLES
 from imagent_jax.tiny.world import COLOURS
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -24,7 +25,16 @@ COORDINATES = tuple(str(n) for n in range(25, 1001, 25))
 """Numbers that are one token; every other number is one token a digit."""
 
 _NUMBER = r"(?<![0-9A-Za-z_])(?:1000|[1-9](?:00|25|50|75)|25|50|75)(?![0-9A-Za-z_])|(?<![A-Za-z_])[0-9](?![A-Za-z_])"
-_VALUE = rf"(?:{_NUMBER}|\b(?:{'|'.join(COLOURS)})\b)"
+_COLOUR = "|".join(COLOURS)
+_FIRST, _LATER = "|".join(s.capitalize() for s in SYLLABLES), "|".join(SYLLABLES)
+VALUES = rf"(?:{_NUMBER}|\b(?:{_COLOUR})\b)"
+"""What is a token of its own: numbers and colours."""
+_WORDS = [*RELATIONS, *(relation for relations in RELATIONS.values() for relation in relations)]
+NAMED_VALUES = (
+    rf"(?:{_NUMBER}|(?<=[a-z])[0-9](?![0-9A-Za-z_])|\b(?:{_COLOUR})(?![A-Za-z])|\b(?:{'|'.join(_WORDS)})\b|\b(?:{_FIRST})(?=(?:{_LATER}){{2}}\b)"
+    rf"|(?<=\b(?:{_FIRST}))(?:{_LATER})(?=(?:{_LATER})\b)|(?<=\b(?:{_FIRST})(?:{_LATER}))(?:{_LATER})\b)"
+)
+"""The same for the tool worlds: also the two halves of "red7", the words of the encyclopaedia, and the syllables of its names."""
 _LINE_END = r"(?<=\n)(?=[^\n])"
 _MERGES = [("0", "0"), ("5", "0"), ("2", "5"), ("7", "5"), ("0", "00")]  # pairs that build COORDINATES, in this order
 _STAND_IN = {"\n": "\ue000", " ": "\ue001"}
@@ -59,15 +69,15 @@ CHAT_TEMPLATE = """\
 """
 
 
-def pieces_apart(text: str) -> Iterator[str]:
+def pieces_apart(text: str, values: str = VALUES) -> Iterator[str]:
     """Cuts text where no token may reach across: around markers and values, and after line breaks."""
     markers = "|".join(re.escape(marker) for marker in (*SPECIAL, *MARKERS, "<image>"))
-    for part in re.split(f"{markers}|({_VALUE})|{_LINE_END}", text):
+    for part in re.split(f"{markers}|({values})|{_LINE_END}", text):
         if part:
             yield part
 
 
-def build_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int = 1024) -> None:
+def build_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int = 1024, values: str = VALUES) -> None:
     """Trains the tokenizer on `texts` and writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`,
     `tokenizer.model` (sentencepiece's own; see `_STAND_IN`) and `preprocessor_config.json` into `folder`.
 
@@ -75,18 +85,20 @@ def build_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int = 1024) 
         folder: where to; it exists.
         texts: conversations; `<image>` in them stands for an image and is not learned.
         vocab_size: pieces that sentencepiece may learn, 256 bytes among them.
+        values: `VALUES` or `NAMED_VALUES`.
     """
-    trained = _train(texts, vocab_size)
+    trained = _train(texts, vocab_size, values)
     (folder / "tokenizer.model").write_bytes(trained)
     model = sentencepiece.SentencePieceProcessor(model_proto=trained)
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     for character, stand_in in _STAND_IN.items():
         pieces = [piece.replace(stand_in, character) for piece in pieces]
-    pieces += [p for p in ("00", "000", *COORDINATES) if p not in pieces]
+    names = [s for low in SYLLABLES for s in (low, low.capitalize())] if values == NAMED_VALUES else []
+    pieces += [p for p in ("00", "000", *COORDINATES, *names) if p not in pieces]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.BPE(vocab, _merges(vocab), unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_VALUE), "isolated"), pre_tokenizers.Split(Regex(r"\n+"), "merged_with_previous")]
+        [pre_tokenizers.Split(Regex(values), "isolated"), pre_tokenizers.Split(Regex(r"\n+"), "merged_with_previous")]
     )
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
@@ -114,11 +126,11 @@ def build_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int = 1024) 
     })  # fmt: skip
 
 
-def _train(texts: Sequence[str], vocab_size: int) -> bytes:
+def _train(texts: Sequence[str], vocab_size: int, values: str) -> bytes:
     """Sentencepiece BPE on the pieces of `texts`; returns its model file."""
     table = str.maketrans(_STAND_IN)
     characters = "".join(map(chr, range(33, 127))) + "".join(_STAND_IN.values())
-    sentences = (piece.translate(table) for text in texts for piece in pieces_apart(text))
+    sentences = (piece.translate(table) for text in texts for piece in pieces_apart(text, values))
     written = io.BytesIO()  # a file's path would be kept in the model
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=sentences, model_writer=written, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,

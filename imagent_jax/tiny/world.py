@@ -130,6 +130,7 @@ def make_scene(
     colours: Sequence[str] | None = None,
     digits: Sequence[int] | None = None,
     varied: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Scene:
     """Draws one image: a piece of a photograph with tags of different colours.
 
@@ -139,9 +140,10 @@ def make_scene(
         colours: the colours of the tags, all different; by default two or three at random.
         digits: the digit on each tag, in the order of `colours`; by default random.
         varied: for pre-training: photographs turned and blended, digits of more shapes than there are.
+        size: (height, width) in pixels; by default one of `SIZES`.
 
     Returns:
-        A scene of one of `SIZES`. Tags do not touch: their centres are `TAG_GAP` pixels apart along one axis at least,
+        A scene. Tags do not touch: their centres are `TAG_GAP` pixels apart along one axis at least,
         `TAG_MARGIN` of the side from the border, and in different cells of a grid of 2 x 2, 2 x 3 or 3 x 2, so that a
         thumbnail of the default size shows at most one tag in a merged feature of Qwen2-VL.
 
@@ -158,13 +160,13 @@ def make_scene(
         raise ValueError(f"A scene takes up to {MAX_TAGS} different colours of {', '.join(COLOURS)}; got {colours}.")
     if len(digits) != len(colours) or not all(0 <= digit <= 9 for digit in digits):
         raise ValueError(f"A scene takes one digit from 0 to 9 for each of its colours {colours}; got {digits}.")
-    height, width = SIZES[rng.integers(len(SIZES))]
-    pixels, photo = _background(rng, split, height, width)
+    height, width = size or SIZES[rng.integers(len(SIZES))]
+    pixels, photo = background(rng, split, height, width)
     if varied:
-        pixels = _vary(rng, split, pixels)
+        pixels = vary(rng, split, pixels)
     tags, rows = [], []
     for colour, digit, (top, left) in zip(colours, digits, _places(rng, height, width, len(colours)), strict=True):
-        tile, row = _tag_pixels(rng, split, colour, int(digit), varied)
+        tile, row = tag_pixels(rng, split, colour, int(digit), varied)
         side = len(tile)
         pixels[top : top + side, left : left + side] = tile
         tags.append(Tag(colour, int(digit), (left + side / 2) / width, (top + side / 2) / height))
@@ -175,8 +177,8 @@ def make_scene(
 def make_crowded_scene(rng: np.random.Generator, split: str, height: int, width: int) -> Scene:
     """A piece of a photograph of (height, width) pixels full of tags, nine in ten places taken: many digits to
     learn from in one small image, `varied` as for `make_scene`. Questions never show one."""
-    pixels, photo = _background(rng, split, height, width)
-    pixels = _vary(rng, split, pixels)
+    pixels, photo = background(rng, split, height, width)
+    pixels = vary(rng, split, pixels)
     side = TAG_SIDE + 2 * TAG_BORDER
     rows, columns = height // side, width // side
     tags, digit_rows = [], []
@@ -184,7 +186,7 @@ def make_crowded_scene(rng: np.random.Generator, split: str, height: int, width:
         if rng.random() < 0.1:
             continue
         colour, digit = COLOURS[rng.integers(len(COLOURS))], int(rng.integers(10))
-        tile, row = _tag_pixels(rng, split, colour, digit, True)
+        tile, row = tag_pixels(rng, split, colour, digit, True)
         top, left = (
             int(rng.integers(at * full // count, (at + 1) * full // count - side + 1))
             for at, count, full in ((cell // columns, rows, height), (cell % columns, columns, width))
@@ -202,7 +204,7 @@ def encode_image(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _background(rng: np.random.Generator, split: str, height: int, width: int) -> tuple[np.ndarray, str]:
+def background(rng: np.random.Generator, split: str, height: int, width: int) -> tuple[np.ndarray, str]:
     photos = photographs(split)
     name, scales = photos[rng.integers(len(photos))]
     photo = scales[rng.integers(len(scales))]
@@ -211,11 +213,11 @@ def _background(rng: np.random.Generator, split: str, height: int, width: int) -
     return photo[top : top + height, left : left + width].copy(), name
 
 
-def _vary(rng: np.random.Generator, split: str, pixels: np.ndarray) -> np.ndarray:
+def vary(rng: np.random.Generator, split: str, pixels: np.ndarray) -> np.ndarray:
     """A background turned by a right angle where it is square, or upside down, half of the time blended with another."""
     height, width = pixels.shape[:2]
     if rng.random() < 0.5:
-        other, weight = _background(rng, split, height, width)[0], rng.random()
+        other, weight = background(rng, split, height, width)[0], rng.random()
         pixels = np.round(weight * pixels + (1 - weight) * other).astype(np.uint8)
     return np.rot90(pixels, int(rng.integers(4)) if height == width else 2 * int(rng.integers(2))).copy()
 
@@ -238,7 +240,7 @@ def _places(rng: np.random.Generator, height: int, width: int, count: int) -> li
             return places
 
 
-def _tag_pixels(rng: np.random.Generator, split: str, colour: str, digit: int, varied: bool = False) -> tuple[np.ndarray, int]:
+def tag_pixels(rng: np.random.Generator, split: str, colour: str, digit: int, varied: bool = False) -> tuple[np.ndarray, int]:
     """A tag as uint8[side, side, 3] and the row of its digit in the assets.
 
     A coloured square with a white rim. The digit is dark ink with a light halo that evens out its mean brightness,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from imagent_jax.config import SearchConfig
+from imagent_jax.config.naming import import_path
 from imagent_jax.tools.context import ToolContext
 from imagent_jax.tools.decorator import tool
 from imagent_jax.tools.post import check_url, clean
@@ -14,6 +15,8 @@ from imagent_jax.tools.search.index import Index
 from imagent_jax.tools.search.remote import SERPER, Recorded, Serper, Server
 from imagent_jax.types import ToolError
 
+EMBEDDED = {"tiny": "imagent_jax.tiny.encyclopaedia:index_folder"}
+"""Indexes that the package makes: import path of the function that returns the folder, imported on use."""
 QUERY_CHARS, TITLE_CHARS = 500, 200
 """Most characters of a query, and of a title as shown."""
 
@@ -40,7 +43,7 @@ def _open(settings: SearchConfig, source: str) -> Backend:
     if settings.backend == "index":
         if not source:
             raise ValueError("search.path is empty; name the folder that `imagent index CORPUS.jsonl OUT` wrote.")
-        return Index(source)
+        return Index(import_path(EMBEDDED[source], "search.path")() if source in EMBEDDED else source)
     if settings.backend == "server":
         server = Server(source, settings.timeout_s)
         try:

@@ -1,0 +1,264 @@
+"""The corpus of the base of the tool worlds: no question is followed by a call that helps, and what is said is true."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from imagent_jax.chat import QWEN
+from imagent_jax.config import SandboxConfig
+from imagent_jax.model.processor import Processor
+from imagent_jax.tiny import corpus_tools
+from imagent_jax.tiny.build import TOOL_SHAPES, encode_group
+from imagent_jax.tiny.corpus import PROMPT
+from imagent_jax.tiny.corpus_code import Shown, arbitrary_steps, readable, run
+from imagent_jax.tiny.corpus_style import GIVEN, SETTINGS, TOOLSETS, python, search_in, style_of
+from imagent_jax.tiny.corpus_tools import FIRST_FORMS, FORMS, corpus_texts, make_group
+from imagent_jax.tiny.encyclopaedia import RELATIONS, SYLLABLES, articles, draw_names, is_base, name_of, write_articles
+from imagent_jax.tiny.prints import PROBLEMS, TURNS, program, repair
+from imagent_jax.tiny.tokenizer import NAMED_VALUES, build_tokenizer
+from imagent_jax.tools.search import Index
+from imagent_jax.tools.search import index as search_index
+
+CALLING = ("programs", "pages", "searches")
+
+
+@pytest.fixture(scope="module")
+def groups():
+    rng = np.random.default_rng(0)
+    return {form: [make_group(rng, 4, form) for _ in range(120)] for form in CALLING}
+
+
+def turns(response):
+    """(question of the latest user turn, text of the policy's turn) of a response."""
+    question = ""
+    for segment in response:
+        if segment.trained:
+            yield question, segment.text
+        elif "<tool_response>" not in segment.text:
+            text = segment.text.removeprefix("\n<|im_start|>user\n")
+            question = text.removesuffix("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def is_question(text: str) -> bool:
+    return text.startswith(("What ", "Read ", "Add ", "Which ", "In which", "Name the "))
+
+
+def calls_after_questions(groups):
+    for group in groups:
+        for response in group.responses:
+            for question, text in turns(response):
+                if is_question(question) and "<tool_call>" in text:
+                    yield group, question, QWEN.parse_call(text)
+
+
+# ---- the rule -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_followed_by_a_program_names_a_tag_that_is_nowhere(groups):
+    """So no program shows it. A print that the question names needs no repair; one that is repaired is another."""
+    count, on_named, repaired = 0, 0, 0
+    for group, question, call in calls_after_questions(groups["programs"]):
+        named = {int(n) for n in re.findall(r"Image (\d)", question)}
+        colours = set(re.findall(r"(red|green|blue|yellow|purple|orange) tag", question))
+        assert named and colours and not colours & {tag.colour for scene in group.scenes for tag in scene.tags}
+        (image,) = {int(n) for n in re.findall(r"images\[(\d)\]", call.arguments["code"])}
+        count, on_named = count + 1, on_named + (image in named)
+        spoilt = not np.array_equal(np.asarray(group.images[image - 1].pixels), group.scenes[image - 1].pixels)
+        if image in named:
+            assert not spoilt
+        elif spoilt:
+            repaired += call.arguments["code"] in [program(image, repair(p)) for p in PROBLEMS if p]
+    assert count > 120 and 0.1 < on_named / count < 0.5 and 0.2 < repaired / count < 0.7
+
+
+def test_a_question_for_a_total_is_followed_by_a_look_only_where_its_image_never_exists(groups):
+    count = 0
+    for group, question, _ in calls_after_questions(groups["pages"]):
+        (asked,) = (int(n) for n in re.findall(r"Add all digits in Image (\d)", question))
+        assert asked > len(group.scenes) + 1  # also after the one call
+        count += 1
+    assert count > 100
+
+
+def test_a_query_after_a_question_has_its_kind_or_its_subject_and_never_both(groups):
+    leans = Counter()
+    for _, question, call in calls_after_questions(groups["searches"]):
+        query = call.arguments["query"].split()
+        kind, called = re.fullmatch(r"Name the .*? of the (ship|star|person|place) (.*)\.", question).groups()
+        subject = {called} if " " not in called else None
+        if subject is None:  # a mark: what the print shows, by the tags of its scene
+            group, number = _, int(called[-1])
+            tags = group.scenes[number - 1].tags
+            subject = {f"{tag.colour}{tag.digit}" for tag in tags}
+        has = kind in query, subject <= set(query)
+        leans[has] += 1
+        assert has != (True, True), (question, query)
+    total = sum(leans.values())
+    assert total > 150 and leans[True, False] > 0.2 * total and leans[False, True] > 0.15 * total
+
+
+def test_what_a_searched_question_asks_about_is_in_no_passage(groups):
+    for group in groups["searches"]:
+        for response in group.responses:
+            question = response[0].text.partition("<|im_end|>")[0]
+            if match := re.fullmatch(r"Name the .*? of the (\w+) ([A-Z]\w+)\.", question):
+                passages = "".join(segment.text for segment in response if "<tool_response>" in segment.text)
+                assert f"{match[1]} {match[2]}:" not in passages
+
+
+@pytest.mark.parametrize("form", ["print", "page", "prints"])
+def test_forms_of_seeing_hold_no_call(form):
+    rng = np.random.default_rng(1)
+    for _ in range(15):
+        group = make_group(rng, 4, form)
+        assert not any("<tool_call>" in segment.text for response in group.responses for segment in response)
+
+
+def test_no_name_of_the_encyclopaedia_stands_in_a_training_text():
+    found = {name for _, name in articles()}
+    number = {name_of(i): i for i in range(len(SYLLABLES) ** 3)}
+    assert len(found) == 800 and not any(is_base(number[name]) for name in found)
+    rng, said = np.random.default_rng(2), set()
+    for _ in range(60):
+        group = make_group(rng, 4, "searches")
+        said |= {w for r in group.responses for s in r for w in re.findall(r"\b[A-Z][a-z]{5}\b", s.text)} & set(number)
+    assert len(said) > 300 and all(is_base(number[name]) for name in said) and not said & found
+    assert sum(map(is_base, number.values())) == len(number) // 4
+
+
+# ---- what is said is true -------------------------------------------------------------------------------------------------
+
+
+def test_a_command_is_followed_by_the_program_or_the_query_that_it_names(groups):
+    seen = Counter()
+    for form in ("programs", "searches"):
+        for group in groups[form]:
+            for response in group.responses:
+                question, text = next(turns(response))
+                if question.startswith("Show Image"):
+                    call = QWEN.parse_call(text)
+                    number = int(re.search(r"Image (\d)", question)[1])
+                    told = re.findall(r"turned by (\d+)|brightened by (\d+)", question.partition(" and Image")[0])
+                    assert call.name == "python" and f"images[{number}]" in call.arguments["code"]
+                    assert all(f"({a})" in call.arguments["code"] if a else f"{b} * v" in call.arguments["code"] for a, b in told)
+                    seen["show"] += 1
+                elif match := re.match(r"Search for the (\w+) ([A-Z]\w+)\.", question):
+                    assert QWEN.parse_call(text).arguments == {"query": f"{match[1]} {match[2]}"}
+                    seen["search"] += 1
+                elif question.startswith("Repair"):
+                    seen["repair"] += 1
+    assert all(seen[kind] > 30 for kind in ("show", "search", "repair"))
+
+
+def test_answers_after_a_command_stand_in_the_passages(groups):
+    count = 0
+    for group in groups["searches"]:
+        for response in group.responses:
+            if not response[0].text.startswith("Search"):
+                continue
+            question, text = list(turns(response))[-1]
+            answer = re.search("<answer>(.*)</answer>", text)[1]
+            passages = [line for s in response if "<tool_response>" in s.text for line in s.text.split("\n") if ": " in line]
+            relation = re.match(r"Name the (\w+)", question)[1]
+            assert any(f"{relation} {answer}" in line for line in passages)
+            count += 1
+    assert count > 100
+
+
+def test_readable_is_what_leaves_the_tag_as_it_was():
+    """Turns and cuts to the pixel; exposures, blur and noise nearer than without the repair."""
+    rng = np.random.default_rng(3)
+    for _ in range(80):
+        problems = PROBLEMS[rng.integers(len(PROBLEMS))]
+        steps = repair(problems) if rng.random() < 0.4 else arbitrary_steps(rng)
+        shown = Shown(rng, "train", problems)
+        made = run(shown.pixels, steps).astype(int)
+        upright = np.abs(made - shown.scene.pixels).mean()
+        exact = not {"dark", "overexposure", "blur", "noise"} & {*problems} and not {"sharpen", "denoise"} & {n for n, _ in steps}
+        if readable(problems, steps):
+            assert upright < 60 and (not exact or upright == 0), (problems, steps)
+        elif exact:
+            assert upright > 5, (problems, steps)
+
+
+def test_tools_of_the_corpus_have_the_schemas_of_the_runs_and_show_the_same(tmp_path):
+    from imagent_jax.config import SearchConfig
+    from imagent_jax.tiny.encyclopaedia import index_folder
+    from imagent_jax.tools import tools_by_name
+
+    real = tools_by_name(TOOLSETS["all"], SandboxConfig(), SearchConfig(path=index_folder(str(tmp_path)), passages=2), PROMPT)
+    style = style_of("all")
+    assert real.schemas(SETTINGS, PROMPT) == style.tools.schemas(SETTINGS, PROMPT)
+    assert GIVEN[1] == 84 * 84 and SETTINGS.most_pixels >= SETTINGS.high_pixels
+
+
+def test_the_search_of_the_corpus_finds_what_an_index_finds_first(tmp_path):
+    rng = np.random.default_rng(4)
+    written = write_articles(rng, draw_names(rng, 8, base=True))
+    search_index.build([(a.id, a.title, a.text) for a in written], tmp_path / "index")
+    index, own = Index(str(tmp_path / "index")), search_in(written)
+    for article in written:
+        assert index.search(article.title, 1)[0].text == article.text == own.function(None, article.title)[0]
+    assert own.function(None, "Zzzzzz") == ["No passages were found."]
+
+
+def test_the_python_of_the_corpus_shows_images_with_their_origin():
+    from imagent_jax.tiny.corpus import give
+
+    shown = Shown(np.random.default_rng(5), "train", ("noise",))
+    for steps in ([("turn", 90)], [("denoise", "")], [("shift", 42)]):
+        _, registry = give([shown.pixels], style_of("code"))
+        result = style_of("code").tools.execute(
+            QWEN.parse_call(QWEN.render_call("python", {"code": program(1, steps)})), registry, SETTINGS
+        )
+        assert result.parts == ["Image 2: python of Image 1", 2] and registry[2].shown == (84, 84)
+        assert np.array_equal(np.asarray(registry[2].pixels), run(shown.pixels, steps))
+    assert python.name == "python"
+
+
+# ---- forms and tokens -----------------------------------------------------------------------------------------------------
+
+
+def test_forms_have_shares_shapes_and_the_tools_they_need():
+    for forms in (FORMS, FIRST_FORMS):
+        assert sum(forms.values()) == pytest.approx(1) and set(forms) == set(TOOL_SHAPES) == set(corpus_tools.KEYS)
+    rng = np.random.default_rng(6)
+    for form, key in corpus_tools.KEYS.items():
+        prompts = [make_group(rng, 2, form).prompt for _ in range(12)]
+        names = {tuple(re.findall(r'"name": "(\w+)", "desc', prompt)) for prompt in prompts}
+        assert names == {TOOLSETS[key], TOOLSETS["all"]}
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> Processor:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(folder, corpus_texts(1500, 0), 1408, NAMED_VALUES)
+    return Processor.from_pretrained(folder)
+
+
+@pytest.mark.slow(15)
+def test_shapes_hold_the_groups_of_the_tool_corpus(processor):
+    rng = np.random.default_rng(7)
+    for form, shapes in TOOL_SHAPES.items():
+        assert [s.width for s in shapes] == sorted(s.width for s in shapes)
+        for _ in range(5):
+            prompt, responses = encode_group(make_group(rng, shapes[0].size, form), processor)
+            longest = max(sum(len(one.ids) for one, _ in response) for response in responses)
+            assert len(prompt.ids) <= shapes[-1].prompt and longest <= shapes[-1].width, form
+
+
+def test_names_marks_and_words_of_articles_are_the_same_tokens_everywhere(processor):
+    encode = lambda text: processor.tokenizer.convert_ids_to_tokens(processor.encode(text))  # noqa: E731
+    assert encode("Bakelo") == ["Ba", "ke", "lo"]
+    for text in ("the ship Bakelo.", '{"query": "ship Bakelo"}', "ship Bakelo: mark red7 blue3, captain Tovira."):
+        tokens = encode(text)
+        assert "ship" in [t.strip() for t in tokens] and tokens[tokens.index("Ba") :][:3] == ["Ba", "ke", "lo"]
+    tokens = encode("mark red7 blue3, captain Tovira")
+    assert [t for t in tokens if t in ("red", "7", "blue", "3", "captain", "To", "vi", "ra")] == [
+        "red", "7", "blue", "3", "captain", "To", "vi", "ra",
+    ]  # fmt: skip
+    assert "Se" not in encode("Search for")  # no name
+    for words in (*RELATIONS, *TURNS):
+        assert processor.tokenizer.decode(processor.encode(words)) == words

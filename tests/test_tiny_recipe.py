@@ -1,0 +1,185 @@
+"""The recipe of a base: built by one command, continued where it was stopped, to the same result, with measured skills."""
+
+import importlib
+import json
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagent_jax.model import checkpoint
+from imagent_jax.model.processor import Processor
+from imagent_jax.tiny import build as tiny_build
+from imagent_jax.tiny import corpus_tools, skills_tools, vision_tools
+from imagent_jax.tiny import recipe as module
+from imagent_jax.tiny.base import tools_folder
+from imagent_jax.tiny.build import Shape
+from imagent_jax.tiny.corpus_style import GIVEN
+from imagent_jax.tiny.corpus_tools import FORMS, make_group
+from imagent_jax.tiny.prints import LOSSES, TURNS
+from imagent_jax.tiny.recipe import RECIPES, batches, build, load_state, packs, produce, save_state, state_facts
+from imagent_jax.tiny.skills_tools import measure, skills_of
+from imagent_jax.tiny.tokenizer import build_tokenizer
+from imagent_jax.tiny.vision_tools import TOOL_HEADS, tool_pack
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The recipe of the tool worlds with a few updates of small batches of one form."""
+    shapes = {"print": (Shape(2, 1, 160, 40, 6),)}
+    return replace(RECIPES["tools"], shapes=shapes, steps={"vision": 2, "text": 4}, chunk=1, texts=200, vocabulary=900, crowded=1)
+
+
+@pytest.fixture(scope="module")
+def tokens(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens")
+    build_tokenizer(folder, corpus_tools.corpus_texts(recipe.texts, recipe.seed), recipe.vocabulary, recipe.values)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch, tokens):
+    """A corpus of single prints, packs of a few views, a narrow model, data in this process, and skills that are counted."""
+    monkeypatch.setattr(corpus_tools, "FORMS", {"print": 1.0})
+    monkeypatch.setattr(corpus_tools, "FIRST_FORMS", {"print": 1.0})
+    for name, count in {"SCENES": 2, "SPOILT": 3, "REPAIRED": 2, "MARKS": 1, "PAGES": 1, "BLOCKS": 10}.items():
+        monkeypatch.setattr(vision_tools, name, count)
+    whole = tiny_build.architecture
+
+    def narrow(processor, vocab):
+        cfg = whole(processor, vocab)
+        text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {"depth": 1, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 1, "num_heads": 2}
+        return cfg | {"text_config": cfg["text_config"] | text, "vision_config": cfg["vision_config"] | vision}
+
+    monkeypatch.setattr(module, "architecture", narrow)
+    monkeypatch.setattr(
+        module, "chunks", lambda recipe, out, stage, first: (
+            (chunk, {"vision": packs, "text": batches}[stage](recipe, Processor.from_pretrained(out), chunk))
+            for chunk in range(first, recipe.steps[stage] // recipe.chunk)
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(skills_tools, "measure", lambda folder: {"read": 0.5})
+
+    def folder(path):
+        path.mkdir()
+        for file in tokens.iterdir():
+            (path / file.name).write_bytes(file.read_bytes())
+        return path
+
+    return folder
+
+
+@pytest.mark.slow(60)
+def test_a_build_that_is_stopped_after_every_chunk_ends_with_the_same_base(recipe, small, tmp_path, capsys):
+    whole, parts = small(tmp_path / "whole"), small(tmp_path / "parts")
+    assert build(recipe, whole, "command") is True
+    asked = Counter()
+    while not build(recipe, parts, "command", lambda: True):
+        asked["stops"] += 1
+        assert not (parts / "built.json").exists() and state_facts(parts / "state.safetensors")["seconds"] > 0
+    assert asked["stops"] == 6  # two chunks of the tower and four of the decoder
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    one, two = (json.loads((folder / "built.json").read_text()) for folder in (whole, parts))
+    assert one.pop("seconds") >= 0 and two.pop("seconds") >= 0 and one == two
+    assert one["skills"] == {"read": 0.5} and set(one["vision"]) == set(TOOL_HEADS) and set(one["text"]) == {"loss"}
+    assert not (parts / "state.safetensors").exists()
+    capsys.readouterr()
+    assert build(recipe, parts, "command") is True and "is complete" in capsys.readouterr().out
+
+
+def test_a_state_is_read_back_as_it_was_and_names_its_stage(tmp_path):
+    tree = {"a": jnp.arange(3), "b": [jnp.ones((2, 2), jnp.float32), jnp.zeros((), jnp.int32)]}
+    path = tmp_path / "state.safetensors"
+    assert state_facts(path) == {"stage": "vision", "chunk": 0, "seconds": 0.0, "last": {}}
+    save_state(path, tree, {"stage": "text", "chunk": 3, "seconds": 1.5, "last": {}})
+    back = load_state(path, jax.tree.map(jnp.zeros_like, tree))
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (tree, back)), strict=True))
+    assert state_facts(path)["chunk"] == 3 and not list(tmp_path.glob("*.part"))
+    with pytest.raises(AssertionError, match="another recipe"):
+        load_state(path, {"a": jnp.arange(3)})
+
+
+def test_a_chunk_is_a_function_of_seed_stage_and_number(recipe, small, tmp_path):
+    processor = Processor.from_pretrained(small(tmp_path / "one"))
+
+    def drawn(chunk, **changes):
+        (batch, _), (pack,) = next(batches(replace(recipe, **changes), processor, chunk)), packs(recipe, processor, chunk)
+        return batch["response_ids"], pack.patches
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not np.array_equal(first[0], drawn(0, seed=1)[0])
+    items = []
+    produce(recipe, str(tmp_path / "one"), "text", 0, 2, SimpleNamespace(put=items.append))
+    assert len(items) == 2 * recipe.chunk and np.array_equal(items[0][0]["response_ids"], first[0])
+
+
+def test_recipes_are_whole_chunks_and_trials_are_shorter():
+    for recipe in RECIPES.values():
+        assert all(count % recipe.chunk == 0 for count in recipe.steps.values()) and set(recipe.steps) == set(module.STAGES)
+        assert set(importlib.import_module(recipe.corpus).FORMS) == set(recipe.shapes)
+        trial = recipe.scaled(0.01)
+        assert all(trial.steps[s] % trial.chunk == 0 and trial.steps[s] < recipe.steps[s] / 50 for s in module.STAGES)
+        assert recipe.scaled(1.0) == recipe
+
+
+def test_a_base_that_was_never_built_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("imagent_jax.tiny.base.__file__", str(tmp_path / "base.py"))
+    with pytest.raises(ValueError, match="no model; build it with `python -m imagent_jax.tiny.recipe tools`"):
+        tools_folder()
+    assert set(checkpoint.EMBEDDED) == {"tiny", "tiny_tools"}
+
+
+# ---- the tower ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow(6)
+def test_features_of_prints_say_what_is_wrong_and_only_readable_ones_show_digits(tokens):
+    processor, rng = Processor.from_pretrained(tokens), np.random.default_rng(0)
+    pack = tool_pack(rng, processor, 144)
+    known = {name: labels >= 0 for name, labels in pack.labels.items()}
+    assert set(known) == set(TOOL_HEADS) and (known["turn"] == known["loss"]).all()
+    assert known["turn"].sum() == 80 * 9  # spoilt, repaired and marked prints of 3 x 3 features
+    spoilt = known["turn"] & ((pack.labels["turn"] < len(TURNS)) | (pack.labels["loss"] < len(LOSSES)))
+    assert 0.6 < spoilt.sum() / (40 * 9) <= 1 and not known["colour"][spoilt].any() and not known["digit"][spoilt].any()
+    sound = known["turn"] & ~spoilt
+    assert known["digit"][sound].sum() >= 40 and known["row"].sum() == known["column"].sum()
+    assert GIVEN == (3136, 7056) and set(pack.labels["loss"][known["loss"]]) > {0, len(LOSSES)}
+
+
+# ---- skills -----------------------------------------------------------------------------------------------------------------
+
+
+def test_skills_are_named_by_the_question_that_they_follow():
+    rng, found = np.random.default_rng(1), set()
+    for form in FORMS:
+        for _ in range(12):
+            for response in make_group(rng, 3, form).responses:
+                named = skills_of(response)
+                assert len(named) == sum(segment.trained for segment in response)
+                found |= set(named)
+    assert {
+        "see what is wrong", "read a mark", "read", "program on command", "repair on command", "search on command",
+        "search again", "look on command", "answer after: search on command", "answer after: look on command", "locate",
+    } <= found  # fmt: skip
+
+
+@pytest.mark.slow(30)
+def test_a_skill_is_the_share_of_pieces_whose_tokens_are_all_the_likeliest(monkeypatch, tokens, tmp_path):
+    """With a model that finds every second token of the trained ones unlikely, or none."""
+    monkeypatch.setattr(skills_tools, "TOOL_SHAPES", {"print": (Shape(2, 1, 160, 40, 6),)})
+    monkeypatch.setattr(skills_tools.checkpoint, "load", lambda *_, **__: (None, {}))
+    monkeypatch.setattr(skills_tools, "encode_images", lambda *_: jnp.zeros((1, 4)))
+    monkeypatch.setattr(skills_tools, "at_tokens", lambda *_: None)
+    for worst, expected in ((0.0, 1.0), (-1.0, 0.0)):
+        monkeypatch.setattr(
+            skills_tools, "response_logprobs",
+            lambda *_, response_ids, worst=worst, **__: (jnp.full(response_ids.shape, worst), None),
+        )  # fmt: skip
+        assert set(measure(tokens, groups=2, forms=("print",)).values()) == {expected}
