@@ -7,7 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train an agent (the main job)",
     "evaluate": "evaluate a model on held-out tasks, beside controls",
-    "data": "say what is in a data set, and which rows cannot be used",
+    "data": "say what is in a data set, and which rows cannot be used; convert it to ArrayRecord",
     "index": "build a search index of passages, or serve one",
     "view": "open a run's trajectories and report in the browser",
     "export": "write a training checkpoint as a Hugging Face model",
