@@ -146,13 +146,18 @@ class ImageEntry:
 
     @property
     def pixels(self) -> Image.Image:
-        """RGB pixels at their own resolution. Only read them, or take `image`."""
+        """RGB pixels at their own resolution. Whoever draws on them draws on a copy, which Pillow makes then."""
         source = self.source if isinstance(self.source, Image.Image) else self.source.decoded()
-        return source if self.region is None else source.crop(self.region)
+        if self.region is not None:
+            return source.crop(self.region)
+        source.load()
+        shared = source._new(source.im)
+        shared.readonly = 1
+        return shared
 
     @property
     def image(self) -> Image.Image:
-        """A copy of `pixels`: drawing on it changes no other image."""
+        """A copy of `pixels`."""
         return self.pixels.copy()
 
     @property

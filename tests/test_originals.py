@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_formats import png
 
 from imagent_jax.chat import Call
@@ -96,3 +96,17 @@ def test_the_setting_is_the_room(monkeypatch):
 
     kept = tool_settings(Config().changed({"images.originals_gb": 0.5}), Processor).originals
     assert kept.room == 5e8 and "originals" not in repr(tool_settings(Config(), Processor))  # no part of a remembered verdict
+
+
+@pytest.mark.parametrize("room", [0, 4e9])
+def test_a_tool_that_draws_on_the_pixels_of_an_image_changes_no_other_rollout(room):
+    environment = ToolEnvironment(tools_by_name(["visual_confirmation"]), ToolSettings(originals=Originals(room)), ImagesConfig())
+    environment.reset(Task("a", "?", (FILES[0],), "1"))
+    one, other = environment.fork(1), environment.fork(2)
+    pixels = one.images[0].pixels
+    ImageDraw.Draw(pixels).rectangle((0, 0, 9, 9), fill="red")
+    pixels.putpixel((20, 20), (1, 2, 3))
+    pixels.paste("blue", (30, 30, 40, 40))
+    assert pixels.getpixel((0, 0)) == (255, 0, 0) and pixels.getpixel((20, 20)) == (1, 2, 3)
+    for untouched in (one.images[0].pixels, other.images[0].pixels, environment.images[0].image):
+        assert np.array_equal(untouched, read_image(FILES[0]))

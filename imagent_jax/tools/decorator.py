@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from imagent_jax.tools.context import ToolContext
-from imagent_jax.tools.schema import Tool, parse_docstring, type_schema
+from imagent_jax.tools.schema import Tool, matches, parse_docstring, type_schema
 from imagent_jax.types import ImageNumber
 
 
@@ -27,7 +27,8 @@ def tool(function: Callable[..., Any]) -> Tool:
         ValueError: the first parameter or the return type can never work, a parameter lacks a supported type, the docstring is
             missing, or it describes an unknown parameter.
     """
-    name = function.__name__
+    if (name := getattr(function, "__name__", None)) is None:
+        raise ValueError(f"{function!r} has no name and cannot be a tool; write a function that calls it")
     parameters = list(inspect.signature(function).parameters.values())
     if method := bool(parameters) and parameters[0].name == "self":
         parameters = parameters[1:]
@@ -48,6 +49,10 @@ def tool(function: Callable[..., Any]) -> Tool:
             properties[parameter.name]["description"] = documented.pop(parameter.name)
         if parameter.default is parameter.empty:
             required.append(parameter.name)
+        elif not _matches(properties[parameter.name], parameter.default):
+            raise ValueError(
+                f"tool {name}: parameter {parameter.name} has the default {parameter.default!r}, which is not of its type"
+            )
     documented.pop(parameters[0].name, None)
     if documented:
         raise ValueError(f"tool {name}: the docstring describes {', '.join(documented)}, which is not a parameter")
@@ -61,6 +66,10 @@ def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:
         return get_type_hints(function)
     except NameError as error:
         raise ValueError(f"tool {name}: an annotation cannot be read ({error}); import what it names") from error
+
+
+def _matches(schema: dict[str, Any], default: Any) -> bool:
+    return default is None or matches(schema, list(default) if isinstance(default, tuple) else default)
 
 
 def _check_context(parameters: list[inspect.Parameter], hints: dict[str, Any], name: str) -> None:
