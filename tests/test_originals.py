@@ -20,7 +20,7 @@ from imagent_jax.tools import ToolSettings, tools_by_name
 from imagent_jax.types import CallStatus, Task
 
 FILES = [png(n, (100, 80)) for n in range(6)]
-ONE = 3 * 100 * 80
+ONE = 4 * 100 * 80  # bytes that Pillow holds
 
 
 def opened(kept):

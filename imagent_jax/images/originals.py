@@ -45,8 +45,12 @@ class Originals:
         """Keep the pixels of an original, and let go of those that were not used for longest."""
         with self._lock:
             held = [one for one in (ref() for ref in self._used) if one is not None and one is not original and one.pixels]
-            original.pixels, total = image, sum(3 * one.size[0] * one.size[1] for one in [*held, original])
+            original.pixels, total = image, sum(map(_bytes, [*held, original]))
             for one in [*held, original]:
                 if total > self.room:
-                    one.pixels, total = None, total - 3 * one.size[0] * one.size[1]
+                    one.pixels, total = None, total - _bytes(one)
             self._used = [weakref.ref(one) for one in [*held, original] if one.pixels]
+
+
+def _bytes(original: Original) -> int:
+    return 4 * original.size[0] * original.size[1]  # Pillow holds a pixel of RGB in four bytes
