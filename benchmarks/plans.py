@@ -88,8 +88,9 @@ This page lists what runs need of TPU slices. The programs are compiled ahead of
 arguments, temporaries, results and code. Arrays that are alive beside a program are added by their shapes. Operations and
 exchanged bytes are counted in the programs. Lower bounds on time follow from published figures of the chips.
 `python benchmarks/plans.py` writes the files in `benchmarks/results/`. `python benchmarks/plans.py --table` writes this page
-from the files. All plans except those of the tiny base and of Qwen3-VL were compiled before two changes. Patches are now bytes, so the patches of the
-vision program take an eighth. Tokens are now drawn by inverse transform, so the decode program makes fewer random numbers.
+from the files. All plans except those of the tiny base and of Qwen3-VL were compiled before two changes. Patches are now
+bytes, so the patches of the vision program take an eighth. Tokens are now drawn by inverse transform, so the decode program
+makes fewer random numbers.
 
 ## Memory
 
