@@ -41,8 +41,9 @@ def measure(folder: Path) -> dict:
     from imagent_jax.tools import tools_by_name
 
     cfg = Config().changed({"data.name": "files", "data.path": str(folder), "data.cache_dir": str(folder / "cache")})
-    processor = Processor.from_pretrained(checkpoint.resolve("tiny"))
-    check = Collector(None, processor, tools_by_name(cfg.tools.names), cfg).check
+    path = checkpoint.resolve("tiny")
+    processor, model = Processor.from_pretrained(path), checkpoint.from_pretrained(path, progress=False).split()[0]
+    check = Collector(model, processor, tools_by_name(cfg.tools.names), cfg).check
     memory, sentences, began = PeakMemory(), [], time.perf_counter()
     before = memory.read()["peak_resident_gb"]
     tasks = open_tasks(cfg.data, "train", check, sentences.append)

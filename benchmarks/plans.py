@@ -33,6 +33,7 @@ PLANS = {
     "7b_lora_v5p_2x2x2": f"--topology v5p:2x2x2 {SEVEN} --mesh.tensor=1 --grpo.micro_groups=8 {LORA}",
     "2b_full_v5e_2x2": "--topology v5e:2x2 --config configs/qwen2_vl_2b_gpu.yaml --mesh.fsdp=-1 --grpo.minibatches=1 "
     f"{SMALL} --grpo.micro_groups=4",
+    "qwen3_8b_as_shipped_v5p_2x2x4": "--topology v5p:2x2x4 --config configs/qwen3_vl_8b_tpu.yaml",
     "72b_full_v5p": "--topology v5p --config configs/qwen2_5_vl_7b_tpu.yaml --model.path=Qwen/Qwen2.5-VL-72B-Instruct "
     f"--mesh.fsdp=-1 --mesh.tensor=8 --grpo.minibatches=1 --grpo.micro_groups=1 {SMALL}",
 }
@@ -87,8 +88,9 @@ This page lists what runs need of TPU slices. The programs are compiled ahead of
 arguments, temporaries, results and code. Arrays that are alive beside a program are added by their shapes. Operations and
 exchanged bytes are counted in the programs. Lower bounds on time follow from published figures of the chips.
 `python benchmarks/plans.py` writes the files in `benchmarks/results/`. `python benchmarks/plans.py --table` writes this page
-from the files. All plans except the tiny one were compiled before two changes. Patches are now bytes, so the patches of the
-vision program take an eighth. Tokens are now drawn by inverse transform, so the decode program makes fewer random numbers.
+from the files. All plans except those of the tiny base and of Qwen3-VL were compiled before two changes. Patches are now
+bytes, so the patches of the vision program take an eighth. Tokens are now drawn by inverse transform, so the decode program
+makes fewer random numbers.
 
 ## Memory
 

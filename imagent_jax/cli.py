@@ -9,7 +9,7 @@ COMMANDS = {
     "evaluate": "evaluate a model on held-out tasks or benchmarks, beside controls",
     "score": "score predictions of MAT and text benchmarks",
     "compare": "compare two results on the same questions",
-    "data": "say what is in a data set, and which rows cannot be used",
+    "data": "say what is in a data set, and which rows cannot be used; convert it to ArrayRecord",
     "index": "build a search index of passages, or serve one",
     "view": "open a run's trajectories and report in the browser",
     "export": "write a training checkpoint as a Hugging Face model",

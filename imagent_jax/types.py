@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -109,14 +109,23 @@ class Task:
         return "\n".join([self.question, *self.option_lines])
 
 
+class Pixels(Protocol):
+    """Pixels that are decoded when they are asked for (`images.originals.Original`)."""
+
+    size: tuple[int, int]
+
+    def decoded(self) -> Image.Image:
+        """Return the pixels in RGB."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageEntry:
     """One numbered image of a trajectory.
 
     Attributes:
         number: 1-based, as in "Image 3".
-        source: RGB pixels at their own resolution, never rescaled. Crops and views of an image share its source, and all
-            rollouts of a group do: only read it.
+        source: RGB pixels at their own resolution, never rescaled, or what decodes them. Crops and views of an image share its
+            source, and all rollouts of a group do: only read it.
         shown: (height, width) in pixels at which the policy sees the image.
         parent: number of the image it was made from; None for a given image.
         box: (left, top, right, bottom) in pixels of the parent where it was cut out; None unless a crop.
@@ -126,7 +135,7 @@ class ImageEntry:
     """
 
     number: ImageNumber
-    source: Image.Image
+    source: Image.Image | Pixels
     shown: tuple[int, int]
     parent: int | None = None
     box: tuple[int, int, int, int] | None = None
@@ -137,12 +146,18 @@ class ImageEntry:
 
     @property
     def pixels(self) -> Image.Image:
-        """RGB pixels at their own resolution. Only read them, or take `image`."""
-        return self.source if self.region is None else self.source.crop(self.region)
+        """RGB pixels at their own resolution. Whoever draws on them draws on a copy, which Pillow makes then."""
+        source = self.source if isinstance(self.source, Image.Image) else self.source.decoded()
+        if self.region is not None:
+            return source.crop(self.region)
+        source.load()
+        shared = source._new(source.im)
+        shared.readonly = 1
+        return shared
 
     @property
     def image(self) -> Image.Image:
-        """A copy of `pixels`: drawing on it changes no other image."""
+        """A copy of `pixels`."""
         return self.pixels.copy()
 
     @property

@@ -37,8 +37,9 @@ def test_faults_count_nowhere_and_get_zero_whatever_their_reward(broken):
     assert advantages.tolist() == [[0.0, -1.0, 0.0, 1.0]] and stats["groups/std"] == pytest.approx(np.sqrt(2 / 3))
 
 
-def test_a_reward_that_is_not_finite_never_poisons_its_group():
-    advantages, _ = group_advantages(np.array([[1.0, 0.0, np.nan, 2.0]]), EVERY, normalise_std=False)
+@pytest.mark.parametrize("reward", [np.nan, -np.inf, 1e300, -1e39])
+def test_a_reward_that_is_not_finite_in_float32_never_poisons_its_group(reward):
+    advantages, _ = group_advantages(np.array([[1.0, 0.0, reward, 2.0]]), EVERY, normalise_std=False)
     assert advantages.tolist() == [[0.0, -1.0, 0.0, 1.0]]
 
 

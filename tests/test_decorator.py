@@ -1,6 +1,7 @@
 """`@tool`: which functions can be tools, what their context is, and what they return."""
 
 import asyncio
+import functools
 from typing import Any, Literal, Protocol
 
 import pytest
@@ -76,6 +77,13 @@ def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
     def unknown(context: "Contxt"):
         """Text."""
 
+    def worded(context, number: int = "many"):
+        """Text."""
+
+    class Object:
+        def __call__(self, context):
+            """Text."""
+
     cases = [
         (untyped, "parameter x needs a type annotation"),
         (odd, r"parameter x has the type <class 'complex'>; use str"),
@@ -96,6 +104,9 @@ def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
         (gives_records, r"returns list\[dict\]; return text"),
         (gives_nothing, "returns <class 'NoneType'>; return text"),
         (unknown, "tool unknown: an annotation cannot be read .*Contxt"),
+        (worded, "parameter number has the default 'many', which is not of its type"),
+        (Object(), "has no name and cannot be a tool; write a function that calls it"),
+        (functools.partial(silent, x=1), "has no name and cannot be a tool"),
     ]
     for function, reason in cases:
         with pytest.raises(ValueError, match=reason):

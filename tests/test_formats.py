@@ -44,6 +44,7 @@ SYSTEM = {"role": "system", "content": "You are helpful."}
 def folder(tmp_path):
     (tmp_path / "1.png").write_bytes(ONE)
     (tmp_path / "2.png").write_bytes(TWO)
+    (tmp_path / "3_proc.png").write_bytes(TWO)
     return tmp_path
 
 
@@ -111,6 +112,23 @@ MMBENCH = {"index": "5", "image": B64[0], "question": "Which?", "hint": "Look.",
            "category": "color"}  # fmt: skip
 BLINK = {"index": "6", "image": str(B64), "question": "Which?", "A": "first", "B": "second", "answer": "A"}
 MMVET = {"index": "7", "image_path": "['2.png', '1.png']", "question": "How many?", "answer": "12"}
+MUIRBENCH = {
+    "idx": "m1", "task": "Counting", "image_relation": "Independent", "image_type": "Photo", "answer": "B",
+    "question": "Which is like <image>?", "options": ["<image>", "<image>", "None"],
+    "image_list": [{"bytes": data} for data in (ONE, TWO, ONE)],
+}  # fmt: skip
+BLINK_HF = {
+    "idx": "b1", "sub_task": "Jigsaw", "question": "Which fits?", "prompt": "Which fits? (A) ...", "choices": ["first", "second"],
+    "answer": "(B)", "image_1": {"bytes": TWO}, "image_2": {"bytes": ONE}, "image_3": None, "image_4": None,
+}  # fmt: skip
+REMI = {
+    "question": "Is <image1> like <image2>? See <image1>.", "label": "2.5", "task": "Clocks", "image_1": {"bytes": ONE},
+    "image_2": {"bytes": TWO}, "image_3": None,
+}  # fmt: skip
+MAT = {
+    "type": "pre_answer", "image_path": "3_ori.png", "problem": "<query> What number? <query>", "context": "<problem> {'dark'}",
+    "solution": "<answer> 81 </answer>", "gt": "<think>so</think><answer> 81 </answer>",
+}  # fmt: skip
 OWN = {
     "uid": "a", "question": "Is <image> like <image>?", "images": ["1.png", "2.png"], "answer": ["blue", "A"],
     "options": ["red", "green", "blue"], "kind": "likeness", "note": 3,
@@ -130,6 +148,17 @@ CASES = [
      {"kind": "same"}, {}),
     (".jsonl", MESSAGES, ("What is it?", (), (ONE,), ("a dog",), "exact"), {}, {"system": "You are helpful."}),
     (".json", LLAVA, ("What is it? [Image 1]", ("What is it?", 1), (ONE,), ("a dog",), "exact"), {"uid": "000"}, {}),
+    (".parquet", MUIRBENCH,
+     ("Which is like [Image 1] ? [Image 2] [Image 3]", ("Which is like", 1, "?", 2, 3), (ONE, TWO, ONE), ("B",), "choice"),
+     {"uid": "m1", "kind": "Counting", "options": ("Image 2", "Image 3", "None")}, {"image_type": "Photo"}),
+    (".parquet", BLINK_HF, ("Which fits?", (), (TWO, ONE), ("B",), "choice"), {"kind": "Jigsaw", "options": ("first", "second")},
+     {"prompt": "Which fits? (A) ..."}),
+    (".parquet", REMI,
+     ("Is [Image 1] like [Image 2] ? See Image 1.", ("Is", 1, "like", 2, "? See Image 1."), (ONE, TWO), ("2.5",), "number"),
+     {"kind": "Clocks"}, {}),
+    (".json", MAT, ("What number?", (), (TWO,), ("81",), "number"), {"kind": "pre_answer"}, {"context": "<problem> {'dark'}"}),
+    (".json", {"image_path": "1.png", "problem": "<query> Who? </query>", "solution": "<think>a</think> <answer>Ada</answer>"},
+     ("Who?", (), (ONE,), ("Ada",), "exact"), {"kind": ""}, {}),
     (".tsv", MMBENCH, ("Look.\nWhich?", (), (ONE,), ("B",), "choice"),
      {"uid": "5", "kind": "color", "options": ("red", "blue")}, {}),
     (".tsv", BLINK, ("Which?", (), (ONE, TWO), ("A",), "choice"), {"uid": "6", "options": ("first", "second")}, {}),
@@ -181,12 +210,45 @@ def test_the_rows_that_the_documentation_shows_are_tasks(folder):
     assert [(len(task.images), task.answers, task.answer_type) for task in tasks] == [
         (2, ("Image 2",), "choice"), (2, ("yes", "the same"), "exact"), (1, ("B",), "choice"), (0, ("21",), "number")
     ]  # fmt: skip
-    assert all(f"| {name}" in page for name in ("verl", "chat", "VLMEvalKit", "PyVision", "prime verifiers", "EasyR1", "TRL"))
+    assert all(
+        f"| {name}" in page
+        for name in ("verl", "chat", "VLMEvalKit", "PyVision", "prime verifiers", "MAT", "MuirBench", "EasyR1", "TRL")
+    )
+
+
+@pytest.mark.parametrize(
+    ("question", "shown"),
+    [
+        ("What is in <image 1>?", (1, 2, 3, "What is in Image 1?")),  # images never named: all come first
+        ("Is <image 1> <image_2><image3>?", ("Is", 1, 2, 3, "?")),
+        ("<image 1><image 2>\n<image 3> Which?", (1, 2, 3, "Which?")),
+        ("Is <image 2> <image 1> <image 3>?", (1, 2, 3, "Is Image 2 Image 1 Image 3?")),  # numbers stay those of the row
+        ("<image 1> or <image 1> or <image 2>, <image 3>?", (1, "or Image 1 or", 2, ",", 3, "?")),
+        ("Which tag, <img 1> or <image a>?", (1, 2, 3, "Which tag, <img 1> or <image a>?")),
+    ],
+)
+def test_marks_with_numbers_place_images_or_name_them_and_never_renumber(folder, question, shown):
+    row = {
+        "question": question,
+        "images": ["1.png", "2.png", B64[0]],
+        "options": ["<image 3>", "<image 2>"],
+        "answer": "<image 2>",
+    }
+    [task] = read(write(folder, ".jsonl", row))
+    assert task.shown == (*shown, "A. Image 3", "B. Image 2") and task.images == (ONE, TWO, ONE) and task.answers == ("B",)
+    [task] = read(write(folder, ".jsonl", {"question": question, "images": ["1.png", "2.png", "1.png"], "answer": "<image 2>"}))
+    assert task.shown == shown and task.answer == "Image 2"
+
+
+def test_text_without_images_keeps_its_marks_in_answers_and_options(folder):
+    [task] = read(write(folder, ".jsonl", {"question": "Which tag?", "options": ["<image>", "<img>"], "answer": "<image>"}))
+    assert task.options == ("<image>", "<img>") and task.answers == ("A",) and task.shown[0] == "Which tag?"
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
 
 GOOD = {"question": "How many?", "answer": "2", "task": "x"}
+ASKED = {"question": "?", "images": ["1.png"], "answer": "b"}
 FAULTY = [
     ({"text": "a", "label": 1}, "the columns text, label are of no format known here; use one of verl", "unknown columns"),
     ({"messages": [{"role": "user", "content": "a"}]}, "the row has no answer", "no answer"),
@@ -203,6 +265,15 @@ FAULTY = [
     ({"problem": "<image><image>?", "images": ["1.png"], "answer": "1"}, "has 2 marks", "marks and images"),
     ({"prompt": "a", "reward_model": "rule"}, "the row has no answer", "no answer"),
     ({"index": 1, "question": "a", "image": "https://x.org/1.png", "answer": "b"}, "is on the web", "image by address"),
+    (ASKED | {"question": "<image 2>?"}, '"<image 2>" names an image that the row, with 1 images, does not', "marks and images"),
+    (ASKED | {"question": "<image_0>?"}, "they are counted from 1", "marks and images"),
+    (ASKED | {"options": ["<image 2>", "b"]}, '"<image 2>" names', "marks and images"),
+    (ASKED | {"question": "<image 1><image>?"}, "with and without number", "marks and images"),
+    (ASKED | {"images": ["1.png", "2.png"], "options": ["<image>", "b"]}, "has 1 marks", "marks and images"),
+    (MAT | {"type": "pre_code", "solution": " <code>```python\n```</code>"}, "is a step (code) towards", "a step, no answer"),
+    ({"image_path": "1.png", "problem": "a", "solution": "<search> b </search>"}, "is a step (search)", "a step, no answer"),
+    ({"imagent_task": {"uid": "a"}, "images": ["1.png"]}, "the record is none that `imagent data` writes", "bad record"),
+    ({"imagent_task": {"uid": "a", "question": "?", "answer": "1"}, "images": ["1.png"]}, "(images are missing)", "bad record"),
 ]  # fmt: skip
 
 
@@ -216,7 +287,7 @@ def test_a_faulty_row_of_each_kind_is_listed_once_with_its_place(folder):
             assert str(fault).startswith(f"{path}, {unit} {fault.line}: ") and words in fault.reason
     with pytest.raises(ValueError, match="the columns text, label are of no format known here; use one of verl and EasyR1"):
         read(write(folder, ".jsonl", FAULTY[0][0]))
-    assert all(name in str(tasks.faults[0]) for name in {f.name for f in FORMATS})
+    assert all(name in str(tasks.faults[0]) for name in {f.name for f in FORMATS[:-1]})
 
 
 def test_rows_inside_a_parquet_file_are_decoded_once_and_faults_name_their_row(folder, tmp_path):
@@ -355,7 +426,7 @@ def test_a_path_is_a_folder_a_file_or_a_pattern(folder):
 
 
 def test_a_path_without_rows_is_one_sentence(folder):
-    with pytest.raises(ValueError, match=r"has no train split; write train.jsonl \(or .json, .parquet, .tsv\) there"):
+    with pytest.raises(ValueError, match=r"has no train split; write train.jsonl \(or .json, .parquet, .tsv, .array_record\)"):
         opened(path=str(folder))
     write(folder, ".jsonl", *numbered(1))
     write(folder, ".json", *numbered(1))
@@ -413,14 +484,13 @@ def test_the_earlier_name_says_what_to_write(folder):
 
 def test_the_command_says_what_is_in_a_data_set(folder, capsys):
     write(folder, ".jsonl", OWN, VERIFIERS, MESSAGES, {"question": "?", "answer": ""}, name="train")
-    assert cli(["data", str(folder), f"--out={folder}/out.json"]) == 0
+    assert cli(["data", str(folder)]) == 0
     out = capsys.readouterr().out
     for words in (f"train: {folder}/train.jsonl", "rows: 3", "formats: imagent-jax: 1, prime verifiers: 1, chat messages: 1",
-                  "images a row: 0: 1, 1: 1, 2: 1", "answer types: choice: 1, number: 1, exact: 1", "faults: no answer: 1",
-                  f"{folder}/train.jsonl, line 4: the row has no", "answer characters: least: 1, mean: 2, most: 5"):  # fmt: skip
+                  "images a row: 0: 1, 1: 1, 2: 1", "answer types: choice: 1, number: 1, exact: 1", "left out: 1",
+                  f"no answer: 1\n    {folder}/train.jsonl, line 4: the row has no",
+                  "answer characters: least: 1, median: 1, mean: 2, most: 5"):  # fmt: skip
         assert words in out, words
-    found = json.loads((folder / "out.json").read_text())
-    assert list(found) == ["train"] and found["train"]["question characters"]["least"] == len("1 + 1?")
     write(folder, ".jsonl", VERIFIERS, name="test")
     assert cli(["data", str(folder)]) == 0 and "test: " in capsys.readouterr().out
     assert cli(["data", str(folder / "gone")]) == 2 and "gone" in capsys.readouterr().err

@@ -178,7 +178,7 @@ def test_an_image_shown_again_at_its_size_keeps_its_number_and_a_view_is_made_on
     call = QWEN.render_call("visual_reflection", {"images": [2], "resolution": "high"})
     first, second = (execute(TOOLS, call, registry, settings) for _ in range(2))
     assert first.images == second.images == [3] and len(registry) == 3
-    assert registry[3].shown == (84, 84) and registry[3].pixels is registry[2].pixels
+    assert registry[3].shown == (84, 84) and registry[3].source is registry[2].source
     both = QWEN.render_call("visual_reflection", {"images": [2, 3], "resolution": "high"})
     assert execute(TOOLS, both, registry, settings).images == [3]
     twice = ImageRegistry()
@@ -226,7 +226,7 @@ def test_forks_share_pixels_and_grow_apart():
     forks = [registry.fork() for _ in range(2)]
     crop(forks[0], 1, [0, 0, 500, 500])
     crop(forks[1], 1, [500, 500, 1000, 1000])
-    assert len(registry) == 1 and forks[0][1].pixels is forks[1][1].pixels
+    assert len(registry) == 1 and forks[0][1].source is forks[1][1].source
     assert forks[0][2].box == (0, 0, 140, 140) and forks[1][2].box == (140, 140, 280, 280)
     registry.adopt(forks[0])
     assert registry[2].box == (0, 0, 140, 140)

@@ -36,7 +36,7 @@ TABLE = [
     ("f1", "red bus", "green car", 0), ("f1", "red", "red red", 2 / 3), ("f1", "A", "the", 0), ("f1", "A", "a", 1),
     # composed and decomposed, full-width, styled, invisible characters, case beyond ASCII
     ("exact", "Caf\u00e9", "Cafe\u0301", 1), ("exact", "Cafe", "Café", 0), ("f1", "Cafe\u0301", "caf\u00e9!", 1),
-    ("exact", "Ϊ́", "\u0390", 1), ("exact", "ΣΟΦΟΣ", "σοφος", 1), ("exact", "Åse", "A\u030aSE", 1),
+    ("exact", "Ϊ́", "\u0390", 1), ("exact", "ΣΟΦΟΣ", "σοφος", 1), ("exact", "İzmir", "izmir", 1), ("exact", "Åse", "A\u030aSE", 1),
     ("exact", "ﬁne", "FINE", 1),
     ("exact", "ABC 12", "ＡＢＣ　１２．", 1), ("exact", "バス", "ﾊﾞｽ｡", 1),
     ("exact", "한국", "\u1112\u1161\u11ab\u1100\u116e\u11a8", 1),

@@ -70,7 +70,7 @@ def test_an_image_is_shown_again_as_the_settings_say(changes, resolution, line, 
     assert result.parts == [line, len(registry)]
     entry = registry[len(registry)]
     assert (entry.shown, (entry.min_pixels, entry.max_pixels)) == (shown, budget)
-    assert entry.pixels is registry[1].pixels and entry.box is None
+    assert entry.source is registry[1].source and entry.box is None
 
 
 def test_an_image_without_a_budget_of_its_own_is_not_enlarged_to_be_seen_again():

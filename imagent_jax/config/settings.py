@@ -92,6 +92,9 @@ class ImagesConfig:
     vision_block: int = setting(5120, "patches in a packed block; no image may have more", least=1)
     pack_blocks: int = setting(1, "blocks encoded in one call", least=1)
     pages: int = setting(16, "encoded packs kept on the device; older ones are in host memory", least=1)
+    originals_gb: float = setting(
+        4.0, "host memory for decoded originals of given images; others are decoded again when a tool needs them", least=0
+    )
 
 
 @dataclass(frozen=True)

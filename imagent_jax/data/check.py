@@ -1,17 +1,18 @@
 """Checks of a task file before training: every image is decoded once, every prompt is tried, and the verdict is remembered."""
 
-import concurrent.futures
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import pathlib
-from collections import Counter
+import zipfile
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import PIL
 
 from imagent_jax.images.decode import read_image
@@ -21,11 +22,20 @@ Progress = Callable[[str], None]
 """Shows a sentence about work in progress; called up to a hundred times for each part of the work."""
 Size = tuple[int, int]
 """(height, width) of an image in pixels."""
-Key = str | tuple[str, int, int]
-"""An image: its path; or source, row and place in the row."""
 T = TypeVar("T")
-VERSION = 3
+VERSION = 4
 """Of the checks here and in `reader`; remembered verdicts of another version do not count."""
+
+
+class StoredImage(NamedTuple):
+    """An image in an ArrayRecord file, decoded when it was written: the number of its record, and its size."""
+
+    number: int
+    size: Size
+
+
+Image = str | bytes | StoredImage
+"""An image of a row: a path, the bytes of an image file, or its place in an ArrayRecord file."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +87,42 @@ def left_out(tasks: Tasks) -> str:
     return f"{where}: {len(faults):,} of {rows:,} rows are left out ({counts}). The first: {faults[0]}."
 
 
-def image_sizes(images: Iterable[tuple[Key, str | bytes]], total: int, progress: Progress) -> dict[Key, Size | RowError]:
-    """Decode every image on all cores; return its size, or why it cannot be used, by key.
+def sized(
+    items: Iterable[tuple[T, Sequence[Image]]], known: dict[str, Size | RowError | Future]
+) -> Iterator[tuple[T, list[Size | RowError]]]:
+    """Yield items with the sizes of their images, or why one cannot be used. Images are decoded ahead, on all cores.
 
     Args:
-        images: key, and path or bytes, of each of `total` images. At most 64 are in memory at one time.
+        items: each with its images. They are read ahead until four images wait for each core.
+        known: sizes of image files by path, to which those of the items are added. A file is decoded once.
     """
+    cores, waiting, ahead = os.cpu_count() or 1, deque(), 0
+    pool = ThreadPoolExecutor(cores)
 
-    def decoded() -> Iterator[tuple[Key, Size | RowError]]:
-        stream = iter(images)
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            while part := list(itertools.islice(stream, 64)):
-                yield from zip((key for key, _ in part), pool.map(_size, (image for _, image in part)), strict=True)
+    def ask(image: Image) -> Size | RowError | Future:
+        if isinstance(image, StoredImage):
+            return image.size
+        if isinstance(image, bytes):
+            return pool.submit(_size, image)
+        return known.get(image) or known.setdefault(image, pool.submit(_size, image))
 
-    return dict(tracked(decoded(), total, "images decoded", progress))
+    def first() -> tuple[T, list[Size | RowError]]:
+        item, images, sizes = waiting.popleft()
+        sizes = [size.result() if isinstance(size, Future) else size for size in sizes]
+        known.update((image, size) for image, size in zip(images, sizes, strict=True) if isinstance(image, str))
+        return item, sizes
+
+    try:
+        for item, images in items:
+            waiting.append((item, images, [ask(image) for image in images]))
+            ahead += len(images)
+            while ahead > 4 * cores or len(waiting) > 1000:
+                ahead -= len(waiting[0][1])
+                yield first()
+        while waiting:
+            yield first()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _size(image: str | bytes) -> Size | RowError:
@@ -113,41 +145,60 @@ def tracked(items: Iterable[T], total: int, words: str, progress: Progress) -> I
             progress(f"{count:,} of {total:,} {words}")
 
 
-class Verdicts:
-    """The faults of task files, remembered in a folder under a key of all that they depend on.
+class Verdict(NamedTuple):
+    """What a check of files found: the faults, the rows without (`reader.FileTasks.places`), and the environments they name."""
 
-    That is the content of the files, path, size and modification time of every image, and the check's fingerprint.
+    faults: list[Fault]
+    index: np.ndarray
+    environments: list[str]
+
+
+class Verdicts:
+    """The verdict on task files, remembered in a folder under a key of the files' content and the check's fingerprint.
+
+    It holds as long as path, size and modification time of every image are the same.
 
     Args:
         folder: None: nothing is remembered.
     """
 
-    def __init__(self, folder: pathlib.Path | None, content: str, paths: Sequence[str], fingerprint: str):
-        self.path = None
-        if folder is not None:
-            key = hashlib.sha256(f"{VERSION} {PIL.__version__} {content} {fingerprint}".encode())
-            for path in paths:
-                key.update(f"\n{path} {_stamp(path)}".encode("utf-8", "surrogatepass"))
-            self.path = folder / f"{key.hexdigest()[:32]}.json"
+    def __init__(self, folder: pathlib.Path | None, content: str, fingerprint: str):
+        key = hashlib.sha256(f"{VERSION} {PIL.__version__} {content} {fingerprint}".encode())
+        self.path = folder and folder / f"{key.hexdigest()[:32]}.npz"
 
-    def recall(self) -> list[Fault] | None:
-        """Return the remembered faults; None if there is no verdict."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return [Fault(*fields) for fields in json.loads(self.path.read_text())] if self.path else None
+    def recall(self) -> Verdict | None:
+        """Return the remembered verdict; None if there is none."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+            if self.path:
+                with np.load(self.path) as file:
+                    text, index = file["text"].tobytes(), file["index"]
+                faults, environments, paths, stamps = json.loads(text)
+                if stamps == _stamps(paths):
+                    return Verdict([Fault(*fields) for fields in faults], index, environments)
         return None
 
-    def remember(self, faults: Sequence[Fault]) -> None:
-        """Write the faults. A folder that cannot be written is no error: the next start checks again."""
+    def remember(self, verdict: Verdict, paths: Iterable[str]) -> None:
+        """Write a verdict that depends on images. A folder that cannot be written is no error: the next start checks again."""
         if self.path is None:
             return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps([[f.path, f.line, f.reason, f.kind, f.unit] for f in faults]))
+            part, faults = self.path.with_suffix(f".{os.getpid()}.part"), [[*vars(fault).values()] for fault in verdict.faults]
+            text = json.dumps([faults, verdict.environments, paths := sorted(paths), _stamps(paths)]).encode()
+            with part.open("wb") as file:
+                np.savez(file, text=np.frombuffer(text, np.uint8), index=verdict.index)
             part.replace(self.path)
 
 
-def _stamp(path: str) -> str:
+def _stamps(paths: Sequence[str]) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(f"{path} {stamp(path)}\n".encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def stamp(path: str | pathlib.Path) -> str:
+    """Return size and modification time of a file."""
     with contextlib.suppress(OSError, ValueError):
         found = os.stat(path)
         return f"{found.st_size} {found.st_mtime_ns}"

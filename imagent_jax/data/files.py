@@ -1,8 +1,12 @@
-"""Containers of rows: JSON Lines, JSON, TSV, Parquet, and data sets of the Hugging Face hub. Rows are read one at a time."""
+"""Containers of rows: JSON Lines, JSON, TSV, Parquet, ArrayRecord, and data sets of the Hugging Face hub.
+
+Rows are read one at a time: all in order, or one again by its place, a number that `rows` gives.
+"""
 
 from __future__ import annotations
 
 import csv
+import functools
 import glob
 import hashlib
 import importlib
@@ -14,8 +18,10 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
+import grain
+
 from imagent_jax.config import DataConfig
-from imagent_jax.data.check import RowError
+from imagent_jax.data.check import RowError, StoredImage, stamp
 
 BATCH = 16
 """Rows of a Parquet file or a hub data set in memory at one time."""
@@ -37,10 +43,13 @@ class Source(Protocol):
     def content(self) -> str:
         """Return a checksum of the content."""
 
-    def rows(self) -> Iterator[tuple[int, Any, dict[str, Any] | RowError]]:
+    def count(self) -> int:
+        """Return about how many rows there are, not fewer, without reading them."""
+
+    def rows(self) -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
         """Yield the number of each row (from 1), its place for `read`, and the row or why it cannot be read."""
 
-    def read(self, place: Any) -> dict[str, Any]:
+    def read(self, place: int) -> dict[str, Any]:
         """Return one row again."""
 
 
@@ -53,6 +62,10 @@ class _File:
     def content(self) -> str:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def count(self) -> int:
+        with self.path.open("rb") as file:
+            return sum(1 for _ in file)
 
 
 class JsonLines(_File):
@@ -73,22 +86,28 @@ class JsonLines(_File):
 
 
 class JsonList(_File):
-    """A JSON list of objects. It is read whole."""
+    """A JSON list of objects. It is read whole, and kept."""
 
     unit = "row"
 
-    def rows(self):
+    @functools.cached_property
+    def _list(self) -> list[Any]:
         try:
             rows = json.loads(text := self.path.read_bytes(), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.name} is not JSON ({error}); write a list of objects.") from None
         if not isinstance(rows, list):
             raise ValueError(f"{self.name} holds no list; write a list of objects, or one object a line in a .jsonl file.")
-        for number, row in enumerate(rows, 1):
-            yield number, row, _checked(row, text)
+        return [_checked(row, text) for row in rows]
 
-    def read(self, place: dict[str, Any]) -> dict[str, Any]:
-        return place
+    def count(self) -> int:
+        return len(self._list)
+
+    def rows(self):
+        yield from ((place + 1, place, row) for place, row in enumerate(self._list))
+
+    def read(self, place: int) -> dict[str, Any]:
+        return self._list[place]
 
 
 class Tsv(_File):
@@ -98,42 +117,59 @@ class Tsv(_File):
     """
 
     def rows(self):
-        self.places: dict[str, int] = {}  # of the rows that have their image, by index
+        places: dict[str, int] = {}  # of the rows that have their image, by index
         with self.path.open("rb") as file:
             cells = self._reader(file)
-            self.header = [name.lstrip("\ufeff") for name in next(cells, [])]
+            next(cells, None)
             while True:
                 line, place = cells.line_num + 1, file.tell()
                 if (row := next(cells, None)) is None:
+                    self.__dict__["_places"] = places
                     return
                 if row:
-                    found = self._row(row)
-                    if isinstance(found, dict) and len(found.get("image", "")) > 64:
-                        self.places.setdefault(found.get("index", ""), place)
+                    found = self._row(row, places)
+                    if isinstance(found, dict) and len(row[self._header.index("image")] if "image" in found else "") > 64:
+                        places.setdefault(found.get("index", ""), place)
                     yield line, place, found
 
     def read(self, place: int) -> dict[str, Any]:
+        row = self._row(self._cells(place), None)
+        if isinstance(row, RowError):
+            raise row
+        return row
+
+    def _cells(self, place: int) -> list[str]:
         with self.path.open("rb") as file:
             file.seek(place)
-            row = self._row(next(self._reader(file)))
-        if isinstance(row, RowError):
-            raise ValueError(f"{self.name} has changed since the run began; start again.")
-        return row
+            return next(self._reader(file), [])
+
+    @functools.cached_property
+    def _header(self) -> list[str]:
+        return [name.lstrip("\ufeff") for name in self._cells(0)]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        for _ in self.rows():  # sets it at its end
+            pass
+        return self.__dict__["_places"]
 
     def _reader(self, file):
         csv.field_size_limit(2**31 - 1)  # a cell may hold an image
         return csv.reader((line.decode("utf-8", "surrogateescape") for line in file), delimiter="\t")
 
-    def _row(self, cells: list[str]) -> dict[str, Any] | RowError:
-        if len(cells) != len(self.header):
-            return RowError("not TSV", f"the row has {len(cells)} cells and the header {len(self.header)}; mend the row")
-        row = {name: cell for name, cell in zip(self.header, cells, strict=True) if cell.strip()}
+    def _row(self, cells: list[str], places: dict[str, int] | None) -> dict[str, Any] | RowError:
+        """Return the row of some cells. `places`: of images of earlier rows; None: of all rows, read where one is asked for."""
+        if len(cells) != len(self._header):
+            return RowError("not TSV", f"the row has {len(cells)} cells and the header {len(self._header)}; mend the row")
+        row = {name: cell for name, cell in zip(self._header, cells, strict=True) if cell.strip()}
         try:
             "".join(row.values()).encode()
         except UnicodeEncodeError:
             return RowError("broken text", "the row is not UTF-8; write the file in UTF-8")
-        if (place := self.places.get(row.get("image", ""))) is not None:
-            row["image"] = self.read(place)["image"]
+        if 0 < len(image := row.get("image", "")) <= 64:
+            place = (self._places if places is None else places).get(image)
+            if place is not None:
+                row["image"] = self._cells(place)[self._header.index("image")]
         return row
 
 
@@ -142,22 +178,29 @@ class Parquet(_File):
 
     unit = "row"
 
+    def count(self) -> int:
+        with self._open() as file:
+            return file.metadata.num_rows
+
     def rows(self):
         number = 0
         with self._open() as file:
             for group in range(file.num_row_groups):
-                for index, row in enumerate(self._group(file, group)):
+                for row in self._group(file, group):
+                    yield number + 1, number, row
                     number += 1
-                    yield number, (group, index), row
 
-    def read(self, place: tuple[int, int]) -> dict[str, Any]:
+    def read(self, place: int) -> dict[str, Any]:
         with self._open() as file:
-            index = place[1]
-            for batch in file.iter_batches(BATCH, row_groups=[place[0]]):
-                if index < len(batch):
-                    return batch.slice(index, 1).to_pylist()[0]
-                index -= len(batch)
-        raise ValueError(f"{self.name} has changed since the run began; start again.")
+            for group in range(file.num_row_groups):
+                if place < (rows := file.metadata.row_group(group).num_rows):
+                    break
+                place -= rows
+            for batch in file.iter_batches(BATCH, row_groups=[group]):
+                if place < len(batch):
+                    return batch.slice(place, 1).to_pylist()[0]
+                place -= len(batch)
+        raise IndexError(f"{self.name} has no such row")
 
     def _group(self, file, group: int) -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(BATCH, row_groups=[group]):
@@ -169,6 +212,59 @@ class Parquet(_File):
             return parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False)
         except (ValueError, OSError) as error:
             raise ValueError(f"The Parquet file {self.name} cannot be read ({error}); write it again.") from error
+
+
+class ArrayRecord(_File):
+    """Tasks that `imagent data` wrote, with random access. Their images are the records of the file `IMAGES` beside it.
+
+    A record is JSON: the fields of a task, and of each image the number of its record, height and width.
+    """
+
+    unit = "row"
+    IMAGES = "images.array_record"
+
+    def content(self) -> str:
+        return f"{super().content()} {stamp(self.path.with_name(self.IMAGES))}"
+
+    def count(self) -> int:
+        return len(self._tasks)
+
+    def rows(self):
+        for first in range(0, len(self._tasks), 256):
+            part = range(first, min(first + 256, len(self._tasks)))
+            for place, record in zip(part, self._tasks.__getitems__(part), strict=True):
+                yield place + 1, place, self._row(record)
+
+    def read(self, place: int) -> dict[str, Any]:
+        return self._row(self._tasks[place])
+
+    def image(self, number: int) -> bytes:
+        """Return an image file."""
+        return self._images[number]
+
+    def _row(self, record: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(record)
+            return row | {"images": [StoredImage(number, (height, width)) for number, height, width in row["images"]]}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.name} holds no tasks that `imagent data` wrote; name the folder it wrote.") from error
+
+    @functools.cached_property
+    def _tasks(self) -> grain.sources.ArrayRecordDataSource:
+        return _records(self.path)
+
+    @functools.cached_property
+    def _images(self) -> grain.sources.ArrayRecordDataSource:
+        return _records(self.path.with_name(self.IMAGES))
+
+
+def _records(path: pathlib.Path) -> grain.sources.ArrayRecordDataSource:
+    try:
+        return grain.sources.ArrayRecordDataSource([str(path)])
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"The ArrayRecord file {path} cannot be read ({' '.join(str(error).split())}); convert the data again."
+        ) from error
 
 
 class HubSplit:
@@ -192,6 +288,9 @@ class HubSplit:
     def content(self) -> str:
         return self._hash
 
+    def count(self) -> int:
+        return len(self._data)
+
     def rows(self):
         number = 0
         for batch in self._data.iter(BATCH):
@@ -203,7 +302,7 @@ class HubSplit:
         return self._data[place : place + 1].to_pylist()[0]
 
 
-CONTAINERS = {".jsonl": JsonLines, ".json": JsonList, ".parquet": Parquet, ".tsv": Tsv}
+CONTAINERS = {".jsonl": JsonLines, ".json": JsonList, ".parquet": Parquet, ".tsv": Tsv, ".array_record": ArrayRecord}
 
 
 def open_file(path: str | os.PathLike) -> Source:

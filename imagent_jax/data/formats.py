@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-import hashlib
+import dataclasses
+import itertools
 import json
-import math
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
-from decimal import Decimal
 from typing import Any, NamedTuple
 
-from imagent_jax.chat import extract_answer
-from imagent_jax.data.check import RowError
-from imagent_jax.scoring import number
+from imagent_jax.data.check import Image, RowError, StoredImage
+from imagent_jax.data.fields import (
+    MARK,
+    NUMBERED,
+    answers_of,
+    guess_type,
+    name_images,
+    options_of,
+    plain,
+    shuffled,
+    text_of,
+    tools_of,
+    weights_of,
+    without_markup,
+)
 from imagent_jax.types import ANSWER_TYPES, Task, quote
 
-MARK = "<image>"
-"""Stands in a question where an image stands."""
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk)[A-Za-z0-9+/=\s]{40,}")
 """Base64 of a JPEG, PNG, GIF, WebP or BMP file."""
-_LETTER = re.compile(r"\(?([A-Za-z])\)?\.?")
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 Row = dict[str, Any]
 
 
 class Fields(NamedTuple):
-    """What a row says: a question (text with marks, or parts of a message), its images, its answer or answers."""
+    """What a row says: a question (text with marks, or parts of a message), its images, its answer or answers.
+
+    `tools`, `reward` and `environment` are of our own rows.
+    """
 
     question: Any
     images: Any
@@ -38,12 +48,20 @@ class Fields(NamedTuple):
     options: Any = None
     uid: Any = None
     kind: Any = None
+    answer_type: Any = None
+    tools: Any = None
+    reward: Any = None
+    environment: Any = None
 
 
 class Slot(NamedTuple):
     """Place of an image in a question. None: the next of the row's images."""
 
     image: Any = None
+
+
+CONVERTED = "ArrayRecord of imagent-jax"
+"""Name of the format of rows that `to_row` wrote."""
 
 
 class Format(NamedTuple):
@@ -58,8 +76,7 @@ class Format(NamedTuple):
 
 
 def _own(row: Row) -> Fields:
-    columns = ("answer", "options", "uid", "kind")
-    return Fields(row.pop("question", None), _images(row), *(row.pop(name, None) for name in columns))
+    return Fields(row.pop("question", None), _images(row), *(row.pop(name, None) for name in Fields._fields[2:]))
 
 
 def _verl(row: Row) -> Fields:
@@ -71,7 +88,7 @@ def _verl(row: Row) -> Fields:
 
 def _trl(row: Row) -> Fields:
     question, _ = _messages(row, "prompt" if "prompt" in row else "problem")
-    return Fields(question, _images(row), _marked(_first(row, ("ground_truth", "solution", "answer"))))
+    return Fields(question, _images(row), without_markup(_first(row, ("ground_truth", "solution", "answer"))))
 
 
 def _verifiers(row: Row) -> Fields:
@@ -86,7 +103,7 @@ def _pyvision(row: Row) -> Fields:
 
 def _chat(row: Row) -> Fields:
     question, answer = _messages(row, "messages" if "messages" in row else "conversations")
-    return Fields(question, _images(row), _marked(answer), uid=row.pop("id", None))
+    return Fields(question, _images(row), without_markup(answer), uid=row.pop("id", None))
 
 
 def _vlmevalkit(row: Row) -> Fields:
@@ -94,11 +111,30 @@ def _vlmevalkit(row: Row) -> Fields:
     for letter in string.ascii_uppercase:
         if row.get(letter) is None:
             break
-        options.append(_plain(row.pop(letter)))
+        options.append(plain(row.pop(letter)))
     if hint and isinstance(question, str):
         question = f"{hint}\n{question}"
     answer = row.pop("answer", None)
     return Fields(question, _images(row), answer, options or None, row.pop("index"), row.pop("category", None))
+
+
+def _benchmark(row: Row) -> Fields:
+    answer, options = _first(row, ("answer", "label")), _first(row, ("options", "choices"))
+    uid, kind = _first(row, ("idx", "id")), _first(row, ("sub_task", "task"))
+    return Fields(row.pop("question"), _images(row), answer, options or None, uid, kind)
+
+
+def _mat(row: Row) -> Fields:
+    kind, problem, solution = row.pop("type", None), row.pop("problem"), row.pop("solution")
+    if step := re.match(r"\s*<(problem|code|search)>", str(solution)):
+        raise RowError(
+            "a step, no answer",
+            f"the solution is a step ({step[1]}) towards an answer; keep the rows whose solution holds <answer>",
+        )
+    if kind == "pre_answer" and isinstance(row["image_path"], str):  # it names the mended image: start from the damaged one
+        row["image_path"] = re.sub(r"_ori(?=\.\w+$)", "_proc", row["image_path"])
+    question = re.sub(r"^\s*<query>|</?query>\s*$", "", problem).strip() if isinstance(problem, str) else problem
+    return Fields(question, _images(row), without_markup(solution), kind=kind)
 
 
 FORMATS = (
@@ -106,11 +142,14 @@ FORMATS = (
     Format("chat messages", ("messages|conversations",), _chat),
     Format("VLMEvalKit", ("index", "question", "answer", "image|image_path"), _vlmevalkit),
     Format("imagent-jax", ("question", "answer", "images"), _own),
+    Format("MuirBench, BLINK and ReMI", ("question", "answer|label", "image_list|image_1"), _benchmark),
     Format("PyVision", ("id", "question", "answer", "image_path"), _pyvision),
     Format("prime verifiers", ("question|prompt", "answer", "info|task"), _verifiers),
+    Format("MAT", ("image_path", "problem", "solution"), _mat),
     Format("EasyR1", ("problem", "answer|solution"), _trl),
     Format("TRL", ("prompt", "ground_truth|solution|answer"), _trl),
     Format("imagent-jax", ("question", "answer"), _own),
+    Format(CONVERTED, ("imagent_task",), _own),
 )
 """The first whose columns a row has is its format."""
 
@@ -130,7 +169,7 @@ def unknown_columns(row: Row, wanted: Format | None = None) -> RowError:
     if wanted:
         needs = ", ".join(need.replace("|", " or ") for need in wanted.needs)
         return RowError("unknown columns", f"the columns {', '.join(row)} are not those of {wanted.name}; it has {needs}")
-    known = ", ".join(dict.fromkeys(f.name for f in FORMATS))
+    known = ", ".join(dict.fromkeys(f.name for f in FORMATS[:-1]))
     return RowError(
         "unknown columns", f"the columns {', '.join(row)} are of no format known here; use one of {known} (docs/data.md)"
     )
@@ -141,8 +180,8 @@ def unknown_columns(row: Row, wanted: Format | None = None) -> RowError:
 
 def read_row(
     row: Row, form: Format, default_uid: str, shuffle: int | None = None, answer_type: str = ""
-) -> tuple[Task, list[str | bytes]]:
-    """Return the task of a row, with b"" for each image, and its images: a path, or the bytes of an image file.
+) -> tuple[Task, list[Image]]:
+    """Return the task of a row, with b"" for each image, and its images.
 
     Args:
         default_uid: uid of a row without one.
@@ -151,34 +190,60 @@ def read_row(
     Raises:
         RowError: the row has no question or answer, or a field is not what it should be.
     """
+    if form.name == CONVERTED:
+        return _converted(row, shuffle)
     row = dict(row)
-    answer_type = _text("answer_type", row.pop("answer_type", None), answer_type)
-    own: dict[str, Any] = {}
-    if form.read is _own:
-        own = {"tools": _tools(row.pop("tools", None)), "reward": _weights(row.pop("reward", None))}
-        own["environment"] = _text("environment", row.pop("environment", None), "")
     fields = form.read(row)
-    question, parts, images = _placed(_parts(fields.question), fields.images)
-    answers, options = _answers(fields.answer), ()
-    uid, kind = _text("uid", fields.uid, default_uid), _text("kind", fields.kind, "")
-    if fields.options is not None:
-        options, answers = _options(fields.options, answers)
+    named = row.pop("answer_type", None) if fields.answer_type is None else fields.answer_type
+    answer_type = text_of("answer_type", named, answer_type)
+    images, options, answers = fields.images, fields.options, answers_of(fields.answer, len(fields.images))
+    parts = _parts(fields.question, len(images))
+    if isinstance(options, list):
+        parts, options = _marks_of_options(parts, options, len(images))
+    question, parts, images = _placed(parts, images)
+    uid, kind = text_of("uid", fields.uid, default_uid), text_of("kind", fields.kind, "")
+    if options is not None:
+        options, answers = options_of(options, answers)
         if shuffle is not None:
-            options, answers = _shuffled(options, answers, f"{shuffle}\n{uid}")
-    default = "choice" if options else "exact" if form.read is _own else _guess(answers)
+            options, answers = shuffled(options, answers, f"{shuffle}\n{uid}")
+    default = "choice" if options else "exact" if form.read is _own else guess_type(answers)
     if (answer_type := answer_type or default) not in ANSWER_TYPES:
         raise RowError(
             "unknown answer type", f"the answer type {answer_type!r} does not exist; use one of {', '.join(ANSWER_TYPES)}"
         )
     if options and answer_type != "choice":
         raise RowError("bad options", f'a row with options has answer type "choice", not {quote(answer_type)}')
+    own = tools_of(fields.tools), weights_of(fields.reward), text_of("environment", fields.environment, "")
     try:
         meta = json.loads(json.dumps(row, default=_described))
-        shown = uid, question, (b"",) * len(images), answers[0], answer_type, kind, meta, parts, answers[1:], options
-        task = Task(*shown, **own)
+        shown = uid, question, (b"",) * len(images), answers[0], answer_type, kind, meta, parts, answers[1:], options or ()
+        task = Task(*shown, "", *own)
     except RecursionError:
         raise RowError("nested too deeply", "the row is nested too deeply; write its facts as flat fields") from None
     return task, images
+
+
+def _converted(row: Row, shuffle: int | None) -> tuple[Task, list[Image]]:
+    """Return the task that `to_row` wrote, and its images."""
+    try:
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row["imagent_task"].items()
+        }
+        task = Task(images=(b"",) * len(row["images"]), **fields)
+        if not all(isinstance(image, StoredImage) for image in row["images"]):
+            raise TypeError("images are missing")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RowError("bad record", f"the record is none that `imagent data` writes ({error}); convert the data again") from None
+    if shuffle is not None and task.options:
+        options, answers = shuffled(task.options, task.answers, f"{shuffle}\n{task.uid}")
+        task = dataclasses.replace(task, options=options, answer=answers[0], other_answers=answers[1:])
+    return task, row["images"]
+
+
+def to_row(task: Task) -> Row:
+    """Return a task without its images as a row of JSON values, which `read_row` reads."""
+    names = [field.name for field in dataclasses.fields(task) if field.name != "images"]
+    return {"imagent_task": {name: getattr(task, name) for name in names}}
 
 
 # ---- questions and images ---------------------------------------------------------------------------------------------
@@ -206,9 +271,13 @@ def _messages(row: Row, column: str) -> tuple[Any, Any]:
     return turns[0][1], answer
 
 
-def _parts(content: Any) -> list[str | Slot]:
-    """Return texts and slots of a question: a text with marks, or the content parts of a message."""
+def _parts(content: Any, count: int) -> list[str | Slot]:
+    """Return texts and slots of a question about `count` images: a text with marks, or the content parts of a message."""
     if isinstance(content, str):
+        numbers = [int(number) for number in NUMBERED.findall(content)]
+        if numbers and MARK in content:
+            raise RowError("marks and images", f'the question has marks "{MARK}" with and without number; write all in one way')
+        content = name_images(content, count, place=[*dict.fromkeys(numbers)] == [*range(1, count + 1)])
         return [part for piece in content.split(MARK) for part in (Slot(), piece)][1:]
     parts: list[str | Slot] = []
     for part in content if isinstance(content, list) else ():
@@ -222,7 +291,22 @@ def _parts(content: Any) -> list[str | Slot]:
     return parts
 
 
-def _placed(parts: Sequence[str | Slot], images: Sequence[Any]) -> tuple[str, tuple[str | int, ...], list[str | bytes]]:
+def _marks_of_options(parts: list[str | Slot], options: Sequence[Any], count: int) -> tuple[list[str | Slot], list[Any]]:
+    """Return parts and options of a question about `count` images, the options without marks.
+
+    Images of marks without number stand behind the question, and options name them.
+    """
+    options = [name_images(option, count) if isinstance(option, str) else option for option in options]
+    marks = sum(option.count(MARK) for option in options if isinstance(option, str)) if count else 0
+    number = itertools.count(count - marks + 1)
+    if marks:
+        options = [
+            re.sub(MARK, lambda _: f"Image {next(number)}", option) if isinstance(option, str) else option for option in options
+        ]
+    return [*parts, *[Slot()] * marks], options
+
+
+def _placed(parts: Sequence[str | Slot], images: Sequence[Any]) -> tuple[str, tuple[str | int, ...], list[Image]]:
     """Return the question as text, as parts (() where all images come first), and the images in the order shown."""
     slots, following = [part for part in parts if isinstance(part, Slot)], iter(images)
     texts = [part for part in parts if isinstance(part, str)]
@@ -249,12 +333,13 @@ def _placed(parts: Sequence[str | Slot], images: Sequence[Any]) -> tuple[str, tu
 
 def _images(row: Row) -> list[Any]:
     """Take the images out of a row."""
-    for name in ("images", "image", "image_path"):
+    for name in ("images", "image", "image_list", "image_path"):
         if value := row.pop(name, None):
             if isinstance(value, str) and value[0] == "[" and value[-1] == "]":  # how TSV files write a list
                 value = [match[1] for match in re.findall(r"""(['"])(.*?)\1""", value)]
             return value if isinstance(value, list) else [value]
-    return []
+    numbered = [*itertools.takewhile(row.__contains__, (f"image_{number}" for number in itertools.count(1)))]
+    return [image for image in map(row.pop, numbered) if image]
 
 
 def _image(image: Any) -> str | bytes:
@@ -276,102 +361,9 @@ def _image(image: Any) -> str | bytes:
     return image
 
 
-# ---- answers ----------------------------------------------------------------------------------------------------------
-
-
-def _answers(value: Any) -> tuple[str, ...]:
-    given = value if isinstance(value, list) else [value]
-    answers = _texts(given)
-    if not given or len(answers) < len(given):
-        raise RowError("no answer", 'the row has no answer; add "answer" as text or number, or as a list of them')
-    return answers
-
-
-def _marked(answer: Any) -> Any:
-    """Return what stands between answer markers, or all of an answer without them."""
-    if isinstance(answer, list) and all(isinstance(part, dict) for part in answer):  # content parts of a message
-        answer = "".join(str(part.get("text") or "") for part in answer)
-    return extract_answer(answer) or answer if isinstance(answer, str) else answer
-
-
-def _guess(answers: Iterable[str]) -> str:
-    """Return the answer type of references of other formats, which name none."""
-    if all(re.fullmatch(r"[A-Z]|\([A-Z]\)", answer.strip()) for answer in answers):
-        return "choice"
-    with contextlib.suppress(ValueError):
-        if all(number(answer, answer) for answer in answers):
-            return "number"
-    return "exact"
-
-
-def _options(value: Any, answers: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the options, and the letters of the right ones."""
-    options = _texts(value) if isinstance(value, list) else ()
-    if not 2 <= len(options) <= 26 or len(options) < len(value):
-        raise RowError("bad options", '"options" is no list of 2 to 26 texts; write the text of each option')
-    letters, found = string.ascii_uppercase[: len(options)], []
-    for answer in answers:
-        meant: set[str] = {letters[i] for i, option in enumerate(options) if option.strip() == answer.strip()}
-        if (match := _LETTER.fullmatch(answer.strip())) and match[1].upper() in letters:
-            meant.add(match[1].upper())
-        if len(meant) != 1:
-            raise RowError(
-                "answer and options", f"the answer {quote(answer)} means {' and '.join(sorted(meant)) or 'none'} of the options; "
-                f"write one letter of {letters[0]} to {letters[-1]}, or the text of one option",
-            )  # fmt: skip
-        found += meant
-    return options, tuple(found)
-
-
-def _shuffled(options: Sequence[str], answers: Sequence[str], key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return options in an order that depends on `key` alone, and the new letters of the answers."""
-    order = sorted(range(len(options)), key=lambda i: hashlib.sha256(f"{key}\n{i}".encode()).digest())
-    letters = string.ascii_uppercase
-    return tuple(options[i] for i in order), tuple(letters[order.index(letters.index(answer))] for answer in answers)
-
-
-# ---- fields -----------------------------------------------------------------------------------------------------------
-
-
 def _first(row: Row, names: Sequence[str]) -> Any:
     """Take the first of these columns that is not null out of a row."""
     return next((row.pop(name) for name in names if row.get(name) is not None), None)
-
-
-def _plain(value: Any) -> str | None:
-    """Return text, or a number as decimal digits without an exponent; None for anything else."""
-    if isinstance(value, float):
-        return format(Decimal(repr(value)), "f") if math.isfinite(value) else None
-    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
-
-
-def _texts(values: Sequence[Any]) -> tuple[str, ...]:
-    """Return those of the values that are text or numbers, as text, without blank ones."""
-    return tuple(text for value in values if (text := _plain(value)) and text.strip())
-
-
-def _text(name: str, value: Any, default: str) -> str:
-    """Return an optional field; null is the same as absent."""
-    if value is None:
-        return default
-    if (text := _plain(value)) is None:
-        raise RowError(f"bad {name}", f'"{name}" is {quote(value)}; write text, or leave it out')
-    return text
-
-
-def _tools(value: Any) -> tuple[str, ...] | None:
-    if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-        return value if value is None else tuple(value)
-    raise RowError("bad tools", f'"tools" is {quote(value)}; write a list of names of tools, or leave it out')
-
-
-def _weights(value: Any) -> dict[str, float]:
-    if value is None:
-        return {}
-    given = {name: weight for name, weight in value.items() if weight is not None} if isinstance(value, dict) else {"": ""}
-    if all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in given.values()):
-        return {name: float(weight) for name, weight in given.items()}
-    raise RowError("bad reward", f'"reward" is {quote(value)}; write weights by name, such as {{"format": 0}}, or leave it out')
 
 
 def _described(value: Any) -> str:

@@ -10,63 +10,85 @@ A row of JSON Lines:
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
+import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from imagent_jax.chat import answer_markup, extract_answer
 from imagent_jax.config import DataConfig, import_path
-from imagent_jax.data.check import Fault, Key, Progress, RowError, Size, TaskCheck, Tasks, Verdicts, image_sizes, tracked
+from imagent_jax.data.check import (
+    Fault,
+    Image,
+    Progress,
+    RowError,
+    Size,
+    StoredImage,
+    TaskCheck,
+    Tasks,
+    Verdict,
+    Verdicts,
+    sized,
+    tracked,
+)
 from imagent_jax.data.files import Source, open_sources
-from imagent_jax.data.formats import Format, format_among, format_of, read_row, unknown_columns
+from imagent_jax.data.formats import FORMATS, Format, format_among, read_row, unknown_columns
 from imagent_jax.scoring import score
 from imagent_jax.types import Task, quote
 
+Sizes = list[Size | RowError]
+
 
 class Row(NamedTuple):
-    """A row of a source.
+    """A row of a source that can be read.
 
     Attributes:
         line: number of the row in its source, from 1.
+        place: of the row, to read it again.
+        form: its format.
         task: the task, with b"" for each image.
-        paths: paths of its images; None for one inside the source.
-        form, place: of the row, to read images inside the source again.
+        images: its images; paths are those to open.
     """
 
     source: Source
     line: int
-    task: Task
-    paths: tuple[str | None, ...]
+    place: int
     form: Format
-    place: Any
+    task: Task
+    images: tuple[Image, ...]
 
-    def image_keys(self) -> tuple[Key, ...]:
-        """Return a key of each image: its path, or where it is inside a source."""
-        return tuple(path or (self.source.name, self.line, i) for i, path in enumerate(self.paths))
-
-    def images(self) -> tuple[bytes, ...]:
-        """Read the images."""
-        read = read_row(self.source.read(self.place), self.form, "")[1] if None in self.paths else ()
-        inside = (image for image in read if isinstance(image, bytes))
-        return tuple(pathlib.Path(path).read_bytes() if path else next(inside) for path in self.paths)
+    def fault(self, error: RowError) -> Fault:
+        """Return the fault of the row."""
+        return Fault(self.source.name, self.line, error.reason, error.kind, self.source.unit)
 
 
 class FileTasks(Tasks):
-    """The valid rows of files as tasks. Image bytes are read when a task is accessed.
+    """The valid rows of files as tasks. Only their places are in memory: a row is read when its task is accessed.
+
+    Args:
+        sources: files, as when `places` were found.
+        places: int64[rows, 5]: source, line, place, format, checksum of the task.
+        forms: formats, as numbered in `places`.
+        how: last arguments of `read_row`.
 
     Attributes:
-        rows: the rows, in order.
         faults: omitted rows, in the order of files and rows; empty unless `skip_bad`.
     """
 
-    def __init__(self, rows: Sequence[Row], faults: Sequence[Fault] = ()):
-        self.rows = tuple(rows)
-        self.faults = tuple(faults)
+    def __init__(
+        self, sources: Sequence[Source], places: np.ndarray, forms: Sequence[Format], how: tuple[int | None, str],
+        faults: Sequence[Fault] = (),
+    ):  # fmt: skip
+        self.sources, self.places, self.forms, self.how, self.faults = tuple(sources), places, forms, how, tuple(faults)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.places)
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -75,8 +97,27 @@ class FileTasks(Tasks):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = self.rows[index]
-        return replace(row.task, images=row.images())
+        row = self.row(index)
+        return replace(row.task, images=tuple(image_bytes(row.source, image) for image in row.images))
+
+    def row(self, index: int) -> Row:
+        """Read a row, without the bytes of its images.
+
+        Raises:
+            ValueError: it is not the row that was checked.
+        """
+        number, line, place, form, checksum = self.places[index].tolist()
+        source = self.sources[number]
+        try:
+            row = _row(source, line, place, self.forms[form], source.read(place), self.how)
+            if _checksum(row.task) != checksum:
+                raise ValueError("it is another row")
+        except Exception as error:  # whatever a row raises that was once read
+            raise ValueError(
+                f"{source.name} has changed since it was checked: {source.unit} {line} cannot be read again ({error}); start the "
+                "run again, which checks it again."
+            ) from error
+        return row
 
 
 def read_tasks(
@@ -104,26 +145,23 @@ def read_tasks(
             question or answer; an answer that does not score against itself; a duplicate uid; an image that is missing or does
             not decode; or what `check` refuses.
     """
-    names = ", ".join(source.name for source in sources)
-    rows, faults = [], []
-    for source in sources:
-        _parse(source, form, (shuffle, answer_type), rows, faults)
+    names, how, forms = ", ".join(source.name for source in sources), (shuffle, answer_type), (form,) if form else FORMATS
     content = " ".join(f"{source.name} {source.content()}" for source in sources)
-    paths = sorted({path for row in rows for path in row.paths if path})
-    verdicts = Verdicts(
-        memory, f"{content} {shuffle} {answer_type} {form and form.name}", paths, check.fingerprint if check else ""
-    )
-    if (known := verdicts.recall()) is None:
-        known = _judge(sources, rows, faults, check, lambda words: progress(f"Checking {pathlib.Path(names).name}: {words}"))
-        verdicts.remember(known)
-    if known and not skip_bad:
-        more = f" ({len(known) - 1:,} more rows have faults)" if known[1:] else ""
-        raise ValueError(f"{known[0]}{more}, or set data.skip_bad to leave such rows out.")
-    bad = {(fault.path, fault.line) for fault in known}
-    if not (good := [row for row in rows if (row.source.name, row.line) not in bad]):
-        first = f", the first fault: {known[0]}" if known else ""
+    content += f" {shuffle} {answer_type} {[known[:2] for known in forms]}"
+    verdicts = Verdicts(memory, content, check.fingerprint if check else "")
+    if (found := verdicts.recall()) is None:
+        known: dict = {}
+        found = _judge(sources, forms, how, check, lambda words: progress(f"Checking {pathlib.Path(names).name}: {words}"), known)
+        verdicts.remember(found, known)
+    if (faults := found.faults) and not skip_bad:
+        more = f" ({len(faults) - 1:,} more rows have faults)" if faults[1:] else ""
+        raise ValueError(f"{faults[0]}{more}, or set data.skip_bad to leave such rows out.")
+    if not len(found.index):
+        first = f", the first fault: {faults[0]}" if faults else ""
         raise ValueError(f"The task file {names} has no usable row{first}; add rows with question and answer.")
-    return FileTasks(good, known)
+    for path in found.environments:
+        import_path(path, "environment of a row")  # each time: no remembered verdict knows whether it can be imported
+    return FileTasks(sources, found.index, forms, how, faults)
 
 
 def open_split(
@@ -131,72 +169,100 @@ def open_split(
 ) -> FileTasks:
     """Read the files of a split; see `files.open_sources` and `read_tasks`. Verdicts are remembered in `cfg.cache_dir`."""
     memory = pathlib.Path(cfg.cache_dir).expanduser() / "checked"
-    tasks = read_tasks(
+    return read_tasks(
         open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, shuffle=cfg.seed if cfg.shuffle_options else None,
         answer_type=cfg.answer_type, memory=memory, progress=progress,
     )  # fmt: skip
-    for path in sorted({row.task.environment for row in tasks.rows} - {""}):
-        import_path(path, "environment of a row")  # each time: no remembered verdict knows whether it can be imported
-    return tasks
 
 
-# ---- the rows of a source ---------------------------------------------------------------------------------------------
+def image_bytes(source: Source, image: Image) -> bytes:
+    """Return the file of an image of a source."""
+    if isinstance(image, StoredImage):
+        return source.image(image.number)  # ty: ignore[missing-attribute] - of a source that stores images
+    return pathlib.Path(image).read_bytes() if isinstance(image, str) else image
 
 
-def _parse(source: Source, fixed: Format | None, how: tuple[int | None, str], rows: list[Row], faults: list[Fault]) -> None:
-    """Append the rows that can be read, and the faults of the others. `how`: the last arguments of `read_row`."""
-    form, names = None, {}
+# ---- the check --------------------------------------------------------------------------------------------------------
+
+
+def checked(
+    sources: Sequence[Source], forms: Sequence[Format], how: tuple[int | None, str], check: TaskCheck | None, progress: Progress,
+    known: dict,
+) -> Iterator[tuple[Row | Fault, Sizes]]:  # fmt: skip
+    """Yield every row or its fault, in order, and the sizes of its images. Few rows and images are in memory at one time.
+
+    Args:
+        forms: formats that a row may have.
+        how: last arguments of `read_row`.
+        known: sizes of image files by path, see `check.sized`.
+    """
+    seen: dict[str, tuple[Source, int]] = {}
+    total = sum(source.count() for source in sources)
+    rows = itertools.chain.from_iterable(_rows(source, forms, how) for source in sources)
+    pairs = ((row, row.images if isinstance(row, Row) else ()) for row in rows)
+    for row, sizes in tracked(sized(pairs, known), total, "rows checked", progress):
+        if isinstance(row, Row):
+            try:
+                _try_row(row, sizes, check)
+                source, line = seen.setdefault(row.task.uid, (row.source, row.line))
+                if (source, line) != (row.source, row.line):
+                    where = f"{source.unit} {line}" + (f" of {source.name}" if source is not row.source else "")
+                    reason = f"the uid {row.task.uid!r} occurs already on {where}; give every row its own uid"
+                    raise RowError("repeated uid", reason)
+            except RowError as error:
+                row = row.fault(error)
+        yield row, sizes
+
+
+def _judge(
+    sources: Sequence[Source], forms: Sequence[Format], how: tuple[int | None, str], check: TaskCheck | None, progress: Progress,
+    known: dict,
+) -> Verdict:  # fmt: skip
+    """Check all rows, see `checked`."""
+    index, faults, environments = array("q"), [], set()
+    for row, _ in checked(sources, forms, how, check, progress, known):
+        if isinstance(row, Fault):
+            faults.append(row)
+        else:
+            index.extend((sources.index(row.source), row.line, row.place, forms.index(row.form), _checksum(row.task)))
+            environments.add(row.task.environment)
+    return Verdict(faults, np.array(index, np.int64).reshape(-1, 5), sorted(environments - {""}))
+
+
+def _rows(source: Source, forms: Sequence[Format], how: tuple[int | None, str]) -> Iterator[Row | Fault]:
+    """Yield the rows of a source that can be read, and the faults of the others."""
+    form = None
     for line, place, found in source.rows():
         try:
             if isinstance(found, RowError):
                 raise found
-            if (form := format_among([fixed], found) if fixed else format_of(found) or form) is None:
-                raise unknown_columns(found, fixed)
-            task, images = read_row(found, form, f"{source.path.stem}:{line}", *how)
+            only = forms[0] if len(forms) == 1 else None
+            if (form := format_among(forms, found) or (None if only else form)) is None:
+                raise unknown_columns(found, only)
+            yield _row(source, line, place, form, found, how)
         except RowError as error:
-            faults.append(Fault(source.name, line, error.reason, error.kind, source.unit))
-            continue
-        for name in images:
-            if isinstance(name, str) and name not in names:
-                names[name] = os.path.join(source.path.parent, os.path.expanduser(name))
-        paths = tuple(names[image] if isinstance(image, str) else None for image in images)
-        rows.append(Row(source, line, task, paths, form, place if None in paths else None))
+            yield Fault(source.name, line, error.reason, error.kind, source.unit)
 
 
-def _pictures(sources: Sequence[Source], rows: Sequence[Row]) -> Iterator[tuple[Key, str | bytes]]:
-    """Yield every image once: its key, and its path or bytes. Sources are read from the beginning to the end."""
-    yield from ((path, path) for path in sorted({path for row in rows for path in row.paths if path}))
-    inside = {(row.source.name, row.line): row for row in rows if None in row.paths}
-    for source in sources:
-        if any(name == source.name for name, _ in inside):
-            for line, _, found in source.rows():
-                if (row := inside.get((source.name, line))) and not isinstance(found, RowError):
-                    images = read_row(found, row.form, "")[1]
-                    yield from ((key, i) for key, i in zip(row.image_keys(), images, strict=True) if isinstance(i, bytes))
+def _row(source: Source, line: int, place: int, form: Format, found: dict, how: tuple[int | None, str]) -> Row:
+    """Return a row from its columns.
+
+    Raises:
+        RowError: see `read_row`.
+    """
+    task, images = read_row(found, form, f"{source.path.stem}:{line}", *how)
+    folder = source.path.parent
+    paths = (os.path.join(folder, os.path.expanduser(image)) if isinstance(image, str) else image for image in images)
+    return Row(source, line, place, form, task, tuple(paths))
 
 
-def _judge(
-    sources: Sequence[Source], rows: Sequence[Row], faults: Sequence[Fault], check: TaskCheck | None, progress: Progress
-) -> list[Fault]:
-    """Return all faults in the order of rows: those of parsing, and of images, prompts and repeated uids."""
-    total = len({key for row in rows for key in row.image_keys()})
-    found, seen, sizes = list(faults), {}, image_sizes(_pictures(sources, rows), total, progress)
-    for row in tracked(rows, len(rows), "rows checked", progress):
-        try:
-            _try_row(row, [sizes[key] for key in row.image_keys()], check)
-            if (first := seen.setdefault(row.task.uid, row)) is not row:
-                where = f"{first.source.unit} {first.line}" + (
-                    f" of {first.source.name}" if first.source is not row.source else ""
-                )
-                reason = f"the uid {row.task.uid!r} occurs already on {where}; give every row its own uid"
-                raise RowError("repeated uid", reason)
-        except RowError as error:
-            found.append(Fault(row.source.name, row.line, error.reason, error.kind, row.source.unit))
-    order = {source.name: i for i, source in enumerate(sources)}
-    return sorted(found, key=lambda fault: (order[fault.path], fault.line))
+def _checksum(task: Task) -> int:
+    """Return a checksum of what a policy is shown and compared with."""
+    return zlib.crc32(repr((task.uid, task.shown, task.answers)).encode("utf-8", "backslashreplace"))
 
 
-def _try_row(row: Row, sizes: Sequence[Size | RowError], check: TaskCheck | None) -> None:
+def _try_row(row: Row, sizes: Sizes, check: TaskCheck | None) -> None:
+    """Raise RowError where a run could not use a row."""
     for size in sizes:
         if isinstance(size, RowError):
             raise RowError(size.kind, size.reason)

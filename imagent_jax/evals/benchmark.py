@@ -94,14 +94,15 @@ class Benchmark:
             memory=Path(data.cache_dir).expanduser() / "checked", progress=progress,
             form=Format(self.name, self.needs, self.read),
         )  # fmt: skip
+        facts = [tasks.row(i).task for i in range(len(tasks))]
         if not self.circular:
-            return Questions(tasks, [(i, 0) for i in range(len(tasks))])
+            return Questions(tasks, facts, [(i, 0) for i in range(len(tasks))])
         firsts: dict[str, int] = {}  # rows of a question stand together, so that a limit leaves none in part
-        for i, row in enumerate(tasks.rows):
-            firsts.setdefault(self.question(row.task), i)
-        rotations = [1 if len(firsts) < len(tasks) else max(1, len(row.task.options)) for row in tasks.rows]
-        order = sorted(range(len(tasks)), key=lambda i: firsts[self.question(tasks.rows[i].task)])
-        return Questions(tasks, [(i, k) for i in order for k in range(rotations[i])])
+        for i, task in enumerate(facts):
+            firsts.setdefault(self.question(task), i)
+        rotations = [1 if len(firsts) < len(tasks) else max(1, len(task.options)) for task in facts]
+        order = sorted(range(len(tasks)), key=lambda i: firsts[self.question(facts[i])])
+        return Questions(tasks, facts, [(i, k) for i in order for k in range(rotations[i])])
 
     def prompted(self, task: Task) -> Task:
         """Return the task as it is shown under the benchmark's own prompt. Options stand in the text of that."""
@@ -122,12 +123,13 @@ class Questions(Tasks):
     """The tasks of a benchmark. Images are read when a task is accessed; `facts` has the tasks without them.
 
     Args:
+        facts: the tasks without images.
         places: of each question, its place in `tasks`, and by how many places its options are rotated.
     """
 
-    def __init__(self, tasks: FileTasks, places: Sequence[tuple[int, int]]):
+    def __init__(self, tasks: FileTasks, facts: Sequence[Task], places: Sequence[tuple[int, int]]):
         self.tasks, self.places, self.faults = tasks, places, tasks.faults
-        self.facts = [rotated(tasks.rows[i].task, k) for i, k in places]
+        self.facts = [rotated(facts[i], k) for i, k in places]
 
     def __len__(self) -> int:
         return len(self.places)

@@ -11,6 +11,7 @@
   pixels.
 """
 
+import base64
 import contextlib
 import io
 
@@ -76,3 +77,20 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if (transparent := image.info.get("transparency")) is not None:
         grey[pixels == transparent] = 255
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def data_uri(data: bytes, side: int, largest: int) -> str:
+    """Return an image file for a page, as a data URI that every browser shows with the pixels of `read_image`.
+
+    Args:
+        side: longer side in pixels of the JPEG that stands for a file of more than `largest` bytes, or one of another kind than
+            JPEG, PNG, GIF and WebP.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        kind = (image.format or "").lower()
+    if len(data) > largest or kind not in ("jpeg", "png", "gif", "webp"):
+        image = read_image(data)
+        image.thumbnail((side, side))
+        image.save(out := io.BytesIO(), "JPEG", quality=85)
+        data, kind = out.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

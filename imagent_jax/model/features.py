@@ -41,9 +41,9 @@ def _pull_back(model: Model, trained, params: nnx.State, patches, coords, image,
 
 
 def _within(page: Float[Array, "F E"], vision: Int[Array, "*b S"], first) -> Int[Array, "*b S"]:
-    """Return the row in a page, whose first feature row is `first`, of every token (-1: not in this page)."""
+    """Return the row in a page, whose first feature row is `first`, of every token (negative: not in this page)."""
     row = vision - first
-    return jnp.where((vision >= 0) & (row >= 0) & (row < len(page)), row, -1)
+    return jnp.where(row < len(page), row, -1)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -19,12 +19,13 @@ def group_advantages(
         counted: rollouts that enter mean and (population) standard deviation. The others still get an advantage; divided by the
             deviation, it is bounded by sqrt(G - 1), the most that a counted rollout can have (Samuelson's inequality).
         eps: a group whose counted rewards have at most this standard deviation gets zeros.
-        fault: rollouts that failed on an environment error. They never count and get 0, as do non-finite rewards.
+        fault: rollouts that failed on an environment error. They never count and get 0, as do rewards that are not finite, or
+            beyond 1e30 (float32, in which advantages train, ends at 3e38).
     Returns:
         Advantages, and metrics: `groups/flat`, share of groups without spread; `groups/std`, mean standard deviation.
     """
     rewards = np.asarray(rewards, np.float64)
-    usable = np.isfinite(rewards) if fault is None else np.isfinite(rewards) & ~np.asarray(fault, bool)
+    usable = (np.abs(rewards) <= 1e30) & (True if fault is None else ~np.asarray(fault, bool))
     rewards, counted = np.where(usable, rewards, 0.0), np.asarray(counted, bool) & usable
     n = np.maximum(counted.sum(1, keepdims=True), 1)
     rewards = rewards - np.take_along_axis(rewards, counted.argmax(1)[:, None], 1)  # equal rewards are now exact zeros

@@ -18,6 +18,7 @@ from imagent_jax.chat import QWEN
 from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.config import Config
 from imagent_jax.distributed import processes
+from imagent_jax.images.originals import Originals
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model import lora
 from imagent_jax.model.features import FeatureStore
@@ -341,4 +342,5 @@ def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:
         coordinates=t.coordinates, patch_factor=processor.patch_size * processor.merge_size, low_pixels=t.low_pixels,
         high_pixels=t.high_pixels, confirm_min_pixels=t.confirm_min_pixels, confirm_max_pixels=t.confirm_max_pixels,
         min_box=t.min_box, max_images=t.max_images, most_pixels=cfg.images.vision_block * processor.patch_size**2,
+        originals=Originals(1e9 * cfg.images.originals_gb),
     )  # fmt: skip

@@ -69,7 +69,8 @@ class ToolEnvironment:
             except ValueError as error:
                 reason = str(error).rstrip(".")
                 raise ValueError(f"Task {task.uid}: Image {number} cannot be used ({reason}); mend or drop it.") from error
-            registry.add(image, shown=size, min_pixels=low, max_pixels=high)
+            original = self.settings.originals.add(data, image)
+            registry.add(image, shown=size, min_pixels=low, max_pixels=high, original=original)
         self._registry = registry
 
     def budget(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:

@@ -1,14 +1,11 @@
 """HTML of about ten informative trajectories of a run: fixed by training, broken by training, and failed tool calls."""
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from imagent_jax.images.decode import data_uri
 from imagent_jax.runs.reader import RunLog, step_of
 
 Record = dict[str, Any]
@@ -128,15 +125,8 @@ class Pictures:
         path, place = self.folder / name, f'id="{html.escape(name)}" width="{width}" height="{height}"'
         if not path.is_file():
             return f'<rect {place} fill="#8884" />'
-        data, kind = path.read_bytes(), path.suffix[1:].replace("jpg", "jpeg")
-        if len(data) > LARGEST_FILE:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-                image.save(out := io.BytesIO(), "JPEG", quality=85)
-            data, kind = out.getvalue(), "jpeg"
-        text = base64.b64encode(data).decode()
-        return f'<image {place} preserveAspectRatio="none" href="data:image/{kind};base64,{text}" />'
+        uri = data_uri(path.read_bytes(), LARGEST_SIDE, LARGEST_FILE)
+        return f'<image {place} preserveAspectRatio="none" href="{uri}" />'
 
     def svg(self, images: list[Record], n: int, side: int, boxes: Sequence[tuple[list[int], str, bool]] = ()) -> str:
         """Return image `n` as SVG with labelled boxes.

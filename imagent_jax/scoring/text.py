@@ -47,7 +47,7 @@ class _Folding(dict):
         return plain
 
 
-_FOLDING = _Folding(str.maketrans("‐‑‒–−‘’“”٫٬", "-----''\"\".,"))
+_FOLDING = _Folding(str.maketrans("‐‑‒–−‘’“”٫٬İ", "-----''\"\".,i"))
 
 
 def fold(text: str) -> str:

@@ -5,13 +5,14 @@ import json
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from imagent_jax.chat import Call
 from imagent_jax.config import CallSettings
+from imagent_jax.images.originals import Originals
 from imagent_jax.images.prepare import fit_budget
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.registry import ImageRegistry
@@ -34,6 +35,7 @@ class ToolSettings:
         min_box: minimum side of a crop as a fraction of the image's side; smaller boxes are enlarged about their centre.
         max_images: maximum images of a trajectory, given and made.
         most_pixels: maximum pixels of any shown image; without it, long strips would exceed their budget.
+        originals: pixels of given images that are in memory.
 
     Raises:
         ValueError: a value is out of range.
@@ -48,6 +50,7 @@ class ToolSettings:
     min_box: float = 0.08
     max_images: int = 16
     most_pixels: int = 144 * 14 * 14
+    originals: Originals = field(default_factory=Originals, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.coordinates not in COORDINATES:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from imagent_jax.config import CallSettings
 from imagent_jax.tools.context import ToolContext
-from imagent_jax.tools.schema import Tool, parse_docstring, type_schema
+from imagent_jax.tools.schema import Tool, matches, parse_docstring, type_schema
 from imagent_jax.types import ImageNumber
 
 
@@ -34,7 +34,8 @@ def tool(function: Callable[..., Any] | None = None, *, settings: type[CallSetti
     """
     if function is None:
         return functools.partial(tool, settings=settings)
-    name = function.__name__  # ty: ignore[missing-attribute] - a `def` has one
+    if (name := getattr(function, "__name__", None)) is None:
+        raise ValueError(f"{function!r} has no name and cannot be a tool; write a function that calls it")
     if not (isinstance(settings, type) and issubclass(settings, CallSettings)):
         raise ValueError(f"tool {name}: its settings must be a frozen dataclass that inherits from tools.CallSettings")
     parameters = list(inspect.signature(function).parameters.values())
@@ -57,6 +58,10 @@ def tool(function: Callable[..., Any] | None = None, *, settings: type[CallSetti
             properties[parameter.name]["description"] = documented.pop(parameter.name)
         if parameter.default is parameter.empty:
             required.append(parameter.name)
+        elif not _matches(properties[parameter.name], parameter.default):
+            raise ValueError(
+                f"tool {name}: parameter {parameter.name} has the default {parameter.default!r}, which is not of its type"
+            )
     documented.pop(parameters[0].name, None)
     if documented:
         raise ValueError(f"tool {name}: the docstring describes {', '.join(documented)}, which is not a parameter")
@@ -72,6 +77,10 @@ def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:
         return get_type_hints(function)
     except NameError as error:
         raise ValueError(f"tool {name}: an annotation cannot be read ({error}); import what it names") from error
+
+
+def _matches(schema: dict[str, Any], default: Any) -> bool:
+    return default is None or matches(schema, list(default) if isinstance(default, tuple) else default)
 
 
 def _check_context(parameters: list[inspect.Parameter], hints: dict[str, Any], name: str) -> None:

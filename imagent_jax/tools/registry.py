@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from imagent_jax.images.decode import to_rgb
+from imagent_jax.images.originals import Original
 from imagent_jax.types import ImageEntry, ImageNumber, ToolError
 
 
@@ -42,6 +43,7 @@ class ImageRegistry:
         origin: str = "",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        original: Original | None = None,
     ) -> ImageNumber:
         """Register an image and return its number. Pixels that are those of its parent, or of the box there, are not kept twice.
 
@@ -49,6 +51,7 @@ class ImageRegistry:
             image: pixels at their original resolution; converted to RGB.
             shown: (height, width) in pixels as the policy sees it.
             parent, box, origin, min_pixels, max_pixels: see ImageEntry.
+            original: decodes the pixels of a given image again; it is kept in place of them.
 
         Raises:
             TypeError: `image` is not a PIL image.
@@ -74,6 +77,7 @@ class ImageRegistry:
         number, region = ImageNumber(len(self._entries) + 1), None
         if source is not None and np.array_equal(np.asarray((part := source.part(box)).pixels), np.asarray(rgb)):
             rgb, region = part.source, part.region
+        rgb = original or rgb
         self._entries.append(ImageEntry(number, rgb, (height, width), parent, box, origin, min_pixels, max_pixels, region))
         return number
 

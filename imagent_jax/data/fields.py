@@ -1,0 +1,134 @@
+"""Fields of a row, once a format has taken them out: answers and their type, options, weights, marks with numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+import string
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from imagent_jax.chat import extract_answer
+from imagent_jax.data.check import RowError
+from imagent_jax.scoring import number
+from imagent_jax.types import quote
+
+MARK = "<image>"
+"""Stands in a question where an image stands."""
+NUMBERED = re.compile(r"<image[ _]?(\d{1,4})>")
+"""Names an image by its number."""
+_LETTER = re.compile(r"\(?([A-Za-z])\)?\.?")
+
+
+def answers_of(value: Any, count: int) -> tuple[str, ...]:
+    """Return the references of a row with `count` images. One that is a numbered mark becomes "Image 2"."""
+    given = value if isinstance(value, list) else [value]
+    answers = texts_of(given)
+    if not given or len(answers) < len(given):
+        raise RowError("no answer", 'the row has no answer; add "answer" as text or number, or as a list of them')
+    return tuple(name_images(answer, count) if NUMBERED.fullmatch(answer.strip()) else answer for answer in answers)
+
+
+def without_markup(answer: Any) -> Any:
+    """Return what stands between answer markers, or all of an answer without them."""
+    if isinstance(answer, list) and all(isinstance(part, dict) for part in answer):  # content parts of a message
+        answer = "".join(str(part.get("text") or "") for part in answer)
+    return extract_answer(answer) or answer if isinstance(answer, str) else answer
+
+
+def guess_type(answers: Iterable[str]) -> str:
+    """Return the answer type of references of other formats, which name none."""
+    if all(re.fullmatch(r"[A-Z]|\([A-Z]\)", answer.strip()) for answer in answers):
+        return "choice"
+    with contextlib.suppress(ValueError):
+        if all(number(answer, answer) for answer in answers):
+            return "number"
+    return "exact"
+
+
+def options_of(value: Any, answers: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the options, and the letters of the right ones."""
+    options = texts_of(value) if isinstance(value, list) else ()
+    if not 2 <= len(options) <= 26 or len(options) < len(value):
+        raise RowError("bad options", '"options" is no list of 2 to 26 texts; write the text of each option')
+    letters, found = string.ascii_uppercase[: len(options)], []
+    for answer in answers:
+        meant: set[str] = {letters[i] for i, option in enumerate(options) if option.strip() == answer.strip()}
+        if (match := _LETTER.fullmatch(answer.strip())) and match[1].upper() in letters:
+            meant.add(match[1].upper())
+        if len(meant) != 1:
+            raise RowError(
+                "answer and options", f"the answer {quote(answer)} means {' and '.join(sorted(meant)) or 'none'} of the options; "
+                f"write one letter of {letters[0]} to {letters[-1]}, or the text of one option",
+            )  # fmt: skip
+        found += meant
+    return options, tuple(found)
+
+
+def shuffled(options: Sequence[str], answers: Sequence[str], key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return options in an order that depends on `key` alone, and the new letters of the answers."""
+    order = sorted(range(len(options)), key=lambda i: hashlib.sha256(f"{key}\n{i}".encode()).digest())
+    letters = string.ascii_uppercase
+    return tuple(options[i] for i in order), tuple(letters[order.index(letters.index(answer))] for answer in answers)
+
+
+# ---- other fields -----------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> str | None:
+    """Return text, or a number as decimal digits without an exponent; None for anything else."""
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f") if math.isfinite(value) else None
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+
+
+def texts_of(values: Sequence[Any]) -> tuple[str, ...]:
+    """Return those of the values that are text or numbers, as text, without blank ones."""
+    return tuple(text for value in values if (text := plain(value)) and text.strip())
+
+
+def text_of(name: str, value: Any, default: str) -> str:
+    """Return an optional field; null is the same as absent."""
+    if value is None:
+        return default
+    if (text := plain(value)) is None:
+        raise RowError(f"bad {name}", f'"{name}" is {quote(value)}; write text, or leave it out')
+    return text
+
+
+def tools_of(value: Any) -> tuple[str, ...] | None:
+    """Return names of tools; None: all."""
+    if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        return value if value is None else tuple(value)
+    raise RowError("bad tools", f'"tools" is {quote(value)}; write a list of names of tools, or leave it out')
+
+
+def weights_of(value: Any) -> dict[str, float]:
+    """Return weights by name of a reward. A weight of null is absent."""
+    if value is None:
+        return {}
+    given = {name: weight for name, weight in value.items() if weight is not None} if isinstance(value, dict) else {"": ""}
+    if all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in given.values()):
+        return {name: float(weight) for name, weight in given.items()}
+    raise RowError("bad reward", f'"reward" is {quote(value)}; write weights by name, such as {{"format": 0}}, or leave it out')
+
+
+# ---- marks with numbers -----------------------------------------------------------------------------------------------
+
+
+def name_images(text: str, count: int, place: bool = False) -> str:
+    """Return a text whose numbered marks are "Image 2", or, where `place`, the first of each image a mark without number."""
+    seen: set[int] = set()
+
+    def name(mark: re.Match) -> str:
+        if not 1 <= (number := int(mark[1])) <= count:
+            reason = f'"{mark[0]}" names an image that the row, with {count} images, does not have; they are counted from 1'
+            raise RowError("marks and images", reason)
+        first = number not in seen
+        seen.add(number)
+        return MARK if place and first else f"Image {number}"
+
+    return NUMBERED.sub(name, text)
