@@ -298,7 +298,7 @@ MALFORMED = [
     (confirm(image=1, bbox_2d=BOX, label=3), "label must be a string, got 3"),
     (
         wrap('{"name": "visual_confirmation", "arguments": {"image": 1, "bbox_2d": [0, 0, 1, 1e999]}}'),
-        "bbox_2d must be a list of 4 numbers, got [0, 0, 1, inf]",
+        'bad JSON: the number "1e999" is too large',
     ),
     (confirm(image=1, bbox_2d=[0, 0, 1, 10**400]), "bbox_2d must be a list of 4 numbers, got [0, 0, 1, 10000000000..."),
     (confirm(image=4, bbox_2d=BOX), "there is no Image 4; image numbers are 1 to 3"),
