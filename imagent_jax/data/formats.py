@@ -196,11 +196,12 @@ def read_row(
     fields = form.read(row)
     named = row.pop("answer_type", None) if fields.answer_type is None else fields.answer_type
     answer_type = text_of("answer_type", named, answer_type)
-    images, options, answers = fields.images, fields.options, answers_of(fields.answer, len(fields.images))
-    parts = _parts(fields.question, len(images))
+    images, options, count = fields.images, fields.options, len(fields.images)
+    parts = _parts(fields.question, count)
     if isinstance(options, list):
-        parts, options = _marks_of_options(parts, options, len(images))
+        parts, options = _marks_of_options(parts, options, count)
     question, parts, images = _placed(parts, images)
+    answers = answers_of(fields.answer, count)
     uid, kind = text_of("uid", fields.uid, default_uid), text_of("kind", fields.kind, "")
     if options is not None:
         options, answers = options_of(options, answers)
