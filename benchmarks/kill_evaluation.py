@@ -22,7 +22,7 @@ import common
 import numpy as np
 
 KILLS = 10
-PICTURES = 100
+PICTURES = 20
 """Tasks whose pictures are written; further rows have the same pictures under other names."""
 
 
