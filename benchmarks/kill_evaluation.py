@@ -22,6 +22,8 @@ import common
 import numpy as np
 
 KILLS = 10
+PICTURES = 20
+"""Tasks whose pictures are written; further rows have the same pictures under other names."""
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -31,10 +33,10 @@ def write_rows(folder: Path, count: int) -> Path:
     folder.mkdir()
     with open(folder / "rows.jsonl", "w") as file:
         for i in range(count):
-            task, names = task_at(7, "test", i), []
-            for k, data in enumerate(task.images):
-                names.append(f"{i}-{k}.jpg")
-                (folder / names[-1]).write_bytes(data)
+            task = task_at(7, "test", i % PICTURES)
+            names = [f"{i % PICTURES}-{k}.jpg" for k in range(len(task.images))]
+            for name, data in zip(names, task.images, strict=True) if i < PICTURES else ():
+                (folder / name).write_bytes(data)
             row = {"question": task.question, "images": names, "answer": task.answer, "answer_type": task.answer_type}
             file.write(json.dumps(row | {"uid": str(i), "kind": task.kind}) + "\n")
     return folder / "rows.jsonl"

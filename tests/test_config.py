@@ -151,7 +151,7 @@ AT_LEAST_ONE = (
     "rollout.prompt_tokens", "rollout.response_tokens", "rollout.observation_tokens",
     "rollout.decode_chunk", "grpo.constant", "grpo.epochs",
     "grpo.minibatches", "grpo.micro_groups", "grpo.length_buckets", "eval.during",
-    "eval.groups", "model.logprob_chunk", "distributed.timeout_s", "reward.concurrency", "judge.concurrency",
+    "eval.groups", "eval.samples", "model.logprob_chunk", "distributed.timeout_s", "reward.concurrency", "judge.concurrency",
     "sandbox.cpu_s", "sandbox.disk_mb", "sandbox.printed", "search.passage_chars", "tools.mcp_chars",
 )  # fmt: skip
 ABOVE_ZERO = (

@@ -325,7 +325,7 @@ def test_lines_of_a_tsv_file_are_those_of_an_editor(folder):
 def test_a_tsv_file_that_changed_after_its_check_is_told_in_a_sentence(folder):
     tasks = read(path := write(folder, ".tsv", MMBENCH))
     path.write_text(path.read_text().rpartition("\t")[0])
-    with pytest.raises(ValueError, match=r"\.tsv has changed since it was checked: line 2 cannot be read again .the row has 8 cells"):
+    with pytest.raises(ValueError, match=r"\.tsv has changed since it was checked: line 2 cannot be .*the row has 8 cells"):
         tasks[0]
 
 
