@@ -348,7 +348,8 @@ def test_a_source_of_a_mixture_is_changed_from_the_command_line_alone(tmp_path):
         ("3", "data.mixture is '3'; it must be a mapping of names, such as {a: ...}."),
         (
             "{name: web}",
-            "A source of data.mixture has name 'web'; it must be one of 'files', 'tiny_world', 'tiny_code', 'tiny_search', 'tiny_total', 'tiny_code_steps', 'tiny_search_steps'.",
+            "A source of data.mixture has name 'web'; it must be one of 'files', 'tiny_world', 'tiny_code', 'tiny_search', "
+            "'tiny_total', 'tiny_code_steps', 'tiny_search_steps'.",
         ),
         ("{reward: {anser: 1}}", "data.mixture.a.reward has 'anser', which is no reward of the run; did you mean 'answer'?"),
         ("{reward: {answer: .nan}}", "data.mixture.a.reward.answer is nan; it must be a finite number."),
