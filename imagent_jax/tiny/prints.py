@@ -27,8 +27,8 @@ PROBLEMS: tuple[tuple[str, ...], ...] = ((), *((name,) for name in (*TURNS, *LOS
 """What can be wrong with a print: nothing, one fault, or a turn and another fault, as in MAT."""
 STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
     "train": {"dark": (0.055, 0.07, 0.085), "overexposure": (0.055, 0.07, 0.085), "blur": (4.2, 4.5, 4.8),
-              "noise": (0.66, 0.68, 0.70)},
-    "test": {"dark": (0.0625, 0.0775), "overexposure": (0.0625, 0.0775), "blur": (4.35, 4.65), "noise": (0.67, 0.69)},
+              "noise": (0.72, 0.74, 0.76)},
+    "test": {"dark": (0.0625, 0.0775), "overexposure": (0.0625, 0.0775), "blur": (4.35, 4.65), "noise": (0.73, 0.75)},
 }  # fmt: skip
 """Strengths of faults: the factor of contrast that is left, sigma of the blur in pixels, share of the pixels lost."""
 GAIN = 14
