@@ -161,7 +161,7 @@ ABOVE_ZERO = (
 NOT_NEGATIVE = (
     "run.steps", "run.profile", "run.checkpoint_every", "run.keep_best", "run.log_trajectories", "eval.every",
     "eval.tasks", "grpo.kl", "grpo.clip_high", "optim.weight_decay", "optim.warmup_steps", "lora.rank",
-    "distributed.num_processes", "judge.retries", "rollout.refill",
+    "distributed.num_processes", "judge.retries", "rollout.refill", "images.originals_gb",
 )  # fmt: skip
 BELOW_ONE = ["optim.b1", "optim.b2", "grpo.clip_low"]
 MESH = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
@@ -201,6 +201,7 @@ def test_every_number_has_a_range_or_needs_none():
         "data.curriculum_floor",
         "sandbox.memory_mb",
         "sandbox.files",
+        "distributed.heartbeat_s",
         "search.passages",
         "reward.judge",
         *(f"reward.{name}" for name in PUBLISHED),
@@ -223,6 +224,7 @@ def test_ranges_hold_at_their_limits():
               ("images.vision_block", [97], [0], "it must be at least 1."),
               ("sandbox.memory_mb", [16], [15, 0], "it must be at least 16."),
               ("sandbox.files", [16], [15, 0], "it must be at least 16."),
+              ("distributed.heartbeat_s", [10], [9, 0], "it must be at least 10."),
               ("search.passages", [1, 100], [0, 101], "it must be at least 1 and at most 100."),
               ("rollout.group_size", [2], [0, -1], "it must be at least 2.")]  # fmt: skip
     cases += [
@@ -344,7 +346,7 @@ def test_a_source_of_a_mixture_is_changed_from_the_command_line_alone(tmp_path):
         ("{weight: x}", "A source of data.mixture has weight 'x'; it must be a number."),
         ("{qqqq: 2}", "A source of data.mixture has no setting 'qqqq'; see --help for every setting."),
         ("{weigt: 2}", "A source of data.mixture has no setting 'weigt'; did you mean 'weight'?"),
-        ("{tools: zoom}", "A source of data.mixture has tools 'zoom'; it must be a list of names, such as [a, b]."),
+        ("{tools: zoom}", "A source of data.mixture has tools 'zoom'; it must be a list of names, such as [a, b], or null."),
         ("3", "data.mixture is '3'; it must be a mapping of names, such as {a: ...}."),
         (
             "{name: web}",
@@ -384,6 +386,7 @@ def changed(name: str):
         return [option for option in typing.get_args(kind) if option != default][-1]
     known = {
         "tools.names": ("visual_confirmation",), "lora.targets": ("q_proj", "up_proj"),
+        "tools.settings": {"look": {"timeout_s": 3.5}},
         "data.mixture": {"maps": dict(SOURCE), "charts-2": SOURCE | {"tools": None, "reward": {}, "name": "tiny_world"}},
     }  # fmt: skip
     values = {

@@ -92,7 +92,7 @@ def test_facts_name_articles_of_the_kind_that_their_relation_says():
     for article in found.values():
         assert list(article.facts) == list(RELATIONS[article.kind]) and article.name not in article.facts.values()
         assert all((RELATIONS[article.kind][relation], name) in found for relation, name in article.facts.items())
-        assert article.kind not in RELATIONS[article.kind].values() and (article.mark is None) == (
+        assert article.kind not in RELATIONS[article.kind].values() and (article.mark == ()) == (
             article.kind in ("person", "place")
         )
     for kind in encyclopaedia.MARKED:

@@ -365,10 +365,10 @@ def kind_in_words(kind: Any) -> str:
         return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
     if (items := typing.get_args(kind)) and typing.get_origin(items[0]) is Literal:
         return f"a list of {', '.join(typing.get_args(items[0]))}"
-    if any(typing.get_origin(item) is dict for item in items):
-        return "a list of names or a mapping from names to numbers, such as {a: 0.5}"
     if typing.get_origin(kind) is dict:
         return "a mapping of names, such as {a: ...}"
+    if any(typing.get_origin(item) is dict for item in items):
+        return "a list of names or a mapping from names to numbers, such as {a: 0.5}"
     if type(None) in items:
         return f"{kind_in_words(next(item for item in items if item is not type(None)))}, or null"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it in YAML)"}
