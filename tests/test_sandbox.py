@@ -205,8 +205,9 @@ def test_time_and_entropy_come_from_the_seed():
 
 
 def test_objects_are_printed_without_addresses_which_chance_gives(worker):
-    ran = worker.run("print(images[1], [object()], hex(2**40), 'at 0x123456')\nraise ValueError(lambda: 0)", IMAGES, 0)
-    assert ran.text == "<PIL.Image.Image image mode=RGB size=20x12 at 0x0> [<object object at 0x0>] 0x10000000000 at 0x123456\n"
+    ran = worker.run("print(images[1], hex(2**40), 'at 0x123456')\nraise ValueError(lambda: 0)", IMAGES, 0)
+    assert ran.text == "<PIL.Image.Image image mode=RGB size=20x12 at 0x0> 0x10000000000 at 0x123456\n"
+    assert worker.run("print([object()])", IMAGES, 0).text == "[<object object at 0x0>]\n"
     assert ran.error.startswith("ValueError: <function <lambda> at 0x0> (line 2: ")
 
 

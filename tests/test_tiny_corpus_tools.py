@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagent_jax.chat import QWEN
 from imagent_jax.config import SandboxConfig
@@ -16,7 +17,7 @@ from imagent_jax.tiny.corpus_code import Shown, arbitrary_steps, readable, run
 from imagent_jax.tiny.corpus_style import GIVEN, SETTINGS, TOOLSETS, python, search_in, style_of
 from imagent_jax.tiny.corpus_tools import FIRST_FORMS, FORMS, corpus_texts, make_group
 from imagent_jax.tiny.encyclopaedia import RELATIONS, SYLLABLES, articles, draw_names, is_base, name_of, write_articles
-from imagent_jax.tiny.prints import PROBLEMS, TURNS, program, repair
+from imagent_jax.tiny.prints import OPERATIONS, PROBLEMS, TURNS, program, repair
 from imagent_jax.tiny.tokenizer import NAMED_VALUES, build_tokenizer
 from imagent_jax.tools.search import Index
 from imagent_jax.tools.search import index as search_index
@@ -262,3 +263,13 @@ def test_names_marks_and_words_of_articles_are_the_same_tokens_everywhere(proces
     assert "Se" not in encode("Search for")  # no name
     for words in (*RELATIONS, *TURNS):
         assert processor.tokenizer.decode(processor.encode(words)) == words
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_a_step_is_said_to_compute_is_what_its_code_computes(name):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    for argument in OPERATIONS[name].arguments:
+        made, steps = [], [("turn", 90), (name, argument)]
+        scope = {"images": {1: Image.fromarray(pixels)}, "show": lambda image, parent=None, made=made: made.append(image)}
+        exec(program(1, steps), scope)
+        assert np.array_equal(run(pixels, steps), np.asarray(made[0]))

@@ -5,8 +5,9 @@ cut in two, or has lost its contrast or its detail. One short program of Pillow 
 benchmark (arXiv 2505.14246). The mount around a photograph is white, with a broad black foot, which shows how a print is turned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
@@ -42,6 +43,7 @@ class Operation:
     Attributes:
         command: words that tell to do it, with {} for its argument.
         code: an expression of an image {0} and of the argument {1}.
+        apply: what the expression computes.
         arguments: values that the argument may have; ("",): it has none.
         imports: the line that the program begins with, or "".
         array: whether the expression is an array, which does not know of which image it was made.
@@ -49,25 +51,51 @@ class Operation:
 
     command: str
     code: str
+    apply: Callable[[Image.Image, Any], Image.Image]
     arguments: tuple[int | str, ...]
     imports: str = ""
     array: bool = False
 
 
+def _denoised(image: Image.Image) -> Image.Image:
+    import cv2  # of the extra `sandbox`
+
+    return Image.fromarray(cv2.medianBlur(cv2.medianBlur(np.array(image), 5), 5))
+
+
 OPERATIONS = {
-    "turn": Operation("turned by {}", "{0}.rotate({1})", (90, 180, 270)),
-    "brighten": Operation("brightened by {}", "{0}.point(lambda v: {1} * v)", (4, GAIN)),
-    "darken": Operation("darkened by {}", "{0}.point(lambda v: 255 - {1} * (255 - v))", (4, GAIN)),
+    "turn": Operation("turned by {}", "{0}.rotate({1})", Image.Image.rotate, (90, 180, 270)),
+    "brighten": Operation(
+        "brightened by {}", "{0}.point(lambda v: {1} * v)", lambda image, n: image.point(lambda v: n * v), (4, GAIN)
+    ),
+    "darken": Operation(
+        "darkened by {}",
+        "{0}.point(lambda v: 255 - {1} * (255 - v))",
+        lambda image, n: image.point(lambda v: 255 - n * (255 - v)),
+        (4, GAIN),
+    ),
     "sharpen": Operation(
         "sharpened",
         "{0}.filter(F.UnsharpMask(3, 400, 0)).filter(F.UnsharpMask(3, 400, 0))",
+        lambda image, _: image.filter(ImageFilter.UnsharpMask(3, 400, 0)).filter(ImageFilter.UnsharpMask(3, 400, 0)),
         ("",),
         "from PIL import ImageFilter as F",
     ),
     "denoise": Operation(
-        "denoised", "cv2.medianBlur(cv2.medianBlur(numpy.array({0}), 5), 5)", ("",), "import cv2, numpy", array=True
+        "denoised",
+        "cv2.medianBlur(cv2.medianBlur(numpy.array({0}), 5), 5)",
+        lambda image, _: _denoised(image),
+        ("",),
+        "import cv2, numpy",
+        array=True,
     ),
-    "shift": Operation("shifted by {}", "C.offset({0}, {1}, 0)", (HALF // 2, HALF), "from PIL import ImageChops as C"),
+    "shift": Operation(
+        "shifted by {}",
+        "C.offset({0}, {1}, 0)",
+        lambda image, n: ImageChops.offset(image, n, 0),
+        (HALF // 2, HALF),
+        "from PIL import ImageChops as C",
+    ),
 }
 REPAIRS = {
     "rotation90": ("turn", 270), "rotation180": ("turn", 180), "rotation270": ("turn", 90), "dark": ("brighten", GAIN),
