@@ -27,7 +27,7 @@ from imagent_jax.tiny.corpus import (
 )
 from imagent_jax.tiny.corpus_style import SETTINGS, make_call
 from imagent_jax.tiny.encyclopaedia import mark_words
-from imagent_jax.tiny.prints import OPERATIONS, TURNS, Steps, in_words, make_print, problem_words, program, repair, spoil
+from imagent_jax.tiny.prints import OPERATIONS, TURNS, Steps, applied, in_words, make_print, problem_words, program, repair, spoil
 from imagent_jax.tiny.world import COLOURS, Scene, Tag
 
 PROGRAM_MIX = {"question": 0.42, "guess": 0.05, "command": 0.35, "repair": 0.18}
@@ -60,10 +60,7 @@ class Shown:
 
 def run(pixels: np.ndarray, steps: Steps) -> np.ndarray:
     """Return what a program of these steps shows of an image, uint8 [H, W, 3]."""
-    image = Image.fromarray(pixels)
-    for name, argument in steps:
-        image = OPERATIONS[name].apply(image, argument)
-    return np.asarray(image)
+    return np.asarray(applied(Image.fromarray(pixels), steps))
 
 
 def arbitrary_steps(rng: np.random.Generator) -> Steps:

@@ -9,11 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from PIL import Image
-
 from imagent_jax.chat import QWEN, Call
 from imagent_jax.tiny.corpus import PROMPT, Segment, Style, observation
 from imagent_jax.tiny.encyclopaedia import Article
+from imagent_jax.tiny.prints import applied, steps_of
 from imagent_jax.tools import VISUAL_TOOLS, ImageRegistry, Tool, ToolContext, ToolSet, ToolSettings, tool
 from imagent_jax.types import ImageNumber
 
@@ -40,16 +39,8 @@ def python(context: ToolContext, code: str) -> list[str | ImageNumber]:
     Args:
         code: the program
     """
-    made, images = [], {int(entry.number): entry.pixels.copy() for entry in context.registry}
-    for number, image in images.items():
-        image.info = {"number": number}
-
-    def show(image, parent=None):
-        parent = image.info.get("number") if parent is None else parent
-        made.append((image if isinstance(image, Image.Image) else Image.fromarray(image), parent))
-
-    exec(code, {"images": images, "show": show})  # of this package's own text alone
-    return [context.show(image, parent=parent, origin="python") for image, parent in made]
+    number, steps = steps_of(code)
+    return [context.show(applied(context.registry[number].pixels, steps), parent=number, origin="python")]
 
 
 def search_in(articles: Sequence[Article]) -> Tool:

@@ -5,6 +5,7 @@ cut in two, or has lost its contrast or its detail. One short program of Pillow 
 benchmark (arXiv 2505.14246). The mount around a photograph is white, with a broad black foot, which shows how a print is turned.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,27 @@ def program(image: int, steps: Steps) -> str:
     imports = dict.fromkeys(OPERATIONS[name].imports for name, _ in steps if OPERATIONS[name].imports)
     made_of = f", {image}" if any(OPERATIONS[name].array for name, _ in steps) else ""
     return "".join(f"{line}\n" for line in imports) + f"show({expression}{made_of})"
+
+
+@functools.cache
+def _programs(image: int) -> dict[str, Steps]:
+    """Return all programs of a turn and another step, either of them or neither, and their steps."""
+    turns = [(), *((("turn", argument),) for argument in OPERATIONS["turn"].arguments)]
+    others = [(), *(((name, argument),) for name in OPERATIONS if name != "turn" for argument in OPERATIONS[name].arguments)]
+    return {program(image, turn + other): turn + other for turn in turns for other in others}
+
+
+def steps_of(code: str) -> tuple[int, Steps]:
+    """Return the image and the steps of a program that `program` wrote."""
+    image = int(code.partition("images[")[2].partition("]")[0])
+    return image, _programs(image)[code]
+
+
+def applied(image: Image.Image, steps: Steps) -> Image.Image:
+    """Return what the steps make of an image."""
+    for name, argument in steps:
+        image = OPERATIONS[name].apply(image, argument)
+    return image
 
 
 def repair(problems: Sequence[str]) -> Steps:
