@@ -90,11 +90,11 @@ def test_a_tool_reads_its_own_settings_from_yaml_and_from_the_command_line(tmp_p
     [
         ({"degree": 3}, "There is no setting tools.settings.turn.degree; there are timeout_s, degrees, way, names, most."),
         ({"degrees": "far"}, "tools.settings.turn.degrees is 'far'; it must be a number."),
-        ({"degrees": 361}, "tools.settings.turn.degrees is 361; it must be above 0 and at most 360."),
+        ({"degrees": 361}, "tools.settings.turn.degrees is 361.0; it must be above 0 and at most 360."),
         ({"degrees": float("inf")}, "tools.settings.turn.degrees is inf; it must be a finite number."),
         ({"way": "up"}, "tools.settings.turn.way is 'up'; it must be one of 'left', 'right'."),
         ({"most": 1.5}, "tools.settings.turn.most is 1.5; it must be a whole number, or null."),
-        ({"timeout_s": 0}, "tools.settings.turn.timeout_s is 0; it must be above 0."),
+        ({"timeout_s": 0}, "tools.settings.turn.timeout_s is 0.0; it must be above 0."),
         ({"timeout_s": "x"}, "tools.settings.turn.timeout_s is 'x'; it must be a number, or null."),
         ({"names": ["nobody"]}, "tools.settings.turn: nobody cannot be named"),
     ],

@@ -162,12 +162,8 @@ class Config:
             )
 
     def _validate_ranges(self) -> None:
-        for dotted, kind in SETTINGS.items():
-            value = self.get(dotted)
-            if kind is float and not math.isfinite(value):
-                raise ValueError(f"{dotted} is {value}; it must be a finite number.")
-            if not all(INSIDE[name](value, bound) for name, bound in _BOUNDS[dotted].items()):
-                raise ValueError(f"{dotted} is {value}; it must be {in_words(_BOUNDS[dotted])}.")
+        for dotted, bounds in _BOUNDS.items():
+            check_range(dotted, self.get(dotted), bounds)
 
     def _paid_by(self, *environments: str) -> bool:
         """Return whether environments of a user's own may pay a reward."""
@@ -204,11 +200,19 @@ _BOUNDS: dict[str, dict[str, float]] = {
 _SOURCE: dict[str, Any] = typing.get_type_hints(sections.SourceConfig)
 _FORMER = {("data.name", "jsonl"): "files"}
 """Values of settings that have another name now."""
-INSIDE = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
+_INSIDE = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
 _WORDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
 
 
-def in_words(bounds: dict[str, float]) -> str:
+def check_range(name: str, value: Any, bounds: Mapping[str, float]) -> None:
+    """Raise ValueError if a number is not finite, or not within bounds as `settings.setting` gives them. None is in any range."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a finite number.")
+    if value is not None and not all(_INSIDE[least](value, bound) for least, bound in bounds.items()):
+        raise ValueError(f"{name} is {value}; it must be {_in_words(bounds)}.")
+
+
+def _in_words(bounds: Mapping[str, float]) -> str:
     """A range in words."""
     return " and ".join(f"{_WORDS[name]} {bound:g}" for name, bound in bounds.items())
 
@@ -262,7 +266,7 @@ def reference() -> str:
             name = f"{section}.{f.name}"
             written = yaml.safe_dump(_plain(f.default), default_flow_style=True, width=1000).removesuffix("...\n").strip()
             kind = re.split(r" \(|, such", kind_in_words(SETTINGS[name]))[0]
-            inside = f", {in_words(_BOUNDS[name])}" if _BOUNDS[name] else ""
+            inside = f", {_in_words(_BOUNDS[name])}" if _BOUNDS[name] else ""
             words = f"- `{name}: {written}`, {kind}{inside}: {f.metadata['help']}"
             lines += textwrap.wrap(words, 120, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"

@@ -1,7 +1,6 @@
 """Settings of a part that is not ours, such as a user's tool: a frozen dataclass, read and checked as the sections are."""
 
 import dataclasses
-import math
 import typing
 from argparse import ArgumentError
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from imagent_jax.config.loading import INSIDE, in_words, kind_in_words
+from imagent_jax.config.loading import check_range, kind_in_words
 
 
 def read_own(kind: type[Any], values: Mapping[str, Any], place: str) -> Any:
@@ -33,10 +32,7 @@ def read_own(kind: type[Any], values: Mapping[str, Any], place: str) -> Any:
             found[name] = parser.parse_object({name: value})[name]
         except ArgumentError:
             raise ValueError(f"{place}.{name} is {value!r}; it must be {kind_in_words(hints[name])}.") from None
-        if isinstance(found[name], float) and not math.isfinite(found[name]):
-            raise ValueError(f"{place}.{name} is {value}; it must be a finite number.")
-        if found[name] is not None and not all(INSIDE[least](found[name], bound) for least, bound in bounds[name].items()):
-            raise ValueError(f"{place}.{name} is {value}; it must be {in_words(bounds[name])}.")
+        check_range(f"{place}.{name}", found[name], bounds[name])
     try:
         return kind(**found)
     except ValueError as error:  # of a check of the dataclass's own

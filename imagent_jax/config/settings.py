@@ -97,13 +97,15 @@ class ImagesConfig:
     )
 
 
+DataSet = Literal["files", "tiny_world", "tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps"]
+"""Where tasks come from: the user's files, or a world of the package's own."""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """A source of a mixture."""
 
-    name: Literal["files", "tiny_world", "tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps"] = (
-        setting("files", "as data.name")
-    )
+    name: DataSet = setting("files", "as data.name")
     path: str = setting("", "as data.path")
     test_path: str = setting("", "as data.test_path")
     weight: float = setting(1.0, "share of the tasks, relative to the weights of the others", above=0)
@@ -120,9 +122,7 @@ _SOURCE = "; ".join(f"{f.name} ({f.metadata['help']})" for f in fields(SourceCon
 class DataConfig:
     """Tasks."""
 
-    name: Literal["tiny_world", "tiny_code", "tiny_search", "tiny_total", "tiny_code_steps", "tiny_search_steps", "files"] = (
-        setting("files", "your own files, or an embedded world")
-    )
+    name: DataSet = setting("files", "your own files, or an embedded world")
     path: str = setting("", "folder with train.* and, where anything is evaluated, test.*; a file, a pattern, or a hub id")
     test_path: str = setting("", "held-out tasks, where they are not in data.path; as data.path")
     mixture: dict[str, SourceConfig] = setting(

@@ -118,7 +118,8 @@ def _vlmevalkit(row: Row) -> Fields:
     return Fields(question, _images(row), answer, options or None, row.pop("index"), row.pop("category", None))
 
 
-def _benchmark(row: Row) -> Fields:
+def multi_image(row: Row) -> Fields:
+    """Take the fields out of a row of MuirBench, BLINK or ReMI."""
     answer, options = _first(row, ("answer", "label")), _first(row, ("options", "choices"))
     uid, kind = _first(row, ("idx", "id")), _first(row, ("sub_task", "task"))
     return Fields(row.pop("question"), _images(row), answer, options or None, uid, kind)
@@ -142,7 +143,7 @@ FORMATS = (
     Format("chat messages", ("messages|conversations",), _chat),
     Format("VLMEvalKit", ("index", "question", "answer", "image|image_path"), _vlmevalkit),
     Format("imagent-jax", ("question", "answer", "images"), _own),
-    Format("MuirBench, BLINK and ReMI", ("question", "answer|label", "image_list|image_1"), _benchmark),
+    Format("MuirBench, BLINK and ReMI", ("question", "answer|label", "image_list|image_1"), multi_image),
     Format("PyVision", ("id", "question", "answer", "image_path"), _pyvision),
     Format("prime verifiers", ("question|prompt", "answer", "info|task"), _verifiers),
     Format("MAT", ("image_path", "problem", "solution"), _mat),

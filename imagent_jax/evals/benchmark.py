@@ -175,15 +175,3 @@ def images_of(row: Row, *columns: str) -> list:
 def lettered(row: Row, letters: str = "ABCDEFGHIJ") -> list[str]:
     """Take the options of columns A, B, ... out of a row."""
     return [str(row.pop(letter)) for letter in letters if row.get(letter) not in (None, "")]
-
-
-def options_with_images(question: str, options: Sequence[str], mark: str = "<image>") -> tuple[str, list[str]]:
-    """Return a question and options in which no option has a mark of an image: these images stand after the question, and the
-    options name them."""
-    number, out = question.count(mark), []
-    for option in options:
-        while mark in option:
-            number += 1
-            option = option.replace(mark, f"Image {number}", 1)
-        out.append(option)
-    return question + mark * (number - question.count(mark)), out

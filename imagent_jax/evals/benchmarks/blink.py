@@ -2,8 +2,8 @@
 
 import re
 
-from imagent_jax.data.formats import Fields, Row
-from imagent_jax.evals.benchmark import Benchmark, images_of
+from imagent_jax.data.formats import multi_image
+from imagent_jax.evals.benchmark import Benchmark
 from imagent_jax.evals.extraction import chooses
 from imagent_jax.types import Task
 
@@ -12,12 +12,6 @@ CONFIGS = (
     "Object_Localization", "Relative_Depth", "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
     "Visual_Correspondence", "Visual_Similarity",
 )  # fmt: skip
-
-
-def read(row: Row) -> Fields:
-    images = images_of(row, *(f"image_{i}" for i in range(1, 5)))
-    question = re.sub(r"<image>", "", row.pop("question"))
-    return Fields(question, images, row.pop("answer"), row.pop("choices"), row.pop("idx"), row.pop("sub_task"))
 
 
 def template(task: Task) -> str:
@@ -34,5 +28,5 @@ def first_letter(task: Task, reply: str) -> str:
 
 BENCHMARK = Benchmark(
     name="blink", title="BLINK (validation)", hub="BLINK-Benchmark/BLINK", split="val", configs=CONFIGS,
-    needs=("question", "choices", "answer", "image_1"), read=read, metrics=chooses(first_letter), template=template,
+    needs=("question", "choices", "answer", "image_1"), read=multi_image, metrics=chooses(first_letter), template=template,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from imagent_jax.evals.rules import Metric, open_answer
 
 
 def read(row: Row) -> Fields:
+    """Take the fields out of a row. Images stand where the question names them, as published."""
     images = images_of(row, *(f"image_{i}" for i in range(1, 7)))
     numbers = [int(n) for n in re.findall(r"<image(\d)>", row["question"])]
     question = re.sub(r"<image\d>", "<image>", row.pop("question"))

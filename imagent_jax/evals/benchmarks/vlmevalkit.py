@@ -2,7 +2,7 @@
 
 import re
 
-from imagent_jax.data.formats import FORMATS, Fields, Row
+from imagent_jax.data.formats import FORMATS
 from imagent_jax.evals.benchmark import QUESTION, Benchmark, option_lines
 from imagent_jax.evals.extraction import chooses, vlmevalkit
 from imagent_jax.types import Task
@@ -10,10 +10,6 @@ from imagent_jax.types import Task
 CYCLE = 1_000_000
 """Rows whose indices are equal modulo this are one question, with its options in another order."""
 [_FORMAT] = [form for form in FORMATS if form.name == "VLMEvalKit"]
-
-
-def read(row: Row) -> Fields:
-    return _FORMAT.read(row)
 
 
 def template(task: Task) -> str:
@@ -34,8 +30,8 @@ def groups(task: Task) -> dict[str, str]:
 
 def benchmark(name: str, title: str, circular: bool = False) -> Benchmark:
     return Benchmark(
-        name=name, title=title, needs=_FORMAT.needs, read=read, metrics=chooses(vlmevalkit), template=template, question=question,
-        groups=groups, circular=circular,
+        name=name, title=title, needs=_FORMAT.needs, read=_FORMAT.read, metrics=chooses(vlmevalkit), template=template,
+        question=question, groups=groups, circular=circular,
     )  # fmt: skip
 
 
