@@ -16,7 +16,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
-from test_formats import BLINK, CASES, FAULTY, GOOD, MMBENCH, ONE, OWN, TWO, png, write
+from task_rows import BLINK, CASES, FAULTY, GOOD, MMBENCH, ONE, OWN, TWO, png, write
 
 from imagent_jax.cli import main as cli
 from imagent_jax.config import DataConfig

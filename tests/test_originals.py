@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from test_formats import png
+from task_rows import png
 
 from imagent_jax.chat import Call
 from imagent_jax.config import Config, ImagesConfig

@@ -1,0 +1,181 @@
+"""Rows of every format that people bring, as they are written and as tasks; helpers that write and read them."""
+
+import base64
+import csv
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from imagent_jax.data.files import open_file
+from imagent_jax.data.reader import read_tasks
+
+
+def png(seed, size=(60, 40)) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+ONE, TWO = png(1), png(2)
+B64 = [base64.b64encode(data).decode() for data in (ONE, TWO)]
+SYSTEM = {"role": "system", "content": "You are helpful."}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "1.png").write_bytes(ONE)
+    (tmp_path / "2.png").write_bytes(TWO)
+    (tmp_path / "3_proc.png").write_bytes(TWO)
+    return tmp_path
+
+
+def write(folder, suffix, *rows, name="train", **options):
+    path = folder / f"{name}{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows)), path, **options)
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+            table.writeheader()
+            table.writerows(rows)
+    return path
+
+
+def read(path, **options):
+    return read_tasks([open_file(path)], **options)
+
+
+VERL = {
+    "data_source": "hiyouga/geometry3k",
+    "prompt": [SYSTEM, {"role": "user", "content": "<image>Find x in <image>."}],
+    "images": [{"bytes": ONE, "path": None}, {"bytes": TWO, "path": "2.png"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "3"},
+    "extra_info": {"split": "train", "index": 7},
+    "agent_name": "tool_agent",
+}
+DEEPEYES = VERL | {
+    "prompt": [SYSTEM, {"role": "user", "content": "<image>\nIs it red? Think first."}], "images": [{"bytes": ONE}],
+    "reward_model": {"style": "model", "ground_truth": "The dog is red."}, "env_name": "visual_toolbox_v2",
+}  # fmt: skip
+EASYR1 = {"images": [{"bytes": ONE, "path": None}], "problem": "<image>What is x?", "answer": "2 \\sqrt { 3 }"}
+TRL = {
+    "prompt": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "How many?"}]}],
+    "images": [{"bytes": ONE, "path": None}],
+    "solution": "<think> two </think><answer> 2 </answer>",
+}
+PYVISION = {
+    "id": "v1", "question": "Which? (A) red (B) blue", "answer": "B", "ability": "color", "data_source": "vstar",
+    "image_path": ["1.png", "2.png"],
+}  # fmt: skip
+VERIFIERS = {"question": "1 + 1?", "answer": "2", "info": {"level": 1}, "task": "sums"}
+MESSAGES = {
+    "messages": [SYSTEM, {"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "a dog"}],
+    "images": ["1.png"],
+}
+LLAVA = {
+    "id": "000", "image": "1.png",
+    "conversations": [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "a dog"}],
+}  # fmt: skip
+OPENAI = {
+    "prompt": [{"role": "user", "content": [
+        {"type": "text", "text": "Is this"}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{B64[1]}"}},
+        {"type": "text", "text": "like"}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{B64[0]}"}}]}],
+    "answer": "no", "task": "same",
+}  # fmt: skip
+MMBENCH = {"index": "5", "image": B64[0], "question": "Which?", "hint": "Look.", "A": "red", "B": "blue", "C": "", "answer": "B",
+           "category": "color"}  # fmt: skip
+BLINK = {"index": "6", "image": str(B64), "question": "Which?", "A": "first", "B": "second", "answer": "A"}
+MMVET = {"index": "7", "image_path": "['2.png', '1.png']", "question": "How many?", "answer": "12"}
+MUIRBENCH = {
+    "idx": "m1", "task": "Counting", "image_relation": "Independent", "image_type": "Photo", "answer": "B",
+    "question": "Which is like <image>?", "options": ["<image>", "<image>", "None"],
+    "image_list": [{"bytes": data} for data in (ONE, TWO, ONE)],
+}  # fmt: skip
+BLINK_HF = {
+    "idx": "b1", "sub_task": "Jigsaw", "question": "Which fits?", "prompt": "Which fits? (A) ...", "choices": ["first", "second"],
+    "answer": "(B)", "image_1": {"bytes": TWO}, "image_2": {"bytes": ONE}, "image_3": None, "image_4": None,
+}  # fmt: skip
+REMI = {
+    "question": "Is <image1> like <image2>? See <image1>.", "label": "2.5", "task": "Clocks", "image_1": {"bytes": ONE},
+    "image_2": {"bytes": TWO}, "image_3": None,
+}  # fmt: skip
+MAT = {
+    "type": "pre_answer", "image_path": "3_ori.png", "problem": "<query> What number? <query>", "context": "<problem> {'dark'}",
+    "solution": "<answer> 81 </answer>", "gt": "<think>so</think><answer> 81 </answer>",
+}  # fmt: skip
+OWN = {
+    "uid": "a", "question": "Is <image> like <image>?", "images": ["1.png", "2.png"], "answer": ["blue", "A"],
+    "options": ["red", "green", "blue"], "kind": "likeness", "note": 3,
+}  # fmt: skip
+CASES = [
+    (".parquet", VERL, ("[Image 1] Find x in [Image 2] .", (1, "Find x in", 2, "."), (ONE, TWO), ("3",), "number"),
+     {"kind": "hiyouga/geometry3k", "uid": "train:1"}, {"system": "You are helpful.", "agent_name": "tool_agent"}),
+    (".parquet", DEEPEYES, ("Is it red? Think first.", (), (ONE,), ("The dog is red.",), "exact"), {},
+     {"env_name": "visual_toolbox_v2", "ability": "math"}),
+    (".parquet", EASYR1, ("What is x?", (), (ONE,), ("2 \\sqrt { 3 }",), "exact"), {"kind": ""}, {}),
+    (".parquet", TRL, ("How many?", (), (ONE,), ("2",), "number"), {}, {}),
+    (".json", PYVISION, ("Which? (A) red (B) blue", (), (ONE, TWO), ("B",), "choice"), {"uid": "v1", "kind": "color"},
+     {"data_source": "vstar"}),
+    (".jsonl", VERIFIERS, ("1 + 1?", (), (), ("2",), "number"), {"kind": "sums"}, {"info": {"level": 1}}),
+    (".jsonl", {"prompt": "1 + 1?", "answer": "two", "info": {}}, ("1 + 1?", (), (), ("two",), "exact"), {}, {"info": {}}),
+    (".jsonl", OPENAI, ("Is this [Image 1] like [Image 2]", ("Is this", 1, "like", 2), (TWO, ONE), ("no",), "exact"),
+     {"kind": "same"}, {}),
+    (".jsonl", MESSAGES, ("What is it?", (), (ONE,), ("a dog",), "exact"), {}, {"system": "You are helpful."}),
+    (".json", LLAVA, ("What is it? [Image 1]", ("What is it?", 1), (ONE,), ("a dog",), "exact"), {"uid": "000"}, {}),
+    (".parquet", MUIRBENCH,
+     ("Which is like [Image 1] ? [Image 2] [Image 3]", ("Which is like", 1, "?", 2, 3), (ONE, TWO, ONE), ("B",), "choice"),
+     {"uid": "m1", "kind": "Counting", "options": ("Image 2", "Image 3", "None")}, {"image_type": "Photo"}),
+    (".parquet", BLINK_HF, ("Which fits?", (), (TWO, ONE), ("B",), "choice"), {"kind": "Jigsaw", "options": ("first", "second")},
+     {"prompt": "Which fits? (A) ..."}),
+    (".parquet", REMI,
+     ("Is [Image 1] like [Image 2] ? See Image 1.", ("Is", 1, "like", 2, "? See Image 1."), (ONE, TWO), ("2.5",), "number"),
+     {"kind": "Clocks"}, {}),
+    (".json", MAT, ("What number?", (), (TWO,), ("81",), "number"), {"kind": "pre_answer"}, {"context": "<problem> {'dark'}"}),
+    (".json", {"image_path": "1.png", "problem": "<query> Who? </query>", "solution": "<think>a</think> <answer>Ada</answer>"},
+     ("Who?", (), (ONE,), ("Ada",), "exact"), {"kind": ""}, {}),
+    (".tsv", MMBENCH, ("Look.\nWhich?", (), (ONE,), ("B",), "choice"),
+     {"uid": "5", "kind": "color", "options": ("red", "blue")}, {}),
+    (".tsv", BLINK, ("Which?", (), (ONE, TWO), ("A",), "choice"), {"uid": "6", "options": ("first", "second")}, {}),
+    (".tsv", MMVET, ("How many?", (), (TWO, ONE), ("12",), "number"), {"uid": "7"}, {}),
+    (".jsonl", OWN, ("Is [Image 1] like [Image 2] ?", ("Is", 1, "like", 2, "?"), (ONE, TWO), ("C", "A"), "choice"),
+     {"uid": "a", "kind": "likeness", "options": ("red", "green", "blue")}, {"note": 3}),
+    (".jsonl", {"question": "<|im_end|> 1 + 1?", "answer": 2}, ("<|im_end|> 1 + 1?", (), (), ("2",), "exact"), {}, {}),
+]  # fmt: skip
+GOOD = {"question": "How many?", "answer": "2", "task": "x"}
+ASKED = {"question": "?", "images": ["1.png"], "answer": "b"}
+FAULTY = [
+    ({"text": "a", "label": 1}, "the columns text, label are of no format known here; use one of verl", "unknown columns"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "the row has no answer", "no answer"),
+    ({"messages": "a"}, "the row has no answer", "no answer"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2},
+     'the messages before the answer are of "user", "assistant", "user"; a task is one message of a user', "several turns"),
+    ({"messages": ["a"]}, '"messages" is not a list of messages', "no question"),
+    ({"prompt": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "answer": "1"},
+     'a message has a part "video"; only text and images can be shown', "not text or image"),
+    ({"prompt": [SYSTEM], "answer": "1"}, "the messages before the answer are of none", "several turns"),
+    ({"prompt": [{"role": "user", "content": "<image>"}], "images": ["1.png"], "answer": "1"}, "has no question", "no question"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, "are of \"['user']\"; a task is one message", "several turns"),
+    ({"question": "?", "answer": "1", "note": json.loads("[" * 900 + "]" * 900)}, "nested too deeply", "nested too deeply"),
+    ({"problem": "<image><image>?", "images": ["1.png"], "answer": "1"}, "has 2 marks", "marks and images"),
+    ({"prompt": "a", "reward_model": "rule"}, "the row has no answer", "no answer"),
+    ({"index": 1, "question": "a", "image": "https://x.org/1.png", "answer": "b"}, "is on the web", "image by address"),
+    (ASKED | {"question": "<image 2>?"}, '"<image 2>" names an image that the row, with 1 images, does not', "marks and images"),
+    (ASKED | {"question": "<image_0>?"}, "they are counted from 1", "marks and images"),
+    (ASKED | {"options": ["<image 2>", "b"]}, '"<image 2>" names', "marks and images"),
+    (ASKED | {"question": "<image 1><image>?"}, "with and without number", "marks and images"),
+    (ASKED | {"images": ["1.png", "2.png"], "options": ["<image>", "b"]}, "has 1 marks", "marks and images"),
+    (MAT | {"type": "pre_code", "solution": " <code>```python\n```</code>"}, "is a step (code) towards", "a step, no answer"),
+    ({"image_path": "1.png", "problem": "a", "solution": "<search> b </search>"}, "is a step (search)", "a step, no answer"),
+    ({"imagent_task": {"uid": "a"}, "images": ["1.png"]}, "the record is none that `imagent data` writes", "bad record"),
+    ({"imagent_task": {"uid": "a", "question": "?", "answer": "1"}, "images": ["1.png"]}, "(images are missing)", "bad record"),
+]  # fmt: skip
