@@ -1,4 +1,4 @@
-"""Tasks from JSON Lines: what a row becomes, and one clear sentence for every fault. Other formats: `test_formats`, `test_files`."""
+"""Tasks from JSON Lines: what a row becomes, and one sentence for every fault. Other formats: `test_formats`, `test_files`."""
 
 import dataclasses
 import json

@@ -1,0 +1,1 @@
+"""MIFG-QA: agents that make multi-image questions, filters, human review, release."""
