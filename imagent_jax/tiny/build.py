@@ -55,17 +55,17 @@ SHAPES = {
 }
 """Batch shapes by form of group, narrowest first."""
 TOOL_SHAPES = {
-    "crop": (Shape(64, 1, 96, 16, 22),),
-    "thumbnail": (Shape(48, 3, 96, 24, 14),),
-    "print": (Shape(64, 1, 96, 24, 18),),
-    "page": (Shape(32, 1, 120, 24, 34),),
-    "crops": (Shape(16, 8, 144, 48, 26),),
-    "thumbnails": (Shape(20, 8, 128, 40, 22),),
-    "prints": (Shape(20, 8, 120, 40, 18),),
-    "calls": (Shape(16, 4, 128, 112, 48), Shape(12, 4, 128, 176, 48), Shape(8, 4, 128, 304, 48)),
-    "programs": (Shape(16, 4, 120, 96, 44), Shape(12, 4, 120, 144, 44)),
+    "crop": (Shape(64, 1, 88, 16, 22),),
+    "thumbnail": (Shape(48, 3, 88, 24, 14),),
+    "print": (Shape(64, 1, 88, 16, 18),),
+    "page": (Shape(32, 1, 112, 24, 34),),
+    "crops": (Shape(16, 8, 144, 32, 26), Shape(16, 8, 144, 40, 26)),
+    "thumbnails": (Shape(20, 8, 128, 32, 22),),
+    "prints": (Shape(20, 8, 120, 24, 18), Shape(20, 8, 120, 32, 18)),
+    "calls": (Shape(16, 4, 128, 104, 48), Shape(14, 4, 128, 128, 48), Shape(12, 4, 128, 152, 48), Shape(8, 4, 128, 304, 48)),
+    "programs": (Shape(16, 4, 120, 80, 44), Shape(14, 4, 120, 120, 44), Shape(12, 4, 120, 144, 44)),
     "pages": (Shape(12, 4, 120, 104, 64),),
-    "searches": (Shape(16, 4, 120, 112, 14), Shape(12, 4, 120, 184, 12)),
+    "searches": (Shape(16, 4, 120, 112, 14), Shape(12, 4, 120, 168, 12), Shape(12, 4, 120, 184, 12)),
 }
 """The same for the base of the tool worlds."""
 
