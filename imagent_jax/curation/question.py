@@ -104,7 +104,9 @@ class Question:
         """
         try:
             values = json.loads(text)
-            evidence = tuple(Evidence(**{**e, "box": tuple(e["box"])}) for e in values.pop("evidence"))
+            evidence = tuple(
+                Evidence(e["image"], tuple(e["box"]), e.get("asks", ""), e.get("shows", "")) for e in values.pop("evidence")
+            )
             history = tuple(Event(**event) for event in values.pop("history"))
             lists = {name: tuple(values.pop(name)) for name in ("images", "options")}
             return cls(**values, **lists, evidence=evidence, history=history)
