@@ -24,7 +24,6 @@ import numpy as np
 from PIL import Image
 
 from imagent_jax.config.settings import setting
-from imagent_jax.curation.agents import AgentError
 from imagent_jax.tiny.curators_answers import Seen, around, known_from_text, proposals, solve
 from imagent_jax.tiny.world import TAG_BORDER, TAG_SIDE, Tag, encode_image, make_scene
 
@@ -92,7 +91,7 @@ class TinyCurators:
         luck = np.random.default_rng(np.frombuffer(seed, np.uint32))
         task = getattr(self, f"_{schema['title']}", None)
         if task is None:
-            raise AgentError(f"The embedded agents have no role {schema['title']!r}.")
+            raise ValueError(f"The embedded agents have no role {schema['title']!r}.")
         return task(self._images(parts), "\n".join(texts), luck)
 
     # ---- seeing -------------------------------------------------------------------------------------------------------
@@ -157,8 +156,8 @@ class TinyCurators:
         """Propose one of all sound questions about the images: another one for each of the earlier ones."""
         truth = self._seen(images, 0.0, luck)
         every = proposals(truth)
-        if not every:
-            raise AgentError("There is nothing to ask about these images.")
+        if not every:  # what is no question is dropped as such
+            return {"question": "", "answer": "", "answer_type": "exact", "kind": "read", "several": False, "evidence": []}
         key = hashlib.sha256(json.dumps([self.settings.seed, sorted(images)]).encode() + repr(truth).encode()).digest()
         earlier = re.search(r"There are (\d+) earlier", text)
         order = _mixed(every, np.random.default_rng(np.frombuffer(key, np.uint32)))
@@ -220,10 +219,8 @@ class TinyCurators:
         """Write one of the sound questions in place of the faulty one: the nearest in kind, with the same words where it can."""
         claim = json.loads(text.partition("The question:\n")[2].partition("\n\nFound:")[0])
         every = proposals(self._seen(images, self.settings.misread**2, luck))
-        if not every:
-            raise AgentError("There is nothing to ask about these images.")
         nearest = [q for q in every if q["question"] == claim["question"]] or [q for q in every if q["kind"] == claim["kind"]]
-        return (nearest or every)[0]
+        return [*nearest, *every, claim][0]
 
     def _distractors(self, images: Mapping[str, tuple[Tag, ...]], text: str, luck: np.random.Generator) -> dict[str, Any]:
         """Write options of the answer's own sort."""

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from imagent_jax.curation.question import SIDE
 from imagent_jax.tiny.world import COLOURS, Tag
 
 Seen = dict[int, tuple[Tag, ...]]
 """Tags that are seen, by number of the image. One image alone: the others of the question are hidden."""
 MIDDLE = range(1, 9)
 """Digits that settle no comparison alone: something may be larger, and something smaller."""
+SIDE = 1000
+"""Boxes count in thousandths of the image."""
 HALF = 80
 """Half the side of a box around a tag, in thousandths of the image."""
 
