@@ -44,7 +44,8 @@ def make_groups(cfg: GroupSettings, pool: Pool, seed: int) -> list[Group]:
     while ways and len(left) >= min(cfg.sizes):
         size = min(size, max(s for s in cfg.sizes if s <= len(left)))
         way = ways[int(rng.choice(len(ways), p=shares / shares.sum()))]
-        if chosen := _chosen(way, size, left, pool, near):
+        sizes = sorted({s for s in cfg.sizes if s <= size}, reverse=True)
+        if chosen := next((found for s in sizes if (found := _chosen(way, s, left, pool, near))), []):
             taken = set(chosen)
             left = [picture for picture in left if picture not in taken]
             groups.append(Group(f"group-{len(groups):05d}", tuple(chosen), way))

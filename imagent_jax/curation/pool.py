@@ -192,7 +192,7 @@ def _of_shard(shard: Path) -> Iterator[Found]:
                     sample[2].update({k: str(v) for k, v in facts.items() if isinstance(v, (str, int, float))})
             yield from _of_sample(shard, sample)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(f"The shard {shard} cannot be read ({error}); write it again.") from None
+        raise ValueError(f"The shard {shard} cannot be read ({' '.join(str(error).split())}); write it again.") from None
 
 
 def _of_sample(shard: Path, sample: tuple[str, list[bytes], dict[str, str]]) -> Iterator[Found]:
