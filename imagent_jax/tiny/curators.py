@@ -172,7 +172,7 @@ class TinyCurators:
             if part := re.search(r"Part \[.*\] of Image (\d+)", name):
                 number, close = int(part[1]), {tag.colour: _read(tag, self.settings.misread, luck) for tag in tags}
                 seen[number] = tuple(close.get(tag.colour, tag) for tag in seen[number])
-        return _answered(solve(_question(text), seen))
+        return _answered(_among(text, solve(_question(text), seen)))
 
     def _answer_or_look(self, images: Mapping[str, tuple[Tag, ...]], text: str, luck: np.random.Generator) -> dict[str, Any]:
         """Ask for a crop of the first tag that the question needs and that no crop has shown yet; else answer."""
@@ -191,15 +191,15 @@ class TinyCurators:
     def _text_attack(self, images: Mapping[str, tuple[Tag, ...]], text: str, luck: np.random.Generator) -> dict[str, Any]:
         """Answer from the words alone."""
         found = known_from_text(_question(text))
-        return {"answer": found or str(luck.integers(10)), "sure": found is not None}
+        return _answered(_among(text, [found])) if found else {"answer": str(luck.integers(10)), "sure": False}
 
     def _image_attack(self, images: Mapping[str, tuple[Tag, ...]], text: str, luck: np.random.Generator) -> dict[str, Any]:
         """Answer from one image, if the question needs no other."""
-        return _answered(solve(_question(text), self._seen(images, self.settings.misread, luck)))
+        return _answered(_among(text, solve(_question(text), self._seen(images, self.settings.misread, luck))))
 
     def _other_attack(self, images: Mapping[str, tuple[Tag, ...]], text: str, luck: np.random.Generator) -> dict[str, Any]:
         """Name another answer to the same words. Nothing is misread with twice the chance of others: it looks at all twice."""
-        answers = solve(_question(text), self._seen(images, self.settings.misread**2, luck))
+        answers = _among(text, solve(_question(text), self._seen(images, self.settings.misread**2, luck)))
         claim = _WORDS["answer"].search(text)
         others = [answer for answer in answers if claim and answer != claim[1]]
         several = len(answers) > 1
@@ -246,6 +246,12 @@ def _mixed(every: Sequence[dict[str, Any]], luck: np.random.Generator) -> list[d
 def _question(text: str) -> str:
     found = _WORDS["question"].search(text)
     return found[1] if found else ""
+
+
+def _among(text: str, answers: Sequence[str]) -> list[str]:
+    """Return answers as they are, or of a question with options the letters of those that stand there."""
+    options = {option: letter for letter, option in re.findall(r"^([A-Z])\. (.*)$", text, re.M)}
+    return [options[answer] for answer in answers if answer in options] if options else [*answers]
 
 
 def _read(tag: Tag, chance: float, luck: np.random.Generator) -> Tag:
