@@ -26,7 +26,7 @@ def measure(proposals: int, rollouts: int) -> dict:
             "pool": {"path": str(folder / "pictures")},
             "agents": {"backend": "imagent_jax.tiny.curators:TinyCurators", "settings": own},
             "filters": {"crop_side": 1},
-            "difficulty": {"on": True, "rollouts": rollouts},
+            "difficulty": {"on": True, "rollouts": rollouts, "settings": {"settings": {"rollout.prompt_tokens": 160}}},
         })  # fmt: skip
         began = time.perf_counter()
         funnel = curate(cfg, progress=lambda words: print(f"  {words}", flush=True))

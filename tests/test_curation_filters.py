@@ -76,6 +76,7 @@ RED = ask("What digit is on the red tag in Image 1?", "7", uid="first")
     ({"text": "What digit is on the red tag in Image 2?", "answer": "3", "evidence": (Evidence(2, (0, 0, 100, 100)),)}, False),
     ({"text": RED.text.replace("1", "2"), "images": ("b", "a"), "evidence": (Evidence(2, (0, 0, 99, 99)),)}, True),
     ({"images": ("a", "c")}, False),
+    ({"images": ("b", "a")}, False),  # the same words, but Image 1 is the other picture
 ])  # fmt: skip
 def test_a_question_like_an_earlier_one_about_the_same_images_is_a_duplicate(changes, twin):
     second = ask(**{"text": RED.text, "answer": "7", "uid": "second", **changes})

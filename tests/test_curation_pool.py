@@ -62,6 +62,18 @@ def test_other_scenes_on_the_same_photograph_are_other_pictures():
     assert same <= 1
 
 
+def test_a_tag_of_another_colour_is_another_picture(photos):
+    looks = []
+    for colour in ("#ec1c24", "#326eff"):  # of about the same brightness
+        image = photos[1].convert("L").convert("RGB")
+        image.paste(colour, (180, 120, 220, 160))
+        looks.append(look_of(image))
+    known = Known()
+    known.add("red", looks[0])
+    assert np.bitwise_count(looks[0].hashes[0] ^ looks[1].hashes[0]) <= 8
+    assert known.find(looks[0]) == "red" and known.find(looks[1]) is None
+
+
 def test_known_pictures_are_found_when_there_are_many(photos):
     known, rng = Known(), np.random.default_rng(0)
     looks = [look_of(Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8))) for _ in range(130)]
