@@ -6,10 +6,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from imagent_jax.config import DataConfig
 from imagent_jax.curation.likeness import Known, Look, look_of
-from imagent_jax.curation.pool import Pool, pictures_of
+from imagent_jax.curation.pool import SUFFIXES, Pool, pictures_of
 from imagent_jax.curation.question import SIDE, Event, Evidence, Question
 from imagent_jax.curation.roles import Roles
 from imagent_jax.curation.settings import AgentSettings, FilterSettings
@@ -222,16 +223,13 @@ def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
 
 
 def _questions_of(path: str) -> Iterator[str]:
-    from pathlib import Path
-
-    from imagent_jax.curation.pool import SUFFIXES
+    place = Path(path).expanduser()
+    if path.endswith(".tar") or (place.is_dir() and any(file.suffix.lower() in SUFFIXES for file in place.rglob("*"))):
+        return  # pictures without questions
     from imagent_jax.data.check import RowError
     from imagent_jax.data.files import open_sources
     from imagent_jax.data.formats import format_of, read_row
 
-    place = Path(path).expanduser()
-    if path.endswith(".tar") or (place.is_dir() and any(file.suffix.lower() in SUFFIXES for file in place.rglob("*"))):
-        return  # pictures without questions
     for source in open_sources(DataConfig(name="files", path=path), "train"):
         for _, _, row in source.rows():
             if isinstance(row, dict) and (form := format_of(row)):
