@@ -90,6 +90,27 @@ def test_training_reads_every_container_and_finds_the_same_tasks(run, container)
         assert [event["what"] for event in history] == [event.what for event in question.history]
 
 
+def test_tfds_reads_the_release_too(run):
+    import tensorflow_datasets as tfds
+
+    out, kept, _, counts = run
+    builder = tfds.builder_from_directory(out / "release" / "tfds" / "mifg_qa" / "1.0.0")
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == counts
+    examples = {row["uid"].decode(): row for split in counts for row in builder.as_data_source(split)}
+    pool = Pool(out)
+    for question in kept:
+        row = examples.pop(question.uid)
+        assert list(row["images"]) == [pool.data(image) for image in question.images]
+        assert (row["question"].decode(), row["answer"].decode(), bool(row["several"])) == (
+            question.text, question.answer, question.several,
+        )  # fmt: skip
+        assert (
+            json.loads(row["history"])[-1]["what"] == "kept"
+            and json.loads(row["evidence"])[0]["asks"] == question.evidence[0].asks
+        )
+    assert examples == {}
+
+
 def test_checksums_hold_and_a_second_release_is_the_same_to_the_byte(run):
     out, kept, funnel, counts = run
     checked = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=out / "release", capture_output=True, text=True)

@@ -5,6 +5,7 @@ The folder, the same to the byte when it is written again from the same question
     arrayrecord/    train.array_record, test.array_record, images.array_record: `data.path` names this folder
     parquet/        train.parquet, test.parquet, with the images inside
     jsonl/          train.jsonl, test.jsonl, and the pictures in images/
+    tfds/           mifg_qa/<version>, for `tfds.builder_from_directory`
     README.md       the card          SHA256SUMS    checksums of all files          dataset_info.json
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -72,6 +72,7 @@ def release(
     """
     if not questions:
         raise ValueError(f"No question of {out} is kept, so that there is nothing to release; see funnel.json.")
+    from imagent_jax.curation.builder import write_tfds
     from imagent_jax.data.convert import new_folder
 
     pool, target = Pool(out), out / "release"
@@ -82,6 +83,7 @@ def release(
         _write_json_lines(folder / "jsonl", splits, pool)
         _write_parquet(folder / "parquet", splits, pool)
         _write_array_record(folder / "arrayrecord", folder / "jsonl", splits)
+        write_tfds(folder / "tfds", splits, pool, cfg)
         info = {
             "title": cfg.title, "version": cfg.version, "questions": {name: len(own) for name, own in splits.items()},
             "images": len({image for question in questions for image in question.images}),
@@ -153,8 +155,3 @@ def _write_array_record(folder: Path, source: Path, splits: Mapping[str, Sequenc
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def counts(splits: Mapping[str, Sequence[Question]]) -> Counter[str]:
-    """Return the number of questions of each kind."""
-    return Counter(question.kind for own in splits.values() for question in own)

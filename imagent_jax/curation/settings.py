@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class ReleaseSettings:
     """The data set."""
 
     title: str = setting("MIFG-QA", "title of the card")
-    version: str = setting("1.0.0", "version of the data set")
+    version: str = setting("1.0.0", "version of the data set, three numbers")
     test: float = setting(0.1, "share of questions in the test split", least=0, below=1)
 
 
@@ -145,6 +146,8 @@ class Curation:
             raise ValueError("pool.path is empty; name a folder of pictures, a data set, or tar shards.")
         if self.agents.with_tools + self.agents.without_tools == 0:
             raise ValueError("There is no blind answerer; set agents.with_tools or agents.without_tools to at least 1.")
+        if not re.fullmatch(r"\d+\.\d+\.\d+", self.release.version):
+            raise ValueError(f"release.version is {self.release.version!r}; write three numbers, such as '1.0.0'.")
         if self.agents.options == 1:
             raise ValueError("agents.options is 1; a choice has at least 2 options, or set 0 for open questions.")
 
