@@ -72,3 +72,20 @@ def write_tfds(folder: Path, splits: Mapping[str, Sequence[Question]], pool: Poo
         builder = kind(splits=splits, pool=pool, title=cfg.title, data_dir=folder, file_format="array_record")
         builder.download_and_prepare()
     shutil.rmtree(folder / "downloads", ignore_errors=True)
+    for file in sorted(folder.rglob("*.array_record*")):
+        _in_one_order(file)
+
+
+def _in_one_order(file: Path) -> None:
+    """Write a file of examples again, each with its features in order: TFDS writes them in another one in each process."""
+    import grain
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    records, part = grain.sources.ArrayRecordDataSource([str(file)]), file.with_name(f".{file.name}")
+    writer = ArrayRecordWriter(str(part), "group_size:1,zstd")
+    for number in range(len(records)):
+        example = tf_example_pb2.Example.FromString(records[number])  # ty: ignore[unresolved-attribute] - made at run time
+        writer.write(example.SerializeToString(deterministic=True))
+    writer.close()
+    part.rename(file)
