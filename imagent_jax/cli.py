@@ -10,6 +10,7 @@ COMMANDS = {
     "score": "score predictions of MAT and text benchmarks",
     "compare": "compare two results on the same questions",
     "data": "say what is in a data set, and which rows cannot be used; convert it to ArrayRecord",
+    "curate": "make a data set of questions about several images, by agents and filters",
     "index": "build a search index of passages, or serve one",
     "view": "open a run's trajectories and report in the browser",
     "export": "write a training checkpoint as a Hugging Face model",

@@ -19,12 +19,16 @@ class Evidence:
     Attributes:
         image: number of the image in the question, from 1.
         box: left, top, right, bottom, in thousandths of the image.
+        asks: a question that the place alone answers; "": none.
+        shows: the answer to it.
     Raises:
         ValueError: the box is empty or not inside the image, or the number is below 1.
     """
 
     image: int
     box: tuple[int, int, int, int]
+    asks: str = ""
+    shows: str = ""
 
     def __post_init__(self):
         left, top, right, bottom = self.box
@@ -100,7 +104,9 @@ class Question:
         """
         try:
             values = json.loads(text)
-            evidence = tuple(Evidence(e["image"], tuple(e["box"])) for e in values.pop("evidence"))
+            evidence = tuple(
+                Evidence(e["image"], tuple(e["box"]), e.get("asks", ""), e.get("shows", "")) for e in values.pop("evidence")
+            )
             history = tuple(Event(**event) for event in values.pop("history"))
             lists = {name: tuple(values.pop(name)) for name in ("images", "options")}
             return cls(**values, **lists, evidence=evidence, history=history)

@@ -363,6 +363,15 @@ def _image(image: Any) -> str | bytes:
     return image
 
 
+def images_of(row: Row) -> list[Image]:
+    """Return the images of a row of any format, without reading its question.
+
+    Raises:
+        RowError: a value is no image.
+    """
+    return [image if isinstance(image, StoredImage) else _image(image) for image in _images(dict(row))]
+
+
 def _first(row: Row, names: Sequence[str]) -> Any:
     """Take the first of these columns that is not null out of a row."""
     return next((row.pop(name) for name in names if row.get(name) is not None), None)
