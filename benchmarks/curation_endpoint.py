@@ -29,12 +29,12 @@ def private_mb() -> float:
 
 def scale(server, folder: Path, items: int, threads: int) -> dict:
     """Complete all items once, then once more from disk."""
-    from agent_server import SCHEMA
+    from agent_server import QUICK, SCHEMA, SLOW
     from curation_client import asked, config
 
     from imagent_jax.curation.endpoint import Endpoint
 
-    server.tell(reset=True, every=20, pause=0.05)
+    server.tell(reset=True, every=20, pause=0.5, faults=[*QUICK, *SLOW])
     data = base64.b64encode(random.Random(0).randbytes(PICTURE)).decode()
     pictures = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}] * 2
     cfg = config(server.url, str(folder), parallel=threads, timeout_s=10.0, backoff_s=0.1)
@@ -79,7 +79,7 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--items", type=int, default=10_000)
     args = options.parse_args()
-    from agent_server import Remote
+    from agent_server import QUICK, SLOW, Remote
     from curation_client import killed_and_resumed
 
     kills, items = (2, 200) if args.quick else (args.kills, args.items)
@@ -90,7 +90,9 @@ def main() -> None:
                 f"Killing and resuming a client {kills} times, then {items} items; files in {folder}, deleted at the end.",
                 flush=True,
             )
-            killed = killed_and_resumed(server, Path(folder), items=20 * kills, kills=kills)
+            killed = killed_and_resumed(
+                server, Path(folder), items=20 * kills, kills=kills, timeout_s=1.0, faults=[*QUICK, *SLOW]
+            )
             scaled = scale(server, Path(folder) / "scale", items, threads=64)
     finally:
         server.stop()

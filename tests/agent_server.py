@@ -17,7 +17,9 @@ SCHEMA = {
     "type": "object", "properties": {"item": {"type": "integer"}, "square": {"type": "integer"}},
     "required": ["item", "square"], "additionalProperties": False,
 }  # fmt: skip
-TRANSIENT = ("429", "500", "cut", "cut chunk", "half JSON", "other protocol", "prose", "wrong schema", "slow", "drip", "too long")
+QUICK = ("429", "500", "cut", "cut chunk", "half JSON", "other protocol", "prose", "wrong schema", "too long")
+SLOW = ("slow", "drip")
+"""Faults that end by the client's time limit."""
 
 
 class State:
@@ -25,7 +27,7 @@ class State:
 
     Attributes:
         queue: faults of the next requests, in order; "" is none.
-        every: every so many items fail at first, each in its own way (0: none).
+        every: every so many items fail at first, each in its own way of `faults` (0: none).
         forms: the response formats that are known.
         pause: seconds before an answer.
         retry_after: header of a 429.
@@ -38,14 +40,15 @@ class State:
         self.reset()
 
     def reset(self):
-        self.queue, self.every, self.forms, self.pause, self.retry_after = [], 0, ["json_schema", "json_object"], 0.0, "0"
+        self.queue, self.every, self.faults, self.pause, self.retry_after = [], 0, list(QUICK), 0.0, "0"
+        self.forms = ["json_schema", "json_object"]
         self.asked, self.answered, self.now, self.most, self.last, self.keys = {}, {}, 0, 0, {}, []
 
     def fault_of(self, item: str) -> str:
         if self.queue:
             return self.queue.pop(0)
         if self.every and int(item) % self.every == 0 and self.asked[item] <= 1 + int(item) // self.every % 2:
-            return TRANSIENT[int(item) // self.every % len(TRANSIENT)]
+            return self.faults[int(item) // self.every % len(self.faults)]
         return ""
 
 

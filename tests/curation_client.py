@@ -1,7 +1,6 @@
-"""Makes a data set by a server: `python tests/curation_client.py URL CACHE OUT ITEMS THREADS`. Prints "began" and its counts."""
+"""Makes a data set by a server: `python tests/curation_client.py URL CACHE OUT ITEMS TIMEOUT`. Prints "began" and its counts."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -19,30 +18,42 @@ def asked(item: int) -> list[dict]:
 
 
 def config(url: str, cache: str, **changes) -> EndpointConfig:
-    return EndpointConfig(**{"base_url": url, "model": "m", "cache_dir": cache, "timeout_s": 1.0, "backoff_s": 0.02} | changes)
+    return EndpointConfig(**{"base_url": url, "model": "m", "cache_dir": cache, "timeout_s": 20.0, "backoff_s": 0.02} | changes)
 
 
-def start(url: str, cache: Path, out: Path, items: int, threads: int) -> subprocess.Popen:
-    """Start this program in a process of its own and wait until it begins to ask."""
-    command = [sys.executable, __file__, url, cache, out, items, threads]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "began\n"
-    return process
+THREADS = 8
 
 
-def killed_and_resumed(server, folder: Path, items: int, kills: int, threads: int = 8) -> dict:
+def make(url: str, cache: str, out: Path, items: int, timeout_s: float) -> dict[str, int]:
+    """Write the answers to all items, in order; return the counts."""
+    endpoint = Endpoint(config(url, cache, parallel=THREADS, timeout_s=timeout_s))
+    print("began", flush=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        answers = list(pool.map(lambda item: endpoint.complete(asked(item), SCHEMA), range(items)))
+    out.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    endpoint.close()
+    return endpoint.counts
+
+
+def killed_and_resumed(server, folder: Path, items: int, kills: int, timeout_s: float = 20.0, **state) -> dict:
     """Makes a data set in one go, and again while its process is killed (SIGKILL) at moments spread over the work.
 
     Returns `same` (both files, to the byte), and `asked_again`, the requests for answers that were on disk at a kill.
     """
-    server.tell(reset=True, every=3, pause=0.02)
-    whole = start(server.url, folder / "whole", folder / "whole.jsonl", items, threads)
-    counts = json.loads(whole.communicate()[0])
-    server.tell(reset=True, every=3, pause=0.02)
+    server.tell(reset=True, every=3, pause=0.02, **state)
+    counts = make(server.url, str(folder / "whole"), folder / "whole.jsonl", items, timeout_s)
+    server.tell(reset=True, every=3, pause=0.02, **state)
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, __file__, server.url, folder / "cut", folder / "cut.jsonl", items, timeout_s]
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "began\n"
+        return process
+
     names, moments, kept = Endpoint(config(server.url, str(folder / "cut"))), [], {}
     paths = {str(item): names.path(names.key(asked(item), SCHEMA)) for item in range(items)}
     for kill in range(kills):
-        process = start(server.url, folder / "cut", folder / "cut.jsonl", items, threads)
+        process = start()
         while sum(path.exists() for path in paths.values()) < items * (kill + 1) // (kills + 2):
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.05))
@@ -51,28 +62,15 @@ def killed_and_resumed(server, folder: Path, items: int, kills: int, threads: in
         before = server.stats()["asked"]
         moments.append(sum(path.exists() for path in paths.values()))
         kept |= {item: before[item] for item, path in paths.items() if path.exists() and item not in kept}
-    last = start(server.url, folder / "cut", folder / "cut.jsonl", items, threads)
-    resumed = json.loads(last.communicate()[0])
+    resumed = json.loads(start().communicate()[0])
     stats = server.stats()
     return {
         "items": items, "kills": kills, "kept_at_kills": moments, "uninterrupted": counts, "last_process": resumed,
         "asked_again": sum(stats["asked"][item] - count for item, count in kept.items()),
-        "answered_twice": sum(count > 1 for count in stats["answered"].values()), "most_in_flight": stats["most"],
+        "answered_more_than_once": sum(count > 1 for count in stats["answered"].values()), "most_in_flight": stats["most"],
         "same": (folder / "whole.jsonl").read_bytes() == (folder / "cut.jsonl").read_bytes(),
     }  # fmt: skip
 
 
-def main():
-    url, cache, out, items, threads = sys.argv[1:]
-    endpoint = Endpoint(config(url, cache, parallel=int(threads)))
-    print("began", flush=True)
-    with ThreadPoolExecutor(int(threads)) as pool:
-        answers = list(pool.map(lambda item: endpoint.complete(asked(item), SCHEMA), range(int(items))))
-    part = Path(out).with_suffix(".part")
-    part.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    os.replace(part, out)
-    print(json.dumps(endpoint.counts), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(make(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))), flush=True)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from agent_server import SCHEMA, TRANSIENT, Remote
+from agent_server import QUICK, SCHEMA, SLOW, Remote
 from curation_client import asked, config, killed_and_resumed
 
 from imagent_jax.config import read_own
@@ -107,11 +107,18 @@ def test_the_object_in_a_reply_matches_the_schema_or_is_none(reply, good):
 # ---- what fails -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", TRANSIENT)
+@pytest.mark.parametrize("fault", QUICK)
 def test_a_request_that_fails_is_made_again(server, endpoint, fault):
     server.tell(queue=[fault, fault])
     assert endpoint.complete(asked(5), SCHEMA) == {"item": 5, "square": 25}
     assert server.stats()["asked"] == {"5": 3} and endpoint.counts["calls"] == 3 and endpoint.counts["retries"] == 2
+
+
+@pytest.mark.parametrize("fault", SLOW)
+def test_a_request_that_takes_too_long_is_made_again(server, tmp_path, fault):
+    hasty = Endpoint(config(server.url, str(tmp_path), timeout_s=1.0))
+    server.tell(queue=[fault])
+    assert hasty.complete(asked(5), SCHEMA) == {"item": 5, "square": 25} and hasty.counts["retries"] >= 1
 
 
 def test_a_model_is_told_what_is_wrong_with_its_reply(server, endpoint):
@@ -122,13 +129,23 @@ def test_a_model_is_told_what_is_wrong_with_its_reply(server, endpoint):
     assert "'square' is a required property" in told["content"] or "'5' is not of type" in told["content"]
 
 
-@pytest.mark.parametrize("dated", [False, True])
-def test_all_requests_wait_as_long_as_the_server_says(server, endpoint, dated):
-    when = format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True) if dated else "1"
-    server.tell(queue=["429"], retry_after=when)
+def test_all_requests_wait_as_long_as_the_server_says(server, endpoint):
+    server.tell(queue=["429"], retry_after="1")
     began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(endpoint.complete, asked(5), SCHEMA)
+        while endpoint._not_before == 0:
+            time.sleep(0.01)
+        endpoint.complete(asked(6), SCHEMA)
+        assert time.monotonic() - began >= 1.0  # of the backoff alone: 0.02
+        assert first.result()["square"] == 25 and endpoint.counts["calls"] == 3
+
+
+def test_a_server_may_name_a_date_to_wait_for(server, endpoint):
+    until = (datetime.now(UTC) + timedelta(seconds=2)).replace(microsecond=0)
+    server.tell(queue=["429"], retry_after=format_datetime(until, usegmt=True))
     endpoint.complete(asked(5), SCHEMA)
-    assert time.monotonic() - began >= 1.0  # of the backoff alone: 0.02
+    assert datetime.now(UTC) >= until
 
 
 @pytest.mark.parametrize(
@@ -249,7 +266,7 @@ def test_closing_ends_what_waits(server, endpoint):
             waiting.result()
 
 
-@pytest.mark.slow(12)
+@pytest.mark.slow(6)
 def test_a_killed_process_resumes_to_the_byte_and_asks_for_nothing_that_was_kept(server, tmp_path):
     found = killed_and_resumed(server, tmp_path, items=40, kills=2)
     assert found["same"] and found["asked_again"] == 0 and min(found["kept_at_kills"]) > 0
