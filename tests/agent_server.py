@@ -111,27 +111,20 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "slow":
             time.sleep(3)
             self.close_connection = True
-        elif fault == "drip":
-            self.start(200, "1000")
-            for _ in range(30):
-                self.wfile.write(b" ")
-                time.sleep(0.1)
-            self.close_connection = True
         else:
             right = {"ready": True} if ready else {"item": item, "square": item**2}
             said = {"prose": f"The square of {item} is no secret.", "wrong schema": json.dumps({"item": str(item)})}
             fenced = (
                 f"<think>{{}}</think>Here it is:\n```json\n{json.dumps(right)}\n```" if fault == "fenced" else json.dumps(right)
             )
-            self.say(said.get(fault, fenced), "length" if fault == "too long" else "stop")
+            text = self.said(said.get(fault, fenced), "length" if fault == "too long" else "stop")
+            self.send(200, text, drips=30 if fault == "drip" else 0)
 
-    def say(self, text, reason):
+    def said(self, text, reason):
         choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
         usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-        self.send(
-            200,
-            json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}),
-        )
+        made = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+        return json.dumps(made)
 
     def start(self, code, length):
         self.send_response(code)
@@ -141,8 +134,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", self.state.retry_after)
         self.end_headers()
 
-    def send(self, code, text):
-        self.start(code, str(len(text.encode())))
+    def send(self, code, text, drips=0):
+        self.start(code, str(drips + len(text.encode())))
+        for _ in range(drips):
+            self.wfile.write(b" ")
+            time.sleep(0.1)
         self.wfile.write(text.encode())
 
 
