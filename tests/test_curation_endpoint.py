@@ -1,11 +1,13 @@
 """The endpoint against a real server in a process of its own, which speaks the protocol and fails in every way it can."""
 
+import dataclasses
 import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 
 import pytest
 from agent_server import QUICK, SCHEMA, SLOW, Remote
@@ -202,6 +204,12 @@ def test_settings_that_cannot_work_are_sentences(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r'pip install "imagent-jax\[curation\]"'):
         Endpoint(config("http://x/v1", str(tmp_path)))
+
+
+def test_the_page_lists_every_setting_with_its_default_and_its_help():
+    page = (Path(__file__).parent.parent / "docs" / "review.md").read_text()
+    rows = [f"| `{f.name}` | `{f.default!r}` | {f.metadata['help']} |" for f in dataclasses.fields(EndpointConfig)]
+    assert "\n".join(rows) in page
 
 
 # ---- answers on disk ------------------------------------------------------------------------------------------------

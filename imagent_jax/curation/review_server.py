@@ -115,12 +115,9 @@ class Review:
             raise Refused(400, f"Nobody disagrees on {uid!r}; an adjudicator decides disagreements only.")
         if self.blind and verdict != BLIND and self.question(reviewer, uid)["hidden"]:
             raise Refused(400, "Answer first: this review is blind.")
-        facts = {
-            name: sent[name]
-            for name in {"mend": ("changes",), "reject": ("reason",), BLIND: ("answer",)}.get(verdict, ())
-            if name in sent
-        }
-        if verdict == BLIND and not str(facts.get("answer", "")).strip():
+        names = {"mend": ("changes",), "reject": ("reason",), BLIND: ("answer",)}.get(verdict, ())
+        facts = {name: sent[name] if name == "changes" else str(sent[name]).strip() for name in names if name in sent}
+        if verdict == BLIND and not facts.get("answer"):
             raise Refused(400, "The answer is empty; write one, or a question mark.")
         try:
             self.decisions.add(id, Decision(uid, reviewer, verdict, facts, self.adjudicator))

@@ -86,6 +86,7 @@ function showStatus(status) {
 async function begin(go) {
   const status = await ask("api/start");
   Object.assign(state, { order: status.order, mine: status.mine, blindly: status.blind, adjudicator: status.adjudicator, disputed: status.disputed });
+  known.clear(); // what others decided may be new
   showStatus(status);
   const here = decodeURIComponent(location.hash.slice(1));
   if (go || !state.question) await show(state.order.includes(here) ? here : undecided(-1));
