@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import shutil
+import signal
 from contextlib import contextmanager
 from threading import Thread
 
@@ -162,6 +163,21 @@ def test_boxes_lie_on_what_they_claim_pictures_are_the_pools_and_text_is_text(fo
 
 
 @pytest.mark.slow(1)
+def test_a_box_is_drawn_with_the_mouse_while_a_question_is_mended(folder, browser):
+    with serving(folder, "anna") as server, reading(browser, server) as anna:
+        anna.press("m")
+        frame = anna.page.locator('#images [data-image="2"]').bounding_box()
+        for move, part in ((anna.page.mouse.down, 0.75), (anna.page.mouse.up, 0.5)):  # from the lower right
+            anna.page.mouse.move(frame["x"] + part * frame["width"], frame["y"] + part * frame["height"])
+            move()
+        anna.press("Control+Enter")
+        anna.ready("q/1")
+        [decision] = server.review.decisions.of("q/0")
+        image, *box = [decision.facts["changes"]["evidence"][-1][name] for name in ("image", "box")]
+        assert image == 2 and box[0] == pytest.approx([500, 500, 750, 750], abs=2)
+
+
+@pytest.mark.slow(1)
 def test_zoom_shows_the_claimed_place_and_moves(folder, browser):
     with serving(folder, "anna") as server, reading(browser, server) as anna:
         anna.press("2", *"+++")
@@ -274,7 +290,7 @@ def test_another_address_needs_the_token_once_and_then_its_cookie(folder, monkey
 
 
 @pytest.mark.slow(2)
-def test_the_address_with_the_token_opens_the_page(folder, browser, serve):
+def test_the_address_with_the_token_opens_the_page_and_ctrl_c_says_where_the_review_stands(folder, browser, serve):
     server = serve(folder, "anna", options=("--host", "0.0.0.0"))
     context = browser.new_context()
     page = context.new_page()
@@ -284,8 +300,13 @@ def test_the_address_with_the_token_opens_the_page(folder, browser, serve):
     page.keyboard.press("a")
     page.wait_for_selector('#page[data-ready="q/1"]')
     context.close()
-    server.kill()
-    assert verdicts(folder, "anna") == ["accept"]
+    server.process.send_signal(signal.SIGINT)
+    told = server.process.stdout.read()
+    assert server.process.wait() == 0 and verdicts(folder, "anna") == ["accept"]
+    assert told == (
+        "\nanna: 1 of 6 questions\nWith two reviewers: 0 kept, 0 rejected, 0 disagreed, 6 open.\n"
+        f"`--export` writes the decisions to {folder / 'decisions.jsonl'}.\n"
+    )
 
 
 def test_what_is_no_request_of_the_page_is_refused(folder):
