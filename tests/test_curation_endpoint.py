@@ -198,7 +198,7 @@ def test_settings_that_cannot_work_are_sentences(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=words):
             Endpoint(config("http://x/v1", str(tmp_path), **changes))
     with pytest.raises(ValueError, match=r"no setting agents.a.modle"):
-        read_own(EndpointConfig, {"modle": "m"}, "agents.a")
+        read_own(Endpoint.Settings, {"modle": "m"}, "agents.a")
     with pytest.raises(ValueError, match=r"agents.a.parallel is 0; it must be at least 1"):
         read_own(EndpointConfig, {"parallel": 0}, "agents.a")
     monkeypatch.setitem(sys.modules, "openai", None)

@@ -75,6 +75,8 @@ class Endpoint:
         ValueError: openai or jsonschema is not installed, or the address, the model or the key is missing.
     """
 
+    Settings = EndpointConfig
+
     def __init__(self, cfg: EndpointConfig):
         try:
             import jsonschema  # noqa: F401 - schemas of roles are whole JSON schemas; `tools.schema` knows those of functions
