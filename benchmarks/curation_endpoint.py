@@ -98,7 +98,8 @@ def main() -> None:
         server.stop()
     memory = scaled["first"]["private_mb_every_1000"]
     show("The agent behind a server", ["what", "value"], [
-        ["kills", killed["kills"]], ["same data set", killed["same"]], ["asked again though kept", killed["asked_again"]],
+        ["kills", killed["kills"]], ["same data set", killed["same"]],
+        ["asked again though kept", killed["kept_and_asked_again"]],
         ["items at scale", scaled["items"]], ["requests in flight", scaled["in_flight"]],
         ["calls an item", scaled["first"]["calls_per_item"]], ["seconds", scaled["first"]["seconds"]],
         ["memory, MB, start to end", f"{memory[0]:.0f}, {memory[len(memory) // 2]:.0f}, {memory[-1]:.0f}"],

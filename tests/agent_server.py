@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             state.now -= 1
         with contextlib.suppress(OSError):
             self.answer(fault, int(item), "ready" in text)
-            if not fault:
+            if fault in ("", "fenced", "drip"):
                 with self.lock:
                     state.answered[item] = state.answered.get(item, 0) + 1
 
@@ -113,11 +113,13 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             right = {"ready": True} if ready else {"item": item, "square": item**2}
-            said = {"prose": f"The square of {item} is no secret.", "wrong schema": json.dumps({"item": str(item)})}
-            fenced = (
-                f"<think>{{}}</think>Here it is:\n```json\n{json.dumps(right)}\n```" if fault == "fenced" else json.dumps(right)
-            )
-            text = self.said(said.get(fault, fenced), "length" if fault == "too long" else "stop")
+            good = json.dumps(right)
+            said = {
+                "prose": f"The square of {item} is no secret.",
+                "wrong schema": json.dumps({"item": str(item)}),
+                "fenced": f"<think>{{}}</think>Here it is:\n```json\n{good}\n```",
+            }
+            text = self.said(said.get(fault, good), "length" if fault == "too long" else "stop")
             self.send(200, text, drips=30 if fault == "drip" else 0)
 
     def said(self, text, reason):

@@ -27,7 +27,6 @@ THREADS = 8
 def make(url: str, cache: str, out: Path, items: int, timeout_s: float) -> dict[str, int]:
     """Write the answers to all items, in order; return the counts."""
     endpoint = Endpoint(config(url, cache, parallel=THREADS, timeout_s=timeout_s))
-    print("began", flush=True)
     with ThreadPoolExecutor(THREADS) as pool:
         answers = list(pool.map(lambda item: endpoint.complete(asked(item), SCHEMA), range(items)))
     out.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
@@ -38,7 +37,7 @@ def make(url: str, cache: str, out: Path, items: int, timeout_s: float) -> dict[
 def killed_and_resumed(server, folder: Path, items: int, kills: int, timeout_s: float = 20.0, **state) -> dict:
     """Makes a data set in one go, and again while its process is killed (SIGKILL) at moments spread over the work.
 
-    Returns `same` (both files, to the byte), and `asked_again`, the requests for answers that were on disk at a kill.
+    Returns `same` (both files, to the byte), and `kept_and_asked_again`, the requests for answers that were on disk at a kill.
     """
     server.tell(reset=True, every=3, pause=0.02, **state)
     counts = make(server.url, str(folder / "whole"), folder / "whole.jsonl", items, timeout_s)
@@ -66,11 +65,13 @@ def killed_and_resumed(server, folder: Path, items: int, kills: int, timeout_s: 
     stats = server.stats()
     return {
         "items": items, "kills": kills, "kept_at_kills": moments, "uninterrupted": counts, "last_process": resumed,
-        "asked_again": sum(stats["asked"][item] - count for item, count in kept.items()),
-        "answered_more_than_once": sum(count > 1 for count in stats["answered"].values()), "most_in_flight": stats["most"],
+        "kept_and_asked_again": sum(stats["asked"][item] - count for item, count in kept.items()),
+        "answered_again_because_not_kept": sum(count > 1 for count in stats["answered"].values()),
+        "most_in_flight": stats["most"],
         "same": (folder / "whole.jsonl").read_bytes() == (folder / "cut.jsonl").read_bytes(),
     }  # fmt: skip
 
 
 if __name__ == "__main__":
+    print("began", flush=True)
     print(json.dumps(make(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))), flush=True)
