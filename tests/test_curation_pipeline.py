@@ -1,5 +1,6 @@
 """The pipeline from pictures to a released data set: faults, stops, kills, repairs, settings."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from curation_parts import ROOT, tiny_pictures, tiny_settings, tiny_values
 
 from imagent_jax.cli import main as cli
 from imagent_jax.curation.agents import AgentError
+from imagent_jax.curation.decisions import Decision, Decisions
 from imagent_jax.curation.pipeline import Stopped, Work, curate
 from imagent_jax.curation.question import Question
 from imagent_jax.curation.roles import ROLES, load_prompts
@@ -81,6 +83,24 @@ def test_the_command_makes_a_data_set_and_says_what_it_does(folder, capsys):
     more = ["--run.proposals", "14", "--run.parallel=3"]
     assert cli(["curate", "--config", config(folder), *more]) == 0
     assert questions_of(folder / "run")[:12] == questions
+
+
+@pytest.mark.slow(6)
+def test_with_reviewers_only_what_they_kept_is_released(folder, capsys):
+    path = config(folder)
+    assert cli(["curate", "--config", path]) == 0
+    kept = [q for q in questions_of(folder / "run") if q.history[-1].what != "dropped"]
+    with contextlib.closing(Decisions(folder / "run")) as decisions:
+        for name in ("anna", "ben"):
+            for n, question in enumerate(kept[:-1]):
+                verdict = "reject" if n == 0 or (n == 1 and name == "ben") else "accept"
+                facts = {"reason": "vague"} if verdict == "reject" else {}
+                decisions.add(f"{name} {n}", Decision(question.uid, name, verdict, facts))
+    capsys.readouterr()
+    assert cli(["curate", "--review", str(folder / "run"), "--export"]) == 0 and "decisions.jsonl" in capsys.readouterr().out
+    assert cli(["curate", "--config", path, "--release.reviewers", "2"]) == 0
+    released = [json.loads(line) for line in (folder / "run/release/jsonl").rglob("*.jsonl") for line in line.open()]
+    assert sorted(row["uid"] for row in released) == [question.uid for question in kept[2:-1]]
 
 
 @pytest.mark.slow(6)

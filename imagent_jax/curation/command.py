@@ -1,6 +1,7 @@
 """The command `imagent curate [--config FILE.yaml ...] [--section.key VALUE ...]`: from pictures to a released data set.
 
-Ctrl-C stops after the questions in work; the same command goes on. Settings: docs/mifg_qa.md.
+Ctrl-C stops after the questions in work; the same command goes on. Settings: docs/mifg_qa.md. `imagent curate --review FOLDER
+--reviewer NAME` lets people check the questions of a run (`curation.review`).
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from imagent_jax.curation import review
 from imagent_jax.curation.agents import AgentError
+from imagent_jax.curation.decisions import reviewed
 from imagent_jax.curation.pipeline import Stopped, curate, is_kept
 from imagent_jax.curation.question import Question
 from imagent_jax.curation.release import release
@@ -36,8 +39,11 @@ def settings_help() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: exit code 0; 2 after one sentence about bad input; 3 where an agent gave no answers; 130 after Ctrl-C."""
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    if argv[:1] == ["--review"]:
+        return review.main(argv[1:])
     parser = argparse.ArgumentParser(
-        prog="imagent curate", usage="%(prog)s [--config FILE.yaml ...] [--section.key VALUE ...]", allow_abbrev=False,
+        prog="imagent curate", usage="%(prog)s [--config FILE.yaml ...] [--section.key VALUE ...] | --review FOLDER --reviewer NAME", allow_abbrev=False,
         description=__doc__.splitlines()[0], epilog=settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml", help="settings; may be given again")
@@ -57,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def kept_questions(out: Path) -> Iterator[Question]:
+    """Yield the questions of a run that no filter has dropped."""
+    lines = (out / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    yield from (question for question in map(Question.from_json, lines) if is_kept(question))
+
+
 def _run(cfg: Curation, console: Console) -> int:
     out = Path(cfg.run.out).expanduser()
     console.print(escape(f"Making up to {cfg.run.proposals} questions about groups of pictures of {cfg.pool.path}, asked of "
@@ -70,8 +82,7 @@ def _run(cfg: Curation, console: Console) -> int:
                 cfg, progress=lambda words: console.print(escape(f"  {words}"), soft_wrap=True),
                 asked_to_stop=lambda: bool(interrupt.asked),
             )  # fmt: skip
-        lines = (out / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-        questions = [question for question in map(Question.from_json, lines) if is_kept(question)]
+        questions = [*(reviewed(out, cfg.release.reviewers) if cfg.release.reviewers else kept_questions(out))]
         splits = release(out, questions, funnel, cfg.release, cfg.run.seed)
     finally:
         lock.release()

@@ -1,4 +1,4 @@
-"""People check the questions on a local page: `python -m imagent_jax.curation.review FOLDER --reviewer NAME`.
+"""People check the questions on a local page: `imagent curate --review FOLDER --reviewer NAME`.
 
 The folder has `questions.jsonl` and the pictures `pool/<id>.*`. Every decision is on disk (`review.sqlite`) before the page goes
 on. The page sends a decision, with an id of its own, until the server confirms it: a killed server loses nothing.
@@ -89,7 +89,7 @@ def summary(decisions: Decisions) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: exit code 0, or 2 after one sentence about bad input."""
-    parser = argparse.ArgumentParser(prog="python -m imagent_jax.curation.review", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="imagent curate --review", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder with questions.jsonl and pool/")
     parser.add_argument("--reviewer", action="append", default=[], metavar="NAME", help="who decides; may be given again")
     parser.add_argument("--blind", action="store_true", help="a reviewer answers before the claimed answer is shown")

@@ -102,6 +102,7 @@ class ReleaseSettings:
     title: str = setting("MIFG-QA", "title of the card")
     version: str = setting("1.0.0", "version of the data set, three numbers")
     test: float = setting(0.1, "share of questions in the test split", least=0, below=1)
+    reviewers: int = setting(0, "reviewers that a question needs to be released (0: none, all that the filters kept)", least=0)
 
 
 @dataclass(frozen=True)
