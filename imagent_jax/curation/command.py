@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [*(sys.argv[1:] if argv is None else argv)]
     if argv[:1] == ["--review"]:
         return review.main(argv[1:])
+    usage = "%(prog)s [--config FILE.yaml ...] [--section.key VALUE ...] | --review FOLDER --reviewer NAME"
     parser = argparse.ArgumentParser(
-        prog="imagent curate", usage="%(prog)s [--config FILE.yaml ...] [--section.key VALUE ...] | --review FOLDER --reviewer NAME", allow_abbrev=False,
-        description=__doc__.splitlines()[0], epilog=settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="imagent curate", usage=usage, allow_abbrev=False, description=__doc__.splitlines()[0], epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml", help="settings; may be given again")
     chosen, rest = parser.parse_known_args(argv)
