@@ -1,5 +1,6 @@
 """The pipeline from pictures to a released data set: faults, stops, kills, repairs, settings."""
 
+import importlib.util
 import json
 import os
 import re
@@ -130,6 +131,13 @@ def test_a_second_run_in_the_same_folder_is_refused(folder, capsys):
     assert cli(["curate", "--config", config(folder)]) == 2
     lock.release()
     assert "is being written by process" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_told_before_anybody_is_asked(folder, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pyarrow" else find(name, *rest))
+    assert cli(["curate", "--config", config(folder)]) == 2
+    assert 'pip install "imagent-jax[data]"' in capsys.readouterr().err and not (folder / "run").exists()
 
 
 def test_it_stops_when_asked(folder):
