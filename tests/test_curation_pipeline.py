@@ -1,6 +1,7 @@
 """The pipeline from pictures to a released data set: faults, stops, kills, repairs, settings."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -150,6 +151,13 @@ def test_a_second_run_in_the_same_folder_is_refused(folder, capsys):
     assert cli(["curate", "--config", config(folder)]) == 2
     lock.release()
     assert "is being written by process" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_told_before_anybody_is_asked(folder, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pyarrow" else find(name, *rest))
+    assert cli(["curate", "--config", config(folder)]) == 2
+    assert 'pip install "imagent-jax[data]"' in capsys.readouterr().err and not (folder / "run").exists()
 
 
 def test_it_stops_when_asked(folder):
@@ -305,3 +313,32 @@ def test_a_role_may_have_a_backend_of_its_own(folder):
     own = {"folders": [str(folder / "pictures"), str(folder / "pictures_test")], "glance": 1.0, "misread": 1.0}
     cfg = tiny_settings(folder, agents={"roles": {"answerer": {"backend": name, "settings": own}}})
     assert curate(cfg)["filters"]["agreement"]["found"] >= 6  # an answerer that misreads every digit
+
+
+class Silent:
+    """A backend that never answers."""
+
+    Settings = TinyCuratorsSettings
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def complete(self, messages, schema):
+        raise AgentError("The server does not answer.")
+
+
+def test_agents_that_never_answer_end_the_command_with_a_sentence(folder, capsys):
+    backend = {"backend": "test_curation_pipeline:Silent", "settings": {"folders": ["x"]}}
+    assert cli(["curate", "--config", config(folder, agents=backend, run={"failures": 2})]) == 3
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: \d proposals in a row had no answer of an agent\. The last: The server does not answer\. "
+        r"What is done is kept; the same command goes on\.\n", error
+    )  # fmt: skip
+
+
+def test_a_damaged_line_of_the_work_is_a_sentence(folder, capsys):
+    (folder / "run").mkdir()
+    (folder / "run" / "work.jsonl").write_text('{"number": 0}\n')
+    assert cli(["curate", "--config", config(folder)]) == 2
+    assert "work.jsonl, line 1 is damaged" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import scipy.sparse
 from curation_parts import ROOT, ask, tiny_pictures, tiny_settings
 
 from imagent_jax.config import DataConfig
+from imagent_jax.curation.card import card
 from imagent_jax.curation.difficulty import PolicyRates, PolicyRatesSettings, RateFile, measured
 from imagent_jax.curation.groups import make_groups
 from imagent_jax.curation.pipeline import curate, is_kept
@@ -161,6 +162,25 @@ def test_a_release_without_questions_or_without_a_test_split_is_told(run, tmp_pa
     assert release(tmp_path / "run", kept, funnel, ReleaseSettings(test=0.0), 0) == {"train": len(kept), "test": 0}
     assert "There is no test split" in (tmp_path / "run" / "release" / "README.md").read_text()
     assert not (tmp_path / "run" / "release" / "jsonl" / "test.jsonl").exists()
+
+
+def test_the_card_has_a_histogram_of_difficulty_and_what_people_saw(run):
+    out, kept, funnel, _ = run
+    rates = [(0.0, 0.0), (0.25, 0.5), (0.75, 0.75), (1.0, 0.0)]
+    some = [
+        question.after(Event("policy", "measured", {"with tools": a, "without": b, "rollouts": 4}))
+        for question, (a, b) in zip(kept, rates, strict=False)
+    ]
+    some[0] = some[0].after(Event("review:anna", "accepted"))
+    text = card(ReleaseSettings(), {"train": some, "test": []}, Pool(out), funnel)
+    rows = [
+        "| 0 to 20 % | 1 | 2 |",
+        "| 20 to 40 % | 1 | 0 |",
+        "| 40 to 60 % | 0 | 1 |",
+        "| 60 to 80 % | 1 | 1 |",
+        "| 80 to 100 % | 1 | 0 |",
+    ]
+    assert "\n".join(rows) in text and "1 of 4 questions were seen by a person." in text
 
 
 # ---- difficulty -----------------------------------------------------------------------------------------------------------

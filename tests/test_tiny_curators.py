@@ -156,7 +156,7 @@ def test_a_backend_is_named_with_its_settings(world, tmp_path):
     name = "imagent_jax.tiny.curators:TinyCurators"
     made = load_backend(name, dataclasses.asdict(settings(folder)), "agents.backend")
     assert isinstance(made, TinyCurators) and made.scenes == agents.scenes
-    with pytest.raises(ValueError, match=r"no setting agents\.backend\.settings\.misred; there are folders, misread"):
+    with pytest.raises(ValueError, match=r"no setting agents\.settings\.misred; there are folders, misread"):
         load_backend(name, {"misred": 1}, "agents.backend")
     with pytest.raises(ValueError, match="cannot be imported"):
         load_backend("imagent_jax.tiny.curators:None_", {}, "agents.backend")

@@ -35,11 +35,11 @@ def load_backend(name: str, settings: Mapping[str, Any], place: str) -> Backend:
         name: "endpoint", or 'package.module:Class' of your own: a class with an attribute `Settings`, a frozen dataclass with
             defaults, of which the class is made with one.
         settings: of the backend's own.
-        place: the setting that names the backend, for sentences.
+        place: the setting that names the backend, for sentences; its own settings stand beside it.
     Raises:
         ValueError: there is no such class, or see `config.read_own`.
     """
     from imagent_jax.config import import_path, read_own
 
     kind = import_path(ENDPOINT if name == "endpoint" else name, place)
-    return kind(read_own(kind.Settings, settings, f"{place}.settings"))
+    return kind(read_own(kind.Settings, settings, f"{place.rpartition('.')[0]}.settings"))

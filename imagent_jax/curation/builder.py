@@ -85,7 +85,7 @@ def _in_one_order(file: Path) -> None:
     records, part = grain.sources.ArrayRecordDataSource([str(file)]), file.with_name(f".{file.name}")
     writer = ArrayRecordWriter(str(part), "group_size:1,zstd")
     for number in range(len(records)):
-        example = tf_example_pb2.Example.FromString(records[number])  # ty: ignore[unresolved-attribute] - made at run time
+        example = tf_example_pb2.Example.FromString(records[number])  # ty: ignore[missing-attribute] - made at run time
         writer.write(example.SerializeToString(deterministic=True))
     writer.close()
     part.rename(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,8 @@ def kept_questions(out: Path) -> Iterator[Question]:
 
 def _run(cfg: Curation, console: Console) -> int:
     out = Path(cfg.run.out).expanduser()
+    if importlib.util.find_spec("pyarrow") is None:  # told now, not at the release
+        raise ValueError('pyarrow is not installed, which writes the Parquet files; run pip install "imagent-jax[data]".')
     console.print(escape(f"Making up to {cfg.run.proposals} questions about groups of pictures of {cfg.pool.path}, asked of "
                          f"{cfg.agents.backend}."), soft_wrap=True)  # fmt: skip
     console.print(escape(f"Writes to {out}; Ctrl-C stops it, and the same command goes on."), soft_wrap=True)
