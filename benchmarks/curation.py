@@ -258,7 +258,7 @@ def measure(proposals: int) -> dict[str, Any]:
             "proposals": proposals,
             "pictures": len(pool.pictures),
             "groups": len(groups),
-            "settings": dataclasses.asdict(own),
+            "agents": {name: value for name, value in dataclasses.asdict(own).items() if name != "folders"},
         }
         for name, options in (("all filters", {"stop_early": False}), ("as shipped", {"repairs": 1})):
             print(f"{name}:", flush=True)

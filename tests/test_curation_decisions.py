@@ -144,6 +144,14 @@ def test_a_mended_question_is_what_the_reviewer_wrote(folder):
     assert mend(question, changes) == wanted
 
 
+def test_a_moved_box_keeps_what_it_shows_and_another_image_does_not(folder):
+    question = read_questions(folder)["q/1"]
+    first, second = (replace(place, asks="What digit?", shows="7") for place in question.evidence)
+    moved = [{"image": 1, "box": [1, 2, 3, 4]}, {"image": 1, "box": [5, 6, 7, 8]}, {"image": 2, "box": [5, 6, 7, 8]}]
+    made = mend(replace(question, evidence=(first, second)), {"evidence": moved})
+    assert made.evidence == (replace(first, box=(1, 2, 3, 4)), Evidence(1, (5, 6, 7, 8)), Evidence(2, (5, 6, 7, 8)))
+
+
 def test_what_decisions_come_to(folder):
     question = read_questions(folder)["q/1"]
 

@@ -6,7 +6,7 @@ from imagent_jax.curation.question import Event, Evidence, Question
 
 SOME = Question(
     uid="q1", text="Is the ship of Image 1 older?", images=("a", "b"), answer="A", kind="compare", options=("yes", "no"),
-    evidence=(Evidence(2, (0, 10, 500, 1000)),), group="g", answer_type="choice",
+    evidence=(Evidence(2, (0, 10, 500, 1000), "Which year?", "1912"), Evidence(1, (0, 0, 9, 9))), group="g", answer_type="choice",
     history=(Event("proposer", "proposed", {"model": "x", "boxes": [1, 2]}),),
 )  # fmt: skip
 LINE = SOME.to_json()
@@ -17,6 +17,11 @@ def test_a_question_is_read_back_as_written():
     later = SOME.after(Event("filter:vague", "dropped"), answer="B")
     assert (later.answer, later.history[:1], later.history[1].what) == ("B", SOME.history, "dropped")
     assert Question.from_json(later.to_json()) == later
+
+
+def test_a_place_may_say_nothing_of_what_it_shows():
+    line = LINE.replace(', "asks": "", "shows": ""', "")
+    assert line != LINE and Question.from_json(line) == SOME
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", LINE.replace('"compare"', '"guess"'), LINE.replace('"uid"', '"id"'),

@@ -103,7 +103,7 @@ def mend(question: Question, changes: Mapping[str, Any]) -> Question:
                 raise ValueError("an option is empty")
             values["options"] = tuple(option.strip() for option in values["options"])
         if "evidence" in values:
-            values["evidence"] = tuple(Evidence(int(e["image"]), _box(e["box"])) for e in values["evidence"])
+            values["evidence"] = tuple(_place(question, n, e) for n, e in enumerate(values["evidence"]))
         made = dataclasses.replace(question, **values)
     except (TypeError, KeyError) as error:
         raise ValueError(f"the changes have another form than expected ({error})") from None
@@ -113,6 +113,15 @@ def mend(question: Question, changes: Mapping[str, Any]) -> Question:
     if made == question:
         raise ValueError("nothing is changed; accept the question, or change something")
     return made
+
+
+def _place(question: Question, index: int, change: Mapping[str, Any]) -> Evidence:
+    """A mended place. What the one before it asks and shows stays, if it is of the same image."""
+    number, box = int(change["image"]), _box(change["box"])
+    for place in question.evidence[index : index + 1]:
+        if place.image == number:
+            return dataclasses.replace(place, box=box)
+    return Evidence(number, box)
 
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
