@@ -243,7 +243,7 @@ def test_equal_requests_at_once_are_one(server, endpoint):
 def test_of_two_processes_the_first_answer_stays(server, tmp_path):
     mine, other = (Endpoint(config(server.url, str(tmp_path))) for _ in range(2))
     path = mine.path(mine.key(asked(4), SCHEMA))
-    server.tell(pause=0.5)
+    server.tell(pause=2.0)
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(mine.complete, asked(4), SCHEMA)
         while not server.stats()["asked"]:

@@ -106,9 +106,9 @@ def test_with_reviewers_only_what_they_kept_is_released(folder, capsys):
 
 @pytest.mark.slow(6)
 def test_a_killed_run_goes_on_to_the_same_bytes_and_asks_nothing_twice(folder):
-    whole = tiny_settings(folder, run={"out": str(folder / "whole"), "proposals": 24})
+    whole = tiny_settings(folder, run={"out": str(folder / "whole"), "proposals": 60})
     curate(whole)
-    command = [sys.executable, "-m", "imagent_jax.curate", "--config", config(folder, run={"proposals": 24})]
+    command = [sys.executable, "-m", "imagent_jax.curate", "--config", config(folder, run={"proposals": 60})]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     work = folder / "run" / "work.jsonl"
     for lines in (3, 11):
@@ -122,8 +122,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_asks_nothing_twice(folder):
             file.write(b'{"number": 1, "question": {"uid": "q0')
     done = set(Work(work).made)
     agents = Wrapped(tiny_agents(folder))
-    curate(tiny_settings(folder, run={"proposals": 24}), dict.fromkeys(ROLES, agents))
-    assert agents.calls.count("proposal") == 24 - len(done) and 11 <= len(done) < 24
+    curate(tiny_settings(folder, run={"proposals": 60}), dict.fromkeys(ROLES, agents))
+    assert agents.calls.count("proposal") == 60 - len(done) and 11 <= len(done) < 60
     for name in ("questions.jsonl", "funnel.json", "pool.jsonl", "pool_dropped.json"):
         assert (folder / "run" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
