@@ -1,6 +1,7 @@
 """Shared fixtures: the shipped tiny base with its tools and engine, and one batch of real rollouts."""
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from imagent_jax.config import TINY, Config, load_config
 from imagent_jax.rl.batch import pack_batch
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.tiny.world import task_at
+
+# A shell that starts pytest in the background has it ignore Ctrl-C, and all processes that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

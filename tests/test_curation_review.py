@@ -84,7 +84,8 @@ def test_two_reviewers_at_once_lose_nothing_when_the_server_is_killed_and_an_adj
     server = serve(folder, "cleo", options=("--adjudicator",))
     assert server.head.startswith("Showing what reviewers disagree on")
     cleo = Keyboard(browser, server.urls["cleo"])
-    assert cleo.ready("q/2") and cleo.page.inner_text("#voices").split("\n")[-1] == "ben reject: another answer is right too"
+    voices = {"anna accept", "ben reject: another answer is right too"}  # in the order in which they arrived
+    assert cleo.ready("q/2") and voices <= set(cleo.page.inner_text("#voices").split("\n"))
     cleo.press("a")
     assert cleo.ready("q/3")
     cleo.press("r", *"too dark", "Enter")
