@@ -67,7 +67,8 @@ def test_a_command_line_without_a_file_begins_with_the_tiny_run(tmp_path):
 
 def test_the_tiny_run_names_only_what_differs_from_the_defaults():
     named = {f"{s}.{k}": v for s, values in yaml.safe_load(TINY.read_text()).items() for k, v in values.items()}
-    assert named.keys() == {name for name in SETTINGS if load_config(TINY).get(name) != Config().get(name)}
+    tiny, default = load_config(TINY), Config()
+    assert named.keys() == {name for name in SETTINGS if tiny.get(name) != default.get(name)}
 
 
 RUNS = sorted(

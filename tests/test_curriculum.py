@@ -64,7 +64,7 @@ def test_tasks_always_and_never_solved_come_as_rarely_as_the_floor_says():
     iterator = task_iterator(TASKS, 10, seed=3, rates=PassRates(8, 0.2))
     first = sum(drawn_in(iterator, 6), [])
     assert sorted(first) == sorted(task.uid for task in TASKS)  # the first epoch has them all
-    counts = Counter(sum(drawn_in(iterator, 400), []))
+    counts = Counter(sum(drawn_in(iterator, 150), []))
     epochs = iterator.state[""]["next"] / 60 - 1
     often = [counts[uid] / epochs for uid in counts if solved(uid) == 0.5]
     rare = [counts[uid] / epochs for uid in counts if solved(uid) != 0.5]
@@ -73,7 +73,7 @@ def test_tasks_always_and_never_solved_come_as_rarely_as_the_floor_says():
     assert np.mean(rare) == pytest.approx(0.2, abs=4 * np.sqrt(0.2 * 0.8 / (epochs * 40)))  # four standard errors
     assert max(rare) < 0.5
     state = iterator.state[""]
-    assert iterator.metrics()["curriculum/skipped"] == state["skipped"] == state["next"] - 6 * 10 - 400 * 10
+    assert iterator.metrics()["curriculum/skipped"] == state["skipped"] == state["next"] - 6 * 10 - 150 * 10
 
 
 def test_without_a_curriculum_nothing_is_left_out_and_nothing_is_learned():
