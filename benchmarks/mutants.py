@@ -61,7 +61,7 @@ def read_lists(folder: Path = LISTS) -> list[Mutant]:
     """All mutants of the YAML lists in `folder`.
 
     Raises:
-        ValueError: an entry does not apply: its text does not stand exactly once, its test file is missing, or its name is taken.
+        ValueError: an entry does not apply: its text does not stand exactly once, its test is missing, or its name is taken.
     """
     found = [Mutant(**entry) for path in sorted(folder.glob("*.yaml")) for entry in yaml.safe_load(path.read_text())]
     names = set()
@@ -73,8 +73,11 @@ def read_lists(folder: Path = LISTS) -> list[Mutant]:
         if count != 1:
             raise ValueError(f"Mutant {mutant.name!r}: its text stands {count} times in {mutant.file}; it must stand once.")
         for test in mutant.tests.split():
-            if not (ROOT / test.split("::")[0]).is_file():
-                raise ValueError(f"Mutant {mutant.name!r}: there is no test file {test.split('::')[0]}.")
+            file, _, function = test.partition("::")
+            if not (ROOT / file).is_file():
+                raise ValueError(f"Mutant {mutant.name!r}: there is no test file {file}.")
+            if function and f"def {function.partition('[')[0]}(" not in (ROOT / file).read_text():
+                raise ValueError(f"Mutant {mutant.name!r}: there is no test {test}.")
         if mutant.name in names:
             raise ValueError(f"Two mutants are named {mutant.name!r}; rename one.")
         names.add(mutant.name)

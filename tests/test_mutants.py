@@ -42,7 +42,7 @@ def run(folder: Path, new: str, tests: str = HELD, *flags: str) -> subprocess.Co
         ("counted[EndReason.FAULT] = True", HELD, [], 0, "1 of 1 planted bugs caught"),
         ("counted[EndReason.FAULT] = bool(0)", HELD, ["--assume-green"], 1, "LIVES (pytest ended with 0)"),
         ("__import__('time').sleep(99) or True", HELD, ["--assume-green", "--limit=9"], 0, "1 of 1 planted bugs caught"),
-        ("counted[EndReason.FAULT] = True", "tests/test_mask.py::test_nothing", ["--assume-green"], 1, "pytest ended with 4"),
+        ("counted[EndReason.FAULT] = True", "tests/test_mask.py::test_nothing", [], 2, "there is no test tests/test_mask"),
         ("counted[EndReason.FAULT] = True", "tests/test_nothing.py", [], 2, "there is no test file tests/test_nothing.py"),
         ("counted[EndReason.FAULT] = False", HELD, [], 2, "changes nothing; let `new` differ"),
     ],
