@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from imagent_jax.curation.question import Event, Evidence, Question
+from imagent_jax.runs.whole import write_whole
 
 FILE, QUESTIONS = "review.sqlite", "questions.jsonl"
 VERDICTS = ("accept", "mend", "reject", "unsure")
@@ -319,15 +319,14 @@ def export(folder: Path, reviewers: int = 2) -> Path:
     Raises:
         ValueError: see `open_decisions`.
     """
-    path = folder / "decisions.jsonl"
-    part = path.with_suffix(".part")
-    with contextlib.closing(open_decisions(folder)) as decisions, part.open("w", encoding="utf-8") as file:
+    path, lines = folder / "decisions.jsonl", []
+    with contextlib.closing(open_decisions(folder)) as decisions:
         for uid in decisions.questions:
             for decision in decisions.of(uid):
                 more = {
                     "blind": decisions.blind.get(uid, {}).get(decision.reviewer),
                     "state": decisions.settled(uid, reviewers).state,
                 }
-                file.write(json.dumps(dataclasses.asdict(decision) | more, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+                lines.append(json.dumps(dataclasses.asdict(decision) | more, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
     return path

@@ -15,6 +15,7 @@ from imagent_jax.curation.pool import Pool
 from imagent_jax.curation.question import Event, Question
 from imagent_jax.curation.roles import task_of
 from imagent_jax.curation.settings import DifficultySettings
+from imagent_jax.runs.whole import Lines
 from imagent_jax.types import Task
 
 PIECE = 32
@@ -78,16 +79,13 @@ class RateFile:
     """Measured pass rates on disk, a line for each question."""
 
     def __init__(self, path: Path):
-        self.path = path
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        self.rates: dict[str, dict[str, float]] = {row["key"]: row["rates"] for row in rows}
+        self.lines = Lines(path)
+        self.rates: dict[str, dict[str, float]] = {row["key"]: row["rates"] for row in self.lines.values}
 
     def add(self, rates: Mapping[str, dict[str, float]]) -> None:
         """Write rates by key."""
         self.rates |= rates
-        with self.path.open("a") as file:
-            file.writelines(json.dumps({"key": key, "rates": own}) + "\n" for key, own in rates.items())
+        self.lines.add(*({"key": key, "rates": own} for key, own in rates.items()))
 
 
 def measured(

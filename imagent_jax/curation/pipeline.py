@@ -13,7 +13,6 @@ The folder of a run:
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,12 +22,13 @@ from typing import Any
 from imagent_jax.curation.agents import AgentError, Backend
 from imagent_jax.curation.difficulty import RateFile, measured
 from imagent_jax.curation.filters import FILTERS, Benchmarks, Checks, balanced, without_duplicates
-from imagent_jax.curation.groups import Group, make_groups
+from imagent_jax.curation.groups import make_groups
 from imagent_jax.curation.making import Made, Maker
 from imagent_jax.curation.pool import Pool, build_pool
 from imagent_jax.curation.question import Question
 from imagent_jax.curation.roles import Roles, load_backends, load_prompts
 from imagent_jax.curation.settings import Curation
+from imagent_jax.runs.whole import Lines, write_whole
 
 Progress = Callable[[str], None]
 _LATER = {("run", "out"), ("run", "proposals"), ("run", "parallel"), ("run", "failures"), ("filters", "same_text"),
@@ -48,14 +48,9 @@ class Work:
     """
 
     def __init__(self, path: Path):
-        self.path, self.made = path, {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # a killed run may have left a part of a line
-        if len(whole) < len(lines):
-            path.write_bytes(b"".join(whole))
-        for number, line in enumerate(whole, 1):
+        self.lines, self.made = Lines(path), {}
+        for number, values in enumerate(self.lines.values, 1):
             try:
-                values = json.loads(line)
                 question = values["question"] and Question.from_json(json.dumps(values["question"]))
                 self.made[values["number"]] = Made(values["number"], question, values["why"], values["proposal"])
             except (ValueError, KeyError, TypeError) as error:
@@ -65,11 +60,7 @@ class Work:
         """Write a line."""
         self.made[made.number] = made
         question = json.loads(made.question.to_json()) if made.question else None
-        line = {"number": made.number, "question": question, "why": made.why, "proposal": made.proposal}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.lines.add({"number": made.number, "question": question, "why": made.why, "proposal": made.proposal})
 
 
 def check_settings(cfg: Curation, out: Path) -> None:
@@ -93,13 +84,6 @@ def check_settings(cfg: Curation, out: Path) -> None:
                         f"{out} was begun with {section}.{name} {old!r}, not {value!r}; set it back, or name another run.out."
                     )
     write_whole(path, json.dumps(ours, indent=2))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
 
 
 def curate(
@@ -210,6 +194,3 @@ def funnel_of(questions: Sequence[Question], bad: Sequence[Made], failed: Mappin
         "kept": len(kept), "kept after repair": sum(any(e.what == "repaired" for e in q.history) for q in kept),
         "kinds": dict(sorted(Counter(question.kind for question in kept).items())),
     }  # fmt: skip
-
-
-__all__ = ["Group", "Stopped", "check_settings", "curate", "filter_all", "funnel_of", "is_kept", "write_whole"]

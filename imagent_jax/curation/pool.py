@@ -20,6 +20,7 @@ from imagent_jax.config import DataConfig, import_path
 from imagent_jax.curation.likeness import Known, look_of
 from imagent_jax.curation.settings import PoolSettings
 from imagent_jax.images.decode import read_image
+from imagent_jax.runs.whole import write_whole
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 LICENCES = "licences.csv"
@@ -86,8 +87,8 @@ def build_pool(cfg: PoolSettings, seed: int, out: Path, progress: Callable[[str]
         pictures, dropped = _kept(cfg, out, progress)
         if not pictures:
             raise ValueError(f"pool.path {cfg.path} has no picture that can be used ({dropped}); name another source.")
-        _write(out / "pool_dropped.json", json.dumps(dropped, indent=2))
-        _write(out / "pool.jsonl", "".join(json.dumps(asdict(picture), ensure_ascii=False) + "\n" for picture in pictures))
+        write_whole(out / "pool_dropped.json", json.dumps(dropped, indent=2))
+        write_whole(out / "pool.jsonl", "".join(json.dumps(asdict(picture), ensure_ascii=False) + "\n" for picture in pictures))
     return Pool(out)
 
 
@@ -126,13 +127,6 @@ def _kept(cfg: PoolSettings, out: Path, progress: Callable[[str], None]) -> tupl
 def _suffix(data: bytes) -> str:
     with Image.open(io.BytesIO(data)) as image:
         return {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}.get(image.format or "", ".img")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.rename(path)
 
 
 # ---- sources ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from imagent_jax.data.check import TaskCheck
 from imagent_jax.evals.benchmark import Benchmark, Questions
 from imagent_jax.evals.benchmarks import named
 from imagent_jax.rollout.collect import Collector
+from imagent_jax.runs.whole import Lines
 from imagent_jax.types import EndReason, Task, Trajectory
 
 Record = dict[str, Any]
@@ -114,25 +114,21 @@ class Pieces:
     """
 
     def __init__(self, path: Path | None, key: str):
-        self.path, self.done = path, []
+        self.lines, self.done = None, []
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # a killed evaluation may have left a part of a line
-        if whole and json.loads(whole[0])["key"] != key:
+        self.lines = Lines(path)
+        if not self.lines.values:
+            self.lines.add({"key": key})
+        head, *self.done = self.lines.values
+        if head["key"] != key:
             raise ValueError(f"{path} was sampled with other settings, data or model; choose another --out, or delete it.")
-        self.done = [json.loads(line) for line in whole[1:]]
-        with open(path, "wb") as file:
-            file.writelines(whole or [json.dumps({"key": key}).encode() + b"\n"])
 
     def add(self, piece: Record) -> None:
         self.done.append(piece)
-        if self.path is not None:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(piece, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        if self.lines:
+            self.lines.add(piece)
 
 
 def sample(
