@@ -50,7 +50,7 @@ def killed_and_resumed(server, folder: Path, items: int, kills: int, timeout_s: 
         return process
 
     names, moments, kept = Endpoint(config(server.url, str(folder / "cut"))), [], {}
-    paths = {str(item): names.path(names.key(asked(item), SCHEMA)) for item in range(items)}
+    paths = {str(item): names.path(asked(item), SCHEMA) for item in range(items)}
     for kill in range(kills):
         process = start()
         while sum(path.exists() for path in paths.values()) < items * (kill + 1) // (kills + 2):

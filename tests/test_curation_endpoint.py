@@ -69,10 +69,10 @@ def test_sampling_settings_and_the_key_are_sent(server, tmp_path, monkeypatch):
 def test_an_answer_depends_on_all_that_is_asked_and_on_no_address(server, tmp_path):
     first = config(server.url, str(tmp_path))
     changes = [{}, {"model": "n"}, {"seed": 1}, {"temperature": 0.0}, {"max_tokens": 5}]
-    keys = [Endpoint(config(server.url, str(tmp_path), **change)).key(asked(1), SCHEMA) for change in changes]
-    keys += [Endpoint(first).key(asked(2), SCHEMA), Endpoint(first).key(asked(1), {"type": "object"})]
+    keys = [Endpoint(config(server.url, str(tmp_path), **change)).path(asked(1), SCHEMA) for change in changes]
+    keys += [Endpoint(first).path(asked(2), SCHEMA), Endpoint(first).path(asked(1), {"type": "object"})]
     assert len(set(keys)) == 7
-    assert Endpoint(config("http://elsewhere/v1", str(tmp_path), parallel=3)).key(asked(1), SCHEMA) == keys[0]
+    assert Endpoint(config("http://elsewhere/v1", str(tmp_path), parallel=3)).path(asked(1), SCHEMA) == keys[0]
 
 
 @pytest.mark.parametrize("forms", [["json_object"], []])
@@ -242,7 +242,7 @@ def test_equal_requests_at_once_are_one(server, endpoint):
 
 def test_of_two_processes_the_first_answer_stays(server, tmp_path):
     mine, other = (Endpoint(config(server.url, str(tmp_path))) for _ in range(2))
-    path = mine.path(mine.key(asked(4), SCHEMA))
+    path = mine.path(asked(4), SCHEMA)
     server.tell(pause=2.0)
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(mine.complete, asked(4), SCHEMA)
@@ -257,7 +257,7 @@ def test_of_two_processes_the_first_answer_stays(server, tmp_path):
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"answer": {"item": 4}}'])
 def test_a_damaged_file_is_asked_for_again(server, endpoint, damage):
     endpoint.complete(asked(4), SCHEMA)
-    path = endpoint.path(endpoint.key(asked(4), SCHEMA))
+    path = endpoint.path(asked(4), SCHEMA)
     path.write_text(damage)
     assert endpoint.complete(asked(4), SCHEMA)["square"] == 16 and server.stats()["asked"] == {"4": 2}
     assert json.loads(path.read_text())["answer"]["square"] == 16

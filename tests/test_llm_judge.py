@@ -357,7 +357,7 @@ def test_a_reply_that_cannot_be_kept_is_a_fault(cfg, tmp_path):
 def test_a_reply_that_cannot_be_read_back_is_a_fault(cfg, monkeypatch):
     with serving() as server:
         functions = reward_functions(ONLY, replace(cfg, base_url=server.url))
-        monkeypatch.setattr(llm_judge, "_write", lambda path, record: None)
+        monkeypatch.setattr(llm_judge, "keep", lambda path, record: None)
         [scored] = score_trajectories(said("a bus"), functions)
     assert "cannot be read" in scored["fault"] and scored["total"] == 0.0
 

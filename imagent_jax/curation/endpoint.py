@@ -6,13 +6,11 @@ rest. Requests are not streamed, because a cut stream of events cannot be told f
 
 import contextlib
 import email.utils
-import hashlib
 import json
 import os
 import random
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -22,6 +20,7 @@ from typing import Any
 
 from imagent_jax.config.settings import setting
 from imagent_jax.curation.agents import AgentError
+from imagent_jax.tools.kept import keep, kept_path, read_kept
 from imagent_jax.tools.post import check_url, clean
 from imagent_jax.types import quote
 
@@ -57,7 +56,7 @@ class EndpointConfig:
         return {name: value for name, value in named.items() if value is not None}
 
 
-class Unusable(Exception):
+class Unusable(ValueError):
     """The model replied, but not with an object of the schema. Attributes: `reply`, what it said."""
 
     def __init__(self, why: str, reply: str):
@@ -97,7 +96,7 @@ class Endpoint:
         )
         self.refused = (openai.BadRequestError, openai.UnprocessableEntityError)
         self._slots, self._lock, self._stop = threading.BoundedSemaphore(cfg.parallel), threading.Lock(), threading.Event()
-        self._running: dict[str, Future[str]] = {}
+        self._running: dict[Path, Future[str]] = {}
         self._counts, self._form, self._not_before, self._dead = Counter(), 0, 0.0, ""
 
     @property
@@ -112,14 +111,9 @@ class Endpoint:
         self._stop.set()
         self.client.close()
 
-    def key(self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> str:
-        """Return the name of an answer on disk: the hash of model, messages, schema and sampling settings."""
-        asked = json.dumps([self.cfg.model, list(messages), schema, self.cfg.sampling], sort_keys=True)
-        return hashlib.sha256(asked.encode()).hexdigest()
-
-    def path(self, key: str) -> Path:
-        """Return the file of an answer."""
-        return self.folder / key[:2] / f"{key}.json"
+    def path(self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> Path:
+        """Return the file of an answer, by model, messages, schema and sampling settings."""
+        return kept_path(self.folder, self.cfg.model, list(messages), schema, self.cfg.sampling)
 
     def complete(self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model's answer, an object that matches the schema: the one on disk, or a new one.
@@ -130,20 +124,20 @@ class Endpoint:
         Raises:
             AgentError: there is no such answer, or it cannot be kept.
         """
-        key = self.key(messages, schema)
+        path = self.path(messages, schema)
         with self._lock:
             self._counts["items"] += 1
-            running = self._running.get(key)
+            running = self._running.get(path)
             if first := running is None:
-                running = self._running[key] = Future()
+                running = self._running[path] = Future()
         if first:
             try:
-                running.set_result(self._kept_or_asked(self.path(key), messages, schema))
+                running.set_result(self._kept_or_asked(path, messages, schema))
             except BaseException as error:
                 running.set_exception(error)
             finally:
                 with self._lock:
-                    del self._running[key]
+                    del self._running[path]
         return json.loads(running.result())
 
     def check(self) -> None:
@@ -164,13 +158,17 @@ class Endpoint:
 
     def _kept_or_asked(self, path: Path, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> str:
         """Return an answer as JSON, as it stands on disk."""
+
+        def answer(record: Any) -> str:
+            return json.dumps(read_answer(json.dumps(record["answer"]), schema))
+
         try:
-            if (kept := _read(path, schema)) is not None:
+            if (kept := read_kept(path, answer)) is not None:
                 with self._lock:
                     self._counts["kept"] += 1
                 return kept
-            _write(path, self._ask(messages, schema) | {"model": self.cfg.model})
-            kept = _read(path, schema)
+            keep(path, self._ask(messages, schema) | {"model": self.cfg.model})
+            kept = read_kept(path, answer)
         except OSError as error:
             raise AgentError(f"An answer cannot be kept in {path} ({error}); make room, or set another cache_dir.") from None
         if kept is None:
@@ -324,26 +322,3 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 def _words(error: Exception) -> str:
     return " ".join(clean(str(error)).split()).rstrip(".")[:200] or "nothing in time"
-
-
-def _read(path: Path, schema: Mapping[str, Any]) -> str | None:
-    """Return a kept answer as JSON; None: there is none, or its file is damaged, and then deleted."""
-    try:
-        return json.dumps(read_answer(json.dumps(json.loads(path.read_bytes())["answer"]), schema))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError, Unusable):
-        path.unlink(missing_ok=True)
-        return None
-
-
-def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """Keep an answer, whole or not at all. Of several processes that ask the same, the first one's answer stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{uuid.uuid4()}.part")
-    try:
-        part.write_text(json.dumps(record))
-        with contextlib.suppress(FileExistsError):
-            os.link(part, path)
-    finally:
-        part.unlink(missing_ok=True)

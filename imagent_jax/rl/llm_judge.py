@@ -6,16 +6,15 @@ nothing twice.
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from imagent_jax.config import JudgeConfig
+from imagent_jax.tools.kept import keep, kept_path, read_kept
 from imagent_jax.types import EndReason, Task, Trajectory, quote
 
 PROMPT = """You grade the answer that an assistant gave to a question about images. You do not see the images. \
@@ -112,11 +111,10 @@ class LLMJudge:
         Raises:
             OSError: there was no reply with a score, or it cannot be written.
         """
-        key = hashlib.sha256(json.dumps([self.cfg.model, prompt]).encode()).hexdigest()
-        path = self.folder / key[:2] / f"{key}.json"
-        if (score := _read(path)) is None:
-            _write(path, {"model": self.cfg.model, "prompt": prompt, "reply": await self._ask(prompt)})
-            if (score := _read(path)) is None:
+        path = kept_path(self.folder, self.cfg.model, prompt)
+        if (score := read_kept(path, _score)) is None:
+            keep(path, {"model": self.cfg.model, "prompt": prompt, "reply": await self._ask(prompt)})
+            if (score := read_kept(path, _score)) is None:
                 raise OSError(f"The reply of the judge that was just written to {path} cannot be read.")
         return score
 
@@ -181,26 +179,8 @@ def _quoted(value: str | list[str]) -> str:
     return _MARKER.sub(lambda mark: f"\\u{ord(mark[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
-def _read(path: Path) -> float | None:
-    """Return the score in a kept reply; None: there is none, or its file is damaged, and then deleted."""
-    try:
-        score = verdict(json.loads(path.read_text())["reply"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError):
-        score = None
-    if score is None:
-        path.unlink(missing_ok=True)
+def _score(record: Any) -> float:
+    """Return the score in a kept reply, or raise ValueError."""
+    if (score := verdict(record["reply"])) is None:
+        raise ValueError("there is no score")
     return score
-
-
-def _write(path: Path, record: dict[str, str]) -> None:
-    """Keep a reply, whole or not at all. Of several processes that ask the same, the first one's reply stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{uuid.uuid4()}.part")
-    try:
-        part.write_text(json.dumps(record, ensure_ascii=False))
-        with contextlib.suppress(FileExistsError):
-            os.link(part, path)
-    finally:
-        part.unlink(missing_ok=True)
