@@ -141,7 +141,7 @@ def test_a_mended_question_is_what_the_reviewer_wrote(folder):
     question = read_questions(folder)["q/1"]
     changes = {"text": " Which? ", "options": ["one", "two "], "answer": "A", "evidence": [{"image": 2, "box": [1, 2, 3, 4]}]}
     wanted = replace(question, text="Which?", options=("one", "two"), answer="A", evidence=(Evidence(2, (1, 2, 3, 4)),))
-    assert mend(question, changes) == wanted
+    assert mend(question, changes) == replace(wanted, answer_type="choice")  # a task with options has no other
 
 
 def test_a_moved_box_keeps_what_it_shows_and_another_image_does_not(folder):
@@ -150,6 +150,15 @@ def test_a_moved_box_keeps_what_it_shows_and_another_image_does_not(folder):
     moved = [{"image": 1, "box": [1, 2, 3, 4]}, {"image": 1, "box": [5, 6, 7, 8]}, {"image": 2, "box": [5, 6, 7, 8]}]
     made = mend(replace(question, evidence=(first, second)), {"evidence": moved})
     assert made.evidence == (replace(first, box=(1, 2, 3, 4)), Evidence(1, (5, 6, 7, 8)), Evidence(2, (5, 6, 7, 8)))
+
+
+def test_a_mended_answer_is_of_its_type_and_options_make_it_a_choice(folder):
+    question = replace(read_questions(folder)["q/1"], options=(), answer="4", answer_type="number")
+    assert mend(question, {"answer": "5"}).answer == "5"
+    with pytest.raises(ValueError, match="'many' is not a number"):
+        mend(question, {"answer": "many"})
+    made = mend(question, {"options": ["4", "5"], "answer": "B"})
+    assert (made.answer_type, made.options, made.answer) == ("choice", ("4", "5"), "B")
 
 
 def test_what_decisions_come_to(folder):

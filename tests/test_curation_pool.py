@@ -12,8 +12,9 @@ from PIL import Image
 
 from imagent_jax.curation.groups import make_groups
 from imagent_jax.curation.likeness import Known, histogram, look_of
-from imagent_jax.curation.pool import Pool, build_pool, pictures_of
+from imagent_jax.curation.pool import Pool, build_pool, pictures_of, showable
 from imagent_jax.curation.settings import GroupSettings, PoolSettings
+from imagent_jax.images.decode import read_image
 from imagent_jax.tiny.world import make_scene
 
 NAMES = ("astronaut", "coffee", "chelsea", "rocket", "camera", "coins", "page", "brick", "grass", "gravel", "moon")
@@ -209,3 +210,21 @@ def test_an_embedding_of_ones_own_decides_what_is_alike(pool, monkeypatch):
         (n for n in light if n != group.images[0]), key=lambda n: abs(np.arctan(light[n]) - np.arctan(light[group.images[0]]))
     )
     assert group.images[1] == nearest
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_picture_is_sent_as_it_is_or_as_an_upright_png(kind, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    options = {} if kind in ("GIF", "BMP") else {"exif": exif}
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)).save(file := io.BytesIO(), kind, **options)
+    data, mime = showable(file.getvalue())
+    turned = turn == 6 and bool(options)
+    if kind in ("TIFF", "BMP") or turned:
+        assert mime == "image/png" and data[:4] == b"\x89PNG"
+    else:
+        assert (data, mime) == (file.getvalue(), f"image/{kind.lower()}")
+    plain = Image.open(io.BytesIO(data))  # as a server sees it that knows no EXIF
+    assert plain.size == ((24, 40) if turned else (40, 24))
+    assert np.array_equal(plain.convert("RGB"), read_image(file.getvalue()))

@@ -107,9 +107,12 @@ def mend(question: Question, changes: Mapping[str, Any]) -> Question:
         made = dataclasses.replace(question, **values)
     except (TypeError, KeyError) as error:
         raise ValueError(f"the changes have another form than expected ({error})") from None
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(made.options)]
-    if made.options and (len(made.options) > 26 or made.answer not in [*letters]):
-        raise ValueError(f"with options, the answer is the letter of one, {letters[0]} to {letters[-1]}, not {made.answer!r}")
+    if made.options:
+        letters, made = made.letters, dataclasses.replace(made, answer_type="choice")
+        if len(made.options) > len(letters) or made.answer not in [*letters]:
+            raise ValueError(f"with options, the answer is the letter of one, {letters[0]} to {letters[-1]}, not {made.answer!r}")
+    if not made.right(made.answer):
+        raise ValueError(f"the answer {made.answer!r} does not score against itself")
     if made == question:
         raise ValueError("nothing is changed; accept the question, or change something")
     return made

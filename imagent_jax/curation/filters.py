@@ -15,7 +15,7 @@ from imagent_jax.curation.question import SIDE, Event, Evidence, Question
 from imagent_jax.curation.roles import Roles
 from imagent_jax.curation.settings import AgentSettings, FilterSettings
 from imagent_jax.images.decode import read_image
-from imagent_jax.scoring import is_right, normalise, score
+from imagent_jax.scoring import normalise, score
 
 FILTERS = {
     "schema": "the proposal is no question: a place is missing or empty, or the answer is not of its type",
@@ -35,11 +35,6 @@ FILTERS = {
 """What each filter drops, in the order in which they act."""
 UNMENDABLE = {"benchmark", "options"}
 """Filters whose findings no repairer can mend."""
-
-
-def right(answer: str, question: Question) -> bool:
-    """Return whether an answer is the claimed one."""
-    return is_right(score(answer, question.answer, question.answer_type), question.answer_type)
 
 
 def dropped(question: Question, name: str, why: str) -> Question:
@@ -93,11 +88,9 @@ class Checks:
 
     def _text(self, question: Question) -> tuple[list[Event], list[tuple[str, str]]]:
         answer, sure = self.roles.from_text(question)
-        hit = sure and right(answer, question)
-        events = [
-            Event("attacker", "attacked", {"with": "text", "answer": answer, "sure": sure, "right": right(answer, question)})
-        ]
-        return events, [("needs_images", f"the text alone gives {answer!r}")] if hit else []
+        facts = {"with": "text", "answer": answer, "sure": sure, "right": question.right(answer)}
+        found = [("needs_images", f"the text alone gives {answer!r}")] if sure and facts["right"] else []
+        return [Event("attacker", "attacked", facts)], found
 
     def _boxes(self, question: Question) -> tuple[list[Event], list[tuple[str, str]]]:
         events = []
@@ -113,7 +106,7 @@ class Checks:
         events, found = [], []
         for number in range(1, len(question.images) + 1) if question.several else ():
             answer, sure = self.roles.from_image(question, number)
-            facts = {"with": f"Image {number}", "answer": answer, "sure": sure, "right": right(answer, question)}
+            facts = {"with": f"Image {number}", "answer": answer, "sure": sure, "right": question.right(answer)}
             events.append(Event("attacker", "attacked", facts))
             if sure and facts["right"]:
                 found.append(("needs_several", f"Image {number} alone gives {answer!r}"))
@@ -126,7 +119,7 @@ class Checks:
         for number in range(count):
             looks = self.agents.looks if number < self.agents.with_tools else 0
             answer, used = self.roles.answer(question, f"answerer {number + 1}", looks)
-            hit = right(answer, question)
+            hit = question.right(answer)
             hits += hit
             facts = {"answer": answer, "right": hit, "looks": used, "tools": looks > 0}
             events.append(Event(f"answerer {number + 1}", "answered", facts))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from imagent_jax.curation.agents import AgentError
-from imagent_jax.curation.filters import UNMENDABLE, Checks, dropped, right
+from imagent_jax.curation.filters import UNMENDABLE, Checks, dropped
 from imagent_jax.curation.groups import Group
 from imagent_jax.curation.question import Event, Evidence, Question
 from imagent_jax.curation.roles import ANSWER_TYPES, Roles
 from imagent_jax.curation.settings import AgentSettings
-from imagent_jax.scoring import BadReference
 
 
 class BadProposal(Exception):
@@ -92,14 +91,14 @@ class Maker:
         options = sorted(
             [question.answer, *wrong], key=lambda text: hashlib.sha256(f"{self.seed} {question.uid} {text}".encode()).digest()
         )
-        letter = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[options.index(question.answer)]
+        letter = string.ascii_uppercase[options.index(question.answer)]
         event = Event("distractors", "offered", {"options": options, "answer": question.answer, "type": question.answer_type})
         return question.after(event, options=tuple(options), answer=letter, answer_type="choice")
 
 
 def _plain_answer(question: Question) -> str:
     """Return the answer as text: of a question with options, that of its letter."""
-    return question.options["ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(question.answer)] if question.options else question.answer
+    return question.options[question.letters.index(question.answer)] if question.options else question.answer
 
 
 def _plain_type(question: Question) -> str:
@@ -127,13 +126,8 @@ def question_of(proposal: Mapping[str, Any], uid: str, images: Sequence[str], gr
             uid, proposal["question"].strip(), tuple(images), proposal["answer"].strip(), proposal["kind"], places,
             proposal["several"] is True, (), group, proposal["answer_type"],
         )  # fmt: skip
-        if not right(question.answer, question):
+        if not question.right(question.answer):
             raise BadProposal(f"the answer {question.answer!r} does not score against itself")
-    except BadReference as error:
-        raise BadProposal(str(error)) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadProposal(f"{error}" if isinstance(error, ValueError) else f"it lacks a part ({error!r})") from None
     return question
-
-
-__all__ = ["AgentError", "BadProposal", "Made", "Maker", "question_of"]

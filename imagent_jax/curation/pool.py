@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from imagent_jax.config import DataConfig, import_path
 from imagent_jax.curation.likeness import Known, look_of
@@ -127,6 +127,16 @@ def _kept(cfg: PoolSettings, out: Path, progress: Callable[[str], None]) -> tupl
 def _suffix(data: bytes) -> str:
     with Image.open(io.BytesIO(data)) as image:
         return {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}.get(image.format or "", ".img")
+
+
+def showable(data: bytes) -> tuple[bytes, str]:
+    """Return an image file that every server and browser shows upright, and its MIME type: this one or a PNG."""
+    with Image.open(io.BytesIO(data)) as image:
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        if upright and image.format in ("JPEG", "PNG", "WEBP", "GIF"):
+            return data, f"image/{image.format.lower()}"
+    read_image(data).save(out := io.BytesIO(), "PNG")
+    return out.getvalue(), "image/png"
 
 
 # ---- sources ----------------------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from imagent_jax.scoring import is_right, score
 
 KINDS = ("read", "count", "compare", "order", "locate", "relate", "difference", "sum")
 """What a question asks for; "difference" is spot the difference, "sum" is sum up."""
@@ -90,6 +93,19 @@ class Question:
     def after(self, event: Event, **changes: Any) -> "Question":
         """Return the question with changed fields and the event at the end of its history."""
         return dataclasses.replace(self, **changes, history=(*self.history, event))
+
+    @property
+    def letters(self) -> str:
+        """Letters of the options, in order."""
+        return string.ascii_uppercase[: len(self.options)]
+
+    def right(self, answer: str) -> bool:
+        """Return whether an answer is the claimed one.
+
+        Raises:
+            ValueError: the claimed answer is not of its type.
+        """
+        return is_right(score(answer, self.answer, self.answer_type), self.answer_type)
 
     def to_json(self) -> str:
         """Return one line of JSON, the inverse of `from_json`."""

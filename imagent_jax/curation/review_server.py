@@ -2,7 +2,6 @@
 
 import contextlib
 import hmac
-import io
 import ipaddress
 import json
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from imagent_jax.curation.decisions import BLIND, VERDICTS, Decision, Decisions
+from imagent_jax.curation.pool import showable
 
 ASSETS = Path(__file__).parent / "assets"
 PAGES = {
@@ -23,8 +23,6 @@ PAGES = {
     "/review.js": (ASSETS / "review.js", "text/javascript; charset=utf-8"),
     "/theme.css": (ASSETS.parent.parent / "runs" / "assets" / "theme.css", "text/css; charset=utf-8"),
 }
-SHOWN = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
-"""Files that every browser shows; others are converted."""
 MOST_BYTES = 1 << 20
 
 
@@ -244,14 +242,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.review.pool.get(name)
         if path is None:
             raise Refused(404, f"There is no picture {name!r}.")
-        if kind := SHOWN.get(path.suffix.lower()):
-            self._send(200, path.read_bytes(), kind, "private, max-age=3600")
-            return
-        from imagent_jax.images.decode import read_image
-
-        made = io.BytesIO()
-        read_image(path.read_bytes()).save(made, "PNG")
-        self._send(200, made.getvalue(), "image/png", "private, max-age=3600")
+        self._send(200, *showable(path.read_bytes()), "private, max-age=3600")
 
     def _json(self, values: dict[str, Any], status: int = 200) -> None:
         self._send(status, json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"), "application/json")

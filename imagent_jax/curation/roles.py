@@ -14,7 +14,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from imagent_jax.curation.agents import AgentError, Backend, load_backend
-from imagent_jax.curation.pool import Pool
+from imagent_jax.curation.pool import Pool, showable
 from imagent_jax.curation.question import KINDS, SIDE, Evidence, Question
 from imagent_jax.curation.settings import AgentSettings, FilterSettings
 from imagent_jax.types import Task
@@ -174,8 +174,7 @@ class Roles:
 
 def asked(question: Question) -> str:
     """Return the question and its options as agents see them."""
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    options = [f"{letter}. {option}" for letter, option in zip(letters, question.options, strict=False)]
+    options = [f"{letter}. {option}" for letter, option in zip(question.letters, question.options, strict=True)]
     return "\n".join([f"Question: {question.text}", *options])
 
 
@@ -221,8 +220,8 @@ def _text(words: str) -> dict[str, Any]:
 
 
 def _picture(data: bytes) -> dict[str, Any]:
-    kind = "png" if data[:4] == b"\x89PNG" else "gif" if data[:3] == b"GIF" else "webp" if data[8:12] == b"WEBP" else "jpeg"
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}
+    data, kind = showable(data)
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
 
 
 def _png(image: Image.Image) -> bytes:
