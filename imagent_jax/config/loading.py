@@ -51,7 +51,7 @@ class Config:
         Raises:
             ValueError: an unknown or ill-typed key (the nearest valid name is given), or values that do not go together.
         """
-        _check_names(values)
+        check_names(values)
         return _build(_checked(_parser().parse_object, copy.deepcopy(values)))  # the parser changes nested mappings in place
 
     @classmethod
@@ -151,7 +151,7 @@ class Config:
                 raise ValueError(f"{place}.weight is {source.weight:g}; it must be a number above 0, or leave the source out.")
             for reward, weight in source.reward.items():
                 if reward not in (*weights, "environment"):
-                    raise ValueError(f"{place}.reward has {reward!r}, which is no reward of the run; {_nearest(reward, weights)}")
+                    raise ValueError(f"{place}.reward has {reward!r}, which is no reward of the run; {nearest(reward, weights)}")
                 if not math.isfinite(weight):
                     raise ValueError(f"{place}.reward.{reward} is {weight}; it must be a finite number.")
             if not any((weights | source.reward).values()) and not self._paid_by(source.environment):
@@ -223,7 +223,7 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ValueError: no such file, not a YAML mapping, or see `Config.from_dict`.
     """
-    return Config.from_dict(_read_file(path))
+    return Config.from_dict(read_file(path))
 
 
 def read_args(argv: Sequence[str], program: str = "imagent_jax.train") -> Config:
@@ -237,12 +237,12 @@ def read_args(argv: Sequence[str], program: str = "imagent_jax.train") -> Config
     for arg in argv:
         name = re.sub(r"^(data\.mixture|tools\.settings)\..+", r"\1", arg[2:].partition("=")[0])  # `--data.mixture.NAME.weight=2`
         if arg.startswith("--") and name not in ("help", "config", "", *SETTINGS):
-            raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
+            raise ValueError(f"There is no setting {name!r}; {nearest(name, SETTINGS)}")
     parser = _parser(program)
     base = parser.get_defaults()
     for path in _checked(parser.parse_args, list(argv)).config or (TINY,):
-        values = _read_file(path)
-        _check_names(values)
+        values = read_file(path)
+        check_names(values)
         base = _checked(parser.parse_object, values, cfg_base=base)
     return _build(_checked(parser.parse_args, list(argv), namespace=base))
 
@@ -323,7 +323,7 @@ def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Name
         message = " ".join(str(error).split())
         ill = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: ?(.*?)(?: Subclass types expect.*)?', message)
         if found := re.search(r"data\.mixture.* Option '([^']+)' is not accepted", message):
-            raise ValueError(f"A source of data.mixture has no setting {found[1]!r}; {_nearest(found[1], _SOURCE)}") from None
+            raise ValueError(f"A source of data.mixture has no setting {found[1]!r}; {nearest(found[1], _SOURCE)}") from None
         if ill and (found := re.search(r'data\.mixture.* Parser key "(\w+)"', message)):
             kind = kind_in_words(_SOURCE[found[1]])
             raise ValueError(f"A source of data.mixture has {found[1]} {ill[2]!r}; it must be {kind}.") from None
@@ -336,23 +336,22 @@ def _checked(parse: Callable[..., Namespace], *args: Any, **kwargs: Any) -> Name
         raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}; see --help for every setting.") from None
 
 
-def _check_names(values: dict[str, Any]) -> None:
+def check_names(values: Mapping[str, Any], names: Iterable[str] = SETTINGS) -> None:
+    """Raise ValueError for a section or setting of nested dictionaries that is none of `names`, which are dotted."""
+    sections: dict[str, str] = {}
+    for name in names:
+        sections.setdefault(name.partition(".")[0], name)
     for section, settings in values.items():
-        if section not in _SECTIONS:
-            raise ValueError(f"There is no section {section!r}; {_nearest(str(section), _SECTIONS)}")
-        if not isinstance(settings, dict):
-            raise ValueError(f"Section {section!r} must hold settings, such as {_example(section)}, not {settings!r}.")
+        if section not in sections:
+            raise ValueError(f"There is no section {section!r}; {nearest(str(section), sections)}")
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"Section {section!r} must hold settings, such as {sections[section]}, not {settings!r}.")
         for key in settings:
-            if f"{section}.{key}" not in SETTINGS:
-                name = f"{section}.{key}"
-                raise ValueError(f"There is no setting {name!r}; {_nearest(name, SETTINGS)}")
+            if (name := f"{section}.{key}") not in names:
+                raise ValueError(f"There is no setting {name!r}; {nearest(name, names)}")
 
 
-def _example(section: str) -> str:
-    return next(name for name in SETTINGS if name.startswith(f"{section}."))
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """The valid name closest to `name`: one that ends in it, else the most similar, else where to look."""
     names = list(names)
     last = name.rpartition(".")[2]
@@ -379,7 +378,12 @@ def kind_in_words(kind: Any) -> str:
     return words.get(kind, "a list of names, such as [a, b]")
 
 
-def _read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Return the sections of a YAML file.
+
+    Raises:
+        ValueError: there is no such file, or it holds none.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"There is no config file {path}.")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from imagent_jax.config import read_own
+from imagent_jax.config.loading import check_names, nearest, read_file
 from imagent_jax.config.settings import Table, setting
 
 
@@ -124,15 +123,8 @@ class Curation:
         Raises:
             ValueError: an unknown section or setting (the nearest is named), or values that cannot be.
         """
-        sections, names = typing.get_type_hints(cls), setting_names()
-        for section, given in values.items():
-            if section not in sections:
-                raise ValueError(f"There is no section {section!r}; {_nearest(str(section), [*sections])}")
-            if not isinstance(given, Mapping):
-                raise ValueError(f"Section {section!r} must hold settings, not {given!r}.")
-            for key in given:
-                if (name := f"{section}.{key}") not in names:
-                    raise ValueError(f"There is no setting {name!r}; {_nearest(name, names)}")
+        check_names(values, setting_names())
+        sections = typing.get_type_hints(cls)
         made = cls(**{name: read_own(kind, values.get(name, {}), name) for name, kind in sections.items()})
         made.check()
         return made
@@ -170,8 +162,9 @@ def read_arguments(files: Sequence[str], overrides: Sequence[str]) -> Curation:
     """
     values: dict[str, dict[str, Any]] = {}
     for file in files:
-        for section, given in _read(Path(file).expanduser()).items():
-            values[section] = values.get(section, {}) | given if isinstance(given, dict) else given
+        given = read_file(file)
+        check_names(given, setting_names())
+        values = {section: values.get(section, {}) | given.get(section, {}) for section in [*values, *given]}
     left = list(overrides)
     while left:
         name, equals, value = left.pop(0).partition("=")
@@ -181,26 +174,9 @@ def read_arguments(files: Sequence[str], overrides: Sequence[str]) -> Curation:
             raise ValueError(f"{name} needs a value, as in {name}=VALUE.")
         section, _, key = name[2:].partition(".")
         if f"{section}.{key}" not in setting_names():
-            raise ValueError(f"There is no setting {name[2:]!r}; {_nearest(name[2:], setting_names())}")
+            raise ValueError(f"There is no setting {name[2:]!r}; {nearest(name[2:], setting_names())}")
         values.setdefault(section, {})[key] = yaml.safe_load(value if equals else left.pop(0))
     return Curation.from_dict(values)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"There is no config file {path}.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{path} must hold sections with settings, such as 'run:' with 'proposals: 100' below it.")
-    return values or {}
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}."
 
 
 def _plain(value: Any) -> Any:
