@@ -363,9 +363,10 @@ class EvalConfig:
         (), "benchmarks evaluated whenever held-out tasks are, NAME or NAME=PATH of their files (docs/benchmarks.md)"
     )
     samples: int = setting(1, "k of Avg@k: samples of each question of a benchmark", least=1)
-    prompt: Literal["agent", "benchmark"] = setting(
-        "agent", "of benchmarks: question and options as in training, or the benchmark's own prompt"
+    prompt: Literal["agent", "benchmark", "published"] = setting(
+        "agent", "of benchmarks: question and options as in training, the benchmark's own prompt, or its published loop"
     )
+    published_texts: str = setting("", "YAML file with the texts of published loops ('': in words of our own)")
     shuffle_options: Literal["auto", "on", "off"] = setting(
         "auto", "order of options in benchmarks (auto: shuffled where the released order gives the answer away)"
     )

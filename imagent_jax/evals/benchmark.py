@@ -38,6 +38,7 @@ class Benchmark:
         headline: the average that is published: "micro" (over rows), or the grouping whose groups count equally ("macro").
         shuffle: options are shown in an order by seed, as they stand in an order that gives the answer away.
         judged: the published score needs a language model as a judge.
+        loop: name of the loop in which it was published (`evals.published.FORMS`); "": it is one reply.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Benchmark:
     headline: str = "micro"
     shuffle: bool = False
     judged: bool = False
+    loop: str = ""
 
     def sources(self, path: str = "") -> list[Source]:
         """Return the files at a path (a file, a folder, a pattern), or the data set on the hub without one.

@@ -13,6 +13,7 @@ from imagent_jax.config import Config
 from imagent_jax.data.check import TaskCheck
 from imagent_jax.evals.benchmark import Benchmark, Questions
 from imagent_jax.evals.benchmarks import named
+from imagent_jax.evals.published import Dialogue, PublishedLoop, plain_collector
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.runs.whole import Lines
 from imagent_jax.types import EndReason, Task, Trajectory
@@ -30,11 +31,13 @@ class Opened:
     Attributes:
         questions: in the order in which they are asked.
         prompted: whether the benchmark's own prompt is shown, and the reply read without answer markup.
+        loop: the published loop in which they are asked instead.
     """
 
     benchmark: Benchmark
     questions: Questions
     prompted: bool
+    loop: PublishedLoop | None = None
 
     def count(self, limit: int | None) -> int:
         """Return how many rows are asked: at most `limit`, but all of the last question of a circular benchmark. None: all."""
@@ -44,34 +47,34 @@ class Opened:
             n += 1
         return n
 
-    def shown(self, begin: int, end: int) -> list[Task]:
-        """Return tasks as the policy sees them."""
-        tasks = self.questions[begin:end]
-        return [self.benchmark.prompted(task) for task in tasks] if self.prompted else tasks
-
 
 class _Check:
-    """Tries whether a run can use a task as it is shown (`data.check.TaskCheck`)."""
+    """Tries whether a run can use a task as it is first shown (`data.check.TaskCheck`)."""
 
-    def __init__(self, check: TaskCheck, benchmark: Benchmark, prompted: bool):
-        self.check, self.benchmark, self.prompted = check, benchmark, prompted
-        self.fingerprint = f"{check.fingerprint} {prompted}"
+    def __init__(self, check: TaskCheck, show: Callable[[Task], Task], about: str):
+        self.check, self.show, self.fingerprint = check, show, f"{check.fingerprint} {about}"
 
     def __call__(self, task: Task, sizes: Sequence[tuple[int, int]]) -> None:
-        self.check(self.benchmark.prompted(task) if self.prompted else task, sizes)
+        self.check(self.show(task), sizes)
 
 
 def open_benchmark(spec: str, cfg: Config, collector: Collector, progress: Callable[[str], None] = lambda words: None) -> Opened:
     """Return the benchmark that "NAME" or "NAME=PATH" names, with its rows.
 
     Raises:
-        ValueError: there is no such benchmark or file, or a row cannot be used.
+        ValueError: there is no such benchmark or file, it has no published loop but is to be asked in one, or a row cannot be
+            used.
     """
-    benchmark, path = named(spec)
-    shuffle, prompted = {"auto": None, "on": True, "off": False}[cfg.eval.shuffle_options], cfg.eval.prompt == "benchmark"
-
-    check = _Check(collector.check, benchmark, prompted)
-    return Opened(benchmark, benchmark.open(path, cfg.data, shuffle=shuffle, check=check, progress=progress), prompted)
+    (benchmark, path), prompt, loop = named(spec), cfg.eval.prompt, None
+    shuffle = {"auto": None, "on": True, "off": False}[cfg.eval.shuffle_options]
+    check = _Check(collector.check, benchmark.prompted if prompt == "benchmark" else lambda task: task, prompt)
+    if prompt == "published":
+        if not benchmark.loop:
+            raise ValueError(f"The benchmark {benchmark.name} has no published loop; set eval.prompt to agent or benchmark.")
+        loop = PublishedLoop(benchmark.loop, cfg)
+        check = _Check(plain_collector(collector).check, loop.first, f"{prompt} {loop.texts}")
+    questions = benchmark.open(path, cfg.data, shuffle=shuffle, check=check, progress=progress)
+    return Opened(benchmark, questions, prompt == "benchmark", loop)
 
 
 def reply_of(t: Trajectory, prompted: bool) -> str | None:
@@ -94,6 +97,12 @@ def sample_of(t: Trajectory, prompted: bool) -> Record:
     }  # fmt: skip
 
 
+def _sample_of_dialogue(one: Dialogue) -> Record:
+    tokens = sum(turn.stop - turn.start for reply in one.replies for turn in reply.turns)
+    return {"reply": one.answer, "end": EndReason(one.end).name, "calls": one.calls, "invalid": one.invalid,
+            "tokens": tokens, "fault": one.fault}  # fmt: skip
+
+
 def fingerprint(cfg: Config, opened: Opened, count: int, folder: Path) -> str:
     """Return a checksum of all that samples depend on. Weights in `folder`, and adapters, count by size and time of files."""
     settings = {name: asdict(getattr(cfg, name)) for name in SECTIONS}
@@ -102,7 +111,7 @@ def fingerprint(cfg: Config, opened: Opened, count: int, folder: Path) -> str:
     tasks = [[task.uid, task.text, task.answers] for task in opened.questions.facts[:count]]
     weights = [file for place in (folder, cfg.lora.path) if place for file in sorted(Path(place).glob("*.safetensors"))]
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
-    facts = [settings, opened.benchmark.name, cfg.data.seed, tasks, stamps]
+    facts = [settings, opened.benchmark.name, cfg.data.seed, tasks, stamps, opened.loop and opened.loop.texts]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
@@ -143,18 +152,32 @@ def sample(
     Args:
         keep: takes the trajectories of the first piece.
     """
-    cfg, size = collector.cfg, 4 * collector.cfg.eval.groups
-    temperature = 0.0 if cfg.eval.greedy else cfg.rollout.temperature
+    size = 4 * collector.cfg.eval.groups
     for number, begin in enumerate(range(0, count, size)):
         if number < len(pieces.done):
             continue
-        began, tasks = time.perf_counter(), opened.shown(begin, min(begin + size, count))
-        groups = collector.collect(
-            params, tasks, group_size=cfg.eval.samples, seed=cfg.eval.seed, temperature=temperature, slots=cfg.eval.groups
-        ).trajectories
+        began, tasks = time.perf_counter(), opened.questions[begin : min(begin + size, count)]
+        groups, samples = _ask(collector, params, opened, tasks)
         if number == 0:
             keep(groups)
-        rows = [{"uid": t[0].task.uid, "samples": [sample_of(one, opened.prompted) for one in t]} for t in groups]
+        rows = [{"uid": task.uid, "samples": own} for task, own in zip(tasks, samples, strict=True)]
         pieces.add({"seconds": round(time.perf_counter() - began, 3), "rows": rows})
         progress(begin + len(rows), count)
     return [row for piece in pieces.done for row in piece["rows"]], sum(piece["seconds"] for piece in pieces.done)
+
+
+def _ask(collector: Collector, params, opened: Opened, tasks: Sequence[Task]) -> tuple[list[list[Trajectory]], list]:
+    """Return trajectories and samples of tasks. Of a dialogue, every reply is a trajectory."""
+    e = collector.cfg.eval
+    temperature = 0.0 if e.greedy else collector.cfg.rollout.temperature
+    if opened.loop:
+        dialogues = opened.loop.converse(
+            collector, params, tasks, samples=e.samples, seed=e.seed, temperature=temperature, slots=e.groups
+        )
+        replies = [[reply for one in group for reply in one.replies] for group in dialogues]
+        return replies, [[_sample_of_dialogue(one) for one in group] for group in dialogues]
+    shown = [opened.benchmark.prompted(task) for task in tasks] if opened.prompted else tasks
+    groups = collector.collect(
+        params, shown, group_size=e.samples, seed=e.seed, temperature=temperature, slots=e.groups
+    ).trajectories
+    return groups, [[sample_of(one, opened.prompted) for one in group] for group in groups]
