@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,10 +81,12 @@ class TaskIterator(Iterator[list[Task]]):
 
     def __init__(self, tasks: Mixture, batch: int, seed: int, rates: PassRates | None, prefetch: int, threads: int):
         self.tasks, self.batch, self.seed, self.rates, self.prefetch = tasks, batch, seed, rates, prefetch
-        self.series = {
+        series = {
             name: grain.MapDataset.range(len(own)).shuffle(seed=(seed + zlib.crc32(name.encode())) % 2**32).repeat()
             for name, own in tasks.sources.items()
         }
+        # what is read ahead is asked for again in every batch, and an index of a small set takes milliseconds
+        self.index = functools.lru_cache(2**16)(lambda source, position: int(series[source][position]))
         self.state: dict[str, dict[str, Any]] = {name: {"next": 0, "skipped": 0, "returned": []} for name in tasks.sources}
         self.pool = ThreadPoolExecutor(threads, "tasks")
         self.reading: dict[Drawn, Future[Task]] = {}
@@ -141,12 +144,12 @@ class TaskIterator(Iterator[list[Task]]):
         """Draw a task: change a state, and return what is drawn."""
         drawn = {name: own["next"] - own["skipped"] - len(own["returned"]) for name, own in state.items()}
         source = next_source(drawn, self.tasks.weights)
-        own, series = state[source], self.series[source]
+        own = state[source]
         if own["returned"]:
             position = own["returned"].pop(0)
-            return Drawn(source, position, int(series[position]))
+            return Drawn(source, position, self.index(source, position))
         while True:
-            drawn = Drawn(source, own["next"], int(series[own["next"]]))
+            drawn = Drawn(source, own["next"], self.index(source, own["next"]))
             own["next"] += 1
             luck = zlib.crc32(f"{self.seed} {source} {drawn.position}".encode()) / 2**32
             if not self.rates or luck < self.rates.chance(_key(drawn)):
