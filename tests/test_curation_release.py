@@ -20,7 +20,7 @@ from imagent_jax.curation.groups import make_groups
 from imagent_jax.curation.pipeline import curate, is_kept
 from imagent_jax.curation.pool import Pool
 from imagent_jax.curation.question import Event, Question
-from imagent_jax.curation.release import components, release, split_of
+from imagent_jax.curation.release import components, release, row_of, split_of
 from imagent_jax.curation.roles import task_of
 from imagent_jax.curation.settings import DifficultySettings, ReleaseSettings
 from imagent_jax.data.pipeline import open_tasks
@@ -181,6 +181,7 @@ def test_the_card_has_a_histogram_of_difficulty_and_what_people_saw(run):
         "| 80 to 100 % | 1 | 0 |",
     ]
     assert "\n".join(rows) in text and "1 of 4 questions were seen by a person." in text
+    assert [row_of(question)["pass_rate"] for question in some] == [a for a, _ in rates] and "pass_rate" not in row_of(kept[0])
 
 
 # ---- difficulty -----------------------------------------------------------------------------------------------------------

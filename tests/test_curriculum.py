@@ -7,9 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from imagent_jax.config import DataConfig
+from imagent_jax.config.settings import SourceConfig
 from imagent_jax.data.curriculum import PassRates
 from imagent_jax.data.mixture import Mixture
-from imagent_jax.data.pipeline import task_iterator
+from imagent_jax.data.pipeline import open_tasks, task_iterator
 from imagent_jax.types import Task
 
 TASKS = [Task(str(i), "", (), "") for i in range(60)]
@@ -36,6 +38,39 @@ def test_the_chance_is_that_of_a_group_with_right_and_wrong_rollouts(group_size,
     mixed = [g for g in itertools.product((0, 1), repeat=group_size) if 0 < sum(g) < group_size]
     expected = sum(rate ** sum(g) * (1 - rate) ** (group_size - sum(g)) for g in mixed)
     assert rates.chance("a") == pytest.approx(max(0.05, expected))
+
+
+def test_a_pass_rate_that_the_data_names_counts_until_the_task_is_measured():
+    rates = PassRates(2, 0.1)
+    assert (
+        rates.chance("a", 0.5) == 0.5 and rates.chance("a", 0) == rates.chance("a", 1.0) == 0.1 and rates.chance("a", None) == 1.0
+    )
+    rates.learn("a", 0.5)
+    assert rates.chance("a", 1.0) == 0.5
+
+
+def test_rows_name_pass_rates_and_the_hopeless_come_less_often_from_the_first_epoch_on(tmp_path):
+    """By files of our own, alone and as a source of a mixture. Without the curriculum the column changes nothing."""
+    named = [0.0, 0.5, 1.0, None]
+    rows = [{"uid": str(i), "question": "q", "images": [], "answer": "a"} for i in range(60)]
+    lines = [row | ({} if named[i % 4] is None else {"pass_rate": named[i % 4]}) for i, row in enumerate(rows)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = {"name": "files", "path": str(tmp_path)}
+    for cfg in (
+        DataConfig(**files, cache_dir=str(tmp_path)),
+        DataConfig(mixture={"own": SourceConfig(**files)}, cache_dir=str(tmp_path)),
+    ):
+        tasks = open_tasks(cfg, "train")
+        iterator = task_iterator(tasks, 15, 0, rates=PassRates(8, 0.1))
+        counts = Counter(int(task.uid.rpartition("/")[2]) % 4 for _ in range(40) for task in next(iterator))
+        epochs = counts[3] / 15
+        assert epochs > 10 and counts[1] == pytest.approx(counts[3], rel=0.05)  # 1 - 2 / 2**8
+        assert counts[0] == pytest.approx(0.1 * counts[3], rel=0.6) and counts[2] == pytest.approx(0.1 * counts[3], rel=0.6)
+        plain = task_iterator(tasks, 60, 0)
+        assert len({task.uid for task in next(plain)}) == 60
+    (tmp_path / "train.jsonl").write_text(json.dumps(rows[0] | {"pass_rate": 50}) + "\n")
+    with pytest.raises(ValueError, match="Task 0 has pass_rate 50; a curriculum needs numbers from 0 to 1, or none."):
+        next(task_iterator(open_tasks(DataConfig(**files, cache_dir=str(tmp_path)), "train"), 1, 0, rates=PassRates(8, 0.1)))
 
 
 def test_metrics_are_of_the_tasks_measured():

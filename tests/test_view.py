@@ -129,6 +129,31 @@ def test_a_search_is_shown_with_its_hits_and_a_crop_without_the_line_that_names_
     assert tools[1].locator(".status").text_content() == "search ran"
 
 
+def test_the_history_of_a_question_is_shown_with_what_else_is_known_of_it(made, page, tmp_path):
+    _, path, _ = made
+    shutil.copytree(path, tmp_path / "run", ignore=shutil.ignore_patterns("view", "checkpoints"))
+    rows = records(path, "train-000001")
+    assert rows[0]["facts"]["targets"]  # the tiny world's
+    events = [{"by": "proposer", "what": "proposed", "facts": {}},
+              {"by": "answerer", "what": "answered", "facts": {"answer": "<b>7</b>", "right": True}},
+              {"by": "review:anna", "what": "accepted", "facts": {}}]  # fmt: skip
+    rows[0]["facts"] = {"history": events, "several": True, "pass_rate": 0.5}
+    del rows[1]["facts"]
+    (tmp_path / "run" / "trajectories" / "train-000001.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_view(tmp_path / "run")
+    for name in ("train-000001/0", "group/train-000001/0"):
+        look(page, tmp_path / "run", name)
+        page.click(".known summary")
+        assert [" ".join(line.split()) for line in page.locator(".known li").all_inner_texts()] == [
+            "proposer proposed", "answerer answered answer <b>7</b> · right true ·", "review:anna accepted",
+        ]  # fmt: skip
+        assert json.loads(page.locator(".known pre").text_content()) == {"several": True, "pass_rate": 0.5}
+    look(page, tmp_path / "run", "train-000001/1")
+    assert page.locator(".known").count() == 0
+    look(page, tmp_path / "run", "train-000001/2")
+    assert page.locator(".known li").count() == 0 and page.locator(".known summary").text_content() == "facts of the task"
+
+
 def test_code_is_shown_with_its_lines_its_output_and_its_images(page, tmp_path):
     """A run of the tool python itself: a program that shows two images, one made of none, and one that fails."""
     cfg = tiny_config({"run": {"dir": str(tmp_path), "name": "run"}, "rollout": {"prompt_tokens": 1024, "response_tokens": 1024}})

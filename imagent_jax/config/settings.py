@@ -130,7 +130,9 @@ class DataConfig:
     )
     answer_type: str = setting("", "answer type of rows that name none ('': by options and format)")
     curriculum: Literal["none", "pass_rate"] = setting(
-        "none", "how often tasks come again (pass_rate: rarer where rollouts of a group are likely to be all right or all wrong)"
+        "none",
+        "how often tasks come again (pass_rate: rarer where rollouts of a group are likely all right or all wrong; before a "
+        "task is measured, by the column pass_rate of its row)",
     )
     curriculum_floor: float = setting(0.1, "least chance that the curriculum leaves a task in an epoch", above=0, most=1)
     cache_dir: str = setting("~/.cache/imagent_jax/data", "where generated tasks and verdicts on task files are kept")

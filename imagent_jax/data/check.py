@@ -7,10 +7,10 @@ import os
 import pathlib
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import PIL
@@ -75,6 +75,10 @@ class Tasks(Sequence[Task]):
     """Tasks with random access. `faults` are the omitted rows."""
 
     faults: Sequence[Fault] = ()
+
+    def meta_of(self, index: int) -> Mapping[str, Any]:
+        """Return the `meta` of a task whose row is cheap to read without its images; of others nothing."""
+        return {}
 
 
 def left_out(tasks: Tasks) -> str:

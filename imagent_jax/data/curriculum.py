@@ -24,12 +24,16 @@ class PassRates:
         count, rate = self.known.get(key, (0, 0.0))
         self.known[key] = [count + 1, rate + (share - rate) / min(count + 1, MEMORY)]
 
-    def chance(self, key: str) -> float:
-        """Return how likely a task stays in an epoch: 1 before it is measured, then the probability that a group of G rollouts
-        has right ones and wrong ones, 1 - p**G - (1 - p)**G for a pass rate p, at least `floor`."""
-        if key not in self.known:
+    def chance(self, key: str, before: float | None = None) -> float:
+        """Return how likely a task stays in an epoch: the probability that a group of G rollouts has right ones and wrong ones,
+        1 - p**G - (1 - p)**G for a pass rate p, at least `floor`.
+
+        Args:
+            before: pass rate that the data set names; it counts until the task is measured. None: then the task stays.
+        """
+        rate = self.known[key][1] if key in self.known else before
+        if rate is None:
             return 1.0
-        rate = self.known[key][1]
         return max(self.floor, 1.0 - rate**self.group_size - (1.0 - rate) ** self.group_size)
 
     def metrics(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from imagent_jax.config import DataConfig, SourceConfig, import_path
 from imagent_jax.data.check import Fault, Progress, TaskCheck, Tasks
@@ -31,14 +32,18 @@ def of_source(task: Task, name: str, cfg: SourceConfig) -> Task:
     return replace(task, uid=f"{name}/{task.uid}", source=name, **own)
 
 
-class SourceTasks(Sequence[Task]):
+class SourceTasks(Tasks):
     """The tasks of a source of a mixture, see `of_source`."""
 
-    def __init__(self, name: str, cfg: SourceConfig, tasks: Sequence[Task]):
+    def __init__(self, name: str, cfg: SourceConfig, tasks: Tasks):
         self.name, self.cfg, self.tasks = name, cfg, tasks
 
     def __len__(self) -> int:
         return len(self.tasks)
+
+    def meta_of(self, index: int) -> Mapping[str, Any]:
+        """See `Tasks.meta_of`."""
+        return self.tasks.meta_of(index)
 
     def __getitem__(self, index):
         if isinstance(index, slice):

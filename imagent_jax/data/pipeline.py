@@ -87,6 +87,7 @@ class TaskIterator(Iterator[list[Task]]):
         }
         # what is read ahead is asked for again in every batch, and an index of a small set takes milliseconds
         self.index = functools.lru_cache(2**16)(lambda source, position: int(series[source][position]))
+        self.named_rate = functools.lru_cache(2**16)(self._named_rate)  # the pass rate in a task's row
         self.state: dict[str, dict[str, Any]] = {name: {"next": 0, "skipped": 0, "returned": []} for name in tasks.sources}
         self.pool = ThreadPoolExecutor(threads, "tasks")
         self.reading: dict[Drawn, Future[Task]] = {}
@@ -152,9 +153,16 @@ class TaskIterator(Iterator[list[Task]]):
             drawn = Drawn(source, own["next"], self.index(source, own["next"]))
             own["next"] += 1
             luck = zlib.crc32(f"{self.seed} {source} {drawn.position}".encode()) / 2**32
-            if not self.rates or luck < self.rates.chance(_key(drawn)):
+            if not self.rates or luck < self.rates.chance(_key(drawn), self.named_rate(source, drawn.index)):
                 return drawn
             own["skipped"] += 1
+
+    def _named_rate(self, source: str, index: int) -> float | None:
+        tasks = self.tasks.sources[source]
+        rate = tasks.meta_of(index).get("pass_rate") if isinstance(tasks, Tasks) else None
+        if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+            raise ValueError(f"Task {tasks[index].uid} has pass_rate {rate!r}; a curriculum needs numbers from 0 to 1, or none.")
+        return rate
 
     def _read(self, drawn: Drawn) -> Task:
         return self.tasks.sources[drawn.source][drawn.index]

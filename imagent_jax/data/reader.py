@@ -15,9 +15,9 @@ import os
 import pathlib
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -99,6 +99,10 @@ class FileTasks(Tasks):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.row(index)
         return replace(row.task, images=tuple(image_bytes(row.source, image) for image in row.images))
+
+    def meta_of(self, index: int) -> Mapping[str, Any]:
+        """See `Tasks.meta_of`."""
+        return self.row(index).task.meta
 
     def row(self, index: int) -> Row:
         """Read a row, without the bytes of its images.

@@ -31,6 +31,7 @@ class TrajectoryLog:
     """Writes `trajectories/<name>-<step>.jsonl`, one record per line, and `trajectories/images/<content hash>.<suffix>`.
 
     A record's `images` lists the trajectory's numbered images: given images by file, crops and views by their parent. Its
+    `facts` are those of the task, where it has some (`Task.meta`). Its
     `tokens` are columns: `ids`, `text`, `kind` (one digit each, `TokenKind`), `kept` (1: the token trains; absent in
     evaluations), `logprob`. A run of image placeholders is one entry; `repeat` holds its length by index.
     """
@@ -74,7 +75,7 @@ class TrajectoryLog:
             "images": self._images(t.task.images, t.images or ()),
             "turns": [{"text": turn.text, "call": turn.call and _call(turn.call)} for turn in t.turns],
             "tokens": self._tokens(t, advantage),
-        }  # fmt: skip
+        } | ({"facts": t.task.meta} if t.task.meta else {})  # fmt: skip
 
     def _tokens(self, t: Trajectory, advantage: float | None) -> dict[str, Any]:
         pad = (t.kind == TokenKind.OBSERVATION) & (t.ids == self.processor.image_token_id)

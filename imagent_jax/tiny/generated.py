@@ -1,13 +1,14 @@
 """Worlds whose tasks are made when they are read: each is a function of a seed, a split and an index."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
 
 from imagent_jax.config import DataConfig
 from imagent_jax.config.naming import import_path
+from imagent_jax.data.check import Tasks
 from imagent_jax.types import Task
 
 WORLDS = {
@@ -20,14 +21,8 @@ WORLDS = {
 """Import path of the function (seed, split, index) -> Task, by name of the data set."""
 
 
-class GeneratedTasks(Sequence[Task]):
-    """The first `count` tasks of a series. Nothing is written to disk.
-
-    Attributes:
-        faults: always empty.
-    """
-
-    faults: tuple = ()
+class GeneratedTasks(Tasks):
+    """The first `count` tasks of a series. Nothing is written to disk."""
 
     def __init__(self, task_at: Callable[[int, str, int], Task], seed: int, split: str, count: int):
         self._task_at, self._seed, self._split, self._count = task_at, seed, split, count

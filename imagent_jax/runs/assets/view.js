@@ -231,12 +231,21 @@ function head(row, mates) {
   ];
 }
 
+/** What the data set says of a task besides the question, which no policy sees: its history, event by event, and the rest. */
+function known({ history, ...others }) {
+  const events = Array.isArray(history) ? history : [], rest = events.length || history === undefined ? others : { history, ...others };
+  return h("details", { class: "known" }, h("summary", {}, events.length ? "how this question came to be" : "facts of the task"),
+    events.length > 0 && h("ol", {}, events.map((event) => h("li", {}, h("b", {}, event.by), ` ${event.what} `,
+      Object.entries(event.facts || {}).map(([name, value]) => h("span", { class: "small" }, `${name} ${typeof value === "string" ? value : JSON.stringify(value)} · `))))),
+    Object.keys(rest).length > 0 && h("pre", {}, JSON.stringify(rest, null, 1)));
+}
+
 function trajectory(row, t) {
   return [
     ...head(row, elsewhere(row)),
     h("div", { class: "verdict" }, h("span", { class: "said" }, mark(t.right), ` ${t.answer ?? "no answer"}`), h("span", {}, "truth ", h("b", {}, t.truth))),
     facts(t), t.error && h("pre", {}, t.error),
-    h("div", { class: "gallery" }, given(t.images).map((n) => figure(t.images, n, 240))),
+    h("div", { class: "gallery" }, given(t.images).map((n) => figure(t.images, n, 240))), t.facts && known(t.facts),
     ...conversation(t, 170), h("p", { class: "legend key" }, legend()),
   ];
 }
@@ -259,7 +268,7 @@ function group(row, mates, records) {
     ...head(row, mates),
     h("div", { class: "facts" }, fact("truth", records[0].truth), fact("right", `${mates.filter((mate) => mate.right).length} of ${mates.length}`),
       rewards.length > 0 && fact("reward", `${number(mean)} ± ${number(spread)}`)),
-    h("div", { class: "gallery" }, given(images).map((n) => h("figure", {}, picture(images, n, 220, over(n)), h("figcaption", {}, lineage(images, n))))),
+    h("div", { class: "gallery" }, given(images).map((n) => h("figure", {}, picture(images, n, 220, over(n)), h("figcaption", {}, lineage(images, n))))), records[0].facts && known(records[0].facts),
     h("div", { class: "columns" }, mates.map((mate, i) => h("div", { class: `column${mate.right ? " good" : ""}${mate === row ? " here" : ""}` },
       h("h3", {}, h("a", { href: link(mate) }, labelOf(mate)), h("span", {}, mark(mate.right), ` ${mate.answer ?? "no answer"}`)),
       mate.advantage !== null && advantageBar(mate.advantage, widest),
