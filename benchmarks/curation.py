@@ -187,9 +187,9 @@ SPOILERS = {
 # ---- the run ------------------------------------------------------------------------------------------------------------
 
 
-def pictures(folder: Path, count: int, planted: int) -> None:
+def pictures(folder: Path, count: int, planted: int, seed: int = 0) -> None:
     """Write pictures of both splits, and `planted` of the test split among those for training."""
-    make_pictures(folder, count, 0)
+    make_pictures(folder, count, seed)
     test = folder.with_name(f"{folder.name}_test")
     scenes, known = (json.loads((place / "scenes.json").read_text()) for place in (folder, test))
     for number, file in enumerate(sorted(test.glob("*.jpg"))[:planted]):
