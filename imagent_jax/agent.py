@@ -35,9 +35,13 @@ class Agent:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path = "tiny", *, step: int | None = None, mesh: MeshConfig | None = None,
+        cls,
+        path: str | Path = "tiny",
+        *,
+        step: int | None = None,
+        mesh: MeshConfig | None = None,
         settings: Mapping[str, Any] | None = None,
-    ) -> "Agent":  # fmt: skip
+    ) -> "Agent":
         """Load an agent.
 
         Args:

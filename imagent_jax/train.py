@@ -197,8 +197,12 @@ class Run:
 
     def save(self, state: TrainState, accuracy: float | None = None) -> None:
         """Begin a checkpoint; see `RunFolder.save`."""
-        progress = {"step": state.step, "iterator": self.prefetcher.place, "evaluations": state.evaluations,
-                    "unlogged": state.unlogged}  # fmt: skip
+        progress = {
+            "step": state.step,
+            "iterator": self.prefetcher.place,
+            "evaluations": state.evaluations,
+            "unlogged": state.unlogged,
+        }
         self.folder.save(state.step, self.learner.split(state.params)[0], state.opt_state, progress, accuracy)
 
     # ---- the end --------------------------------------------------------------------------------------------------------
@@ -283,16 +287,23 @@ def _train(run: Run) -> dict[str, float]:
                 trained = time.perf_counter()
 
             phases = {} if staleness else rollout.times
-            state.unlogged = judged.metrics | learned | dropped_shares(batch, cfg.mask) | memory() | rollout_metrics(rollout) | {
-                **{f"time/{name}": seconds for name, seconds in phases.items()},
-                "time/wait": sampled - start - sum(phases.values()),  # for another process, or for what was begun ahead
-                "time/judge": packed - sampled,
-                "time/train": trained - packed,
-                "time/step": trained - start,
-                "time/total": trained - run.began,
-                "rollout/staleness": staleness,
-                "compile/count": compiles.count - compiled,
-            }  # fmt: skip
+            state.unlogged = (
+                judged.metrics
+                | learned
+                | dropped_shares(batch, cfg.mask)
+                | memory()
+                | rollout_metrics(rollout)
+                | {
+                    **{f"time/{name}": seconds for name, seconds in phases.items()},
+                    "time/wait": sampled - start - sum(phases.values()),  # for another process, or for what was begun ahead
+                    "time/judge": packed - sampled,
+                    "time/train": trained - packed,
+                    "time/step": trained - start,
+                    "time/total": trained - run.began,
+                    "rollout/staleness": staleness,
+                    "compile/count": compiles.count - compiled,
+                }
+            )
             run.log.write(state.step, rollout.trajectories, judged.parts, judged.advantages)
             run.finish_step(state)
         except Stopped:

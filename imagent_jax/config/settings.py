@@ -67,12 +67,26 @@ class LoraConfig:
     rank: int = setting(0, "inner width of the adapters (0: none, the weights themselves are trained)", least=0)
     alpha: float = setting(32.0, "adapters are scaled by alpha / rank", above=0)
     targets: tuple[
-        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "proj", "fc1", "fc2",
-                "linear_fc1", "linear_fc2"], ...
+        Literal[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+            "qkv",
+            "proj",
+            "fc1",
+            "fc2",
+            "linear_fc1",
+            "linear_fc2",
+        ],
+        ...,
     ] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "names of the matrices that are adapted, in every layer; from qkv on, they are the vision tower's",
-    )  # fmt: skip
+    )
     tower: bool = setting(False, "targets are the vision tower's matrices too (of Qwen2.5-VL, gate_proj, up_proj, down_proj)")
     merger: bool = setting(False, "adapt the vision merger too")
     modules_to_save: tuple[str, ...] = setting((), "modules trained and saved whole, as in PEFT, such as merger or lm_head")
@@ -266,8 +280,21 @@ class RewardConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every reward but that of environments, by name or path."""
-        named = ("answer", "format", "tool_gain", "iou", "point_in_box", "set_f1", "math_verify", "judge", "published_code",
-                 "problem_set", "published_answer", "published_query", "published_format")  # fmt: skip
+        named = (
+            "answer",
+            "format",
+            "tool_gain",
+            "iou",
+            "point_in_box",
+            "set_f1",
+            "math_verify",
+            "judge",
+            "published_code",
+            "problem_set",
+            "published_answer",
+            "published_query",
+            "published_format",
+        )
         return {name: getattr(self, name) for name in named} | self.custom_weights
 
     @property

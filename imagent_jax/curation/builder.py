@@ -42,9 +42,11 @@ class MifgQa(tfds.core.GeneratorBasedBuilder):
         lists = {name: tfds.features.Sequence(text()) for name in ("images", "options")}
         features = {name: text() for name in TEXTS} | lists | {"several": tfds.features.Scalar(np.bool_)}
         return tfds.core.DatasetInfo(
-            builder=self, description=f"{self._title}: questions about groups of images.",
-            features=tfds.features.FeaturesDict(features), disable_shuffling=True,
-        )  # fmt: skip
+            builder=self,
+            description=f"{self._title}: questions about groups of images.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         return {split: self._generate_examples(split) for split, own in self._splits.items() if own}
@@ -59,8 +61,10 @@ def example_of(question: Question, pool: Pool) -> dict[str, Any]:
     values = json.loads(question.to_json())
     texts = values | {"question": question.text} | {name: json.dumps(values[name]) for name in ("evidence", "history")}
     return {name: texts[name] for name in TEXTS} | {
-        "images": [pool.data(image) for image in question.images], "options": list(question.options), "several": question.several,
-    }  # fmt: skip
+        "images": [pool.data(image) for image in question.images],
+        "options": list(question.options),
+        "several": question.several,
+    }
 
 
 def write_tfds(folder: Path, splits: Mapping[str, Sequence[Question]], pool: Pool, cfg: ReleaseSettings) -> None:

@@ -16,19 +16,30 @@ def card(cfg: ReleaseSettings, splits: Mapping[str, Sequence[Question]], pool: P
     questions = [question for own in splits.values() for question in own]
     pictures = sorted({image for question in questions for image in question.images})
     lines = [
-        f"# {cfg.title} {cfg.version}", "",
+        f"# {cfg.title} {cfg.version}",
+        "",
         f"{len(questions)} questions about groups of images ({', '.join(f'{len(own)} {name}' for name, own in splits.items())}), "
         f"with {len(pictures)} pictures. No picture is in both splits. Agents wrote the questions; filters and attacks by other "
-        "agents dropped the faulty ones. Made by `imagent curate` of imagent-jax.", "",
+        "agents dropped the faulty ones. Made by `imagent curate` of imagent-jax.",
+        "",
         "Read it with `data.name: files` and `data.path: arrayrecord`, `parquet` or `jsonl`. Each row says in `history` how its "
-        "question came to be, and in `evidence` on which places it rests (boxes in thousandths of the image).", "",
+        "question came to be, and in `evidence` on which places it rests (boxes in thousandths of the image).",
+        "",
         *_table("Kinds", "kind", Counter(question.kind for question in questions)),
         *_table("Images of a question", "images", Counter(str(len(question.images)) for question in questions)),
         *_table("Licences", "licence", Counter(pool.pictures[image].licence for image in pictures), "pictures"),
-        *_funnel(funnel), *_agreement(questions), *_difficulty(questions), *_review(questions), *_faults(questions, splits),
-        "## Sources", "", "The origin of each picture:", "",
-        *(f"- `{image}`: {pool.pictures[image].origin} ({pool.pictures[image].licence})" for image in pictures), "",
-    ]  # fmt: skip
+        *_funnel(funnel),
+        *_agreement(questions),
+        *_difficulty(questions),
+        *_review(questions),
+        *_faults(questions, splits),
+        "## Sources",
+        "",
+        "The origin of each picture:",
+        "",
+        *(f"- `{image}`: {pool.pictures[image].origin} ({pool.pictures[image].licence})" for image in pictures),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -38,14 +49,18 @@ def _table(title: str, head: str, counts: Mapping[str, int], unit: str = "questi
 
 
 def _funnel(funnel: Mapping[str, Any]) -> list[str]:
-    rows = [
-        f"| {name} | {one['drops where']} | {one['found']} | {one['dropped']} |" for name, one in funnel["filters"].items()
-    ]  # fmt: skip
+    rows = [f"| {name} | {one['drops where']} | {one['found']} | {one['dropped']} |" for name, one in funnel["filters"].items()]
     return [
-        "## Funnel", "", f"{funnel['proposed']} proposals, {funnel['kept']} kept, {funnel['kept after repair']} of them after a "
-        "repair. \"Found\" counts questions in which a filter found a fault, also those that were repaired.", "",
-        "| filter | drops a question where | found | dropped |", "|---|---|---|---|", *rows, "",
-    ]  # fmt: skip
+        "## Funnel",
+        "",
+        f"{funnel['proposed']} proposals, {funnel['kept']} kept, {funnel['kept after repair']} of them after a "
+        'repair. "Found" counts questions in which a filter found a fault, also those that were repaired.',
+        "",
+        "| filter | drops a question where | found | dropped |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _events(question: Question, what: str) -> list[Event]:

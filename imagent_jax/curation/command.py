@@ -45,9 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return review.main(argv[1:])
     usage = "%(prog)s [--config FILE.yaml ...] [--section.key VALUE ...] | --review FOLDER --reviewer NAME"
     parser = argparse.ArgumentParser(
-        prog="imagent curate", usage=usage, allow_abbrev=False, description=__doc__.splitlines()[0], epilog=settings_help(),
+        prog="imagent curate",
+        usage=usage,
+        allow_abbrev=False,
+        description=__doc__.splitlines()[0],
+        epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml", help="settings; may be given again")
     chosen, rest = parser.parse_known_args(argv)
     console = Console()
@@ -75,17 +79,23 @@ def _run(cfg: Curation, console: Console) -> int:
     out = Path(cfg.run.out).expanduser()
     if importlib.util.find_spec("pyarrow") is None:  # told now, not at the release
         raise ValueError('pyarrow is not installed, which writes the Parquet files; run pip install "imagent-jax[data]".')
-    console.print(escape(f"Making up to {cfg.run.proposals} questions about groups of pictures of {cfg.pool.path}, asked of "
-                         f"{cfg.agents.backend}."), soft_wrap=True)  # fmt: skip
+    console.print(
+        escape(
+            f"Making up to {cfg.run.proposals} questions about groups of pictures of {cfg.pool.path}, asked of "
+            f"{cfg.agents.backend}."
+        ),
+        soft_wrap=True,
+    )
     console.print(escape(f"Writes to {out}; Ctrl-C stops it, and the same command goes on."), soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out)
     try:
         with Interrupt() as interrupt:
             funnel = curate(
-                cfg, progress=lambda words: console.print(escape(f"  {words}"), soft_wrap=True),
+                cfg,
+                progress=lambda words: console.print(escape(f"  {words}"), soft_wrap=True),
                 asked_to_stop=lambda: bool(interrupt.asked),
-            )  # fmt: skip
+            )
         questions = [*(reviewed(out, cfg.release.reviewers) if cfg.release.reviewers else kept_questions(out))]
         splits = release(out, questions, funnel, cfg.release, cfg.run.seed)
     finally:
@@ -97,8 +107,13 @@ def _run(cfg: Curation, console: Console) -> int:
         table.add_row(name, str(one["found"]), str(one["dropped"]), escape(str(one.get("example", {}).get("why", ""))))
     console.print(table)
     parts = ", ".join(f"{count} {name}" for name, count in splits.items())
-    console.print(escape(f"Released {sum(splits.values())} questions ({parts}) to {out / 'release'}; read its README.md. Train "
-                         f"with --data.name files --data.path {out / 'release' / 'arrayrecord'}."), soft_wrap=True)  # fmt: skip
+    console.print(
+        escape(
+            f"Released {sum(splits.values())} questions ({parts}) to {out / 'release'}; read its README.md. Train "
+            f"with --data.name files --data.path {out / 'release' / 'arrayrecord'}."
+        ),
+        soft_wrap=True,
+    )
     if failed := funnel["without an answer of an agent"]:
         console.print(f"{failed} proposals had no answer of an agent; the same command asks again.")
     return 0

@@ -259,8 +259,11 @@ class Decisions:
 
     def disputed(self) -> list[str]:
         """Return the questions for an adjudicator: those on which reviewers disagree, settled since or not."""
-        return [uid for uid in self.questions
-                if settle(self.questions[uid], [d for d in self.of(uid) if not d.adjudicator]).state == "disagreed"]  # fmt: skip
+        return [
+            uid
+            for uid in self.questions
+            if settle(self.questions[uid], [d for d in self.of(uid) if not d.adjudicator]).state == "disagreed"
+        ]
 
     def agreement(self) -> list[dict[str, Any]]:
         """Return for each pair of reviewers how many questions both decided, how many alike, and Cohen's kappa."""

@@ -64,9 +64,13 @@ class PolicyRates:
         tasks = [task if tools else replace(task, tools=()) for task in questions]
         with jax.set_mesh(self.policy.mesh):
             groups = self.policy.collector.collect(
-                self.policy.params, tasks, group_size=k, seed=self.cfg.seed, temperature=self.cfg.temperature,
+                self.policy.params,
+                tasks,
+                group_size=k,
+                seed=self.cfg.seed,
+                temperature=self.cfg.temperature,
                 slots=self.cfg.slots,
-            ).trajectories  # fmt: skip
+            ).trajectories
         rates = []
         for group in groups:
             if not (whole := [t.right for t in group if t.end != EndReason.FAULT]):

@@ -63,8 +63,13 @@ class Checks:
         """
         found: list[tuple[str, str]] = []
         steps: tuple[Callable[[Question], tuple[list[Event], list[tuple[str, str]]]], ...] = (
-            self._still, self._text, self._boxes, self._single, self._answers, self._attack
-        )  # fmt: skip
+            self._still,
+            self._text,
+            self._boxes,
+            self._single,
+            self._answers,
+            self._attack,
+        )
         for step in steps:
             events, more = step(question)
             events += [Event(f"filter:{name}", "found", {"why": why}) for name, why in more]

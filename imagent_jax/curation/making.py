@@ -123,9 +123,17 @@ def question_of(proposal: Mapping[str, Any], uid: str, images: Sequence[str], gr
         if proposal["answer_type"] not in ANSWER_TYPES:
             raise BadProposal(f"the answer type {proposal['answer_type']!r} does not exist")
         question = Question(
-            uid, proposal["question"].strip(), tuple(images), proposal["answer"].strip(), proposal["kind"], places,
-            proposal["several"] is True, (), group, proposal["answer_type"],
-        )  # fmt: skip
+            uid,
+            proposal["question"].strip(),
+            tuple(images),
+            proposal["answer"].strip(),
+            proposal["kind"],
+            places,
+            proposal["several"] is True,
+            (),
+            group,
+            proposal["answer_type"],
+        )
         if not question.right(question.answer):
             raise BadProposal(f"the answer {question.answer!r} does not score against itself")
     except (ValueError, TypeError, KeyError, AttributeError) as error:

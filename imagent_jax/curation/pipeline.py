@@ -31,8 +31,14 @@ from imagent_jax.curation.settings import Curation
 from imagent_jax.runs.whole import Lines, write_whole
 
 Progress = Callable[[str], None]
-_LATER = {("run", "out"), ("run", "proposals"), ("run", "parallel"), ("run", "failures"), ("filters", "same_text"),
-          ("filters", "balance")}  # fmt: skip
+_LATER = {
+    ("run", "out"),
+    ("run", "proposals"),
+    ("run", "parallel"),
+    ("run", "failures"),
+    ("filters", "same_text"),
+    ("filters", "balance"),
+}
 """Settings that may differ when a run goes on: what was made does not depend on them."""
 
 
@@ -87,9 +93,11 @@ def check_settings(cfg: Curation, out: Path) -> None:
 
 
 def curate(
-    cfg: Curation, backends: Mapping[str, Backend] | None = None, progress: Progress = lambda words: None,
+    cfg: Curation,
+    backends: Mapping[str, Backend] | None = None,
+    progress: Progress = lambda words: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Make questions, filter them, and write `questions.jsonl` and `funnel.json`; return the funnel.
 
     Args:
@@ -190,7 +198,10 @@ def funnel_of(questions: Sequence[Question], bad: Sequence[Made], failed: Mappin
             filters[name] |= {"found": len(bad), "dropped": len(bad), "example": example}
     kept = [question for question in questions if is_kept(question)]
     return {
-        "proposed": len(questions) + len(bad), "without an answer of an agent": len(failed), "filters": filters,
-        "kept": len(kept), "kept after repair": sum(any(e.what == "repaired" for e in q.history) for q in kept),
+        "proposed": len(questions) + len(bad),
+        "without an answer of an agent": len(failed),
+        "filters": filters,
+        "kept": len(kept),
+        "kept after repair": sum(any(e.what == "repaired" for e in q.history) for q in kept),
         "kinds": dict(sorted(Counter(question.kind for question in kept).items())),
-    }  # fmt: skip
+    }

@@ -54,9 +54,13 @@ class PolicyAnswerer:
         with self.lock, jax.set_mesh(self.policy.mesh):
             try:
                 [[trajectory]] = self.policy.collector.collect(
-                    self.policy.params, [task], group_size=1, seed=self.settings.seed + luck,
-                    temperature=self.settings.temperature, slots=1,
-                ).trajectories  # fmt: skip
+                    self.policy.params,
+                    [task],
+                    group_size=1,
+                    seed=self.settings.seed + luck,
+                    temperature=self.settings.temperature,
+                    slots=1,
+                ).trajectories
             except ValueError as error:
                 raise AgentError(f"The policy cannot be asked: {error}") from error
         if trajectory.end == EndReason.FAULT:

@@ -64,7 +64,7 @@ def split_of(questions: Sequence[Question], share: float, seed: int) -> dict[str
 
 def release(
     out: Path, questions: Sequence[Question], funnel: Mapping[str, Any], cfg: ReleaseSettings, seed: int
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Write `release/` of a run, in place of an earlier one; return the number of questions by split.
 
     Raises:
@@ -85,10 +85,12 @@ def release(
         _write_array_record(folder / "arrayrecord", folder / "jsonl", splits)
         write_tfds(folder / "tfds", splits, pool, cfg)
         info = {
-            "title": cfg.title, "version": cfg.version, "questions": {name: len(own) for name, own in splits.items()},
+            "title": cfg.title,
+            "version": cfg.version,
+            "questions": {name: len(own) for name, own in splits.items()},
             "images": len({image for question in questions for image in question.images}),
             "content": hashlib.sha256((folder / "jsonl" / "train.jsonl").read_bytes()).hexdigest()[:16],
-        }  # fmt: skip
+        }
         (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
         (folder / "README.md").write_text(card(cfg, splits, pool, funnel), encoding="utf-8")
         files = sorted(path for path in folder.rglob("*") if path.is_file())

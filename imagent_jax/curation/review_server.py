@@ -83,8 +83,16 @@ class Review:
         if question is None:
             raise Refused(404, f"There is no question {uid!r}.")
         own = self.decisions.blind.get(uid, {}).get(reviewer)
-        shown = {"uid": uid, "text": question.text, "images": question.images, "options": question.options, "kind": question.kind,
-                 "several": question.several, "own": own, "hidden": self.blind and own is None}  # fmt: skip
+        shown = {
+            "uid": uid,
+            "text": question.text,
+            "images": question.images,
+            "options": question.options,
+            "kind": question.kind,
+            "several": question.several,
+            "own": own,
+            "hidden": self.blind and own is None,
+        }
         if shown["hidden"]:
             return shown
         decided = self.decisions.of(uid)
@@ -95,10 +103,12 @@ class Review:
             if self.adjudicator and not d.adjudicator
         ]
         return shown | {
-            "answer": question.answer, "evidence": [{"image": e.image, "box": e.box} for e in question.evidence],
+            "answer": question.answer,
+            "evidence": [{"image": e.image, "box": e.box} for e in question.evidence],
             "history": [{"by": e.by, "what": e.what, "facts": dict(e.facts)} for e in question.history],
-            "mine": mine, "others": others,
-        }  # fmt: skip
+            "mine": mine,
+            "others": others,
+        }
 
     def decide(self, reviewer: str, sent: dict[str, Any]) -> dict[str, Any]:
         """Keep a decision that the page sent; return the status, and the claim after a blind answer.
@@ -250,9 +260,13 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, data: bytes, kind: str, cache: str = "no-store") -> None:
         self.send_response(status)
         for name, value in {
-            "Content-Type": kind, "Content-Length": str(len(data)), "Cache-Control": cache, "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'", "Referrer-Policy": "no-referrer",
-        }.items():  # fmt: skip
+            "Content-Type": kind,
+            "Content-Length": str(len(data)),
+            "Cache-Control": cache,
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
+            "Referrer-Policy": "no-referrer",
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)

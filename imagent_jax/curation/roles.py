@@ -124,10 +124,13 @@ class Roles:
     def repair(self, question: Question, findings: Sequence[str]) -> dict[str, Any]:
         """Return the question rewritten, in the form of a proposal."""
         claim = {
-            "question": question.text, "answer": question.answer, "answer_type": question.answer_type, "kind": question.kind,
+            "question": question.text,
+            "answer": question.answer,
+            "answer_type": question.answer_type,
+            "kind": question.kind,
             "several": question.several,
             "evidence": [{"image": e.image, "box": [*e.box], "asks": e.asks, "shows": e.shows} for e in question.evidence],
-        }  # fmt: skip
+        }
         words = f"The question:\n{json.dumps(claim, ensure_ascii=False)}\n\nFound:\n" + "\n".join(f"- {one}" for one in findings)
         return self._ask("repairer", [*self._shown(question.images), _text(words)])
 
@@ -233,6 +236,12 @@ def task_of(question: Question, images: Sequence[bytes]) -> Task:
     """Return a question as a task of training."""
     meta = {"several": question.several, "group": question.group}
     return Task(
-        question.uid, question.text, tuple(images), question.answer, question.answer_type, question.kind, meta,
+        question.uid,
+        question.text,
+        tuple(images),
+        question.answer,
+        question.answer_type,
+        question.kind,
+        meta,
         options=question.options,
-    )  # fmt: skip
+    )

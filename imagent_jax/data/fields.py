@@ -61,9 +61,10 @@ def options_of(value: Any, answers: Sequence[str]) -> tuple[tuple[str, ...], tup
             meant.add(match[1].upper())
         if len(meant) != 1:
             raise RowError(
-                "answer and options", f"the answer {quote(answer)} means {' and '.join(sorted(meant)) or 'none'} of the options; "
+                "answer and options",
+                f"the answer {quote(answer)} means {' and '.join(sorted(meant)) or 'none'} of the options; "
                 f"write one letter of {letters[0]} to {letters[-1]}, or the text of one option",
-            )  # fmt: skip
+            )
         found += meant
     return options, tuple(found)
 

@@ -318,9 +318,10 @@ def _placed(parts: Sequence[str | Slot], images: Sequence[Any]) -> tuple[str, tu
         return "\n".join(texts), (), [_image(image) for image in images]
     if (marks := sum(slot.image is None for slot in slots)) != len(images):
         raise RowError(
-            "marks and images", f'the question has {marks} marks "{MARK}" and the row {len(images)} images; write one mark for '
+            "marks and images",
+            f'the question has {marks} marks "{MARK}" and the row {len(images)} images; write one mark for '
             "each image, or no mark to show images first",
-        )  # fmt: skip
+        )
     shown, placed = [], []
     for part in parts:
         if isinstance(part, Slot):

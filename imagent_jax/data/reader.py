@@ -82,9 +82,13 @@ class FileTasks(Tasks):
     """
 
     def __init__(
-        self, sources: Sequence[Source], places: np.ndarray, forms: Sequence[Format], how: tuple[int | None, str],
+        self,
+        sources: Sequence[Source],
+        places: np.ndarray,
+        forms: Sequence[Format],
+        how: tuple[int | None, str],
         faults: Sequence[Fault] = (),
-    ):  # fmt: skip
+    ):
         self.sources, self.places, self.forms, self.how, self.faults = tuple(sources), places, forms, how, tuple(faults)
 
     def __len__(self) -> int:
@@ -125,10 +129,16 @@ class FileTasks(Tasks):
 
 
 def read_tasks(
-    sources: Sequence[Source], *, skip_bad: bool = False, check: TaskCheck | None = None, shuffle: int | None = None,
-    answer_type: str = "", memory: pathlib.Path | None = None, progress: Progress = lambda sentence: None,
+    sources: Sequence[Source],
+    *,
+    skip_bad: bool = False,
+    check: TaskCheck | None = None,
+    shuffle: int | None = None,
+    answer_type: str = "",
+    memory: pathlib.Path | None = None,
+    progress: Progress = lambda sentence: None,
     form: Format | None = None,
-) -> FileTasks:  # fmt: skip
+) -> FileTasks:
     """Read and check rows: every row becomes a task, its answers are scored against themselves, every image is decoded once.
 
     Args:
@@ -174,9 +184,14 @@ def open_split(
     """Read the files of a split; see `files.open_sources` and `read_tasks`. Verdicts are remembered in `cfg.cache_dir`."""
     memory = pathlib.Path(cfg.cache_dir).expanduser() / "checked"
     return read_tasks(
-        open_sources(cfg, split), skip_bad=cfg.skip_bad, check=check, shuffle=cfg.seed if cfg.shuffle_options else None,
-        answer_type=cfg.answer_type, memory=memory, progress=progress,
-    )  # fmt: skip
+        open_sources(cfg, split),
+        skip_bad=cfg.skip_bad,
+        check=check,
+        shuffle=cfg.seed if cfg.shuffle_options else None,
+        answer_type=cfg.answer_type,
+        memory=memory,
+        progress=progress,
+    )
 
 
 def image_bytes(source: Source, image: Image) -> bytes:
@@ -190,9 +205,13 @@ def image_bytes(source: Source, image: Image) -> bytes:
 
 
 def checked(
-    sources: Sequence[Source], forms: Sequence[Format], how: tuple[int | None, str], check: TaskCheck | None, progress: Progress,
+    sources: Sequence[Source],
+    forms: Sequence[Format],
+    how: tuple[int | None, str],
+    check: TaskCheck | None,
+    progress: Progress,
     known: dict,
-) -> Iterator[tuple[Row | Fault, Sizes]]:  # fmt: skip
+) -> Iterator[tuple[Row | Fault, Sizes]]:
     """Yield every row or its fault, in order, and the sizes of its images. Few rows and images are in memory at one time.
 
     Args:
@@ -219,9 +238,13 @@ def checked(
 
 
 def _judge(
-    sources: Sequence[Source], forms: Sequence[Format], how: tuple[int | None, str], check: TaskCheck | None, progress: Progress,
+    sources: Sequence[Source],
+    forms: Sequence[Format],
+    how: tuple[int | None, str],
+    check: TaskCheck | None,
+    progress: Progress,
     known: dict,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """Check all rows, see `checked`."""
     index, faults, environments = array("q"), [], set()
     for row, _ in checked(sources, forms, how, check, progress, known):

@@ -48,9 +48,10 @@ def start(cfg: DistributedConfig) -> None:
         ValueError: the processes could not connect to each other.
     """
     named: dict[str, Any] = {
-        "coordinator_address": cfg.coordinator or None, "num_processes": cfg.num_processes or None,
+        "coordinator_address": cfg.coordinator or None,
+        "num_processes": cfg.num_processes or None,
         "process_id": None if cfg.process_id < 0 else cfg.process_id,
-    }  # fmt: skip
+    }
     if not any(value is not None for value in named.values()) and not _in_cluster():
         return
     try:

@@ -64,8 +64,17 @@ def train_once(file: Path, seed: int, overrides: Sequence[str]) -> dict:
     shared = file.with_name("full.yaml")
     configs = [TINY, *([shared] if shared.is_file() and shared != file else []), file]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "imagent_jax.train", *(f"--config={path}" for path in configs), *overrides,
-                   f"--run.seed={seed}", f"--run.dir={folder}", "--run.name=run", "--run.log_trajectories=0"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "imagent_jax.train",
+            *(f"--config={path}" for path in configs),
+            *overrides,
+            f"--run.seed={seed}",
+            f"--run.dir={folder}",
+            "--run.name=run",
+            "--run.log_trajectories=0",
+        ]
         if subprocess.run(command).returncode:
             raise RuntimeError(f"The run of {file.stem} with seed {seed} failed; its message stands above.")
         records = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -118,8 +127,9 @@ def plot(results: Sequence[dict], path: Path) -> None:
     bars.barh(names, [mean for mean, _ in finals], xerr=[0 if math.isnan(half) else half for _, half in finals])
     bars.invert_yaxis()
     bars.set_title("held-out questions right, %")
-    for axis, name, title in zip(curves, ("accuracy", "tools/used_rate"), ("training rollouts right", "that call a tool"),
-                                 strict=True):  # fmt: skip
+    for axis, name, title in zip(
+        curves, ("accuracy", "tools/used_rate"), ("training rollouts right", "that call a tool"), strict=True
+    ):
         for i, result in enumerate(results):
             curve = np.mean([run["curves"][name] for run in result["runs"]], axis=0)
             smooth = np.convolve(curve, np.ones(5) / 5, mode="valid") if len(curve) > 5 else curve

@@ -80,8 +80,9 @@ def about_one_image(task: Task) -> Task | None:
     if task.parts or len(named) != 1 or not 1 <= (number := int(named.pop())) <= len(task.images):
         return None
     question, *options = (re.sub(r"Image \d+", "Image 1", text) for text in (task.question, *task.options))
-    return replace(task, uid=f"{task.uid}, one image", question=question, options=tuple(options),
-                   images=(task.images[number - 1],))  # fmt: skip
+    return replace(
+        task, uid=f"{task.uid}, one image", question=question, options=tuple(options), images=(task.images[number - 1],)
+    )
 
 
 def measure(parts: Policy, tasks: Sequence[Task], tools: bool, seed: int) -> dict[str, Any]:
@@ -92,8 +93,9 @@ def measure(parts: Policy, tasks: Sequence[Task], tools: bool, seed: int) -> dic
     """
     cfg = parts.cfg if tools else replace(parts.cfg, tools=replace(parts.cfg.tools, names=()))
     collector = Collector(parts.model, parts.processor, parts.tools if tools else ToolSet([]), cfg)
-    rollout = collector.collect(parts.params, tasks, group_size=1, seed=seed, temperature=cfg.rollout.temperature,
-                             slots=min(len(tasks), cfg.eval.groups))  # fmt: skip
+    rollout = collector.collect(
+        parts.params, tasks, group_size=1, seed=seed, temperature=cfg.rollout.temperature, slots=min(len(tasks), cfg.eval.groups)
+    )
     (start,) = parts.processor.encode(QWEN.turn_open)
     user = [np.flatnonzero(prompt.ids == start)[1] for prompt in rollout.prompts]
     width = cfg.rollout.prompt_tokens + cfg.rollout.response_tokens
@@ -128,9 +130,11 @@ def plot(conditions: dict[str, Any], title: str, out: Path) -> None:
     colours = ("#c9ced6", "#8d99ae", "#2a9d8f", "#e76f51", "#f4c9a8", "#457b9d")
     for axis, (name, found) in zip(axes[0], conditions.items(), strict=True):
         axis.stackplot(
-            range(len(found["position"]["rollouts"])), *(found["position"][source] for source in SOURCES),
-            labels=SOURCES, colors=colours,
-        )  # fmt: skip
+            range(len(found["position"]["rollouts"])),
+            *(found["position"][source] for source in SOURCES),
+            labels=SOURCES,
+            colors=colours,
+        )
         axis.set(title=f"{name}\n{found['calls']:.2f} calls a task", xlabel="generated token", ylim=(0, 1))
         axis.margins(x=0)
     axes[0][0].set_ylabel("share of attention")
@@ -166,8 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     found[name] = measure(parts, tasks, tools, args.seed)
                 shares = [f"{100 * found[name]['all'][source]:.1f} % to {source}" for source in SOURCES[2:4]]
                 console.print(f"{name}: {', '.join(shares)}")
-        record = {"command": " ".join(["python -m imagent_jax.attention", *(sys.argv[1:] if argv is None else argv)]),
-                  "tasks": len(one), "conditions": found}  # fmt: skip
+        record = {
+            "command": " ".join(["python -m imagent_jax.attention", *(sys.argv[1:] if argv is None else argv)]),
+            "tasks": len(one),
+            "conditions": found,
+        }
         out.write_text(json.dumps(record, indent=1))
         plot(found, f"{args.model}: where attention goes as it writes", args.out)
     except (ValueError, OSError, ImportError) as error:

@@ -81,9 +81,14 @@ class Benchmark:
         return [open_file(file) for file in found]
 
     def open(
-        self, path: str, data: DataConfig, *, shuffle: bool | None = None, check: TaskCheck | None = None,
+        self,
+        path: str,
+        data: DataConfig,
+        *,
+        shuffle: bool | None = None,
+        check: TaskCheck | None = None,
         progress: Progress = lambda sentence: None,
-    ) -> "Questions":  # fmt: skip
+    ) -> "Questions":
         """Read and check the tasks; see `data.reader.read_tasks`.
 
         Args:
@@ -92,10 +97,15 @@ class Benchmark:
         """
         shuffled, sources = self.shuffle if shuffle is None else shuffle, self.sources(path)
         tasks = read_tasks(
-            sources, skip_bad=data.skip_bad, check=check, shuffle=data.seed if shuffled else None, answer_type=self.answer_type,
-            memory=Path(data.cache_dir).expanduser() / "checked", progress=progress,
+            sources,
+            skip_bad=data.skip_bad,
+            check=check,
+            shuffle=data.seed if shuffled else None,
+            answer_type=self.answer_type,
+            memory=Path(data.cache_dir).expanduser() / "checked",
+            progress=progress,
             form=Format(self.name, self.needs, self.read),
-        )  # fmt: skip
+        )
         facts = [tasks.row(i).task for i in range(len(tasks))]
         if not self.circular:
             return Questions(tasks, facts, [(i, 0) for i in range(len(tasks))])

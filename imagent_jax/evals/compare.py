@@ -64,9 +64,14 @@ def _paired(first: dict, second: dict, metric: str, rule: str, seed: int) -> dic
     x, y = ([found[uid][0] for uid in uids] for found in values)
     difference = paired_difference(x, y, [values[0][uid][1] for uid in uids], seed=seed)
     return {
-        "rows": len(uids), "a": sum(x) / len(x), "b": sum(y) / len(y), "difference": difference.mean, "low": difference.low,
-        "high": difference.high, "shown": difference.shown,
-    }  # fmt: skip
+        "rows": len(uids),
+        "a": sum(x) / len(x),
+        "b": sum(y) / len(y),
+        "difference": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+        "shown": difference.shown,
+    }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

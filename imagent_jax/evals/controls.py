@@ -94,9 +94,13 @@ class ShuffledEnvironment(ToolEnvironment):
     """
 
     def __init__(
-        self, *args, pool: Sequence[tuple[int, Image.Image]], seed: int, texts: Sequence[tuple[int, str, str]] = (),
+        self,
+        *args,
+        pool: Sequence[tuple[int, Image.Image]],
+        seed: int,
+        texts: Sequence[tuple[int, str, str]] = (),
         only: int | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__(*args)
         self.pool, self.texts, self.seed, self.only, self.calls = tuple(pool), tuple(texts), seed, only, 0  # forks share tuples
         self.own = 0
@@ -150,9 +154,11 @@ def controlled(control: str, done: Sequence[Trajectory], seed: int, only: int | 
         return BlankEnvironment
     calls = [
         (fingerprint(t.images, t.task), t.images, turn.call)
-        for t in done if t.images is not None
-        for turn in t.turns if turn.call and turn.call.status == CallStatus.EXECUTED
-    ]  # fmt: skip
+        for t in done
+        if t.images is not None
+        for turn in t.turns
+        if turn.call and turn.call.status == CallStatus.EXECUTED
+    ]
     pool = [(owner, images[number - 1].pixels) for owner, images, call in calls for number in call.images]
     texts = [(owner, call.name, call.parts[i]) for owner, _, call in calls for i in told(call)]
     return partial(ShuffledEnvironment, pool=pool, texts=texts, seed=seed, only=only)
@@ -223,6 +229,10 @@ def permuted(task: Task, seed: int) -> Task | None:
         answers = [new.get(answer.strip(), answer) for answer in answers]
     options = tuple(map(renumbered, task.options))
     return replace(
-        task, question=renumbered(task.question), images=tuple(task.images[i] for i in order), options=options, answer=answers[0],
+        task,
+        question=renumbered(task.question),
+        images=tuple(task.images[i] for i in order),
+        options=options,
+        answer=answers[0],
         other_answers=tuple(answers[1:]),
-    )  # fmt: skip
+    )

@@ -35,16 +35,27 @@ from imagent_jax.types import Task, Trajectory
 
 
 def evaluate(
-    collector: Collector, params, tasks: Sequence[Task], *, groups: int, seed: int, greedy: bool, temperature: float,
+    collector: Collector,
+    params,
+    tasks: Sequence[Task],
+    *,
+    groups: int,
+    seed: int,
+    greedy: bool,
+    temperature: float,
     progress=None,
-) -> tuple[dict[str, float], list[Trajectory]]:  # fmt: skip
+) -> tuple[dict[str, float], list[Trajectory]]:
     """Sample one rollout of every task, `groups` tasks at a time; return metrics and trajectories."""
     done: list[Trajectory] = []
     for begin in range(0, len(tasks), 4 * groups):  # bounds the memory for encoded images
         out = collector.collect(
-            params, tasks[begin : begin + 4 * groups], group_size=1, seed=seed, temperature=0.0 if greedy else temperature,
+            params,
+            tasks[begin : begin + 4 * groups],
+            group_size=1,
+            seed=seed,
+            temperature=0.0 if greedy else temperature,
             slots=groups,
-        )  # fmt: skip
+        )
         done += [group[0] for group in out.trajectories]
         if progress:
             progress(len(done), len(tasks))
@@ -59,9 +70,14 @@ class HeldOut:
     """
 
     def __init__(
-        self, collector: Collector, tasks: Sequence[Task], cfg: Config, log: TrajectoryLog, console: Console,
+        self,
+        collector: Collector,
+        tasks: Sequence[Task],
+        cfg: Config,
+        log: TrajectoryLog,
+        console: Console,
         benchmarks: dict[str, Opened],
-    ):  # fmt: skip
+    ):
         self.collector, self.tasks, self.cfg, self.log, self.console = collector, tasks, cfg, log, console
         self.benchmarks = benchmarks
 
@@ -70,9 +86,14 @@ class HeldOut:
         began, tasks, cfg = time.perf_counter(), self.tasks[:count], self.cfg.eval
         with self.console.status(f"Evaluating on {len(tasks)} held-out tasks"):
             metrics, trajectories = evaluate(
-                self.collector, params, tasks, groups=cfg.groups, seed=cfg.seed, greedy=cfg.greedy,
+                self.collector,
+                params,
+                tasks,
+                groups=cfg.groups,
+                seed=cfg.seed,
+                greedy=cfg.greedy,
                 temperature=self.cfg.rollout.temperature,
-            )  # fmt: skip
+            )
         self.log.write(step, [[t] for t in trajectories], name=name)
         metrics["time/evaluation"] = time.perf_counter() - began
         self.console.print(
@@ -158,9 +179,15 @@ def _held_out(chosen: argparse.Namespace, cfg: Config, console: Console) -> None
 
     def run(name: str, collector: Collector, tasks: Sequence[Task]) -> list[Trajectory]:
         columns[name], done = evaluate(
-            collector, parts.params, tasks, groups=cfg.eval.groups, seed=cfg.eval.seed, greedy=cfg.eval.greedy,
-            temperature=cfg.rollout.temperature, progress=lambda d, n: console.print(f"  {d}/{n}"),
-        )  # fmt: skip
+            collector,
+            parts.params,
+            tasks,
+            groups=cfg.eval.groups,
+            seed=cfg.eval.seed,
+            greedy=cfg.eval.greedy,
+            temperature=cfg.rollout.temperature,
+            progress=lambda d, n: console.print(f"  {d}/{n}"),
+        )
         return done
 
     def under(variant: Variant) -> list[Trajectory]:

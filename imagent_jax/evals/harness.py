@@ -91,16 +91,25 @@ def reply_of(t: Trajectory, prompted: bool) -> str | None:
 def sample_of(t: Trajectory, prompted: bool) -> Record:
     """Return what is kept of a trajectory: reply, end, calls, sampled tokens, and the last line of an environment error."""
     return {
-        "reply": reply_of(t, prompted), "end": t.end.name, "calls": t.executed_calls, "invalid": t.invalid_calls,
+        "reply": reply_of(t, prompted),
+        "end": t.end.name,
+        "calls": t.executed_calls,
+        "invalid": t.invalid_calls,
         "tokens": sum(turn.stop - turn.start for turn in t.turns),
         "fault": (t.error or "unknown").strip().splitlines()[-1] if t.end == EndReason.FAULT else None,
-    }  # fmt: skip
+    }
 
 
 def _sample_of_dialogue(one: Dialogue) -> Record:
     tokens = sum(turn.stop - turn.start for reply in one.replies for turn in reply.turns)
-    return {"reply": one.answer, "end": EndReason(one.end).name, "calls": one.calls, "invalid": one.invalid,
-            "tokens": tokens, "fault": one.fault}  # fmt: skip
+    return {
+        "reply": one.answer,
+        "end": EndReason(one.end).name,
+        "calls": one.calls,
+        "invalid": one.invalid,
+        "tokens": tokens,
+        "fault": one.fault,
+    }
 
 
 def fingerprint(cfg: Config, opened: Opened, count: int, folder: Path) -> str:
@@ -141,10 +150,15 @@ class Pieces:
 
 
 def sample(
-    collector: Collector, params, opened: Opened, count: int, pieces: Pieces, *,
+    collector: Collector,
+    params,
+    opened: Opened,
+    count: int,
+    pieces: Pieces,
+    *,
     keep: Callable[[Sequence[Sequence[Trajectory]]], None] = lambda groups: None,
     progress: Callable[[int, int], None] = lambda done, count: None,
-) -> tuple[list[Record], float]:  # fmt: skip
+) -> tuple[list[Record], float]:
     """Sample `eval.samples` rollouts of the first `count` questions. Returns their records and the seconds spent.
 
     A piece is sampled whole, so that what is sampled does not depend on where an evaluation was killed.

@@ -28,8 +28,9 @@ def scored(benchmark: Benchmark, tasks: Sequence[Task], rows: Sequence[Record]) 
         for name, metric in benchmark.metrics.items():
             scores[name] = {
                 rule: [_score(metric, rule, task, sample) for sample in row["samples"]]
-                for rule in ("published", "strict") if getattr(metric, rule)
-            }  # fmt: skip
+                for rule in ("published", "strict")
+                if getattr(metric, rule)
+            }
         if any("judged" in sample or "judge_fault" in sample for sample in row["samples"]):
             first = next(iter(benchmark.metrics))
             scores[first]["judged"] = [None if sample["fault"] else sample.get("judged") for sample in row["samples"]]
@@ -79,17 +80,18 @@ def summary(rows: Sequence[dict], metric: str, rule: str, benchmark: Benchmark) 
     groups = {
         grouping: {group: estimate(*zip(*each, strict=True)) for group, each in sorted(parts.items())}
         for grouping, parts in by.items()
-    }  # fmt: skip
+    }
     macro = {name: _macro([*parts.values()]) for name, parts in groups.items()}
     micro = estimate(values, questions)
     return {
-        "headline": _told(macro.get(benchmark.headline, micro)), "micro": _told(micro),
+        "headline": _told(macro.get(benchmark.headline, micro)),
+        "micro": _told(micro),
         "macro": {name: _told(made) for name, made in macro.items()},
         "groups": {
             name: {group: _told(made) | {"count": len(by[name][group])} for group, made in parts.items()}
             for name, parts in groups.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _macro(groups: Sequence[Estimate]) -> Estimate:
@@ -126,22 +128,40 @@ def result_of(
         name: {rule: made for rule in RULES if (made := summary(rows, name, rule, benchmark))} for name in benchmark.metrics
     }
     differ = [
-        {"uid": row["uid"], "metric": name, "sample": i, "reply": record["samples"][i]["reply"], "answers": list(task.answers),
-         "published": a, "strict": b}
-        for row, record, task in zip(rows, records, tasks, strict=True) for name, by in row["scores"].items()
+        {
+            "uid": row["uid"],
+            "metric": name,
+            "sample": i,
+            "reply": record["samples"][i]["reply"],
+            "answers": list(task.answers),
+            "published": a,
+            "strict": b,
+        }
+        for row, record, task in zip(rows, records, tasks, strict=True)
+        for name, by in row["scores"].items()
         for i, (a, b) in enumerate(zip(by.get("published", ()), by["strict"], strict=False))
         if a is not None and abs(a - b) > 1e-9
-    ]  # fmt: skip
+    ]
     return {
-        "benchmark": benchmark.name, "title": benchmark.title, "headline": benchmark.headline, "judged": benchmark.judged,
-        "circular": benchmark.circular, "rows": len(rows), "questions": len({row["question"] for row in rows}),
-        "samples": n // max(len(rows), 1), "left_out": [str(fault) for fault in left_out], "scores": scores,
-        "unanswered": no_reply.count(False), "cut_off": no_reply.count(True),
+        "benchmark": benchmark.name,
+        "title": benchmark.title,
+        "headline": benchmark.headline,
+        "judged": benchmark.judged,
+        "circular": benchmark.circular,
+        "rows": len(rows),
+        "questions": len({row["question"] for row in rows}),
+        "samples": n // max(len(rows), 1),
+        "left_out": [str(fault) for fault in left_out],
+        "scores": scores,
+        "unanswered": no_reply.count(False),
+        "cut_off": no_reply.count(True),
         "unread": sum(sample["reply"] is not None and unread(task, sample["reply"]) for task, sample in alive),
-        "faults": dict(faults), "judge_faults": dict(judges),
+        "faults": dict(faults),
+        "judge_faults": dict(judges),
         "cost": {key: _rounded(sum(one[key] for _, one in samples) / max(n, 1)) for key in ("calls", "invalid", "tokens")},
-        "differ": differ, "per_row": rows,
-    }  # fmt: skip
+        "differ": differ,
+        "per_row": rows,
+    }
 
 
 def metrics_of(result: dict[str, Any]) -> dict[str, float]:
@@ -149,7 +169,8 @@ def metrics_of(result: dict[str, Any]) -> dict[str, float]:
     prefix = f"benchmark/{result['benchmark']}"
     found = {
         "/".join(part for part in (prefix, name, rule) if part): made["headline"]["mean"]
-        for name, by in result["scores"].items() for rule, made in by.items()
-    }  # fmt: skip
+        for name, by in result["scores"].items()
+        for rule, made in by.items()
+    }
     count = max(result["rows"] * result["samples"], 1)
     return found | {f"{prefix}/faults": sum(result["faults"].values()) / count}

@@ -64,10 +64,14 @@ def evaluate_benchmarks(policy: Policy, opened: dict[str, Opened], folder: Path,
         console.print(f"{one.benchmark.title}: {count:,} rows.")
         pieces = Pieces(folder / "samples" / f"{name}.jsonl", fingerprint(cfg, one, count, policy.folder))
         records, seconds[name] = sample(
-            collector, policy.params, one, count, pieces,
+            collector,
+            policy.params,
+            one,
+            count,
+            pieces,
             keep=lambda groups, name=name: examples.write(0, groups, name=name),
             progress=lambda done, total: console.print(f"  {done}/{total}"),
-        )  # fmt: skip
+        )
         tasks = one.questions.facts[:count]
         if cfg.eval.judge:
             judge_replies(cfg.judge, tasks, records)
@@ -75,8 +79,14 @@ def evaluate_benchmarks(policy: Policy, opened: dict[str, Opened], folder: Path,
         write_predictions(folder / "predictions", name, tasks, records)
         for sentence in about(results[name], seconds[name]):
             console.print(f"  {escape(sentence)}", soft_wrap=True)
-    settings = {"samples": cfg.eval.samples, "greedy": cfg.eval.greedy, "temperature": cfg.rollout.temperature,
-                "seed": cfg.eval.seed, "prompt": cfg.eval.prompt, "max_turns": cfg.tools.max_turns}  # fmt: skip
+    settings = {
+        "samples": cfg.eval.samples,
+        "greedy": cfg.eval.greedy,
+        "temperature": cfg.rollout.temperature,
+        "seed": cfg.eval.seed,
+        "prompt": cfg.eval.prompt,
+        "max_turns": cfg.tools.max_turns,
+    }
     result = {"model": cfg.model.path, "settings": settings, "benchmarks": results}
     (folder / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "seconds.json").write_text(json.dumps(seconds) + "\n")

@@ -99,10 +99,14 @@ def score_predictions(rows: Sequence[Row], form: Form, path: Path) -> dict[str, 
     for row in rows:
         answers = row["gt"] if isinstance(row["gt"], list) else [row["gt"]]
         task, reply = Task("", "", (), answers[0], other_answers=tuple(answers[1:])), row["pred_answer"]
-        scored.append({
-            name: tuple(0.0 if reply is None or rule is None else rule(task, reply) for rule in (metric.published, metric.strict))
-            for name, metric in form.metrics.items()
-        })  # fmt: skip
+        scored.append(
+            {
+                name: tuple(
+                    0.0 if reply is None or rule is None else rule(task, reply) for rule in (metric.published, metric.strict)
+                )
+                for name, metric in form.metrics.items()
+            }
+        )
     n, simple = form.rows, form.simple
     position = np.arange(len(rows))
     published = {"all": (position >= 0, n if form.fixed else len(rows))}
@@ -120,16 +124,20 @@ def score_predictions(rows: Sequence[Row], form: Form, path: Path) -> dict[str, 
                 for name in form.metrics
             }
             for group, (mask, count) in groups.items()
-        }  # fmt: skip
+        }
     differ = [
         {"row": i + 1, "id": row.get("id"), "prediction": row["pred_answer"], "gt": row["gt"]}
         | {name: {"published": round(a, 4), "strict": round(b, 4)} for name, (a, b) in values.items()}
-        for i, (row, values) in enumerate(zip(rows, scored, strict=True)) if any(abs(a - b) > 1e-9 for a, b in values.values())
-    ]  # fmt: skip
+        for i, (row, values) in enumerate(zip(rows, scored, strict=True))
+        if any(abs(a - b) > 1e-9 for a, b in values.values())
+    ]
     return {
-        "rows": len(rows), "missing": n - len(rows), "unanswered": sum(row["pred_answer"] is None for row in rows),
-        "scores": scores, "differ": differ,
-    }  # fmt: skip
+        "rows": len(rows),
+        "missing": n - len(rows),
+        "unanswered": sum(row["pred_answer"] is None for row in rows),
+        "scores": scores,
+        "differ": differ,
+    }
 
 
 def _show(console: Console, result: dict[str, Any], title: str, shown: int) -> None:

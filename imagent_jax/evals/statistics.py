@@ -51,9 +51,13 @@ def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None
 
 
 def paired_difference(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0,
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
     draws: int = 10_000,
-) -> Difference:  # fmt: skip
+) -> Difference:
     """Return the mean of second - first with a 95 % interval by bootstrap over clusters (percentiles).
 
     Args:

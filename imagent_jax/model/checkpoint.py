@@ -36,9 +36,17 @@ def older_name(name: str) -> str:
 
 
 COMPANIONS = (
-    "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
-)  # fmt: skip
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
 """Files of a complete checkpoint besides weights and config.json: tokenizer, processor and generation settings."""
 
 EMBEDDED = {"tiny": "imagent_jax.tiny.base:base_folder", "tiny_tools": "imagent_jax.tiny.base:tools_folder"}

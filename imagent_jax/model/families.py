@@ -57,14 +57,28 @@ class PublishedDecoder(NamedTuple):
 def hub_config(model_type: str, architecture: str, decoder: PublishedDecoder, tower: dict[str, Any]) -> dict[str, Any]:
     """Return a `config.json` in the hub's flat form, as Qwen2-VL and Qwen2.5-VL have it, with `tower` as `vision_config`."""
     return {
-        "architectures": [architecture], "model_type": model_type, "vocab_size": decoder.vocab, "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp, "num_hidden_layers": decoder.layers, "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.kv_heads, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "use_sliding_window": False,
-        "sliding_window": 32768, "max_window_layers": decoder.layers, "tie_word_embeddings": decoder.tied,
-        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "intermediate_size": decoder.mlp,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": decoder.layers,
+        "tie_word_embeddings": decoder.tied,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
         "vision_config": tower,
-    }  # fmt: skip
+    }
 
 
 @functools.cache

@@ -138,9 +138,12 @@ class Processor:
     def prepare(self, image: Image.Image, min_pixels: int | None = None, max_pixels: int | None = None) -> PreparedImage:
         """Resize an image to a pixel budget (default: the checkpoint's) and cut it into patches."""
         return prepare_image(
-            image, min_pixels=min_pixels or self.min_pixels, max_pixels=max_pixels or self.max_pixels,
-            patch_size=self.patch_size, merge_size=self.merge_size,
-        )  # fmt: skip
+            image,
+            min_pixels=min_pixels or self.min_pixels,
+            max_pixels=max_pixels or self.max_pixels,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+        )
 
     def prepare_to(self, image: Image.Image, size: tuple[int, int]) -> PreparedImage:
         """Resize an image to a given (height, width) and cut it into patches."""

@@ -51,9 +51,15 @@ def _splash_kernel(mask: splash_mask.Mask | int, heads: int, interpret: bool):
     mask = splash_mask.FullMask((mask, mask)) if isinstance(mask, int) else mask
     bq, bk = (next(b for b in BLOCKS if n % b == 0) for n in mask.shape)
     blocks = splash.BlockSizes(
-        block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk,
-        block_q_dq=bq, block_kv_dq=bk,
-    )  # fmt: skip
+        block_q=bq,
+        block_kv=bk,
+        block_kv_compute=bk,
+        block_q_dkv=bq,
+        block_kv_dkv=bk,
+        block_kv_dkv_compute=bk,
+        block_q_dq=bq,
+        block_kv_dq=bk,
+    )
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(
             splash_mask.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret

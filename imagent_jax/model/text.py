@@ -157,9 +157,14 @@ class Decoder(nnx.Module):
         return hidden, PromptCache(*zip(*kept, strict=True))
 
     def attention_by_source(
-        self, x: Float[Array, "N S D"], positions: Int[Array, "3 N S"], length: Int[Array, " N"],
-        source: Bool[Array, "N S C"], backend: str = "xla", deep: Deep | None = None,
-    ) -> Float[Array, "L N S C"]:  # fmt: skip
+        self,
+        x: Float[Array, "N S D"],
+        positions: Int[Array, "3 N S"],
+        length: Int[Array, " N"],
+        source: Bool[Array, "N S C"],
+        backend: str = "xla",
+        deep: Deep | None = None,
+    ) -> Float[Array, "L N S C"]:
         """Run rows alone; return every layer's `attention_shares`."""
         _, kept = self._alone(x, positions, length, backend, deep, lambda q, k, _: attention_shares(q, k, length, source))
         return jnp.stack(kept)

@@ -71,9 +71,18 @@ class Plan:
 
 
 ASPECTS = (
-    "model.path", "model.param_dtype", "model.remat", "model.freeze_vision", "lora.rank", "rollout.groups",
-    "rollout.group_size", "rollout.prompt_tokens", "rollout.response_tokens", "grpo.micro_groups", "optim.moment_dtype",
-)  # fmt: skip
+    "model.path",
+    "model.param_dtype",
+    "model.remat",
+    "model.freeze_vision",
+    "lora.rank",
+    "rollout.groups",
+    "rollout.group_size",
+    "rollout.prompt_tokens",
+    "rollout.response_tokens",
+    "grpo.micro_groups",
+    "optim.moment_dtype",
+)
 
 
 def hold(cfg: Config, topology: str, memory: float | None = None) -> tuple[RunArrays, Chip]:
@@ -93,9 +102,15 @@ def least(held: RunArrays) -> int:
 
 
 def make_plan(
-    cfg: Config, topology: str, memory: float | None = None, *, only: Sequence[str] = (), first: Sequence[str] = (),
-    give_up: bool = False, say: Callable[[str], None] = lambda line: None,
-) -> Plan:  # fmt: skip
+    cfg: Config,
+    topology: str,
+    memory: float | None = None,
+    *,
+    only: Sequence[str] = (),
+    first: Sequence[str] = (),
+    give_up: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Plan:
     """Compile the programs of a step and return their costs.
 
     Args:
@@ -222,15 +237,20 @@ def resized(cfg: Config, chips: int, fixed: int) -> Config:
         return max(1, n * chips // fixed)
 
     tensor, micro = cfg.mesh.tensor, times(cfg.grpo.micro_groups)
-    return cfg.changed({
-        "mesh.data": 1, "mesh.fsdp": chips // tensor, "mesh.tensor": tensor,
-        "grpo.micro_groups": micro, "rollout.groups": max(times(cfg.rollout.groups), micro * cfg.grpo.minibatches),
-    })  # fmt: skip
+    return cfg.changed(
+        {
+            "mesh.data": 1,
+            "mesh.fsdp": chips // tensor,
+            "mesh.tensor": tensor,
+            "grpo.micro_groups": micro,
+            "rollout.groups": max(times(cfg.rollout.groups), micro * cfg.grpo.minibatches),
+        }
+    )
 
 
 def smallest_slice(
     cfg: Config, kind: str, memory: float | None, only: Sequence[str], say: Callable[[str], None]
-) -> tuple[Config, Plan, dict[str, int]]:  # fmt: skip
+) -> tuple[Config, Plan, dict[str, int]]:
     """Find the smallest of `SLICES` on which the run fits. The number of groups is rounded up to a multiple of the mesh.
 
     Args:
@@ -337,8 +357,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     Raises:
         ValueError: see `config.read_args`.
     """
-    parser = argparse.ArgumentParser(prog="python -m imagent_jax.plan", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m imagent_jax.plan",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--topology", required=True, metavar="CHIP[:SHAPE]")
     parser.add_argument("--memory", type=float, metavar="GB")
     parser.add_argument("--scale", metavar="CHIPS,CHIPS,...")

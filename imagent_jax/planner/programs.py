@@ -244,9 +244,14 @@ def programs(held: RunArrays) -> Iterator[Program]:
         return np.zeros(shape, np.int32)
 
     yield Program(
-        "gather", sharding.rollout_params, (held.settings["dtype"],), (held.params,),
-        (held.params, held.opt_state, held.reference), 1, "rollout",
-    )  # fmt: skip
+        "gather",
+        sharding.rollout_params,
+        (held.settings["dtype"],),
+        (held.params,),
+        (held.params, held.opt_state, held.reference),
+        1,
+        "rollout",
+    )
     pack = np.zeros((held.pack, model.cfg.vision.patch_bytes), np.uint8), ints(held.pack, 2), ints(held.pack)
     encode = held.sampled, held.page, 0, *pack
     yield Program("vision", features._encode_into, (model,), encode, rolling, cfg.images.pages, "rollout")
@@ -275,10 +280,16 @@ def programs(held: RunArrays) -> Iterator[Program]:
             args = params, held.batch, held.shown
             yield Program(name, score, (model,), args, learning, micro // cfg.grpo.epochs, "update")
     accumulate = (
-        held.trained, held.frozen, held.total, held.shown, held.batch,
-        mask_tables(cfg.mask), np.float32(1),
-        logprobs if cfg.grpo.kl else None, logprobs if cfg.grpo.recompute else None,
-    )  # fmt: skip
+        held.trained,
+        held.frozen,
+        held.total,
+        held.shown,
+        held.batch,
+        mask_tables(cfg.mask),
+        np.float32(1),
+        logprobs if cfg.grpo.kl else None,
+        logprobs if cfg.grpo.recompute else None,
+    )
     yield Program(
         "train", learner.accumulate, (model, learner.LossSettings.of(cfg), held.learns), accumulate, learning, micro, "update"
     )

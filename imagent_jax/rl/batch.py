@@ -46,8 +46,9 @@ class GroupBatch:
     advantages: Float32[AnyArray, "N G"]
 
 
-def pack_batch(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.ndarray, prompt_tokens: int,
-               response_tokens: int) -> GroupBatch:  # fmt: skip
+def pack_batch(
+    rollout: RolloutBatch, rewards: np.ndarray, advantages: np.ndarray, prompt_tokens: int, response_tokens: int
+) -> GroupBatch:
     """Pack a rollout into a batch: prompts [N, P], responses [N, G, R], rewards and advantages [N, G].
 
     Raises:

@@ -127,9 +127,10 @@ def _source_metrics(rollout: RolloutBatch, rewards: np.ndarray, advantages: np.n
     for name in sorted({*sources.tolist()} - {""}):
         of_source = sources == name
         found |= {
-            f"source/{name}/reward": float(rewards[of_source].mean()), f"source/{name}/tasks": float(of_source.mean()),
+            f"source/{name}/reward": float(rewards[of_source].mean()),
+            f"source/{name}/tasks": float(of_source.mean()),
             f"source/{name}/flat": float((~advantages[of_source].any(1)).mean()),
-        }  # fmt: skip
+        }
     return found
 
 

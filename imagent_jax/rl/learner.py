@@ -38,10 +38,19 @@ class LossSettings(NamedTuple):
 def score(model: Model, params: nnx.State, batch: GroupBatch, shown, temperature: float):
     """Return log-probability and entropy of every response token, [N G R] each; `shown` as in `response_logprobs`."""
     return response_logprobs(
-        model, params, batch.prompt_ids, batch.prompt_positions, batch.prompt_vision, batch.prompt_len,
-        batch.response_ids, batch.response_positions, batch.response_vision, shown, temperature,
+        model,
+        params,
+        batch.prompt_ids,
+        batch.prompt_positions,
+        batch.prompt_vision,
+        batch.prompt_len,
+        batch.response_ids,
+        batch.response_positions,
+        batch.response_vision,
+        shown,
+        temperature,
         batch.response_len,
-    )  # fmt: skip
+    )
 
 
 score_jit = jax.jit(score, static_argnums=0, static_argnames="temperature")
@@ -65,9 +74,16 @@ def batch_loss(
     observed = batch.kind == TokenKind.OBSERVATION  # observations that train (an ablation) were not sampled: their weight is 1
     sampler = None if old is None else jnp.where(observed, old, batch.logprobs)
     return policy_loss(
-        logprobs, batch.logprobs if old is None else old, batch.advantages, mask, cfg=settings.grpo, normaliser=normaliser,
-        ref_logprobs=reference, sampler_logprobs=sampler, entropy=entropy,
-    )  # fmt: skip
+        logprobs,
+        batch.logprobs if old is None else old,
+        batch.advantages,
+        mask,
+        cfg=settings.grpo,
+        normaliser=normaliser,
+        ref_logprobs=reference,
+        sampler_logprobs=sampler,
+        entropy=entropy,
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -189,9 +205,19 @@ class Learner:
         total, of_pages, sums = jax.tree.map(jnp.zeros_like, trained), Pages(images.pages.room, images.blank), []
         for part, reference, old in parts:
             total, value, metrics, *of_shown = accumulate(
-                self.model, self.settings, learns, trained, frozen, total, shown_in(images, part), place_groups(part),
-                self.tables, np.float32(normaliser), reference, old,
-            )  # fmt: skip
+                self.model,
+                self.settings,
+                learns,
+                trained,
+                frozen,
+                total,
+                shown_in(images, part),
+                place_groups(part),
+                self.tables,
+                np.float32(normaliser),
+                reference,
+                old,
+            )
             for gradients in of_shown:
                 for gradient, vision in zip(gradients, _vision(part), strict=True):
                     images.add_gradient(of_pages, gradient, vision)

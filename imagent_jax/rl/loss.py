@@ -79,9 +79,13 @@ def policy_loss(
         importance = jax.lax.stop_gradient(jnp.minimum(_exp(old - sampler), cfg.importance_cap))
         token = token * importance
     metrics = {
-        "clip/low": low, "clip/high": high, "ratio/mean": ratio, "kl/sampler": _k3(sampler - logprobs),
-        "importance/mean": importance, "importance/capped": (importance >= cfg.importance_cap) & (sampler_logprobs is not None),
-    }  # fmt: skip
+        "clip/low": low,
+        "clip/high": high,
+        "ratio/mean": ratio,
+        "kl/sampler": _k3(sampler - logprobs),
+        "importance/mean": importance,
+        "importance/capped": (importance >= cfg.importance_cap) & (sampler_logprobs is not None),
+    }
     if ref_logprobs is not None:
         metrics["kl/reference"] = divergence = _k3(kept(ref_logprobs) - logprobs)
         token = token + cfg.kl * divergence

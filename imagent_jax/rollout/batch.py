@@ -82,11 +82,15 @@ def join_batches(own: RolloutBatch) -> RolloutBatch:
     for t in (t for group in own.trajectories for t in group):
         t.vision = moved(t.vision)
     light = replace(
-        own, store=SimpleNamespace(**{name: getattr(own.store, name) for name in COUNTS}),
-        tasks=[_without_images(task) for task in own.tasks], prompts=[prompt._replace(images=[]) for prompt in own.prompts],
-        **{name: [[replace(t, images=None, task=_without_images(t.task)) for t in group] for group in getattr(own, name)]
-           for name in ("trajectories", "replaced")},
-    )  # fmt: skip
+        own,
+        store=SimpleNamespace(**{name: getattr(own.store, name) for name in COUNTS}),
+        tasks=[_without_images(task) for task in own.tasks],
+        prompts=[prompt._replace(images=[]) for prompt in own.prompts],
+        **{
+            name: [[replace(t, images=None, task=_without_images(t.task)) for t in group] for group in getattr(own, name)]
+            for name in ("trajectories", "replaced")
+        },
+    )
     everyone = processes.gather(light)
     for name in ("tasks", "trajectories", "replaced"):
         setattr(everyone[jax.process_index()], name, getattr(own, name))
@@ -107,11 +111,19 @@ def join_batches(own: RolloutBatch) -> RolloutBatch:
     graded = [grade for one in everyone for grade in one.grades[: len(one.trajectories)]]
     graded += [grade for one in everyone for grade in one.grades[len(one.trajectories) :]]
     return RolloutBatch(
-        chain("tasks"), chain("prompts"), chain("prompt_vision"), chain("trajectories"), store,
+        chain("tasks"),
+        chain("prompts"),
+        chain("prompt_vision"),
+        chain("trajectories"),
+        store,
         {name: max(one.times.get(name, 0.0) for one in everyone) for name in everyone[0].times},
-        sum(one.sampled_tokens for one in everyone), own.image_token_id, chain("replaced"), chain("unused"), graded,
+        sum(one.sampled_tokens for one in everyone),
+        own.image_token_id,
+        chain("replaced"),
+        chain("unused"),
+        graded,
         own.tools,
-    )  # fmt: skip
+    )
 
 
 def _without_images(task: Task) -> Task:

@@ -65,9 +65,15 @@ class Collector:
     """
 
     def __init__(
-        self, model: Model, processor: Processor, tools: ToolSet, cfg: Config, *,
-        environment: Callable[..., ToolEnvironment] | None = None, stop: threading.Event | None = None,
-    ):  # fmt: skip
+        self,
+        model: Model,
+        processor: Processor,
+        tools: ToolSet,
+        cfg: Config,
+        *,
+        environment: Callable[..., ToolEnvironment] | None = None,
+        stop: threading.Event | None = None,
+    ):
         self.model, self.processor, self.tools, self.cfg = model, processor, tools, cfg
         self.stop = stop or threading.Event()
         self.settings = tool_settings(cfg, processor)
@@ -140,9 +146,17 @@ class Collector:
         return Weights(rollout_params(self.model.dtype, params))
 
     def collect(
-        self, params: nnx.State | Weights, tasks: Sequence[Task], *, group_size: int, seed: int, temperature: float = 1.0,
-        slots: int | None = None, opened: Sequence[Future[OpenedTask]] | None = None, refill: Refill | None = None,
-    ) -> RolloutBatch:  # fmt: skip
+        self,
+        params: nnx.State | Weights,
+        tasks: Sequence[Task],
+        *,
+        group_size: int,
+        seed: int,
+        temperature: float = 1.0,
+        slots: int | None = None,
+        opened: Sequence[Future[OpenedTask]] | None = None,
+        refill: Refill | None = None,
+    ) -> RolloutBatch:
         """Collect `group_size` rollouts of every task, each until it has ended. With several processes, each runs its share on
         its own devices, with its own tools and images. All return the same batch; only the own process has a trajectory's
         images.
@@ -205,11 +219,19 @@ class Collector:
         count = sum(turn.stop - turn.start for group in groups for t in group.trajectories for turn in t.turns)
         kept, replaced = groups[: len(parts[0])], groups[len(parts[0]) :]
         return RolloutBatch(
-            [run.drawn[group.index].task for group in kept], [group.prompt for group in kept], [group.vision for group in kept],
-            [group.trajectories for group in kept], engine.store, engine.clock.times, count, self.processor.image_token_id,
-            [group.trajectories for group in replaced], [run.drawn[index].place for index in run.spares],
-            [group.grade.scores for group in groups if group.grade], self.names,
-        )  # fmt: skip
+            [run.drawn[group.index].task for group in kept],
+            [group.prompt for group in kept],
+            [group.vision for group in kept],
+            [group.trajectories for group in kept],
+            engine.store,
+            engine.clock.times,
+            count,
+            self.processor.image_token_id,
+            [group.trajectories for group in replaced],
+            [run.drawn[index].place for index in run.spares],
+            [group.grade.scores for group in groups if group.grade],
+            self.names,
+        )
 
 
 class Draw(NamedTuple):
@@ -257,8 +279,14 @@ class _Run:
     """
 
     def __init__(
-        self, collector: Collector, engine: Engine, parts: Sequence[Sequence[Draw]], opened, sampling, grade=None,
-    ):  # fmt: skip
+        self,
+        collector: Collector,
+        engine: Engine,
+        parts: Sequence[Sequence[Draw]],
+        opened,
+        sampling,
+        grade=None,
+    ):
         self.collector, self.engine, self.drawn = collector, engine, [*parts[0], *parts[1]]
         (_, self.seed, self.temperature), self.futures, self.grade = sampling, opened, grade
         self.queue = deque(range(len(parts[0])))
@@ -339,8 +367,14 @@ def tool_settings(cfg: Config, processor: Processor) -> ToolSettings:
     """How tools show images, from the configuration and the model's patch geometry."""
     t = cfg.tools
     return ToolSettings(
-        coordinates=t.coordinates, patch_factor=processor.patch_size * processor.merge_size, low_pixels=t.low_pixels,
-        high_pixels=t.high_pixels, confirm_min_pixels=t.confirm_min_pixels, confirm_max_pixels=t.confirm_max_pixels,
-        min_box=t.min_box, max_images=t.max_images, most_pixels=cfg.images.vision_block * processor.patch_size**2,
+        coordinates=t.coordinates,
+        patch_factor=processor.patch_size * processor.merge_size,
+        low_pixels=t.low_pixels,
+        high_pixels=t.high_pixels,
+        confirm_min_pixels=t.confirm_min_pixels,
+        confirm_max_pixels=t.confirm_max_pixels,
+        min_box=t.min_box,
+        max_images=t.max_images,
+        most_pixels=cfg.images.vision_block * processor.patch_size**2,
         originals=Originals(1e9 * cfg.images.originals_gb),
-    )  # fmt: skip
+    )

@@ -188,11 +188,20 @@ class Engine:
             return np.asarray([*values], dtype)
 
         self.state = sampler.admit(
-            self.model, self.params, self.state, column([*slots, *[self.shape.slots] * more]), ids, positions, rows,
-            column(len(prompt.ids) for prompt in prompts), column(prompt.next_position for prompt in prompts),
-            column(request.stream for request in requests), column((r.seed % 2**32 for r in requests), np.uint32),
-            column((request.temperature for request in requests), np.float32), self.store.show(rows),
-        )  # fmt: skip
+            self.model,
+            self.params,
+            self.state,
+            column([*slots, *[self.shape.slots] * more]),
+            ids,
+            positions,
+            rows,
+            column(len(prompt.ids) for prompt in prompts),
+            column(prompt.next_position for prompt in prompts),
+            column(request.stream for request in requests),
+            column((r.seed % 2**32 for r in requests), np.uint32),
+            column((request.temperature for request in requests), np.float32),
+            self.store.show(rows),
+        )
         self.clock.lap("prefill", self.state.logits)
 
     # ---- tokens -------------------------------------------------------------------------------------------------------

@@ -34,9 +34,12 @@ def model_settings(cfg: Config, platform: str | None = None) -> dict[str, Any]:
     """
     dtype = choose_dtype(cfg.model.dtype, platform)
     return {
-        "dtype": dtype, "remat": cfg.model.remat, "vision_block": cfg.images.vision_block,
-        "logprob_chunk": cfg.model.logprob_chunk, "attention": choose_attention(cfg.model.attention, dtype, platform),
-    }  # fmt: skip
+        "dtype": dtype,
+        "remat": cfg.model.remat,
+        "vision_block": cfg.images.vision_block,
+        "logprob_chunk": cfg.model.logprob_chunk,
+        "attention": choose_attention(cfg.model.attention, dtype, platform),
+    }
 
 
 def check_images(cfg: Config, vision: VisionConfig) -> None:
@@ -100,9 +103,12 @@ class Policy:
         check_images(cfg, found.vision)
         self.mesh = make_mesh(**vars(cfg.mesh))
         self.model, self.params = checkpoint.load(
-            folder, mesh=self.mesh, param_dtype=cfg.model.param_dtype,
-            unsampled=self.processor.unsampled_ids(found.text.vocab_size), **model_settings(cfg),
-        )  # fmt: skip
+            folder,
+            mesh=self.mesh,
+            param_dtype=cfg.model.param_dtype,
+            unsampled=self.processor.unsampled_ids(found.text.vocab_size),
+            **model_settings(cfg),
+        )
         if cfg.lora.path:
             self.model, self.params = lora.load(cfg.lora.path, self.model, self.params)
         elif cfg.lora.rank:

@@ -29,9 +29,13 @@ class Prefetcher:
     """
 
     def __init__(
-        self, collector: Collector, iterator: TaskIterator, cfg: RolloutConfig, seed: int,
+        self,
+        collector: Collector,
+        iterator: TaskIterator,
+        cfg: RolloutConfig,
+        seed: int,
         grade: Callable[[list[Trajectory]], Grade],
-    ):  # fmt: skip
+    ):
         self.collector, self.iterator, self.cfg, self.seed, self.grade = collector, iterator, cfg, seed, grade
         self.thread = ThreadPoolExecutor(1, "rollouts")
         self.next: _Begun | None = None
@@ -69,9 +73,14 @@ class Prefetcher:
     def _sample(self, step: int, tasks: Sequence[Task], weights, opened=None) -> RolloutBatch:
         n = self.cfg.groups
         return self.collector.collect(
-            weights, tasks[:n], group_size=self.cfg.group_size, seed=self.seed * 1_000_003 + step,
-            temperature=self.cfg.temperature, opened=opened, refill=Refill(tasks[n:], self.grade) if self.cfg.refill else None,
-        )  # fmt: skip
+            weights,
+            tasks[:n],
+            group_size=self.cfg.group_size,
+            seed=self.seed * 1_000_003 + step,
+            temperature=self.cfg.temperature,
+            opened=opened,
+            refill=Refill(tasks[n:], self.grade) if self.cfg.refill else None,
+        )
 
     def _sample_on(self, mesh, *args) -> RolloutBatch:
         with jax.set_mesh(mesh):  # the current mesh is thread-local

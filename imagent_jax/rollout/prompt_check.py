@@ -28,9 +28,14 @@ class PromptCheck:
     """
 
     def __init__(
-        self, chat: QwenChat, processor: Processor, system: Callable[..., tuple[str, ...]],
-        environment: ToolEnvironment, limit: int, rewards: Collection[str] = (),
-    ):  # fmt: skip
+        self,
+        chat: QwenChat,
+        processor: Processor,
+        system: Callable[..., tuple[str, ...]],
+        environment: ToolEnvironment,
+        limit: int,
+        rewards: Collection[str] = (),
+    ):
         self.chat, self.processor, self.system, self.environment, self.limit = chat, processor, system, environment, limit
         self.rewards = tuple(rewards)
         self._tokens = functools.lru_cache(10_000)(self._count)  # texts around images are the same for all tasks

@@ -56,20 +56,22 @@ class SamplerState(NamedTuple):
 def empty(model: Model, slots: int, group_size: int, prompt_tokens: int, response_tokens: int) -> SamplerState:
     """Return a state without rollouts."""
     rows = slots * group_size
-    return _placed(SamplerState(
-        ids=jnp.zeros((rows, response_tokens), jnp.int32),
-        logprobs=jnp.zeros((rows, response_tokens), jnp.float32),
-        length=jnp.zeros(rows, jnp.int32),
-        position=jnp.zeros(rows, jnp.int32),
-        live=jnp.zeros(rows, bool),
-        match=jnp.zeros(rows, jnp.int16),
-        logits=jnp.zeros((rows, model.cfg.text.vocab_size), jnp.float32),
-        key=jax.random.key_data(jax.random.split(jax.random.key(0), rows)),
-        temperature=jnp.ones(rows, jnp.float32),
-        cache=empty_cache(model, ResponseCache, rows, response_tokens),
-        prompt=empty_cache(model, PromptCache, slots, prompt_tokens),
-        prompt_len=jnp.ones(slots, jnp.int32),
-    ))  # fmt: skip
+    return _placed(
+        SamplerState(
+            ids=jnp.zeros((rows, response_tokens), jnp.int32),
+            logprobs=jnp.zeros((rows, response_tokens), jnp.float32),
+            length=jnp.zeros(rows, jnp.int32),
+            position=jnp.zeros(rows, jnp.int32),
+            live=jnp.zeros(rows, bool),
+            match=jnp.zeros(rows, jnp.int16),
+            logits=jnp.zeros((rows, model.cfg.text.vocab_size), jnp.float32),
+            key=jax.random.key_data(jax.random.split(jax.random.key(0), rows)),
+            temperature=jnp.ones(rows, jnp.float32),
+            cache=empty_cache(model, ResponseCache, rows, response_tokens),
+            prompt=empty_cache(model, PromptCache, slots, prompt_tokens),
+            prompt_len=jnp.ones(slots, jnp.int32),
+        )
+    )
 
 
 def axes(x) -> tuple:
@@ -83,9 +85,20 @@ def _placed(state: SamplerState) -> SamplerState:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def admit(
-    model: Model, params: nnx.State, state: SamplerState, slots, ids, positions, vision, prompt_len, next_position, uids,
-    seeds, temperature, shown,
-) -> SamplerState:  # fmt: skip
+    model: Model,
+    params: nnx.State,
+    state: SamplerState,
+    slots,
+    ids,
+    positions,
+    vision,
+    prompt_len,
+    next_position,
+    uids,
+    seeds,
+    temperature,
+    shown,
+) -> SamplerState:
     """Prefill A prompts, once each, into `slots` ([A]; S: none) and start their G empty responses, all live.
 
     A row's key depends on the seed, the uid of its task and the index of the rollout in its group.
@@ -100,17 +113,19 @@ def admit(
             return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), uid), rollout)
 
         keys = jax.vmap(jax.vmap(fold, (None, None, 0)), (0, 0, None))(seeds, uids, jnp.arange(g))
-        return _placed(state._replace(
-            length=_put(state.length, rows, 0),
-            position=_put(state.position, rows, jnp.repeat(next_position, g)),
-            live=_put(state.live, rows, True),
-            match=_put(state.match, rows, 0),
-            logits=_put(state.logits, rows, jnp.repeat(logits, g, axis=0)),
-            key=_put(state.key, rows, jax.random.key_data(keys.reshape(-1))),
-            temperature=_put(state.temperature, rows, jnp.repeat(temperature, g)),
-            prompt=jax.tree.map(lambda kept, new: _put(kept, slots, new), state.prompt, prompt),
-            prompt_len=_put(state.prompt_len, slots, prompt_len),
-        ))  # fmt: skip
+        return _placed(
+            state._replace(
+                length=_put(state.length, rows, 0),
+                position=_put(state.position, rows, jnp.repeat(next_position, g)),
+                live=_put(state.live, rows, True),
+                match=_put(state.match, rows, 0),
+                logits=_put(state.logits, rows, jnp.repeat(logits, g, axis=0)),
+                key=_put(state.key, rows, jax.random.key_data(keys.reshape(-1))),
+                temperature=_put(state.temperature, rows, jnp.repeat(temperature, g)),
+                prompt=jax.tree.map(lambda kept, new: _put(kept, slots, new), state.prompt, prompt),
+                prompt_len=_put(state.prompt_len, slots, prompt_len),
+            )
+        )
 
 
 def _put(kept: Array, index: Array, new) -> Array:

@@ -145,8 +145,10 @@ class Pictures:
             f"<text x={l + left} y={t + top - 4 / scale:.1f} font-size={11 / scale:.1f}>{html.escape(label)}</text></g>"
             for (l, t, r, b), label, well in boxes
         )
-        return (f'<svg class=picture viewBox="{left} {top} {w} {h}" width={w * scale:.0f} height={h * scale:.0f}>'
-                f'<use href="#{html.escape(name)}" />{drawn}</svg>')  # fmt: skip
+        return (
+            f'<svg class=picture viewBox="{left} {top} {w} {h}" width={w * scale:.0f} height={h * scale:.0f}>'
+            f'<use href="#{html.escape(name)}" />{drawn}</svg>'
+        )
 
     def case(self, title: str, records: list[tuple[str, Record]]) -> str:
         """Return a case: question and given images, then the trajectories' text, calls and observations side by side."""
@@ -154,8 +156,12 @@ class Pictures:
         given = [n for n, image in enumerate(first["images"], 1) if not {"parent", "origin"} & image.keys()]
         gallery = ""
         for n in given:
-            boxes = [(box, str(m), record["right"]) for _, record in records for m, image in enumerate(record["images"], 1)
-                     if "box" in image and (box := within(record["images"], m, n))]  # fmt: skip
+            boxes = [
+                (box, str(m), record["right"])
+                for _, record in records
+                for m, image in enumerate(record["images"], 1)
+                if "box" in image and (box := within(record["images"], m, n))
+            ]
             gallery += f"<figure>{self.svg(first['images'], n, 190, boxes)}<figcaption>Image {n}</figcaption></figure>"
         columns = "".join(f"<div class={'good' if r['right'] else 'bad'}>{self._column(label, r)}</div>" for label, r in records)
         asked = f"<p class=kind>{e(title)}</p><h3>{e(first['question'])}</h3><p>truth <b>{e(first['truth'])}</b></p>"

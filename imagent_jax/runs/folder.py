@@ -75,10 +75,13 @@ class RunFolder:
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(cfg.run.keep_checkpoints)]
         if cfg.run.keep_best:
-            kept.append(policies.BestN(
-                get_metric_fn=lambda found: found["accuracy"], n=cfg.run.keep_best,
-                keep_checkpoints_without_metrics=False,
-            ))  # fmt: skip
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda found: found["accuracy"],
+                    n=cfg.run.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         try:
             self.manager = ocp.training.Checkpointer(
                 self.checkpoints,
@@ -163,14 +166,20 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         tree = {"params": params, "opt_state": opt_state}
         progress = progress | {
-            "seed": self.seed, "logged": metrics.stat().st_size if metrics.exists() else 0,
+            "seed": self.seed,
+            "logged": metrics.stat().st_size if metrics.exists() else 0,
             "sums": {name: checksums(part) for name, part in tree.items()},
-        }  # fmt: skip
+        }
         try:
-            self.writing = step, self.manager.save_async(
-                step, tree, custom_metadata=progress | {"crc": _crc(progress)},
-                metrics=None if accuracy is None else {"accuracy": accuracy},
-            )  # fmt: skip
+            self.writing = (
+                step,
+                self.manager.save_async(
+                    step,
+                    tree,
+                    custom_metadata=progress | {"crc": _crc(progress)},
+                    metrics=None if accuracy is None else {"accuracy": accuracy},
+                ),
+            )
         except Exception as error:
             raise self._unwritten(step, error) from error
 
@@ -190,8 +199,11 @@ class RunFolder:
         self.latest = step
 
     def _unwritten(self, step: int, error: Exception) -> ValueError:
-        before = "there is none before it" if self.latest is None else (
-            f"checkpoint {self.latest} is whole: make room, then continue from it with --run.resume true")  # fmt: skip
+        before = (
+            "there is none before it"
+            if self.latest is None
+            else (f"checkpoint {self.latest} is whole: make room, then continue from it with --run.resume true")
+        )
         return ValueError(f"Checkpoint {step} could not be written to {self.checkpoints} ({_reason(error)}); {before}.")
 
     def restore(self, params, opt_state) -> tuple[Any, Any, dict[str, Any]] | None:

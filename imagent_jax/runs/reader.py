@@ -65,8 +65,14 @@ def read_run(path: Path) -> RunLog:
         trajectories[file.stem], broken = _lines(file, needs="images")
         torn += broken
     faults = path / "data_faults.txt"
-    return RunLog(path, yaml.safe_load((path / "config.yaml").read_text()), metrics, trajectories,
-                  faults.read_text().splitlines() if faults.is_file() else [], torn)  # fmt: skip
+    return RunLog(
+        path,
+        yaml.safe_load((path / "config.yaml").read_text()),
+        metrics,
+        trajectories,
+        faults.read_text().splitlines() if faults.is_file() else [],
+        torn,
+    )
 
 
 def phases(record: dict[str, Any]) -> dict[str, float]:

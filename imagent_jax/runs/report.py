@@ -55,12 +55,20 @@ def write_report(path: Path) -> Path:
     )
     cases = "".join(pictures.case(title, records) for title, records in instructive(run))
     parts = {
-        "NAME": e(cfg["run"]["name"]), "ABOUT": e(about), "THEME": (ASSETS / "theme.css").read_text(),
-        "STYLE": (ASSETS / "report.css").read_text(), "SCRIPT": (ASSETS / "report.js").read_text(),
-        "HEADLINE": _headline(run), "CURVES": _curves(run) or "<p>No training step has been logged yet.</p>",
-        "WARNINGS": _warnings(run), "TABLE": _table(run.evaluations), "TIMES": _times(run), "FAULTS": _faults(run),
-        "IMAGES": pictures.definitions(), "CASES": cases or "<p>No trajectories were logged.</p>",
-    }  # fmt: skip
+        "NAME": e(cfg["run"]["name"]),
+        "ABOUT": e(about),
+        "THEME": (ASSETS / "theme.css").read_text(),
+        "STYLE": (ASSETS / "report.css").read_text(),
+        "SCRIPT": (ASSETS / "report.js").read_text(),
+        "HEADLINE": _headline(run),
+        "CURVES": _curves(run) or "<p>No training step has been logged yet.</p>",
+        "WARNINGS": _warnings(run),
+        "TABLE": _table(run.evaluations),
+        "TIMES": _times(run),
+        "FAULTS": _faults(run),
+        "IMAGES": pictures.definitions(),
+        "CASES": cases or "<p>No trajectories were logged.</p>",
+    }
     page = re.sub(r"<!--(\w+)-->", lambda mark: parts[mark[1]], (ASSETS / "report.html").read_text())
     out = path / "report.html"
     out.write_text(page)
@@ -124,8 +132,10 @@ def _curves(run: RunLog) -> str:
         if "*" in (key := "".join(series.values())):
             names = {logged.split("/")[1] for record in run.steps for logged in record if logged.startswith("source/")}
             series = {name: key.replace("*", name) for name in sorted(names)}
-        lines = {label: [(r["step"], r[key]) for r in run.metrics if math.isfinite(r.get(key, math.nan))]
-                 for label, key in series.items()}  # fmt: skip
+        lines = {
+            label: [(r["step"], r[key]) for r in run.metrics if math.isfinite(r.get(key, math.nan))]
+            for label, key in series.items()
+        }
         if title == "accuracy":
             prefixes = ("base/", "eval/", "final/")
             lines["held-out"] = [(r["step"], r[p + title]) for r in run.metrics for p in prefixes if p + title in r]
@@ -149,8 +159,11 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], width: int = 
     def path(points):
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
 
-    body = [f'<line class=grid x1={left} x2={width - right} y1={at(0, y)[1]:.1f} y2={at(0, y)[1]:.1f} />'
-            f'<text x={left - 6} y={at(0, y)[1] + 3.5:.1f} text-anchor=end>{_number(y)}</text>' for y in ticks]  # fmt: skip
+    body = [
+        f"<line class=grid x1={left} x2={width - right} y1={at(0, y)[1]:.1f} y2={at(0, y)[1]:.1f} />"
+        f"<text x={left - 6} y={at(0, y)[1] + 3.5:.1f} text-anchor=end>{_number(y)}</text>"
+        for y in ticks
+    ]
     body += [f"<text x={at(x, 0)[0]:.1f} y={height - 5} text-anchor={a}>{x:g}</text>" for x, a in ((x0, "start"), (x1, "end"))]
     legend = []
     for i, (label, points) in enumerate(lines.items()):

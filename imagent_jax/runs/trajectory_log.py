@@ -45,8 +45,14 @@ class TrajectoryLog:
         self.names: dict[bytes, str] = {}  # of the group being logged, whose rollouts share images
         self.pieces: dict[int, str] = {}
 
-    def write(self, step: int, groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[dict]] | None = None,
-              advantages: np.ndarray | None = None, name: str = "train") -> None:  # fmt: skip
+    def write(
+        self,
+        step: int,
+        groups: Sequence[Sequence[Trajectory]],
+        rewards: Sequence[Sequence[dict]] | None = None,
+        advantages: np.ndarray | None = None,
+        name: str = "train",
+    ) -> None:
         """Log whole groups, at least one, of about `run.log_trajectories` trajectories in total (0: none).
 
         Args:
@@ -68,14 +74,23 @@ class TrajectoryLog:
     def record(self, t: Trajectory, rewards: dict[str, float], advantage: float | None = None) -> dict[str, Any]:
         """Return a trajectory as a JSON-serialisable dictionary."""
         return {
-            "task": t.task.uid, "kind": t.task.kind, "question": t.task.text, "truth": " | ".join(t.task.answers),
-            "rollout": t.rollout, "answer": t.answer, "right": t.right, "end": t.end.name, "error": t.error,
+            "task": t.task.uid,
+            "kind": t.task.kind,
+            "question": t.task.text,
+            "truth": " | ".join(t.task.answers),
+            "rollout": t.rollout,
+            "answer": t.answer,
+            "right": t.right,
+            "end": t.end.name,
+            "error": t.error,
             "dropped": advantage is not None and not bool(self.tables.trajectory[t.end]),
-            "rewards": rewards, "advantage": advantage, "length": len(t.ids),
+            "rewards": rewards,
+            "advantage": advantage,
+            "length": len(t.ids),
             "images": self._images(t.task.images, t.images or ()),
             "turns": [{"text": turn.text, "call": turn.call and _call(turn.call)} for turn in t.turns],
             "tokens": self._tokens(t, advantage),
-        } | ({"facts": t.task.meta} if t.task.meta else {})  # fmt: skip
+        } | ({"facts": t.task.meta} if t.task.meta else {})
 
     def _tokens(self, t: Trajectory, advantage: float | None) -> dict[str, Any]:
         pad = (t.kind == TokenKind.OBSERVATION) & (t.ids == self.processor.image_token_id)
@@ -83,10 +98,12 @@ class TrajectoryLog:
         counts = np.diff(np.append(first, len(t.ids)))
         ids, kind = t.ids[first].tolist(), t.kind[first]
         columns = {
-            "ids": ids, "text": self._texts(ids), "kind": "".join(map(str, kind.tolist())),
+            "ids": ids,
+            "text": self._texts(ids),
+            "kind": "".join(map(str, kind.tolist())),
             "logprob": [round(x, 4) for x in t.logprobs[first].tolist()],
             "repeat": {str(i): int(counts[i]) for i in np.flatnonzero(counts > 1)},
-        }  # fmt: skip
+        }
         if advantage is not None:
             kept = self.tables.action[int(advantage > 0)][kind] & self.tables.trajectory[t.end]
             columns["kept"] = "".join(map(str, kept.astype(int).tolist()))
@@ -149,8 +166,14 @@ def _plain(image: Image.Image) -> bool:
 
 def _call(call) -> dict[str, Any]:
     said = [part for part in call.parts if isinstance(part, str)]
-    return {"status": call.status.name, "name": call.name, "arguments": call.arguments, "images": call.images,
-            "said": said, "error": call.error}  # fmt: skip
+    return {
+        "status": call.status.name,
+        "name": call.name,
+        "arguments": call.arguments,
+        "images": call.images,
+        "said": said,
+        "error": call.error,
+    }
 
 
 def _lineage(entry: ImageEntry) -> dict[str, Any]:

@@ -14,8 +14,21 @@ from imagent_jax.runs.reader import RunLog, read_run, step_of
 from imagent_jax.runs.report import ASSETS, write_report
 
 KINDS = ("TEXT", "TOOL_CALL", "INVALID_CALL", "ANSWER", "OBSERVATION", "PAD")  # TokenKind, without importing jax
-FIELDS = ("chunk", "line", "task", "rollout", "right", "reward", "advantage", "end", "executed", "invalid", "faulted", "tools",
-          "answer")  # fmt: skip
+FIELDS = (
+    "chunk",
+    "line",
+    "task",
+    "rollout",
+    "right",
+    "reward",
+    "advantage",
+    "end",
+    "executed",
+    "invalid",
+    "faulted",
+    "tools",
+    "answer",
+)
 PAGE = ("index.html", "theme.css", "view.css", "view.js")
 
 
@@ -66,12 +79,34 @@ def index(run: RunLog) -> dict[str, Any]:
             tools += [name for name in names if name not in tools]
             count = [sum(call["status"] == status for call in calls) for status in ("EXECUTED", "INVALID", "FAULT")]
             reward, advantage = (x if x is None else round(x, 4) for x in (r["rewards"].get("total"), r["advantage"]))
-            rows.append([c, line, tasks[r["task"]], r["rollout"], int(r["right"]), reward, advantage, r["end"], *count,
-                         [tools.index(name) for name in names], r["answer"]])  # fmt: skip
+            rows.append(
+                [
+                    c,
+                    line,
+                    tasks[r["task"]],
+                    r["rollout"],
+                    int(r["right"]),
+                    reward,
+                    advantage,
+                    r["end"],
+                    *count,
+                    [tools.index(name) for name in names],
+                    r["answer"],
+                ]
+            )
     cfg = run.config
     about = f"{cfg['model']['path']} on {cfg['data']['name']}, {len(run.steps)} of {cfg['run']['steps']} steps"
-    return {"name": cfg["run"]["name"], "about": about, "report": True, "kinds": KINDS, "tools": tools, "chunks": chunks,
-            "tasks": task_rows, "fields": FIELDS, "rows": rows}  # fmt: skip
+    return {
+        "name": cfg["run"]["name"],
+        "about": about,
+        "report": True,
+        "kinds": KINDS,
+        "tools": tools,
+        "chunks": chunks,
+        "tasks": task_rows,
+        "fields": FIELDS,
+        "rows": rows,
+    }
 
 
 def _script(value: Any) -> str:

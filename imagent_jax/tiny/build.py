@@ -147,20 +147,26 @@ def encode_group(group, processor: Processor):
 def collate(groups, shape: Shape, merge: int):
     """Return the arrays of a batch: prompts [N P], responses [N G R], `trained` bool [N G R], and one pack of all images."""
     n, size, width = len(groups), shape.size, shape.width
-    images = [image for prompt, responses in groups for image in
-              [*prompt.images, *(i for response in responses for one, _ in response for i in one.images)]]  # fmt: skip
+    images = [
+        image
+        for prompt, responses in groups
+        for image in [*prompt.images, *(i for response in responses for one, _ in response for i in one.images)]
+    ]
     from imagent_jax.tiny.vision import in_blocks
 
     blocks = in_blocks(images, BLOCK)
     count = shape.blocks * (1 if len(blocks) <= shape.blocks else 2)
     *pack, first_rows = pack_images(blocks, BLOCK, count, merge=merge, patch_bytes=images[0].patches.shape[1])
     first = iter([row // merge**2 for row in first_rows])
-    vision, out = [], {
-        "response_ids": np.zeros((n, size, width), np.int32),
-        "response_positions": np.zeros((3, n, size, width), np.int32),
-        "response_vision": np.full((n, size, width), -1, np.int32),
-        "trained": np.zeros((n, size, width), bool),
-    }  # fmt: skip
+    vision, out = (
+        [],
+        {
+            "response_ids": np.zeros((n, size, width), np.int32),
+            "response_positions": np.zeros((3, n, size, width), np.int32),
+            "response_vision": np.full((n, size, width), -1, np.int32),
+            "trained": np.zeros((n, size, width), bool),
+        },
+    )
     for i, (prompt, responses) in enumerate(groups):
         vision.append(prompt.vision([next(first) for _ in prompt.images]))
         for j, response in enumerate(responses):
@@ -249,9 +255,13 @@ def muon(rate: float, steps: int) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(one, params)
 
     scaled = optax.contrib.muon(
-        schedule(rate, steps), weight_decay=0.02, adam_weight_decay=0.02, adam_b2=0.98, consistent_rms=0.2,
+        schedule(rate, steps),
+        weight_decay=0.02,
+        adam_weight_decay=0.02,
+        adam_b2=0.98,
+        consistent_rms=0.2,
         muon_weight_dimension_numbers=dimensions,
-    )  # fmt: skip
+    )
     return optax.chain(optax.clip_by_global_norm(1.0), scaled)
 
 

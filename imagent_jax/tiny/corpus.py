@@ -209,9 +209,9 @@ def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
     shared = sorted(absent[a - 1] & absent[b - 1] if kind == "compare" else set.intersection(*absent))
     if kind == "sum":
         pairs = [(image, _pick(rng, sorted(absent[image - 1]))) for image in (a, b)]
-        return Unanswerable(sum_question(rng, *pairs), 2, lambda seen: str(
-            seen[-1][1] + seen[-2][1] if len(seen) > 1 else rng.integers(19)
-        ))  # fmt: skip
+        return Unanswerable(
+            sum_question(rng, *pairs), 2, lambda seen: str(seen[-1][1] + seen[-2][1] if len(seen) > 1 else rng.integers(19))
+        )
     if kind == "compare" and shared:
 
         def larger(seen):  # of what was read last, wherever it was
@@ -230,9 +230,12 @@ def unanswerable(rng, scenes: list[Scene]) -> Unanswerable:
             return found[-1:] or [image for image in range(1, n + 1) if image not in dict(seen)]
 
         return Unanswerable(
-            find_question(_pick(rng, shared)), n, lambda seen: f"Image {_pick(rng, left(seen) or range(1, n + 1))}",
-            settled=lambda seen: len(left(seen)) == 1, targets=tags,
-        )  # fmt: skip
+            find_question(_pick(rng, shared)),
+            n,
+            lambda seen: f"Image {_pick(rng, left(seen) or range(1, n + 1))}",
+            settled=lambda seen: len(left(seen)) == 1,
+            targets=tags,
+        )
     question = read_question(rng, a, _pick(rng, sorted(absent[a - 1])))
     return Unanswerable(question, 1, lambda seen: str(seen[-1][1] if seen else rng.integers(10)))
 
@@ -330,8 +333,10 @@ def box_near(rng, scene: Scene, tag: Tag) -> tuple[int, int, int, int]:
     height, width = scene.pixels.shape[:2]
     side = [round(BOX / 1000 * s) for s in (width, height)]
     spread = 1.0 if rng.random() < 0.15 else 0.35
-    middle = [c * s + rng.uniform(-spread, spread) * (half / 2 - 13)
-              for c, s, half in zip((tag.x, tag.y), (width, height), side, strict=True)]  # fmt: skip
+    middle = [
+        c * s + rng.uniform(-spread, spread) * (half / 2 - 13)
+        for c, s, half in zip((tag.x, tag.y), (width, height), side, strict=True)
+    ]
     sizes = zip(middle, side, (width, height), strict=True)
     left, top = (round(min(max(m - s / 2, 0), full - s)) for m, s, full in sizes)
     return left, top, left + side[0], top + side[1]

@@ -176,7 +176,7 @@ def _the(number: int, tag: Tag) -> str:
 
 def _made(
     kind: str, several: bool, words: str, answer: str, answer_type: str, places: list[tuple[int, Tag]], digits: bool = True
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A proposal. `digits`: the places show digits, else colours."""
     evidence = [
         {
@@ -188,8 +188,13 @@ def _made(
         for number, tag in places
     ]
     return {
-        "question": words, "answer": answer, "answer_type": answer_type, "kind": kind, "several": several, "evidence": evidence,
-    }  # fmt: skip
+        "question": words,
+        "answer": answer,
+        "answer_type": answer_type,
+        "kind": kind,
+        "several": several,
+        "evidence": evidence,
+    }
 
 
 def around(tag: Tag) -> list[int]:

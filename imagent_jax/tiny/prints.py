@@ -24,8 +24,11 @@ HALF = SIDE // 2
 
 TURNS = ("rotation90", "rotation180", "rotation270")
 LOSSES = ("dark", "overexposure", "blur", "noise", "crop")
-PROBLEMS: tuple[tuple[str, ...], ...] = ((), *((name,) for name in (*TURNS, *LOSSES)),
-    *((turn, loss) for turn in TURNS for loss in LOSSES))  # fmt: skip
+PROBLEMS: tuple[tuple[str, ...], ...] = (
+    (),
+    *((name,) for name in (*TURNS, *LOSSES)),
+    *((turn, loss) for turn in TURNS for loss in LOSSES),
+)
 """What can be wrong with a print: nothing, one fault, or a turn and another fault, as in MAT."""
 STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
     "train": {"dark": (0.055, 0.07, 0.085), "overexposure": (0.055, 0.07, 0.085), "blur": (4.2, 4.5, 4.8),
@@ -154,9 +157,12 @@ def problem_words(problems: Sequence[str]) -> str:
 
 
 def make_print(
-    rng: np.random.Generator, split: str, colours: Sequence[str] | None = None, digits: Sequence[int] | None = None,
+    rng: np.random.Generator,
+    split: str,
+    colours: Sequence[str] | None = None,
+    digits: Sequence[int] | None = None,
     varied: bool = False,
-) -> Scene:  # fmt: skip
+) -> Scene:
     """Draw a print with one tag around its middle, or with two side by side.
 
     Args:

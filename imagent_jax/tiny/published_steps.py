@@ -50,9 +50,15 @@ def code_at(seed: int, split: str, index: int) -> Task:
     }[kind]
     meta = {"split": split, "step": kind.removeprefix("pre_"), "problems": list(problems), "side": SIDE}
     return Task(
-        f"tiny_code_steps/{split}/{seed}/{index}", question, (encode_png(np.asarray(pixels)),), answer, "exact", kind, meta,
+        f"tiny_code_steps/{split}/{seed}/{index}",
+        question,
+        (encode_png(np.asarray(pixels)),),
+        answer,
+        "exact",
+        kind,
+        meta,
         environment=ONE_TURN,
-    )  # fmt: skip
+    )
 
 
 def search_at(seed: int, split: str, index: int) -> Task:
@@ -66,6 +72,11 @@ def search_at(seed: int, split: str, index: int) -> Task:
     query = title if not task.images else f"{article.kind} {' '.join(f'{c}{d}' for c, d in article.mark)}"
     question = task.question if kind == "pre_query" else f"{article.text}\n{task.question}"
     return dataclasses.replace(
-        task, uid=f"tiny_search_steps/{split}/{seed}/{index}", question=question, kind=kind, environment=ONE_TURN,
-        answer=query if kind == "pre_query" else task.answer, meta=task.meta | {"step": kind.removeprefix("pre_")},
-    )  # fmt: skip
+        task,
+        uid=f"tiny_search_steps/{split}/{seed}/{index}",
+        question=question,
+        kind=kind,
+        environment=ONE_TURN,
+        answer=query if kind == "pre_query" else task.answer,
+        meta=task.meta | {"step": kind.removeprefix("pre_")},
+    )

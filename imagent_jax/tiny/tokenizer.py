@@ -18,8 +18,16 @@ from imagent_jax.images.prepare import CLIP_MEAN, CLIP_STD
 from imagent_jax.tiny.encyclopaedia import RELATIONS, SYLLABLES
 from imagent_jax.tiny.world import COLOURS
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>")
 COORDINATES = tuple(str(n) for n in range(25, 1001, 25))
 """Numbers that are one token; every other number is one token a digit."""
@@ -106,24 +114,30 @@ def build_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int = 1024, 
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     _write(folder / "special_tokens_map.json", roles)
-    _write(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **roles,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-        "chat_template": CHAT_TEMPLATE,
-    })  # fmt: skip
-    _write(folder / "preprocessor_config.json", {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2VLProcessor",
-        "min_pixels": 3136,
-        "max_pixels": 4704,
-        "patch_size": 14,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    })  # fmt: skip
+    _write(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **roles,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 4096,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    _write(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            "min_pixels": 3136,
+            "max_pixels": 4704,
+            "patch_size": 14,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+    )
 
 
 def _train(texts: Sequence[str], vocab_size: int, values: str) -> bytes:
@@ -133,12 +147,28 @@ def _train(texts: Sequence[str], vocab_size: int, values: str) -> bytes:
     sentences = (piece.translate(table) for text in texts for piece in pieces_apart(text, values))
     written = io.BytesIO()  # a file's path would be kept in the model
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=written, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-        required_chars=characters, split_by_whitespace=False, split_by_number=False, split_by_unicode_script=False,
-        add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
-        max_sentencepiece_length=64, character_coverage=1.0, hard_vocab_limit=False, bos_id=-1, eos_id=-1,
-        minloglevel=2, num_threads=2, max_sentence_length=100000, shuffle_input_sentence=False,
-    )  # fmt: skip
+        sentence_iterator=sentences,
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        required_chars=characters,
+        split_by_whitespace=False,
+        split_by_number=False,
+        split_by_unicode_script=False,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        max_sentencepiece_length=64,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+        num_threads=2,
+        max_sentence_length=100000,
+        shuffle_input_sentence=False,
+    )
     return written.getvalue()
 
 

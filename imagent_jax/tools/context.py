@@ -105,9 +105,12 @@ class ToolContext:
     tool's `own` settings."""
 
     def __init__(
-        self, registry: ImageRegistry, settings: ToolSettings, state: TrajectoryState | None = None,
+        self,
+        registry: ImageRegistry,
+        settings: ToolSettings,
+        state: TrajectoryState | None = None,
         own: CallSettings | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.registry = registry
         self.settings = settings
         self.state = state or TrajectoryState()

@@ -45,9 +45,12 @@ class CallPool:
         return len(self._waiting) + len(self._running) + len(self._ready)
 
     def submit(
-        self, key: Any, work: Callable[[], Any], then: Callable[[Any], Any] = lambda result: result,
+        self,
+        key: Any,
+        work: Callable[[], Any],
+        then: Callable[[Any], Any] = lambda result: result,
         timeout_s: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Queue `work`; its result is returned together with `key`.
 
         Args:

@@ -28,9 +28,15 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedire
 
 
 def post(
-    url: str, body: Mapping[str, Any], timeout_s: float, *, raises: type[Exception], setting: str,
-    headers: Mapping[str, str] | None = None, most_bytes: int = 8 << 20,
-) -> Any:  # fmt: skip
+    url: str,
+    body: Mapping[str, Any],
+    timeout_s: float,
+    *,
+    raises: type[Exception],
+    setting: str,
+    headers: Mapping[str, str] | None = None,
+    most_bytes: int = 8 << 20,
+) -> Any:
     """Send JSON and return the JSON of the answer.
 
     Args:

@@ -15,8 +15,14 @@ from imagent_jax.config import CallSettings, read_own
 from imagent_jax.types import ToolError, quote
 
 _SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
-_EXPECTED = {"string": "a string", "integer": "an integer", "number": "a number", "boolean": "true or false",
-             "object": "an object", "array": "a list"}  # fmt: skip
+_EXPECTED = {
+    "string": "a string",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "object": "an object",
+    "array": "a list",
+}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,21 @@ from imagent_jax.evals.extraction import chooses
 from imagent_jax.types import Task
 
 CONFIGS = (
-    "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw", "Multi-view_Reasoning",
-    "Object_Localization", "Relative_Depth", "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
-    "Visual_Correspondence", "Visual_Similarity",
-)  # fmt: skip
+    "Art_Style",
+    "Counting",
+    "Forensic_Detection",
+    "Functional_Correspondence",
+    "IQ_Test",
+    "Jigsaw",
+    "Multi-view_Reasoning",
+    "Object_Localization",
+    "Relative_Depth",
+    "Relative_Reflectance",
+    "Semantic_Correspondence",
+    "Spatial_Relation",
+    "Visual_Correspondence",
+    "Visual_Similarity",
+)
 
 
 def template(task: Task) -> str:
@@ -27,6 +38,13 @@ def first_letter(task: Task, reply: str) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="blink", title="BLINK (validation)", hub="BLINK-Benchmark/BLINK", split="val", configs=CONFIGS,
-    needs=("question", "choices", "answer", "image_1"), read=multi_image, metrics=chooses(first_letter), template=template,
-)  # fmt: skip
+    name="blink",
+    title="BLINK (validation)",
+    hub="BLINK-Benchmark/BLINK",
+    split="val",
+    configs=CONFIGS,
+    needs=("question", "choices", "answer", "image_1"),
+    read=multi_image,
+    metrics=chooses(first_letter),
+    template=template,
+)

@@ -23,9 +23,16 @@ def question(task: Task) -> str:
 
 
 hrbench = partial(
-    Benchmark, hub="DreamMr/HR-Bench", configs=("hrbench_version_split",), needs=("question", "A", "answer", "image", "category"),
-    read=read, metrics=chooses(one_word), template=template, question=question, headline="category",
+    Benchmark,
+    hub="DreamMr/HR-Bench",
+    configs=("hrbench_version_split",),
+    needs=("question", "A", "answer", "image", "category"),
+    read=read,
+    metrics=chooses(one_word),
+    template=template,
+    question=question,
+    headline="category",
     groups=lambda task: {"category": task.kind, "cycle": str(task.meta.get("cycle_category", ""))},
-)  # fmt: skip
+)
 HR_4K = hrbench(name="hrbench-4k", title="HR-Bench 4K (800)", split="hrbench_4k")
 HR_8K = hrbench(name="hrbench-8k", title="HR-Bench 8K (800)", split="hrbench_8k")

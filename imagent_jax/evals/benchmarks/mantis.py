@@ -62,7 +62,11 @@ def strict(task: Task, reply: str) -> float:
 
 
 BENCHMARK = Benchmark(
-    name="mantis", title="Mantis-Eval (217)", hub="TIGER-Lab/Mantis-Eval",
-    needs=("question_type", "question", "answer", "images"), read=read, metrics={"": Metric(published, strict)},
+    name="mantis",
+    title="Mantis-Eval (217)",
+    hub="TIGER-Lab/Mantis-Eval",
+    needs=("question_type", "question", "answer", "images"),
+    read=read,
+    metrics={"": Metric(published, strict)},
     template=template,
-)  # fmt: skip
+)

@@ -85,22 +85,40 @@ def _type_of(task) -> dict[str, str]:
 
 
 MAT_CODING = Benchmark(
-    name="mat-coding", title="MAT-Coding (200)", needs=("question", "answers", "processed_image_path"), read=_read_coding,
-    metrics=CODING, template=lambda task: DIRECT, answer_type="set_f1", groups=_type_of,
+    name="mat-coding",
+    title="MAT-Coding (200)",
+    needs=("question", "answers", "processed_image_path"),
+    read=_read_coding,
+    metrics=CODING,
+    template=lambda task: DIRECT,
+    answer_type="set_f1",
+    groups=_type_of,
     loop="coding",
-)  # fmt: skip
+)
 MAT_SEARCH = Benchmark(
-    name="mat-search", title="MAT-Search (150)", needs=("question", "answer", "image_path"), read=_read_search, metrics=TEXT,
-    template=lambda task: DIRECT, answer_type="set_f1", loop="search",
-)  # fmt: skip
+    name="mat-search",
+    title="MAT-Search (150)",
+    needs=("question", "answer", "image_path"),
+    read=_read_search,
+    metrics=TEXT,
+    template=lambda task: DIRECT,
+    answer_type="set_f1",
+    loop="search",
+)
 
 
 def text_benchmark(name: str, title: str) -> Benchmark:
     """Return a text benchmark in FlashRAG's form: `id`, `question`, `golden_answers`."""
     return Benchmark(
-        name=name, title=title, needs=("question", "golden_answers"), read=_read_text, metrics=TEXT, template=lambda task: DIRECT,
-        answer_type="set_f1", loop="search",
-    )  # fmt: skip
+        name=name,
+        title=title,
+        needs=("question", "golden_answers"),
+        read=_read_text,
+        metrics=TEXT,
+        template=lambda task: DIRECT,
+        answer_type="set_f1",
+        loop="search",
+    )
 
 
 TWO_WIKI, HOTPOTQA = text_benchmark("2wiki", "2WikiMultihopQA (12,576)"), text_benchmark("hotpotqa", "HotpotQA (7,405)")

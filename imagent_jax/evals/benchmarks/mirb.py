@@ -67,7 +67,12 @@ def published(task: Task, reply: str) -> float:
 
 
 BENCHMARK = Benchmark(
-    name="mirb", title="MIRB", hub="VLLMs/MIRB-hf", needs=("questions", "answers", "subset", "image_list|images"),
-    read=read, metrics={"": Metric(published, open_answer)}, template=template,
+    name="mirb",
+    title="MIRB",
+    hub="VLLMs/MIRB-hf",
+    needs=("questions", "answers", "subset", "image_list|images"),
+    read=read,
+    metrics={"": Metric(published, open_answer)},
+    template=template,
     groups=lambda task: {"group": GROUPS.get(task.kind, "other"), "subset": task.kind},
-)  # fmt: skip
+)

@@ -30,7 +30,13 @@ def groups(task: Task) -> dict[str, str]:
 
 
 BENCHMARK = Benchmark(
-    name="mme-realworld-lite", title="MME-RealWorld-Lite (1,919)", hub="yifanzhang114/MME-RealWorld-lite-lmms-eval",
-    split="train", needs=("question", "multi-choice options", "answer", "bytes|image"), read=read, metrics=chooses(first_capital),
-    template=template, groups=groups,
-)  # fmt: skip
+    name="mme-realworld-lite",
+    title="MME-RealWorld-Lite (1,919)",
+    hub="yifanzhang114/MME-RealWorld-lite-lmms-eval",
+    split="train",
+    needs=("question", "multi-choice options", "answer", "bytes|image"),
+    read=read,
+    metrics=chooses(first_capital),
+    template=template,
+    groups=groups,
+)

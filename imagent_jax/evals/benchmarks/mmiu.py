@@ -31,6 +31,13 @@ def published(task: Task, reply: str) -> float:
 
 
 BENCHMARK = Benchmark(
-    name="mmiu", title="MMIU", hub="FanqingM/MMIU-Benchmark", needs=("task", "options", "question", "output"),
-    read=read, metrics={"": Metric(published, strict_choice)}, template=template, headline="task", judged=True,
-)  # fmt: skip
+    name="mmiu",
+    title="MMIU",
+    hub="FanqingM/MMIU-Benchmark",
+    needs=("task", "options", "question", "output"),
+    read=read,
+    metrics={"": Metric(published, strict_choice)},
+    template=template,
+    headline="task",
+    judged=True,
+)

@@ -30,12 +30,27 @@ def groups(task: Task) -> dict[str, str]:
 
 
 MMSEARCH = Benchmark(
-    name="mmsearch", title="MMSearch, end to end (300)", hub="CaraJ/MMSearch", split="end2end", configs=("end2end",),
-    needs=("query", "answer|gt_answer"), read=_read_mmsearch, metrics={"F1": Metric(best(f1), best(strict_f1))},
-    template=lambda task: QUESTION, answer_type="f1", groups=groups,
-)  # fmt: skip
+    name="mmsearch",
+    title="MMSearch, end to end (300)",
+    hub="CaraJ/MMSearch",
+    split="end2end",
+    configs=("end2end",),
+    needs=("query", "answer|gt_answer"),
+    read=_read_mmsearch,
+    metrics={"F1": Metric(best(f1), best(strict_f1))},
+    template=lambda task: QUESTION,
+    answer_type="f1",
+    groups=groups,
+)
 MI_MMSEARCH = Benchmark(
-    name="mi-mmsearch", title="MI-MMSearch (339)", hub="kartiknarayan/MI-MMSearch", split="train",
-    needs=("question", "answer", "image"), read=_read_mi, template=lambda task: QUESTION, answer_type="f1", judged=True,
+    name="mi-mmsearch",
+    title="MI-MMSearch (339)",
+    hub="kartiknarayan/MI-MMSearch",
+    split="train",
+    needs=("question", "answer", "image"),
+    read=_read_mi,
+    template=lambda task: QUESTION,
+    answer_type="f1",
+    judged=True,
     metrics={"EM": Metric(None, best(strict_exact)), "F1": Metric(None, best(strict_f1))},
-)  # fmt: skip
+)

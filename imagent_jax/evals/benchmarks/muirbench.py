@@ -11,7 +11,12 @@ def groups(task: Task) -> dict[str, str]:
 
 
 BENCHMARK = Benchmark(
-    name="muirbench", title="MuirBench (2,600)", hub="MUIRBENCH/MUIRBENCH", needs=("question", "options", "answer", "image_list"),
-    read=multi_image, metrics=chooses(letter_and_stop), groups=groups,
+    name="muirbench",
+    title="MuirBench (2,600)",
+    hub="MUIRBENCH/MUIRBENCH",
+    needs=("question", "options", "answer", "image_list"),
+    read=multi_image,
+    metrics=chooses(letter_and_stop),
+    groups=groups,
     template=with_letter("Answer with the option's letter from the given choices directly."),
-)  # fmt: skip
+)

@@ -38,9 +38,16 @@ def published(task: Task, reply: str) -> float:
 
 def benchmark(name: str, title: str, hub: str = "", **how) -> Benchmark:
     return Benchmark(
-        name=name, title=title, hub=hub, needs=("question|problem", "answer|solution", "image|file_name|images"), read=read,
-        metrics={"": Metric(published, open_answer)}, template=template, judged=True, **how,
-    )  # fmt: skip
+        name=name,
+        title=title,
+        hub=hub,
+        needs=("question|problem", "answer|solution", "image|file_name|images"),
+        read=read,
+        metrics={"": Metric(published, open_answer)},
+        template=template,
+        judged=True,
+        **how,
+    )
 
 
 O3 = benchmark("o3-bench", "O3-Bench", "m-Just/O3-Bench")

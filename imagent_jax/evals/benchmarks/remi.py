@@ -17,6 +17,11 @@ def read(row: Row) -> Fields:
 
 
 BENCHMARK = Benchmark(
-    name="remi", title="ReMI", hub="mehrankazemi/ReMI", needs=("question", "label", "image_1"), read=read,
-    metrics={"": Metric(None, open_answer)}, template=lambda task: QUESTION,
-)  # fmt: skip
+    name="remi",
+    title="ReMI",
+    hub="mehrankazemi/ReMI",
+    needs=("question", "label", "image_1"),
+    read=read,
+    metrics={"": Metric(None, open_answer)},
+    template=lambda task: QUESTION,
+)

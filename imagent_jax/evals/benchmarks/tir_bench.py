@@ -106,6 +106,12 @@ def strict(task: Task, reply: str) -> float:
 
 
 BENCHMARK = Benchmark(
-    name="tir-bench", title="TIR-Bench (1,215)", hub="Agents-X/TIR-Bench", needs=("prompt", "answer", "image_1", "task|category"),
-    read=read, metrics={"": Metric(published, strict)}, template=lambda task: QUESTION, judged=True,
-)  # fmt: skip
+    name="tir-bench",
+    title="TIR-Bench (1,215)",
+    hub="Agents-X/TIR-Bench",
+    needs=("prompt", "answer", "image_1", "task|category"),
+    read=read,
+    metrics={"": Metric(published, strict)},
+    template=lambda task: QUESTION,
+    judged=True,
+)

@@ -41,6 +41,12 @@ def groups(task: Task) -> dict[str, str]:
 
 
 BENCHMARK = Benchmark(
-    name="treebench", title="TreeBench (405)", hub="", needs=("question", "A", "answer", "image", "category"), read=read,
-    metrics=chooses(first_capital) | {"mIoU": Metric(iou, iou)}, template=template, groups=groups,
-)  # fmt: skip
+    name="treebench",
+    title="TreeBench (405)",
+    hub="",
+    needs=("question", "A", "answer", "image", "category"),
+    read=read,
+    metrics=chooses(first_capital) | {"mIoU": Metric(iou, iou)},
+    template=template,
+    groups=groups,
+)

@@ -30,9 +30,16 @@ def groups(task: Task) -> dict[str, str]:
 
 def benchmark(name: str, title: str, circular: bool = False) -> Benchmark:
     return Benchmark(
-        name=name, title=title, needs=_FORMAT.needs, read=_FORMAT.read, metrics=chooses(vlmevalkit), template=template,
-        question=question, groups=groups, circular=circular,
-    )  # fmt: skip
+        name=name,
+        title=title,
+        needs=_FORMAT.needs,
+        read=_FORMAT.read,
+        metrics=chooses(vlmevalkit),
+        template=template,
+        question=question,
+        groups=groups,
+        circular=circular,
+    )
 
 
 MMBENCH = benchmark("mmbench", "MMBench (circular)", circular=True)

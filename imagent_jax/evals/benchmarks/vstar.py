@@ -9,9 +9,12 @@ from imagent_jax.types import Task
 
 _OPTION = re.compile(r"\([A-D]\)\s*([^()]+?)(?=\s*\([A-D]\)|$)")
 _PATTERNS = (
-    r"^([A-D])", r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])", r"\(([A-D])\)", r"([A-D])\s*(?:\.|\)|])",
+    r"^([A-D])",
+    r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
+    r"\(([A-D])\)",
+    r"([A-D])\s*(?:\.|\)|])",
     r"(?:^|\s)([A-D])(?:\s|$)",
-)  # fmt: skip
+)
 
 
 def read(row: Row) -> Fields:
@@ -39,7 +42,12 @@ def published(task: Task, reply: str) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="vstar", title="V* Bench (191)", hub="lmms-lab-encoder/vstar-bench", shuffle=True,
-    needs=("text|question", "label|answer", "image"), read=read, metrics=chooses(published),
+    name="vstar",
+    title="V* Bench (191)",
+    hub="lmms-lab-encoder/vstar-bench",
+    shuffle=True,
+    needs=("text|question", "label|answer", "image"),
+    read=read,
+    metrics=chooses(published),
     template=with_letter("Answer with the option's letter from the given choices directly."),
-)  # fmt: skip
+)

@@ -111,20 +111,41 @@ def read_tower(hf: dict[str, Any]) -> VisionConfig:
 def _size(width: int, mlp: int, layers: int, heads: int, tied: bool, tower: dict[str, Any]) -> dict[str, Any]:
     """Return the `config.json` of a published size."""
     return {
-        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "tie_word_embeddings": tied,
-        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": tied,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
         "text_config": {
-            "model_type": "qwen3_vl_text", "vocab_size": 151936, "hidden_size": width, "intermediate_size": mlp,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128,
-            "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 5000000, "tie_word_embeddings": tied,
+            "model_type": "qwen3_vl_text",
+            "vocab_size": 151936,
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 5000000,
+            "tie_word_embeddings": tied,
             "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
         },
         "vision_config": {
-            "model_type": "qwen3_vl_vision", "hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "patch_size": 16,
-            "num_heads": 16, "num_position_embeddings": 2304, "spatial_merge_size": 2, "temporal_patch_size": 2,
-            "out_hidden_size": width, **tower,
+            "model_type": "qwen3_vl_vision",
+            "hidden_act": "gelu_pytorch_tanh",
+            "in_channels": 3,
+            "patch_size": 16,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": width,
+            **tower,
         },
-    }  # fmt: skip
+    }
 
 
 _SMALL = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}

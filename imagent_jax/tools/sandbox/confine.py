@@ -19,8 +19,14 @@ LIBRARIES = ("numpy", "PIL", "cv2", "scipy")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 _NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
-    0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
-)  # fmt: skip
+    0x20000,
+    0x2000000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
 _NOSUID, _NODEV, _NOEXEC, _BIND, _REC, _PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 
 # Numbers of x86-64. What is not named here fails: among others every call that makes a process, a thread, a socket or a
@@ -170,10 +176,14 @@ def confine_worker(limits: dict[str, int], base_bytes: int, folder: str | None, 
     os.chdir(folder or HOME)
     ruleset = None if folder is None else _landlock_rules(folder, readable)
     for kind, most in (
-        (resource.RLIMIT_CPU, limits["cpu_s"]), (resource.RLIMIT_AS, base_bytes + (limits["memory_mb"] << 20)),
-        (resource.RLIMIT_FSIZE, disk), (resource.RLIMIT_NOFILE, limits["files"]), (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_STACK, 16 << 20), (resource.RLIMIT_MEMLOCK, 0),
-    ):  # fmt: skip
+        (resource.RLIMIT_CPU, limits["cpu_s"]),
+        (resource.RLIMIT_AS, base_bytes + (limits["memory_mb"] << 20)),
+        (resource.RLIMIT_FSIZE, disk),
+        (resource.RLIMIT_NOFILE, limits["files"]),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_STACK, 16 << 20),
+        (resource.RLIMIT_MEMLOCK, 0),
+    ):
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))

@@ -163,9 +163,15 @@ class Sandbox:
         environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with other:
             process = subprocess.Popen(
-                [*command, str(other.fileno()), json.dumps(settings)], env=environment, pass_fds=[other.fileno()], cwd="/",
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                [*command, str(other.fileno()), json.dumps(settings)],
+                env=environment,
+                pass_fds=[other.fileno()],
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         self._process, self._control = process, own
         self._end_process = weakref.finalize(self, _end_process, process, own, os.getpid())
         own.settimeout(_START_S)

@@ -54,8 +54,13 @@ class Worker:
     """One trajectory's process. Variables of its code live until `close`. One call at a time."""
 
     def __init__(
-        self, settings: SandboxConfig, pid: int, end: Callable[..., dict[str, Any] | None], requests: int, replies: int,
-    ):  # fmt: skip
+        self,
+        settings: SandboxConfig,
+        pid: int,
+        end: Callable[..., dict[str, Any] | None],
+        requests: int,
+        replies: int,
+    ):
         self.pid, self.alive, self._ready = pid, True, False
         self._settings, self._requests, self._replies = settings, requests, replies
         os.set_blocking(requests, False)

@@ -134,8 +134,13 @@ class RemoteWorker:
         files |= {f"work/path_to_{which}_image.jpg": b"" for which in ("input", "output")}
         encoded = {name: base64.b64encode(data).decode() for name, data in files.items()}
         encoded |= {f"images/{number}.png": image for number, image in enumerate(self._images, 1)} or {"images/none": ""}
-        body = {"language": "python", "code": (_FOLDER / "program.py").read_text(), "files": encoded, "fetch_files": ["result"],
-                "run_timeout": s.wall_s + START_S}  # fmt: skip
+        body = {
+            "language": "python",
+            "code": (_FOLDER / "program.py").read_text(),
+            "files": encoded,
+            "fetch_files": ["result"],
+            "run_timeout": s.wall_s + START_S,
+        }
         answer = post(s.url, body, s.wall_s + START_S + 5, raises=SandboxError, setting="sandbox.url", most_bytes=2 * most)
         try:
             head, _, said = base64.b64decode(answer["files"]["result"], validate=True).partition(b"\n")
