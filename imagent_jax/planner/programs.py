@@ -234,25 +234,22 @@ class Program(NamedTuple):
 
 def programs(held: RunArrays) -> Iterator[Program]:
     """Yield the programs of a step in execution order. `calls` of decoding counts tokens, at most the response length."""
-    cfg, model, r = held.cfg, held.model, held.cfg.rollout
+    pack = np.zeros((held.pack, held.model.cfg.vision.patch_bytes), np.uint8), _ints(held.pack, 2), _ints(held.pack)
+    yield from _rollout_programs(held, pack)
+    yield from _update_programs(held, pack)
+
+
+def _ints(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.int32)
+
+
+def _rollout_programs(held: RunArrays, pack: tuple) -> Iterator[Program]:
+    cfg, model, r, ints = held.cfg, held.model, held.cfg.rollout, _ints
     with held.on_mesh():
         admitted, few = quarters(r.groups, r.group_size)
     rolling = held.params, held.opt_state, held.reference, held.sampled, held.state, held.pages
-    learning = held.params, held.opt_state, held.reference, held.pages, held.total, held.of_pages, held.batch, held.shown
-
-    def ints(*shape):
-        return np.zeros(shape, np.int32)
-
-    yield Program(
-        "gather",
-        sharding.rollout_params,
-        (held.settings["dtype"],),
-        (held.params,),
-        (held.params, held.opt_state, held.reference),
-        1,
-        "rollout",
-    )
-    pack = np.zeros((held.pack, model.cfg.vision.patch_bytes), np.uint8), ints(held.pack, 2), ints(held.pack)
+    gathered, alive = (held.params,), (held.params, held.opt_state, held.reference)
+    yield Program("gather", sharding.rollout_params, (held.settings["dtype"],), gathered, alive, 1, "rollout")
     encode = held.sampled, held.page, 0, *pack
     yield Program("vision", features._encode_into, (model,), encode, rolling, cfg.images.pages, "rollout")
     p, s = r.prompt_tokens, r.observation_tokens
@@ -269,30 +266,22 @@ def programs(held: RunArrays) -> Iterator[Program]:
     observe = held.sampled, held.state, *appended, held.shown_at(ints(few, s))
     yield Program("observe", sampler.observe, (model,), observe, rolling, 0, "rollout")
 
+
+def _update_programs(held: RunArrays, pack: tuple) -> Iterator[Program]:
+    cfg, model, r = held.cfg, held.model, held.cfg.rollout
+    learning = held.params, held.opt_state, held.reference, held.pages, held.total, held.of_pages, held.batch, held.shown
     micro = cfg.grpo.epochs * -(-r.groups // held.batch.prompt_len.shape[0])
     logprobs = held.on(held.batch.logprobs, *fitting(held.batch.logprobs, GROUPS))
     score = partial(learner.score_jit.trace, temperature=r.temperature)
-    for name, params, wanted in (
-        ("score", held.params, cfg.grpo.recompute),
-        ("reference", held.reference, cfg.grpo.kl),
-    ):
+    for name, params, wanted in (("score", held.params, cfg.grpo.recompute), ("reference", held.reference, cfg.grpo.kl)):
         if wanted:
             args = params, held.batch, held.shown
             yield Program(name, score, (model,), args, learning, micro // cfg.grpo.epochs, "update")
-    accumulate = (
-        held.trained,
-        held.frozen,
-        held.total,
-        held.shown,
-        held.batch,
-        mask_tables(cfg.mask),
-        np.float32(1),
-        logprobs if cfg.grpo.kl else None,
-        logprobs if cfg.grpo.recompute else None,
-    )
-    yield Program(
-        "train", learner.accumulate, (model, learner.LossSettings.of(cfg), held.learns), accumulate, learning, micro, "update"
-    )
+    reference, old = logprobs if cfg.grpo.kl else None, logprobs if cfg.grpo.recompute else None
+    tables, one = mask_tables(cfg.mask), np.float32(1)
+    args = held.trained, held.frozen, held.total, held.shown, held.batch, tables, one, reference, old
+    static = model, learner.LossSettings.of(cfg), held.learns
+    yield Program("train", learner.accumulate, static, args, learning, micro, "update")
     if held.learns:
         pull, static = (held.params, *pack, held.of_pages[0]), (model, learner.trained_filter(cfg))
         yield Program("vision backward", features._pull_back, static, pull, learning, cfg.images.pages, "update")
