@@ -11,6 +11,19 @@ from imagent_jax.rollout import engine
 from imagent_jax.rollout.collect import Collector
 
 
+def rows_computed(lengths: list[int], sizes: list[int], chunk: int) -> int:
+    """How many rows decoding computes, step by step: on the smallest size that holds the live rows, until a smaller one would."""
+    at, found = 0, 0
+    while live := [n for n in lengths if n > at]:
+        size = min(size for size in sizes if size >= len(live))
+        fewer = max((s for s in sizes if s < min(size, len(live))), default=0)
+        for _ in range(chunk):
+            at, found = at + 1, found + size
+            if sum(n > at for n in lengths) <= fewer:
+                break
+    return found
+
+
 def test_a_cancelled_row_stops_where_it_is_and_the_others_go_on(parts, config, tasks):
     """Every prompt at its own temperature: 0 is greedy, and a row samples the same beside other temperatures."""
     collector = Collector(parts.model, parts.processor, parts.tools, config)
@@ -19,7 +32,7 @@ def test_a_cancelled_row_stops_where_it_is_and_the_others_go_on(parts, config, t
     def decoded(*requests, cancel=()):
         weights = collector.weights(parts.params).params
         store = FeatureStore(parts.model, weights, config.images.pack_blocks, config.images.pages, frozen=True)
-        shape = engine.EngineShape(2, 2, 112, 64, 32, 4)
+        shape = engine.EngineShape(2, 2, 112, 64, 32, 7)
         with jax.set_mesh(parts.mesh):
             run = engine.Engine(parts.model, weights, store, shape, collector.stops)
             for request in requests:
@@ -33,6 +46,8 @@ def test_a_cancelled_row_stops_where_it_is_and_the_others_go_on(parts, config, t
             while run.live.any():
                 turns |= run.step()
             assert all(run.length[row] == length[row] for row in cancel) and not set(cancel) & (turns.keys() - set())
+            if not cancel:
+                assert run.decoded == rows_computed([len(ids) for ids in turns.values()], run.sizes, 7)
             return {(key, row - rows[0]): turns.get(row) for key, rows, _ in placed for row in rows}
 
     greedy, warm = engine.Request("a", prompts[0], 1, 5, 0.0), engine.Request("b", prompts[1], 1, 6, 1.5)

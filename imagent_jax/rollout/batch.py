@@ -50,6 +50,7 @@ class RolloutBatch:
         unused: places of the spare tasks that were not started; the tasks and the spares are counted together.
         grades: what `Refill.grade` found of each group of `trajectories`, then of `replaced`; empty without refill.
         tools: names of the tools that could be called.
+        decoded: see `Engine.decoded`.
     """
 
     tasks: list[Task]
@@ -64,6 +65,7 @@ class RolloutBatch:
     unused: list[int] = field(default_factory=list)
     grades: list[Any] = field(default_factory=list)
     tools: tuple[str, ...] = ()
+    decoded: int = 0
 
 
 def join_batches(own: RolloutBatch) -> RolloutBatch:
@@ -123,6 +125,7 @@ def join_batches(own: RolloutBatch) -> RolloutBatch:
         chain("unused"),
         graded,
         own.tools,
+        sum(one.decoded for one in everyone),
     )
 
 

@@ -231,6 +231,7 @@ class Collector:
             [run.drawn[index].place for index in run.spares],
             [group.grade.scores for group in groups if group.grade],
             self.names,
+            engine.decoded,
         )
 
 

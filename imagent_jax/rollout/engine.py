@@ -99,6 +99,9 @@ class Engine:
         store: encodes the images.
         stops: automaton that finds where a turn ends, int16 [states V] (see `stops.stop_table`).
         warm: the programs of this shape and store were compiled before.
+
+    Attributes:
+        decoded: rows computed by decoding, summed over its steps; those not live count too.
     """
 
     def __init__(
@@ -117,7 +120,7 @@ class Engine:
         self.encoded: deque[tuple[Request, np.ndarray]] = deque()
         self.busy: dict[int, Request] = {}  # by slot
         self.free = list(range(shape.slots))
-        self.clock = Clock()
+        self.clock, self.decoded = Clock(), 0
         if not warm:
             self._compile()
 
@@ -211,6 +214,7 @@ class Engine:
         rows = np.flatnonzero(self.live)
         if not len(rows):
             return {}
+        before = self.length[rows]
         longest = min(self.length[rows].max() + self.shape.decode_chunk, self.widths[-1])
         size = next(size for size in self.sizes if len(self._places(rows, size)[1]) == len(rows))
         self._decode(rows, size, next(width for width in self.widths if width >= longest), self.shape.decode_chunk)
@@ -218,6 +222,7 @@ class Engine:
         self.clock.lap("decode")
         turns = {b: ids[b, self.seen[b] : length[b]] for b in rows[~live[rows]].tolist()}
         self.live, self.length = live.copy(), length.copy()
+        self.decoded += size * int((length[rows] - before).max())  # the last row to stop was live in every step
         for b in turns:
             self.seen[b] = length[b]
         return turns

@@ -64,10 +64,12 @@ def call_metrics(groups: Sequence[Sequence[Trajectory]], tools: Sequence[str]) -
 
 
 def rollout_metrics(rollout: RolloutBatch) -> dict[str, float]:
-    """Return metrics of a rollout's work: tokens per second, images encoded and shown, share of padding in image packs."""
+    """Return metrics of a rollout's work: tokens per second, share of live rows among those computed in decoding, images encoded
+    and shown, share of padding in image packs."""
     store = rollout.store
     return {
         "rollout/tokens_per_second": rollout.sampled_tokens / sum(rollout.times.values()),
+        "rollout/live": rollout.sampled_tokens / max(1, rollout.decoded),
         "vision/encoded": store.encoded,
         "vision/shown": store.shown,
         "vision/waste": 1 - store.patches / max(1, store.packed),
