@@ -14,7 +14,7 @@ import sys
 if importlib.util.find_spec("imagent_jax") is None:  # from a clone of the repository, in its folder `notebooks`
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "..[plot]"], check=True)
 
-# %% Settings of this demo: 60 steps take a few minutes on two idle CPU cores; the main job trains for 240 (`run.steps`)
+# %% Settings of this demo: 60 steps take a few minutes on two idle CPU cores; the main job trains for 120 (`run.steps`)
 import os
 import warnings
 from pathlib import Path
