@@ -24,7 +24,7 @@ from imagent_jax.tiny.prints import LOSSES, TURNS
 from imagent_jax.tiny.recipe import RECIPES, batches, build, load_state, packs, produce, save_state, state_facts
 from imagent_jax.tiny.skills_tools import measure, skills_of
 from imagent_jax.tiny.tokenizer import build_tokenizer
-from imagent_jax.tiny.vision_tools import TOOL_HEADS, tool_pack
+from imagent_jax.tiny.vision_tools import MARKS, REPAIRED, SPOILT, TOOL_HEADS, tool_pack
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +145,9 @@ def test_features_of_prints_say_what_is_wrong_and_only_readable_ones_show_digits
     pack = tool_pack(rng, processor, 144)
     known = {name: labels >= 0 for name, labels in pack.labels.items()}
     assert set(known) == set(TOOL_HEADS) and (known["turn"] == known["loss"]).all()
-    assert known["turn"].sum() == 80 * 9  # spoilt, repaired and marked prints of 3 x 3 features
+    assert known["turn"].sum() == (SPOILT + REPAIRED + MARKS) * 9  # spoilt, repaired and marked prints of 3 x 3 features
     spoilt = known["turn"] & ((pack.labels["turn"] < len(TURNS)) | (pack.labels["loss"] < len(LOSSES)))
-    assert 0.6 < spoilt.sum() / (40 * 9) <= 1 and not known["colour"][spoilt].any() and not known["digit"][spoilt].any()
+    assert 0.6 < spoilt.sum() / (SPOILT * 9) <= 1 and not known["colour"][spoilt].any() and not known["digit"][spoilt].any()
     sound = known["turn"] & ~spoilt
     assert known["digit"][sound].sum() >= 40 and known["row"].sum() == known["column"].sum()
     assert GIVEN == (3136, 7056) and set(pack.labels["loss"][known["loss"]]) > {0, len(LOSSES)}

@@ -9,8 +9,6 @@ from imagent_jax.tiny.base import base_folder, tools_folder
 from imagent_jax.tiny.recipe import RECIPES
 from imagent_jax.tiny.skills_tools import measure
 
-FORMS = ("prints", "programs", "searches")
-
 
 def test_it_was_built_by_one_command_within_its_time_and_size():
     built = json.loads((tools_folder() / "built.json").read_text())
@@ -21,12 +19,15 @@ def test_it_was_built_by_one_command_within_its_time_and_size():
 
 
 @pytest.mark.slow(60)
-def test_its_skills_are_those_it_lists():
-    """In small: 8 groups of three forms. A skill of a share p of n pieces lies within three standard deviations."""
+def test_it_writes_programs_repairs_searches_and_copies_answers():
+    """In small, and near what it lists of itself."""
     built = json.loads((tools_folder() / "built.json").read_text())["skills"]
-    measured = measure(tools_folder(), groups=8, seed=1, forms=FORMS)
-    assert {"see what is wrong", "program on command", "repair on command", "search on command"} <= set(measured)
-    for skill, share in measured.items():
-        assert abs(share - built[skill]) < 0.35, (skill, share, built[skill])
-    for skill, least in {"program on command": 0.8, "repair on command": 0.7, "search on command": 0.7}.items():
-        assert measured[skill] >= least, (skill, measured[skill])
+    measured = measure(tools_folder(), groups=8, seed=1, forms=("programs", "searches"))
+    least = {
+        "program on command": 0.8,
+        "repair on command": 0.6,
+        "search on command": 0.8,
+        "answer after: search on command": 0.9,
+    }
+    for skill, share in least.items():
+        assert measured[skill] >= share and abs(measured[skill] - built[skill]) < 0.25, (skill, measured[skill], built[skill])

@@ -57,7 +57,7 @@ SHAPES = {
 TOOL_SHAPES = {
     "crop": (Shape(64, 1, 88, 16, 22),),
     "thumbnail": (Shape(48, 3, 88, 24, 14),),
-    "print": (Shape(64, 1, 88, 16, 18),),
+    "print": (Shape(64, 1, 88, 20, 18),),
     "page": (Shape(32, 1, 112, 24, 34),),
     "crops": (Shape(16, 8, 144, 32, 26), Shape(16, 8, 144, 40, 26)),
     "thumbnails": (Shape(20, 8, 128, 32, 22),),

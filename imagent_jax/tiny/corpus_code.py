@@ -33,8 +33,11 @@ from imagent_jax.tiny.world import COLOURS, Scene, Tag
 PROGRAM_MIX = {"question": 0.42, "guess": 0.05, "command": 0.35, "repair": 0.18}
 PAGE_MIX = {"question": 0.45, "guess": 0.05, "command": 0.5}
 """What the responses of a group answer; see `corpus.CALL_MIX`. "repair": a command to repair a print, without saying how."""
-TO_IMAGE, REPAIRING = 0.35, 0.5
+TO_IMAGE, REPAIRING = 0.65, 0.5
 """Chance that a program after a question is on an image that the question names; that one on another print repairs it."""
+SPOILT, EXISTING, AS_IT_IS = 0.65, 0.85, 0.3
+"""Chance that a print is drawn with problems; that a question names a sound print, where there is one; that such a print is shown
+as it is."""
 
 
 class Shown:
@@ -132,7 +135,7 @@ def page_reading(number: int, page: Scene) -> str:
 
 def programs(rng: np.random.Generator, size: int, split: str, style: Style) -> PretrainGroup:
     """One to three prints; commands and unanswerable questions, followed by programs and what they showed."""
-    given = [Shown(rng, split, draw_problems(rng) if rng.random() < 0.8 else ()) for _ in range(int(rng.integers(1, 4)))]
+    given = [Shown(rng, split, draw_problems(rng) if rng.random() < SPOILT else ()) for _ in range(int(rng.integers(1, 4)))]
     images, registry = give([one.pixels for one in given], style)
     responses = []
     for kind in rng.choice(list(PROGRAM_MIX), size, p=list(PROGRAM_MIX.values())):
@@ -168,7 +171,8 @@ def _after_question(rng, given: list[Shown], registry, style: Style, calls: int)
     clean = [n for n, one in enumerate(given, 1) if not one.problems]
     missing = absent_images(len(given), calls)
     named = [
-        clean[rng.integers(len(clean))] if clean and rng.random() < 0.7 else missing[rng.integers(len(missing))] for _ in "ab"
+        clean[rng.integers(len(clean))] if clean and rng.random() < EXISTING else missing[rng.integers(len(missing))]
+        for _ in "ab"
     ]
     absent = [c for c in COLOURS if not any(one.scene.tag(c) for one in given)]
     a, b = (str(c) for c in rng.choice(absent, 2))
@@ -179,12 +183,15 @@ def _after_question(rng, given: list[Shown], registry, style: Style, calls: int)
         "compare": lambda: corpus.compare_question(a, *named),
     }[kind]()
     count = min(calls, (1 if kind == "read" else 2) if rng.random() < 0.85 else int(rng.integers(1, 3)))
-    segments, said, digits = [ask(question)], "", []
+    segments, said, digits, seen = [ask(question)], "", [], set[int]()
     for _ in range(count):
-        to = [n for n in named if n <= len(given)] if rng.random() < TO_IMAGE else []
+        to = [n for n in named if n <= len(given) and n not in seen] if rng.random() < TO_IMAGE else []
         number = int(rng.choice(to or [n for n in range(1, len(given) + 1) if n not in named] or range(1, len(given) + 1)))
-        problems = given[number - 1].problems
-        steps = repair(problems) if number not in named and rng.random() < REPAIRING else arbitrary_steps(rng)
+        problems, seen = given[number - 1].problems, seen | {number}
+        if number in named:  # sound: as it is, its tag can be read, but it is not the one that is asked for
+            steps = [] if rng.random() < AS_IT_IS else arbitrary_steps(rng)
+        else:
+            steps = repair(problems) if rng.random() < REPAIRING else arbitrary_steps(rng)
         turn, said, tag = _program(given, registry, style, said, number, steps)
         segments += turn
         digits += [(number, tag.digit)] if tag else []

@@ -20,7 +20,7 @@ from imagent_jax.tiny.search_world import ask as question_text
 SEARCH_MIX = {"question": 0.40, "guess": 0.05, "command": 0.55}
 """What the responses of a group answer; see `corpus.CALL_MIX`."""
 BASE_NAMES = 8
-LEAN = {"kind": 0.3, "subject": 0.45, "neither": 0.25}
+LEAN = {"kind": 0.2, "subject": 0.7, "neither": 0.1}
 """Chance that a query after a question has its kind, has its subject, or has neither."""
 
 
@@ -109,8 +109,8 @@ def _after_question(rng, library: Library, registry, style: Style, calls: int) -
         made, parts = make_call(style, registry, said, "search", {"query": query})
         segments, shown = [*segments, *made], [part for part in parts if isinstance(part, str)]
     found = _facts(shown)
-    fitting = [name for relation, name in found if relation == relations[-1]] or [name for _, name in found]
-    answer = fitting[0] if fitting else draw_names(rng, 1, base=True)[0]
+    fitting = [name for relation, name in found if relation == relations[-1]]
+    answer = fitting[0] if fitting else str(rng.choice([name for _, name in found] or draw_names(rng, 1, base=True)))
     return [*segments, say(answer_markup(answer))]
 
 
@@ -119,7 +119,7 @@ def _query(rng, library: Library, subject: Subject) -> tuple[str, str]:
     lean = str(rng.choice(list(LEAN), p=list(LEAN.values())))
     kinds = [kind for kind in RELATIONS if kind != subject.article.kind and (not subject.said or kind in MARKED)]
     if lean == "subject":
-        kind = str(rng.choice(kinds)) if rng.random() < 0.4 else ""
+        kind = str(rng.choice(kinds)) if rng.random() < 0.5 else ""
         return subject.said, f"{kind} {subject.words}".strip()
     others = [one for one in (*library.present, *library.missing) if one.name != subject.article.name]
     if lean == "kind":

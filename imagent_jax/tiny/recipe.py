@@ -91,7 +91,7 @@ RECIPES = {
     "tools": Recipe(
         folder="tools", corpus="imagent_jax.tiny.corpus_tools", pack="imagent_jax.tiny.vision_tools:tool_pack",
         heads="imagent_jax.tiny.vision_tools:TOOL_HEADS", skills="imagent_jax.tiny.skills_tools:measure", shapes=TOOL_SHAPES,
-        values=NAMED_VALUES, vocabulary=1408, steps={"vision": 2500, "text": 4000}, crowded=20,
+        values=NAMED_VALUES, vocabulary=1408, steps={"vision": 6000, "text": 4000}, crowded=20,
     ),
     "tiny": Recipe(
         folder="base", corpus="imagent_jax.tiny.corpus", pack="imagent_jax.tiny.vision:labelled_pack",

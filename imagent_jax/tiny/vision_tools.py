@@ -13,8 +13,8 @@ from imagent_jax.tiny.world import Scene, make_scene
 
 TOOL_HEADS = HEADS | {"turn": len(TURNS) + 1, "loss": len(LOSSES) + 1}
 """Besides `HEADS`: how a print is turned, and its other fault; the last class is none."""
-BLOCKS = 52
-SCENES, SPOILT, REPAIRED, MARKS, PAGES = 24, 40, 28, 12, 6
+BLOCKS = 60
+SCENES, SPOILT, REPAIRED, MARKS, PAGES = 24, 32, 28, 24, 14
 """Scenes, prints (as drawn by `draw_problems`, repaired, with marks) and pages of a pack."""
 
 
