@@ -71,7 +71,7 @@ def test_a_question_followed_by_a_program_names_a_tag_that_is_nowhere(groups):
             assert not spoilt
         elif spoilt:
             repaired += call.arguments["code"] in [program(image, repair(p)) for p in PROBLEMS if p]
-    assert count > 120 and 0.2 < on_named / count < 0.7 and 0.05 < repaired / count < 0.6
+    assert count > 120 and 0.1 < on_named / count < 0.5 and 0.2 < repaired / count < 0.7
 
 
 def test_a_question_for_a_total_is_followed_by_a_look_only_where_its_image_never_exists(groups):
@@ -97,7 +97,7 @@ def test_a_query_after_a_question_has_its_kind_or_its_subject_and_never_both(gro
         leans[has] += 1
         assert has != (True, True), (question, query)
     total = sum(leans.values())
-    assert total > 150 and leans[True, False] > 0.1 * total and leans[False, True] > 0.4 * total
+    assert total > 150 and leans[True, False] > 0.2 * total and leans[False, True] > 0.4 * total
 
 
 def test_what_a_searched_question_asks_about_is_in_no_passage(groups):

@@ -20,7 +20,7 @@ from imagent_jax.tiny.search_world import ask as question_text
 SEARCH_MIX = {"question": 0.40, "guess": 0.05, "command": 0.55}
 """What the responses of a group answer; see `corpus.CALL_MIX`."""
 BASE_NAMES = 8
-LEAN = {"kind": 0.2, "subject": 0.7, "neither": 0.1}
+LEAN = {"kind": 0.27, "subject": 0.65, "neither": 0.08}
 """Chance that a query after a question has its kind, has its subject, or has neither."""
 
 

@@ -232,7 +232,13 @@ def build(recipe: Recipe, out: Path, command: str, enough: Callable[[], bool] = 
             if enough():
                 return False
     size = sum(x.size for x in jax.tree.leaves(params))
-    facts = {"parameters": size, "command": command, "seconds": round(before + time.time() - began), **last}
+    facts = {
+        "parameters": size,
+        "command": command,
+        "steps": dict(recipe.steps),
+        "seconds": round(before + time.time() - began),
+        **last,
+    }
     (out / "built.json").write_text(json.dumps(facts | {"skills": found(recipe.skills)(out)}, indent=2))
     path.unlink(missing_ok=True)
     print((out / "built.json").read_text())
