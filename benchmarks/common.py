@@ -145,6 +145,15 @@ def child(script: str, arguments: Iterable[object]) -> dict:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
+def train(folder: Path, name: str, *flags: str) -> tuple[list[dict], float]:
+    """Run `python -m imagent_jax.train` in a process of its own; return the metrics of its steps and evaluations, and seconds."""
+    command = [sys.executable, "-m", "imagent_jax.train", f"--run.dir={folder}", f"--run.name={name}", *flags]
+    began = time.perf_counter()
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], time.perf_counter() - began
+
+
 def left(sandbox) -> dict[str, float]:
     """What there is of a `Sandbox`: its workers, descriptors, folders, and the memory of this process and of its own in MB."""
     gc.collect()

@@ -9,9 +9,6 @@ every run and goes on where it was stopped.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,23 +62,14 @@ def data_sets(folder: Path, proposals: int) -> dict[str, int]:
 
 def train(folder: Path, name: str, seed: int, steps: int, tasks: int) -> dict[str, float]:
     """Train on a folder; return held-out accuracy before and after, and the seconds."""
-    label, began = f"{name}-{seed}", time.perf_counter()
-    options = {"data.path": folder / name, "data.curriculum": "none", "data.skip_bad": "true", "run.dir": folder / "runs",
-               "run.name": label, "run.seed": seed, "run.steps": steps, "run.checkpoint_every": 0, "run.keep_best": 0,
-               "eval.every": 0, "eval.tasks": tasks}  # fmt: skip
-    command = [sys.executable, "-m", "imagent_jax.train", "--config=configs/mifg_qa_tiny.yaml"]
-    subprocess.run(
-        [*command, *(f"--{key}={value}" for key, value in options.items())], check=True, cwd=Path(__file__).parent.parent
-    )
-    metrics: dict[str, float] = {}
-    for line in (folder / "runs" / label / "metrics.jsonl").read_text().splitlines():
-        metrics |= json.loads(line)
+    label = f"{name}-{seed}"
+    options = {"data.path": folder / name, "data.curriculum": "none", "data.skip_bad": "true", "run.seed": seed,
+               "run.steps": steps, "run.checkpoint_every": 0, "run.keep_best": 0, "eval.every": 0,
+               "eval.tasks": tasks}  # fmt: skip
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    records, seconds = common.train(folder / "runs", label, "--config=configs/mifg_qa_tiny.yaml", *flags)
     shutil.rmtree(folder / "runs" / label)
-    return {
-        "base": metrics["base/accuracy"],
-        "trained": metrics["final/accuracy"],
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+    return {"base": records[0]["base/accuracy"], "trained": records[-1]["final/accuracy"], "seconds": round(seconds, 1)}
 
 
 def compared(runs: dict[str, dict[str, float]]) -> dict[str, object]:

@@ -7,15 +7,12 @@ seed's start once more with the cache full. Writes benchmarks/results/tiny_world
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from common import RESULTS, machine
+from common import RESULTS, machine, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,15 +23,10 @@ CURVES = {"reward/total": "reward", "accuracy": "right answers", "tools/used_rat
 
 def run(seed: int, cache: str, folder: str, overrides: list[str]) -> dict:
     """One run of the main job; its figures. Peak memory is the process's own maximum resident set."""
-    name = f"seed{seed}"
-    began = time.time()
-    command = [sys.executable, "-m", "imagent_jax.train", "--run.seed", str(seed), "--run.name", name, "--run.dir", folder,
-               "--run.compile_cache", cache, *overrides]  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    subprocess.run(command, check=True)
-    seconds = time.time() - began
+    flags = ["--run.seed", str(seed), "--run.compile_cache", cache, *overrides]
+    records, seconds = train(Path(folder), f"seed{seed}", *flags)
     peak = max(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, before) / 2**20
-    records = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "reward/total" in r]
     base, final = records[0], records[-1]
     return {

@@ -9,9 +9,6 @@ after every run; a run that stands there is not done again.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +22,8 @@ ROOT = Path(__file__).parent.parent
 
 def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict:
     """Train; return accuracies before and after by kind, the curve, seconds, and calls of tools in training by how they ended."""
-    command = [sys.executable, "-m", "imagent_jax.train", f"--config=configs/{name}.yaml", f"--run.seed={seed}",
-               f"--run.name={name}-{seed}", f"--run.dir={folder}", *overrides]  # fmt: skip
-    began = time.perf_counter()
-    subprocess.run(command, check=True, cwd=ROOT)
-    seconds = round(time.perf_counter() - began, 1)
-    records = [json.loads(line) for line in (folder / f"{name}-{seed}" / "metrics.jsonl").read_text().splitlines()]
+    flags = [f"--config=configs/{name}.yaml", f"--run.seed={seed}", *overrides]
+    records, seconds = common.train(folder, f"{name}-{seed}", *flags)
     steps = [record for record in records if "reward/total" in record]
     rollouts = trained_config(folder / f"{name}-{seed}").rollout
     size = rollouts.groups * rollouts.group_size
@@ -39,7 +32,8 @@ def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict:
         calls.update({k: round(v * size) for k, v in record.items() if k.startswith("tools/calls/") and k.count("/") == 3})
     ends = {"base": records[0], "final": records[-1]}
     return {
-        "seconds": seconds, "steps": len(steps), "step_median": round(float(np.median([r["time/step"] for r in steps])), 2),
+        "seconds": round(seconds, 1), "steps": len(steps),
+        "step_median": round(float(np.median([r["time/step"] for r in steps])), 2),
         **{end: {k.removeprefix(f"{end}/"): round(v, 4) for k, v in record.items() if k.startswith(f"{end}/accuracy")}
            for end, record in ends.items()},
         "calls in training": {k.removeprefix("tools/calls/"): n for k, n in sorted(calls.items()) if n},

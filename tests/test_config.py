@@ -137,15 +137,17 @@ def test_a_bad_command_line_is_refused_in_one_sentence(argv, sentence):
         ("run: {steps: }", "run.steps is empty; it must be a whole number, or be left out for its default."),
         ("run: {name: 5}", "run.name is '5'; it must be text (quote it in YAML)."),
         ("tools: {names: visual}", "tools.names is 'visual'; it must be a list of names, such as [a, b]."),
-        ("- 1", "The text must hold sections with settings, such as 'run:' with 'steps: 100' below it."),
+        ("- 1", "The text must hold sections, 'name:' on a line of its own, with settings below each."),
     ],
 )
 def test_a_bad_file_is_refused_in_one_sentence(text, sentence):
     assert said(Config.from_yaml, text) == sentence
 
 
-def test_text_that_is_not_yaml_is_refused_in_one_sentence():
+def test_text_that_is_not_yaml_is_refused_in_one_sentence(tmp_path):
     assert said(Config.from_yaml, "run: [").startswith("The text is not YAML: ")
+    (tmp_path / "c.yaml").write_bytes(b"run: \xff")
+    assert said(load_config, tmp_path / "c.yaml") == f"{tmp_path / 'c.yaml'} is not YAML: it is no text in UTF-8."
 
 
 # ---- ranges: what is just good, and what is just bad ------------------------------------------------------------------

@@ -276,6 +276,9 @@ def test_unknown_sections_and_files_that_are_no_settings_are_sentences(tmp_path)
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(ValueError, match=words):
             read_arguments([str(tmp_path / "c.yaml")], [])
+    (tmp_path / "c.yaml").write_bytes(b"run: \xff")
+    with pytest.raises(ValueError, match="not YAML"):
+        read_arguments([str(tmp_path / "c.yaml")], [])
 
 
 def test_a_run_goes_on_with_its_own_settings_only(folder, capsys):

@@ -25,7 +25,8 @@ from imagent_jax.evals.published import (
     read_texts,
 )
 from imagent_jax.index import main as build_index
-from imagent_jax.rollout.collect import Collector
+from imagent_jax.rollout.collect import Collector, Stopped
+from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.tools import tools_by_name
 from imagent_jax.types import CallStatus, EndReason, Task
 
@@ -213,6 +214,19 @@ def test_a_tool_that_fails_is_a_fault_and_a_message_that_grew_too_long_ends(talk
     assert (one.end, one.answer) == (EndReason.TRUNCATED, None) and len(shown) == 1
 
 
+def test_dialogues_that_are_given_up_leave_no_worker(talk, cfg, monkeypatch):
+    closed, close = [], ToolEnvironment.close
+    monkeypatch.setattr(ToolEnvironment, "close", lambda self: (closed.append(self), close(self))[1])
+    talk("coding", [task(), task(uid="2")], [answer("1")], [answer("2")])
+    assert len(closed) == 2
+    monkeypatch.setattr(Collector, "collect", lambda *_, **__: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        PublishedLoop("coding", cfg).converse(
+            scripted_collector(cfg), None, [task(), task(uid="2")], samples=1, seed=7, temperature=0.5, slots=2
+        )
+    assert len({*map(id, closed)}) == 4
+
+
 def test_the_prompt_is_that_of_qwens_own_template(cfg):
     """What the tokenizer's template writes for one user message of a picture and a text."""
     plain = plain_collector(scripted_collector(cfg))
@@ -279,12 +293,12 @@ def test_bad_input_is_one_sentence(rows, cfg, tmp_path):
 
     said = fails("vstar", cfg)
     assert said == "The benchmark vstar has no published loop; set eval.prompt to agent or benchmark."
-    assert "There is no file nowhere.yaml (eval.published_texts)." in fails(
-        f"mat-coding={rows}", cfg.changed({"eval.published_texts": "nowhere.yaml"})
-    )
+    gone = cfg.changed({"eval.published_texts": "nowhere.yaml"})
+    assert fails(f"mat-coding={rows}", gone) == "There is no file of texts (eval.published_texts) nowhere.yaml."
     for text, words in (
         ("a: [", "is not YAML"),
-        ("- 1", "has no text coding.prompt"),
+        ("- 1", "must hold sections"),
+        ("coding: {}", "has no text coding.prompt"),
         (yaml.safe_dump(MINE | {"search": {}}), "search.prompt"),
     ):
         path.write_text(text)

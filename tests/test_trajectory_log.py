@@ -1,5 +1,7 @@
 """The log of trajectories: every token, every image once, read back from a run of a scripted policy."""
 
+import dataclasses
+import datetime
 import io
 import json
 
@@ -52,6 +54,17 @@ def test_an_evaluation_logs_no_mask_and_whole_groups_are_logged(made):
     train = records(path, "train-000001")
     assert [record["rollout"] for record in train] == list(range(8)) * 2
     assert len({record["task"] for record in train}) == 2
+
+
+def test_facts_that_an_environment_spoilt_are_logged_as_text(made, tmp_path):
+    """They are whatever the user's code put there; a run does not end for them."""
+    _, _, logged = made
+    t = dataclasses.replace(logged[1][0][0][0])
+    t.task = dataclasses.replace(t.task, meta={"when": datetime.date(2026, 1, 2), (1, 2): "gone", "deep": [b"x", {"a": 1}]})
+    record = new_log(tmp_path).record(t, {"total": 0.0})
+    assert json.loads(json.dumps(record))["facts"] == {"when": "2026-01-02", "deep": ["b'x'", {"a": 1}]}
+    t.task = dataclasses.replace(t.task, meta={})
+    assert "facts" not in new_log(tmp_path).record(t, {"total": 0.0})
 
 
 def test_an_image_is_stored_once_and_what_can_be_cut_from_it_never(made):

@@ -155,6 +155,10 @@ class QwenChat:
         answer = extract_answer(text)
         return Text(text) if answer is None else Answer(answer)
 
+    def without_end(self, text: str) -> str:
+        """Return the text of a turn without the marks that end it."""
+        return text.removesuffix(self.turn_close).removesuffix(self.end_of_text)
+
     def action_span(self, text: str) -> tuple[str, str | None] | None:
         """Return the markers between which a turn acts: (call, None: to its end), an answer's two markers, or None."""
         if self.makes_call(text):

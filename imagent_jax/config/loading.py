@@ -378,16 +378,22 @@ def kind_in_words(kind: Any) -> str:
     return words.get(kind, "a list of names, such as [a, b]")
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path, what: str = "config file") -> dict[str, Any]:
     """Return the sections of a YAML file.
 
+    Args:
+        what: it is, for the sentence.
     Raises:
         ValueError: there is no such file, or it holds none.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"There is no config file {path}.")
-    return _read_yaml(path.read_text(), str(path))
+        raise ValueError(f"There is no {what} {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not YAML: it is no text in UTF-8.") from None
+    return _read_yaml(text, str(path))
 
 
 def _read_yaml(text: str, origin: str) -> dict[str, Any]:
@@ -396,5 +402,5 @@ def _read_yaml(text: str, origin: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}.") from None
     if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{origin} must hold sections with settings, such as 'run:' with 'steps: 100' below it.")
+        raise ValueError(f"{origin} must hold sections, 'name:' on a line of its own, with settings below each.")
     return values or {}

@@ -82,10 +82,7 @@ def reply_of(t: Trajectory, prompted: bool) -> str | None:
     itself. None: there is no answer."""
     if t.answer is not None or not prompted or t.end != EndReason.VOID:
         return t.answer
-    text = t.turns[-1].text
-    for stop in (QWEN.turn_close, QWEN.end_of_text):
-        text = text.removesuffix(stop)
-    return text.strip() or None
+    return QWEN.without_end(t.turns[-1].text).strip() or None
 
 
 def sample_of(t: Trajectory, prompted: bool) -> Record:

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
-from imagent_jax.chat import Call, QwenChat
+from imagent_jax.chat import QWEN, Call, QwenChat
 from imagent_jax.chat.prompts import Prompt
 from imagent_jax.config import Config
+from imagent_jax.config.loading import read_file
 from imagent_jax.rollout.collect import Collector
 from imagent_jax.rollout.environment import ToolEnvironment
 from imagent_jax.tools import ToolSet, tools_by_name
@@ -55,15 +54,10 @@ def read_texts(path: str = "") -> dict[str, dict[str, str]]:
     Raises:
         ValueError: there is no such file, or a text is missing.
     """
-    file = Path(path).expanduser() if path else Path(__file__).with_name("published_texts.yaml")
-    if not file.is_file():
-        raise ValueError(f"There is no file {file} (eval.published_texts).")
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} (eval.published_texts) is not YAML: {' '.join(str(error).split())}.") from None
+    file = path or Path(__file__).with_name("published_texts.yaml")
+    found = read_file(file, "file of texts (eval.published_texts)")
     for loop, names in TEXTS.items():
-        own = found.get(loop) if isinstance(found, dict) else None
+        own = found.get(loop)
         for name in names:
             if not isinstance(own, dict) or not isinstance(own.get(name), str):
                 raise ValueError(f"{file} (eval.published_texts) has no text {loop}.{name}; docs/benchmarks.md lists its texts.")
@@ -75,6 +69,7 @@ class Dialogue:
     """A question in the loop.
 
     Attributes:
+        task: the first message.
         text: the user message so far.
         image: number of the picture that it shows; 0: none.
         problems: what the policy said is wrong with the picture.
@@ -102,7 +97,7 @@ class Dialogue:
             file = io.BytesIO()
             self.environment.images[self.image - 1].pixels.save(file, "PNG")
             images = (file.getvalue(),)
-        return replace(self.task, images=images, question=self.text, parts=(), options=(), tools=(), environment="")
+        return replace(self.task, images=images, question=self.text)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -165,20 +160,25 @@ class PublishedLoop:
         plain, workers = plain_collector(collector), collector.cfg.tools.workers
         groups = [[self._begin(plain, self.first(task), f"{seed} {i}") for i in range(samples)] for task in tasks]
         every = [one for group in groups for one in group]
-        with ThreadPoolExecutor(workers, "loop") as pool:
-            for turn in range(REPLIES):
-                if not (going := [one for one in every if one.end is None and _fits(plain, one)]):
-                    break
-                batch = plain.collect(
-                    params, [one.message for one in going], group_size=1, seed=seed + turn, temperature=temperature, slots=slots
-                )
-                for one, (reply,) in zip(going, batch.trajectories, strict=True):
-                    one.replies.append(reply)
-                list(pool.map(lambda one: self.form.take(one, said(one.replies[-1]), self.texts), going))
+        try:
+            with ThreadPoolExecutor(workers, "loop") as pool:
+                for turn in range(REPLIES):
+                    if not (going := [one for one in every if one.end is None and _fits(plain, one)]):
+                        break
+                    messages = [one.message for one in going]
+                    batch = plain.collect(params, messages, group_size=1, seed=seed + turn, temperature=temperature, slots=slots)
+                    for one, (reply,) in zip(going, batch.trajectories, strict=True):
+                        one.replies.append(reply)
+                    list(pool.map(self._take, going))
+        finally:
+            for one in every:
+                one.environment.close()
         for one in every:
             one.end = EndReason.OVER_TURNS if one.end is None else one.end
-            one.environment.close()
         return groups
+
+    def _take(self, one: Dialogue) -> None:
+        self.form.take(one, QWEN.without_end(one.replies[-1].turns[0].text), self.texts)
 
     def _begin(self, collector: Collector, message: Task, seed: str) -> Dialogue:
         environment = ToolEnvironment(self.tools, collector.settings, collector.cfg.images)
@@ -194,14 +194,6 @@ def plain_collector(collector: Collector) -> Collector:
     )
     plain.chat = UnlabelledChat()
     return plain
-
-
-def said(reply: Trajectory) -> str:
-    """Return what the policy said in its one turn, without the marks of its end."""
-    text = reply.turns[0].text
-    for stop in (QwenChat.turn_close, QwenChat.end_of_text):
-        text = text.removesuffix(stop)
-    return text
 
 
 def inside(text: str, tag: str) -> str | None:

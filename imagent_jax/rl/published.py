@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 def steps_of(text: str) -> list[Step]:
     """Return the steps in a turn's text, those in the tags of the paper first, then a call."""
-    text = text.removesuffix(QWEN.turn_close)
+    text = QWEN.without_end(text)
     found = [Step(sort, body.strip()) for tag, sort in _TAGS.items() for body in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.S)]
     if QWEN.makes_call(text):
         try:
@@ -83,7 +83,7 @@ def published_answer(t: Trajectory) -> float | None:
     answers = [step.text for step in steps if step.sort == "answer"]
     if any(step.sort in ("code", "query") for step in steps) or "<problem>" in t.turns[0].text:
         return 0.0
-    text = answers[0] if answers else t.turns[0].text.removesuffix(QWEN.turn_close)
+    text = answers[0] if answers else QWEN.without_end(t.turns[0].text)
     return max(score(text, gold, "set_f1") for gold in t.task.answers)
 
 
@@ -120,10 +120,10 @@ def published_format(t: Trajectory) -> float | None:
     if sort is None:
         return None
     text = t.turns[0].text if t.turns else ""
-    alone = re.sub(r"<think>.*?</think>|<tool_call>.*?</tool_call>", "", text.removesuffix(QWEN.turn_close), flags=re.S)
+    alone = re.sub(r"<think>.*?</think>|<tool_call>.*?</tool_call>", "", QWEN.without_end(text), flags=re.S)
     for tag in _TAGS:
         alone = re.sub(f"<{tag}>.*?</{tag}>", "", alone, flags=re.S)
-    plain = sort == "problem" and "<" not in text.removesuffix(QWEN.turn_close)
+    plain = sort == "problem" and "<" not in QWEN.without_end(text)
     return float([step.sort for step in steps] == [sort] and (plain or not alone.strip()))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,7 @@ class TrajectoryLog:
             "images": self._images(t.task.images, t.images or ()),
             "turns": [{"text": turn.text, "call": turn.call and _call(turn.call)} for turn in t.turns],
             "tokens": self._tokens(t, advantage),
-        } | ({"facts": t.task.meta} if t.task.meta else {})
+        } | ({"facts": _plain_facts(t.task.meta)} if t.task.meta else {})
 
     def _tokens(self, t: Trajectory, advantage: float | None) -> dict[str, Any]:
         pad = (t.kind == TokenKind.OBSERVATION) & (t.ids == self.processor.image_token_id)
@@ -152,6 +153,11 @@ class TrajectoryLog:
         name = self.files[stem] = f"{stem}.{suffix or 'png'}"
         _write(self.images / name, data if suffix else _png(pixels))
         return name
+
+
+def _plain_facts(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return facts as JSON holds them. An environment may have put anything into them."""
+    return json.loads(json.dumps(meta, default=str, skipkeys=True))
 
 
 def _plain(image: Image.Image) -> bool:

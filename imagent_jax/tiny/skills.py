@@ -24,7 +24,7 @@ def skill_task(rng: np.random.Generator, form: str, uid: str) -> Task:
     while True:
         group = make_group(rng, 1, form, "test")
         asked, said = (segment.text for segment in group.responses[0])
-        question, expected = asked.split(QWEN.turn_close)[0], said.removesuffix(QWEN.turn_close)
+        question, expected = asked.split(QWEN.turn_close)[0], QWEN.without_end(said)
         skill = {"What": "read", "Where": "locate", "Name": "name"}.get(question.split()[0], "answer")
         skill = "answer" if ANSWER_OPEN in expected else skill
         if skill != "answer" or form == "crops" or " an " in question or " a " in question:  # guesses are not counted as skills
@@ -39,7 +39,7 @@ def skill_task(rng: np.random.Generator, form: str, uid: str) -> Task:
 
 def right(expected: str, text: str) -> bool:
     """Return whether the text of a turn matches the expected text; each side of a box may be off by one `STEP`."""
-    text = text.removesuffix(QWEN.turn_close).strip()
+    text = QWEN.without_end(text).strip()
     if ANSWER_OPEN in expected:
         return expected.partition(ANSWER_OPEN)[2] == text.partition(ANSWER_OPEN)[2]
     if not expected.startswith("["):

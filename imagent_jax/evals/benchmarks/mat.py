@@ -7,6 +7,7 @@ a missing row moves others to another group; divisors are fixed for MAT-Coding a
 
 import re
 import string
+from dataclasses import replace
 from functools import partial
 
 from imagent_jax.data.formats import Fields, Row
@@ -109,16 +110,7 @@ MAT_SEARCH = Benchmark(
 
 def text_benchmark(name: str, title: str) -> Benchmark:
     """Return a text benchmark in FlashRAG's form: `id`, `question`, `golden_answers`."""
-    return Benchmark(
-        name=name,
-        title=title,
-        needs=("question", "golden_answers"),
-        read=_read_text,
-        metrics=TEXT,
-        template=lambda task: DIRECT,
-        answer_type="set_f1",
-        loop="search",
-    )
+    return replace(MAT_SEARCH, name=name, title=title, needs=("question", "golden_answers"), read=_read_text)
 
 
 TWO_WIKI, HOTPOTQA = text_benchmark("2wiki", "2WikiMultihopQA (12,576)"), text_benchmark("hotpotqa", "HotpotQA (7,405)")
