@@ -20,18 +20,28 @@ from imagent_jax.tiny.base import tools_folder
 from imagent_jax.tiny.build import Shape
 from imagent_jax.tiny.corpus_style import GIVEN
 from imagent_jax.tiny.corpus_tools import FORMS, make_group
-from imagent_jax.tiny.prints import LOSSES, TURNS
+from imagent_jax.tiny.prints import LOSSES, SIDE, TURNS
 from imagent_jax.tiny.recipe import RECIPES, batches, build, load_state, packs, produce, save_state, state_facts
 from imagent_jax.tiny.skills_tools import measure, skills_of
 from imagent_jax.tiny.tokenizer import build_tokenizer
-from imagent_jax.tiny.vision_tools import MARKS, REPAIRED, SPOILT, TOOL_HEADS, tool_pack
+from imagent_jax.tiny.total_world import PAGE
+from imagent_jax.tiny.vision_tools import ALIGNED, LOOSE, TOOL_HEADS, VIEWS, crowded_print, digits_pack, tool_pack
+from imagent_jax.tiny.world import make_crowded_scene
 
 
 @pytest.fixture(scope="module")
 def recipe():
     """The recipe of the tool worlds with a few updates of small batches of one form."""
     shapes = {"print": (Shape(2, 1, 160, 40, 6),)}
-    return replace(RECIPES["tools"], shapes=shapes, steps={"vision": 2, "text": 4}, chunk=1, texts=200, vocabulary=900, crowded=1)
+    return replace(
+        RECIPES["tools"],
+        shapes=shapes,
+        steps={"digits": 1, "vision": 2, "text": 4},
+        chunk=1,
+        texts=200,
+        vocabulary=900,
+        crowded=1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +56,10 @@ def small(monkeypatch, tokens):
     """A corpus of single prints, packs of a few views, a narrow model, data in this process, and skills that are counted."""
     monkeypatch.setattr(corpus_tools, "FORMS", {"print": 1.0})
     monkeypatch.setattr(corpus_tools, "FIRST_FORMS", {"print": 1.0})
-    for name, count in {"SCENES": 2, "SPOILT": 3, "REPAIRED": 2, "MARKS": 1, "PAGES": 1, "BLOCKS": 10}.items():
-        monkeypatch.setattr(vision_tools, name, count)
+    few = {"scenes": 2, "crowded": 1, "repaired": 2, "marks": 1}
+    monkeypatch.setattr(vision_tools, "DIGITS", few | {"blocks": 4})
+    large = {"pages": 1, "large": 1, "aligned": 1, "loose": 1}
+    monkeypatch.setattr(vision_tools, "VIEWS", few | large | {"spoilt": 3, "blocks": 12})
     whole = tiny_build.architecture
 
     def narrow(processor, vocab):
@@ -59,7 +71,7 @@ def small(monkeypatch, tokens):
     monkeypatch.setattr(module, "architecture", narrow)
     monkeypatch.setattr(
         module, "chunks", lambda recipe, out, stage, first: (
-            (chunk, {"vision": packs, "text": batches}[stage](recipe, Processor.from_pretrained(out), chunk))
+            (chunk, (batches if stage == "text" else packs)(recipe, Processor.from_pretrained(out), stage, chunk))
             for chunk in range(first, recipe.steps[stage] // recipe.chunk)
         ),
     )  # fmt: skip
@@ -81,25 +93,29 @@ def test_a_build_that_is_stopped_after_every_chunk_ends_with_the_same_base(recip
     asked = Counter()
     while not build(recipe, parts, "command", lambda: True):
         asked["stops"] += 1
-        assert not (parts / "built.json").exists() and state_facts(parts / "state.safetensors")["seconds"] > 0
-    assert asked["stops"] == 6  # two chunks of the tower and four of the decoder
+        assert not (parts / "built.json").exists() and state_facts(parts / "state.safetensors", recipe)["seconds"] > 0
+    assert asked["stops"] == 7  # one and two chunks of the tower and four of the decoder
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
     one, two = (json.loads((folder / "built.json").read_text()) for folder in (whole, parts))
     assert one.pop("seconds") >= 0 and two.pop("seconds") >= 0 and one == two
-    assert one["skills"] == {"read": 0.5} and set(one["vision"]) == set(TOOL_HEADS) and set(one["text"]) == {"loss"}
+    assert (
+        one["skills"] == {"read": 0.5}
+        and set(one["digits"]) == set(one["vision"]) == set(TOOL_HEADS)
+        and set(one["text"]) == {"loss"}
+    )
     assert not (parts / "state.safetensors").exists()
     capsys.readouterr()
     assert build(recipe, parts, "command") is True and "is complete" in capsys.readouterr().out
 
 
-def test_a_state_is_read_back_as_it_was_and_names_its_stage(tmp_path):
+def test_a_state_is_read_back_as_it_was_and_names_its_stage(recipe, tmp_path):
     tree = {"a": jnp.arange(3), "b": [jnp.ones((2, 2), jnp.float32), jnp.zeros((), jnp.int32)]}
     path = tmp_path / "state.safetensors"
-    assert state_facts(path) == {"stage": "vision", "chunk": 0, "seconds": 0.0, "last": {}}
+    assert state_facts(path, recipe) == {"stage": "digits", "chunk": 0, "seconds": 0.0, "last": {}}
     save_state(path, tree, {"stage": "text", "chunk": 3, "seconds": 1.5, "last": {}})
     back = load_state(path, jax.tree.map(jnp.zeros_like, tree))
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (tree, back)), strict=True))
-    assert state_facts(path)["chunk"] == 3 and not list(tmp_path.glob("*.part"))
+    assert state_facts(path, recipe)["chunk"] == 3 and not list(tmp_path.glob("*.part"))
     with pytest.raises(AssertionError, match="another recipe"):
         load_state(path, {"a": jnp.arange(3)})
 
@@ -108,13 +124,18 @@ def test_a_chunk_is_a_function_of_seed_stage_and_number(recipe, small, tmp_path)
     processor = Processor.from_pretrained(small(tmp_path / "one"))
 
     def drawn(chunk, **changes):
-        (batch, _), (pack,) = next(batches(replace(recipe, **changes), processor, chunk)), packs(recipe, processor, chunk)
-        return batch["response_ids"], pack.patches
+        changed = replace(recipe, **changes)
+        (batch, _), (pack,) = next(batches(changed, processor, "text", chunk)), packs(changed, processor, "vision", chunk)
+        (digits,) = packs(changed, processor, "digits", chunk)
+        return batch["response_ids"], pack.patches, digits.patches
 
     first, again, other = drawn(0), drawn(0), drawn(1)
+    same = replace(recipe, packs=dict.fromkeys(recipe.packs, recipe.packs["vision"]))
+    one, two = (next(packs(same, processor, stage, 0)) for stage in same.packs)
+    assert not np.array_equal(one.patches, two.patches)  # stages that show the same things do not show the same images
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-    assert not np.array_equal(first[0], drawn(0, seed=1)[0])
+    assert not any(np.array_equal(a, b) for a, b in zip(first, drawn(0, seed=1), strict=True))
     items = []
     produce(recipe, str(tmp_path / "one"), "text", 0, 2, SimpleNamespace(put=items.append))
     assert len(items) == 2 * recipe.chunk and np.array_equal(items[0][0]["response_ids"], first[0])
@@ -122,10 +143,10 @@ def test_a_chunk_is_a_function_of_seed_stage_and_number(recipe, small, tmp_path)
 
 def test_recipes_are_whole_chunks_and_trials_are_shorter():
     for recipe in RECIPES.values():
-        assert all(count % recipe.chunk == 0 for count in recipe.steps.values()) and set(recipe.steps) == set(module.STAGES)
+        assert all(count % recipe.chunk == 0 for count in recipe.steps.values()) and [*recipe.packs, "text"] == [*recipe.steps]
         assert set(importlib.import_module(recipe.corpus).FORMS) == set(recipe.shapes)
         trial = recipe.scaled(0.01)
-        assert all(trial.steps[s] % trial.chunk == 0 and trial.steps[s] < recipe.steps[s] / 50 for s in module.STAGES)
+        assert all(trial.steps[s] % trial.chunk == 0 and trial.steps[s] < recipe.steps[s] / 50 for s in recipe.steps)
         assert recipe.scaled(1.0) == recipe
 
 
@@ -145,12 +166,42 @@ def test_features_of_prints_say_what_is_wrong_and_only_readable_ones_show_digits
     pack = tool_pack(rng, processor, 144)
     known = {name: labels >= 0 for name, labels in pack.labels.items()}
     assert set(known) == set(TOOL_HEADS) and (known["turn"] == known["loss"]).all()
-    assert known["turn"].sum() == (SPOILT + REPAIRED + MARKS) * 9  # spoilt, repaired and marked prints of 3 x 3 features
+    repaired = VIEWS["repaired"] + VIEWS["marks"]
+    assert known["turn"].sum() == (VIEWS["spoilt"] + repaired) * 9  # prints as drawn, repaired and marked, of 3 x 3 features
     spoilt = known["turn"] & ((pack.labels["turn"] < len(TURNS)) | (pack.labels["loss"] < len(LOSSES)))
-    assert 0.6 < spoilt.sum() / (SPOILT * 9) <= 1 and not known["colour"][spoilt].any() and not known["digit"][spoilt].any()
+    assert 0.6 < spoilt.sum() / (VIEWS["spoilt"] * 9) <= 1 and not known["colour"][spoilt].any()
+    assert not known["digit"][spoilt].any()
     sound = known["turn"] & ~spoilt
-    assert known["digit"][sound].sum() >= 40 and known["row"].sum() == known["column"].sum()
+    assert known["digit"][sound].sum() >= repaired and known["row"].sum() == known["column"].sum()
     assert GIVEN == (3136, 7056) and set(pack.labels["loss"][known["loss"]]) > {0, len(LOSSES)}
+
+
+def test_a_pack_of_digits_has_a_digit_at_every_third_feature_and_no_other_task(tokens):
+    processor = Processor.from_pretrained(tokens)
+    pack = digits_pack(np.random.default_rng(0), processor, 144, RECIPES["tools"].crowded)
+    shown = pack.image[::4] >= 0
+    assert (pack.labels["digit"] >= 0).sum() / shown.sum() > 0.3
+    assert (pack.labels["x"] == -1).all() and (pack.labels["turn"] < len(TURNS)).sum() == (pack.labels["turn"] == -1).sum()
+    whole = tool_pack(np.random.default_rng(0), processor, 144, RECIPES["tools"].crowded)
+    assert (whole.labels["digit"] >= 0).sum() > 2 * (pack.labels["digit"] >= 0).sum() and (whole.labels["x"] >= 0).any()
+
+
+def test_a_tag_of_an_aligned_page_lies_in_one_feature_of_its_large_view():
+    """And on a print full of tags, four tags at most stand apart, of a print's size, one in each quarter."""
+    rng = np.random.default_rng(0)
+
+    def features(place):  # of a tag's first and last pixel along one axis
+        return {int(place * PAGE[0] + offset) * 6 // PAGE[0] for offset in (-12, 11)}
+
+    for _ in range(20):
+        page, places = make_crowded_scene(rng, "train", *PAGE, ALIGNED), set()
+        for tag in page.tags:
+            (column,), (row,) = features(tag.x), features(tag.y)
+            places.add((column, row))
+        assert len(places) == len(page.tags) > 20
+        assert len(make_crowded_scene(rng, "train", *PAGE, LOOSE).tags) <= 25
+        view = crowded_print(rng)
+        assert view.pixels.shape == (SIDE, SIDE, 3) and len({(x > 0.5, y > 0.5) for x, y, _ in view.tags}) == len(view.tags) <= 4
 
 
 # ---- skills -----------------------------------------------------------------------------------------------------------------

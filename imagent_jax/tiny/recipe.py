@@ -1,9 +1,9 @@
 """Builds a base from nothing by one command: `python -m imagent_jax.tiny.recipe NAME [--out FOLDER] [--seconds N] [--scale X]`.
 
-A recipe trains a tokenizer, then the vision tower, then the decoder with the tower frozen, and measures the skills. It works
-chunk by chunk; a chunk's data is a function of the seed, the stage and its number, and after each chunk weights, optimizer
-state and progress are written. The same command continues a build that was stopped, to the same result. `built.json` records
-the command, the seconds, the last losses and the skills.
+A recipe trains a tokenizer, then the vision tower in one stage or several, then the decoder with the tower frozen, and measures
+the skills. It works chunk by chunk; a chunk's data is a function of the seed, the stage and its number, and after each chunk
+weights, optimizer state and progress are written. The same command continues a build that was stopped, to the same result.
+`built.json` records the command, the seconds, the last losses and the skills.
 """
 
 import argparse
@@ -46,8 +46,6 @@ from imagent_jax.tiny.build import (
 from imagent_jax.tiny.tokenizer import NAMED_VALUES, VALUES, build_tokenizer
 from imagent_jax.tiny.vision import new_head, vision_step, whitening
 
-STAGES = ("vision", "text")
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -56,9 +54,9 @@ class Recipe:
     Attributes:
         folder: below `assets/`.
         corpus: module with `make_group`, `corpus_texts`, `FORMS` and `FIRST_FORMS`.
-        pack: function that draws a pack for the tower; `heads` are its labels.
+        packs: by stage of the tower, the function that draws its packs; `heads` are their labels.
         skills: function of the folder that returns the skills.
-        steps: updates of the tower and of the decoder.
+        steps: updates of each stage, in order: those of the tower, and last the decoder's, "text".
         crowded: scenes of a pack whose crops give way to images full of tags.
         texts: conversations that the tokenizer is trained on, for a vocabulary of `vocabulary` pieces.
         rate: peak learning rate.
@@ -67,7 +65,7 @@ class Recipe:
 
     folder: str
     corpus: str
-    pack: str
+    packs: Mapping[str, str]
     heads: str
     skills: str
     shapes: Mapping[str, tuple[Shape, ...]]
@@ -89,12 +87,13 @@ class Recipe:
 
 RECIPES = {
     "tools": Recipe(
-        folder="tools", corpus="imagent_jax.tiny.corpus_tools", pack="imagent_jax.tiny.vision_tools:tool_pack",
+        folder="tools", corpus="imagent_jax.tiny.corpus_tools",
+        packs={"digits": "imagent_jax.tiny.vision_tools:digits_pack", "vision": "imagent_jax.tiny.vision_tools:tool_pack"},
         heads="imagent_jax.tiny.vision_tools:TOOL_HEADS", skills="imagent_jax.tiny.skills_tools:measure", shapes=TOOL_SHAPES,
-        values=NAMED_VALUES, vocabulary=1408, steps={"vision": 6000, "text": 4000}, crowded=20,
+        values=NAMED_VALUES, vocabulary=1408, steps={"digits": 3000, "vision": 3500, "text": 3500}, crowded=10,
     ),
     "tiny": Recipe(
-        folder="base", corpus="imagent_jax.tiny.corpus", pack="imagent_jax.tiny.vision:labelled_pack",
+        folder="base", corpus="imagent_jax.tiny.corpus", packs={"vision": "imagent_jax.tiny.vision:labelled_pack"},
         heads="imagent_jax.tiny.vision:HEADS", skills="imagent_jax.tiny.skills:measure", shapes=SHAPES,
         values=VALUES, vocabulary=1024, steps={"vision": 4000, "text": 6000}, crowded=40,
     ),
@@ -110,16 +109,21 @@ def found(path: str):
 # ---- data ---------------------------------------------------------------------------------------------------------------
 
 
-def packs(recipe: Recipe, processor: Processor, chunk: int) -> Iterator:
+def generator(recipe: Recipe, stage: str, chunk: int) -> np.random.Generator:
+    """Return the generator that a chunk's data is drawn with."""
+    return np.random.default_rng((recipe.seed, list(recipe.steps).index(stage), chunk))
+
+
+def packs(recipe: Recipe, processor: Processor, stage: str, chunk: int) -> Iterator:
     """Yield the packs of a chunk of the tower's updates."""
-    rng, pack = np.random.default_rng((recipe.seed, 0, chunk)), found(recipe.pack)
+    rng, pack = generator(recipe, stage, chunk), found(recipe.packs[stage])
     for _ in range(recipe.chunk):
         yield pack(rng, processor, BLOCK, recipe.crowded)
 
 
-def batches(recipe: Recipe, processor: Processor, chunk: int) -> Iterator:
+def batches(recipe: Recipe, processor: Processor, stage: str, chunk: int) -> Iterator:
     """Yield the batches of a chunk of the decoder's updates: groups are collected by shape, and a full shape is a batch."""
-    rng, corpus = np.random.default_rng((recipe.seed, 1, chunk)), importlib.import_module(recipe.corpus)
+    rng, corpus = generator(recipe, stage, chunk), importlib.import_module(recipe.corpus)
     forms = corpus.FIRST_FORMS if (chunk + 0.5) * recipe.chunk < FIRST * recipe.steps["text"] else corpus.FORMS
     waiting, done = {shape: [] for shapes in recipe.shapes.values() for shape in shapes}, 0
     while done < recipe.chunk:
@@ -140,7 +144,7 @@ def produce(recipe: Recipe, folder: str, stage: str, first: int, last: int, out)
     """Worker process: put the items of chunks `first` to `last` (exclusive) of a stage."""
     processor = Processor.from_pretrained(folder)
     for chunk in range(first, last):
-        for item in {"vision": packs, "text": batches}[stage](recipe, processor, chunk):
+        for item in (packs if stage in recipe.packs else batches)(recipe, processor, stage, chunk):
             out.put(item)
 
 
@@ -163,10 +167,10 @@ def load_state(path: Path, tree):
     return jax.tree.unflatten(structure, [jnp.asarray(stored[f"{i:04d}"], leaf.dtype) for i, leaf in enumerate(leaves)])
 
 
-def state_facts(path: Path) -> dict:
+def state_facts(path: Path, recipe: Recipe) -> dict:
     """Return the facts of a state; of none, those of a build that has not begun."""
     if not path.exists():
-        return {"stage": "vision", "chunk": 0, "seconds": 0.0, "last": {}}
+        return {"stage": next(iter(recipe.steps)), "chunk": 0, "seconds": 0.0, "last": {}}
     with safetensors.safe_open(path, framework="numpy") as file:
         return json.loads(file.metadata()["facts"])
 
@@ -187,8 +191,8 @@ def start(recipe: Recipe, out: Path) -> tuple[Processor, Model, nnx.State]:
     (out / "generation_config.json").write_text(json.dumps(ends, indent=2))
     vocab = len(processor.tokenizer)
     model, params = create(read_config(architecture(processor, vocab + -vocab % 64)), recipe.seed, vision_block=BLOCK)
-    rng = np.random.default_rng((recipe.seed, 2))
-    patch_embed = whitening(model.cfg.vision, [found(recipe.pack)(rng, processor, BLOCK) for _ in range(6)])
+    rng, first = np.random.default_rng((recipe.seed, len(recipe.steps))), next(iter(recipe.packs))
+    patch_embed = whitening(model.cfg.vision, [found(recipe.packs[first])(rng, processor, BLOCK) for _ in range(6)])
     held = params["vision"]
     held["patch_embed"] = held["patch_embed"].replace(jnp.asarray(patch_embed))  # ty: ignore[not-callable] - a parameter
     return processor, model, params
@@ -196,7 +200,7 @@ def start(recipe: Recipe, out: Path) -> tuple[Processor, Model, nnx.State]:
 
 def trained_of(stage: str, recipe: Recipe, model, params: nnx.State):
     """Return what a stage trains: the tower with a new head, or the decoder."""
-    if stage == "text":
+    if stage not in recipe.packs:
         return jax.tree.map(jnp.copy, params["text"])
     return jax.tree.map(jnp.copy, params["vision"]), new_head(model.cfg.text.hidden_size, recipe.seed, found(recipe.heads))
 
@@ -208,21 +212,22 @@ def build(recipe: Recipe, out: Path, command: str, enough: Callable[[], bool] = 
         return True
     processor, model, params = start(recipe, out)
     path, began = out / "state.safetensors", time.time()
-    done = state_facts(path)
+    done, stages = state_facts(path, recipe), list(recipe.steps)
     last, before = done["last"], done["seconds"]
-    for stage in STAGES[STAGES.index(done["stage"]) :]:
+    for stage in stages[stages.index(done["stage"]) :]:
+        seeing = stage in recipe.packs
         optimizer, trained = muon(recipe.rate, recipe.steps[stage]), trained_of(stage, recipe, model, params)
         opt_state, first = optimizer.init(trained), done["chunk"] if stage == done["stage"] else 0
         if first:
             trained, opt_state, params = load_state(path, (trained, opt_state, params))
-        step = vision_step if stage == "vision" else train_step
+        step = vision_step if seeing else train_step
         for chunk, items in chunks(recipe, out, stage, first):
             record = []
             for item in items:
-                item = (item,) if stage == "vision" else item
+                item = (item,) if seeing else item
                 trained, opt_state, value = step(model, optimizer, params, trained, opt_state, *item)
                 record.append(value)
-            params = nnx.State({**params, stage: trained[0] if stage == "vision" else trained})
+            params = nnx.State({**params, **({"vision": trained[0]} if seeing else {"text": trained})})
             recent = jax.device_get(record[-100:])
             last = last | {stage: {k: round(float(np.mean([r[k] for r in recent])), 4) for k in recent[0]}}
             seconds = before + time.time() - began

@@ -1,33 +1,77 @@
-"""Stage 1 of the base of the tool worlds: views of prints and pages beside those of scenes, labelled with what is wrong."""
+"""The tower of the base of the tool worlds: views of prints and pages beside those of scenes, labelled with what is wrong.
+
+What a digit is is learnt first, from small packs of images that bear many.
+"""
+
+from collections.abc import Mapping
 
 import numpy as np
+from PIL import Image
 
 from imagent_jax.model.processor import Processor
 from imagent_jax.tiny import total_world
 from imagent_jax.tiny.code_world import draw_problems
-from imagent_jax.tiny.corpus_code import Shown
+from imagent_jax.tiny.corpus_code import Shown, run
 from imagent_jax.tiny.corpus_style import GIVEN, SETTINGS
-from imagent_jax.tiny.prints import LOSSES, TURNS
+from imagent_jax.tiny.prints import LOSSES, SIDE, TURNS, repair, spoil
+from imagent_jax.tiny.total_world import PAGE
 from imagent_jax.tiny.vision import HEADS, Labelled, View, pack_views, scene_views
-from imagent_jax.tiny.world import Scene, make_scene
+from imagent_jax.tiny.world import Scene, make_crowded_scene, make_scene
 
 TOOL_HEADS = HEADS | {"turn": len(TURNS) + 1, "loss": len(LOSSES) + 1}
 """Besides `HEADS`: how a print is turned, and its other fault; the last class is none."""
-BLOCKS = 60
-SCENES, SPOILT, REPAIRED, MARKS, PAGES = 24, 32, 28, 24, 14
-"""Scenes, prints (as drawn by `draw_problems`, repaired, with marks) and pages of a pack."""
+
+DIGITS = {"blocks": 18, "scenes": 12, "crowded": 24, "repaired": 8, "marks": 8}
+"""What a pack of digits shows: scenes (their crops), prints full of tags, prints as they are repaired, and with marks."""
+VIEWS = {
+    "blocks": 42, "scenes": 16, "crowded": 20, "repaired": 12, "marks": 12,
+    "spoilt": 14, "pages": 6, "large": 3, "aligned": 4, "loose": 3,
+}  # fmt: skip
+"""The same of a pack of everything: also prints as they are drawn, pages as they are given, and large views: of pages, and full
+of tags."""
+ALIGNED, LOOSE = PAGE[0] // 6, PAGE[0] // 5
+"""Cells of a page full of tags: those of the large view's features, so that one feature holds a digit; and wider ones."""
+CROWDED = (2 * 28, 28)
+"""Side of a print full of tags and of its cells, before it is enlarged."""
+
+
+def digits_pack(rng: np.random.Generator, processor: Processor, block: int, crowded: int = 0) -> Labelled:
+    """Return views of the train split that bear many digits, with labels; `crowded` as in `vision.labelled_pack`."""
+    scenes = [make_scene(rng, "train", varied=True) for _ in range(DIGITS["scenes"])]
+    crops = [view for view in scene_views(rng, scenes, crowded, GIVEN) if view.digits]
+    return pack_views(crops + _prints(rng, DIGITS), processor, block, DIGITS["blocks"], TOOL_HEADS)
 
 
 def tool_pack(rng: np.random.Generator, processor: Processor, block: int, crowded: int = 0) -> Labelled:
-    """Return views of the train split with labels; `crowded` as in `vision.labelled_pack`."""
-    views = scene_views(rng, [make_scene(rng, "train", varied=True) for _ in range(SCENES)], crowded, GIVEN)
-    views += [print_view(Shown(rng, "train", draw_problems(rng))) for _ in range(SPOILT)]
-    views += [print_view(Shown(rng, "train", draw_problems(rng), repaired=True)) for _ in range(REPAIRED)]
-    views += [print_view(Shown(rng, "train", (), marks=2)) for _ in range(MARKS)]
-    pages = [total_world.make_page(rng, "train", varied=True) for _ in range(PAGES)]
+    """Return views of everything of the train split, with labels; `crowded` as in `vision.labelled_pack`."""
+    views = scene_views(rng, [make_scene(rng, "train", varied=True) for _ in range(VIEWS["scenes"])], crowded, GIVEN)
+    views += _prints(rng, VIEWS)
+    views += [print_view(Shown(rng, "train", draw_problems(rng))) for _ in range(VIEWS["spoilt"])]
+    pages = [total_world.make_page(rng, "train", varied=True) for _ in range(VIEWS["pages"])]
     views += [View(page.pixels, GIVEN, _tags(page), digits=False, corners=True) for page in pages]
-    views += [View(page.pixels, (GIVEN[0], SETTINGS.high_pixels), _tags(page), digits=True) for page in pages]  # a block each
-    return pack_views(views, processor, block, BLOCKS, TOOL_HEADS)
+    large = pages[: VIEWS["large"]]
+    large += [make_crowded_scene(rng, "train", *PAGE, ALIGNED) for _ in range(VIEWS["aligned"])]
+    large += [make_crowded_scene(rng, "train", *PAGE, LOOSE) for _ in range(VIEWS["loose"])]
+    views += [View(page.pixels, (GIVEN[0], SETTINGS.high_pixels), _tags(page), digits=True) for page in large]  # a block each
+    return pack_views(views, processor, block, VIEWS["blocks"], TOOL_HEADS)
+
+
+def _prints(rng: np.random.Generator, counts: Mapping[str, int]) -> list[View]:
+    """Return prints whose digits can be read: full of tags, repaired, with marks."""
+    views = [crowded_print(rng) for _ in range(counts["crowded"])]
+    views += [print_view(Shown(rng, "train", draw_problems(rng), repaired=True)) for _ in range(counts["repaired"])]
+    return views + [print_view(Shown(rng, "train", (), marks=2)) for _ in range(counts["marks"])]
+
+
+def crowded_print(rng: np.random.Generator) -> View:
+    """Return an image full of tags of a print's size, half of the time spoilt and repaired as a print is."""
+    side, cell = CROWDED
+    scene = make_crowded_scene(rng, "train", side, side, cell)
+    pixels = np.asarray(Image.fromarray(scene.pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    if rng.random() < 0.5:
+        problems = draw_problems(rng)
+        pixels = run(spoil(rng, pixels, problems, "train"), repair(problems))
+    return View(pixels, GIVEN, _tags(scene), digits=True)
 
 
 def print_view(shown: Shown) -> View:

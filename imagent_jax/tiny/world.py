@@ -174,22 +174,24 @@ def make_scene(
     return Scene(pixels, tuple(tags), photo, tuple(rows))
 
 
-def make_crowded_scene(rng: np.random.Generator, split: str, height: int, width: int) -> Scene:
-    """A piece of a photograph of (height, width) pixels full of tags, nine in ten places taken: many digits to
-    learn from in one small image, `varied` as for `make_scene`. Questions never show one."""
+def make_crowded_scene(
+    rng: np.random.Generator, split: str, height: int, width: int, cell: int = TAG_SIDE + 2 * TAG_BORDER
+) -> Scene:
+    """A piece of a photograph of (height, width) pixels full of tags, at most one in each of the cells of at least `cell` pixels'
+    side, nine in ten of which are taken: many digits to learn from in one small image, `varied` as for `make_scene`. Questions
+    never show one."""
     pixels, photo = background(rng, split, height, width)
     pixels = vary(rng, split, pixels)
-    side = TAG_SIDE + 2 * TAG_BORDER
-    rows, columns = height // side, width // side
+    side, rows, columns = TAG_SIDE + 2 * TAG_BORDER, height // cell, width // cell
     tags, digit_rows = [], []
-    for cell in range(rows * columns):
+    for place in range(rows * columns):
         if rng.random() < 0.1:
             continue
         colour, digit = COLOURS[rng.integers(len(COLOURS))], int(rng.integers(10))
         tile, row = tag_pixels(rng, split, colour, digit, True)
         top, left = (
             int(rng.integers(at * full // count, (at + 1) * full // count - side + 1))
-            for at, count, full in ((cell // columns, rows, height), (cell % columns, columns, width))
+            for at, count, full in ((place // columns, rows, height), (place % columns, columns, width))
         )
         pixels[top : top + side, left : left + side] = tile
         tags.append(Tag(colour, digit, (left + side / 2) / width, (top + side / 2) / height))
