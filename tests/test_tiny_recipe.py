@@ -4,6 +4,7 @@ import importlib
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from imagent_jax.model import checkpoint
 from imagent_jax.model.processor import Processor
 from imagent_jax.tiny import build as tiny_build
-from imagent_jax.tiny import corpus_tools, skills_tools, vision_tools
+from imagent_jax.tiny import corpus_tools, skills_tools, vision_tools, world
 from imagent_jax.tiny import recipe as module
 from imagent_jax.tiny.base import tools_folder
 from imagent_jax.tiny.build import Shape
@@ -24,24 +25,15 @@ from imagent_jax.tiny.prints import LOSSES, SIDE, TURNS
 from imagent_jax.tiny.recipe import RECIPES, batches, build, load_state, packs, produce, save_state, state_facts
 from imagent_jax.tiny.skills_tools import measure, skills_of
 from imagent_jax.tiny.tokenizer import build_tokenizer
-from imagent_jax.tiny.total_world import PAGE
-from imagent_jax.tiny.vision_tools import ALIGNED, LOOSE, TOOL_HEADS, VIEWS, crowded_print, digits_pack, tool_pack
-from imagent_jax.tiny.world import make_crowded_scene
+from imagent_jax.tiny.vision_tools import SHOWN, TOOL_HEADS, crowded_print, digits_pack, sheet, sizes_pack, tool_pack
 
 
 @pytest.fixture(scope="module")
 def recipe():
     """The recipe of the tool worlds with a few updates of small batches of one form."""
     shapes = {"print": (Shape(2, 1, 160, 40, 6),)}
-    return replace(
-        RECIPES["tools"],
-        shapes=shapes,
-        steps={"digits": 1, "vision": 2, "text": 4},
-        chunk=1,
-        texts=200,
-        vocabulary=900,
-        crowded=1,
-    )
+    steps = {"digits": 1, "sizes": 1, "vision": 2, "text": 4}
+    return replace(RECIPES["tools"], shapes=shapes, steps=steps, chunk=1, texts=200, vocabulary=900)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +48,9 @@ def small(monkeypatch, tokens):
     """A corpus of single prints, packs of a few views, a narrow model, data in this process, and skills that are counted."""
     monkeypatch.setattr(corpus_tools, "FORMS", {"print": 1.0})
     monkeypatch.setattr(corpus_tools, "FIRST_FORMS", {"print": 1.0})
-    few = {"scenes": 2, "crowded": 1, "repaired": 2, "marks": 1}
-    monkeypatch.setattr(vision_tools, "DIGITS", few | {"blocks": 4})
-    large = {"pages": 1, "large": 1, "aligned": 1, "loose": 1}
-    monkeypatch.setattr(vision_tools, "VIEWS", few | large | {"spoilt": 3, "blocks": 12})
+    few, more = {"scenes": 2, "repaired": 2, "marks": 1, "blocks": 12}, {"sheets": 1, "large": 1, "given": 2, "spoilt": 3}
+    shown = {"digits": few | {"crowded": 1}, "sizes": few | {"sheets": 1}, "vision": few | more}
+    monkeypatch.setattr(vision_tools, "SHOWN", shown)
     whole = tiny_build.architecture
 
     def narrow(processor, vocab):
@@ -94,13 +85,13 @@ def test_a_build_that_is_stopped_after_every_chunk_ends_with_the_same_base(recip
     while not build(recipe, parts, "command", lambda: True):
         asked["stops"] += 1
         assert not (parts / "built.json").exists() and state_facts(parts / "state.safetensors", recipe)["seconds"] > 0
-    assert asked["stops"] == 7  # one and two chunks of the tower and four of the decoder
+    assert asked["stops"] == 8  # one, one and two chunks of the tower and four of the decoder
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
     one, two = (json.loads((folder / "built.json").read_text()) for folder in (whole, parts))
     assert one.pop("seconds") >= 0 and two.pop("seconds") >= 0 and one == two
     assert (
         one["skills"] == {"read": 0.5}
-        and set(one["digits"]) == set(one["vision"]) == set(TOOL_HEADS)
+        and set(one["digits"]) == set(one["sizes"]) == set(one["vision"]) == set(TOOL_HEADS)
         and set(one["text"]) == {"loss"}
     )
     assert not (parts / "state.safetensors").exists()
@@ -131,8 +122,10 @@ def test_a_chunk_is_a_function_of_seed_stage_and_number(recipe, small, tmp_path)
 
     first, again, other = drawn(0), drawn(0), drawn(1)
     same = replace(recipe, packs=dict.fromkeys(recipe.packs, recipe.packs["vision"]))
-    one, two = (next(packs(same, processor, stage, 0)) for stage in same.packs)
-    assert not np.array_equal(one.patches, two.patches)  # stages that show the same things do not show the same images
+    one, two, three = (next(packs(same, processor, stage, 0)).patches for stage in same.packs)
+    assert not np.array_equal(one, two) and not np.array_equal(
+        two, three
+    )  # stages that show the same things do not show the same images
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(first, drawn(0, seed=1), strict=True))
@@ -163,45 +156,55 @@ def test_a_base_that_was_never_built_is_named_with_its_command(tmp_path, monkeyp
 @pytest.mark.slow(6)
 def test_features_of_prints_say_what_is_wrong_and_only_readable_ones_show_digits(tokens):
     processor, rng = Processor.from_pretrained(tokens), np.random.default_rng(0)
-    pack = tool_pack(rng, processor, 144)
+    pack, shown = tool_pack(rng, processor, 144), SHOWN["vision"]
     known = {name: labels >= 0 for name, labels in pack.labels.items()}
     assert set(known) == set(TOOL_HEADS) and (known["turn"] == known["loss"]).all()
-    repaired = VIEWS["repaired"] + VIEWS["marks"]
-    assert known["turn"].sum() == (VIEWS["spoilt"] + repaired) * 9  # prints as drawn, repaired and marked, of 3 x 3 features
+    repaired = shown["repaired"] + shown["marks"]
+    assert known["turn"].sum() == (shown["spoilt"] + repaired) * 9  # prints as drawn, repaired and marked, of 3 x 3 features
     spoilt = known["turn"] & ((pack.labels["turn"] < len(TURNS)) | (pack.labels["loss"] < len(LOSSES)))
-    assert 0.6 < spoilt.sum() / (VIEWS["spoilt"] * 9) <= 1 and not known["colour"][spoilt].any()
+    assert 0.6 < spoilt.sum() / (shown["spoilt"] * 9) <= 1 and not known["colour"][spoilt].any()
     assert not known["digit"][spoilt].any()
     sound = known["turn"] & ~spoilt
     assert known["digit"][sound].sum() >= repaired and known["row"].sum() == known["column"].sum()
     assert GIVEN == (3136, 7056) and set(pack.labels["loss"][known["loss"]]) > {0, len(LOSSES)}
 
 
-def test_a_pack_of_digits_has_a_digit_at_every_third_feature_and_no_other_task(tokens):
+def test_packs_of_digits_are_full_of_digits_and_leave_the_rest_to_the_last_stage(tokens):
     processor = Processor.from_pretrained(tokens)
-    pack = digits_pack(np.random.default_rng(0), processor, 144, RECIPES["tools"].crowded)
-    shown = pack.image[::4] >= 0
-    assert (pack.labels["digit"] >= 0).sum() / shown.sum() > 0.3
-    assert (pack.labels["x"] == -1).all() and (pack.labels["turn"] < len(TURNS)).sum() == (pack.labels["turn"] == -1).sum()
-    whole = tool_pack(np.random.default_rng(0), processor, 144, RECIPES["tools"].crowded)
-    assert (whole.labels["digit"] >= 0).sum() > 2 * (pack.labels["digit"] >= 0).sum() and (whole.labels["x"] >= 0).any()
+    digits, sizes, whole = (pack(np.random.default_rng(0), processor, 144) for pack in (digits_pack, sizes_pack, tool_pack))
+    for pack in (digits, sizes):
+        assert (pack.labels["digit"] >= 0).sum() / (pack.image[::4] >= 0).sum() > 0.25
+        assert (pack.labels["x"] == -1).all() and {*pack.labels["turn"]} == {-1, len(TURNS)}
+    assert (whole.labels["x"] >= 0).sum() > 2 * SHOWN["vision"]["given"] and (whole.labels["digit"] >= 0).sum() > 150
+    pages = (whole.labels["x"] >= 0) & (whole.labels["digit"] >= 0)  # given pages and scenes: no digit can be read
+    assert not pages.any()
 
 
-def test_a_tag_of_an_aligned_page_lies_in_one_feature_of_its_large_view():
-    """And on a print full of tags, four tags at most stand apart, of a print's size, one in each quarter."""
-    rng = np.random.default_rng(0)
-
-    def features(place):  # of a tag's first and last pixel along one axis
-        return {int(place * PAGE[0] + offset) * 6 // PAGE[0] for offset in (-12, 11)}
-
-    for _ in range(20):
-        page, places = make_crowded_scene(rng, "train", *PAGE, ALIGNED), set()
-        for tag in page.tags:
-            (column,), (row,) = features(tag.x), features(tag.y)
-            places.add((column, row))
-        assert len(places) == len(page.tags) > 20
-        assert len(make_crowded_scene(rng, "train", *PAGE, LOOSE).tags) <= 25
+def test_tags_of_sheets_are_of_all_sizes_in_all_places_and_those_of_a_full_print_of_one():
+    """Of each tag of a sheet, the labelled centre lies on its own white rim's middle."""
+    rng, sizes, places = np.random.default_rng(0), set(), set()
+    for _ in range(30):
+        shown = sheet(rng)
+        assert shown.pixels.shape == (168, 168, 3) and 5 <= len(shown.tags) <= 36
+        apart = [max(abs(a.x - b.x), abs(a.y - b.y)) for a, b in combinations(shown.tags, 2)]
+        sizes.add(min(apart) * 168 > 24)
+        places |= {int(tag.x * 168) % 28 // 4 for tag in shown.tags}
         view = crowded_print(rng)
         assert view.pixels.shape == (SIDE, SIDE, 3) and len({(x > 0.5, y > 0.5) for x, y, _ in view.tags}) == len(view.tags) <= 4
+    assert sizes == {True, False} and places == {*range(7)}
+
+
+def test_the_centre_of_a_tag_of_a_sheet_is_where_its_label_says(monkeypatch):
+    """On a black photograph, a red tag's pixels around its centre are red, and its rim is as far away as its size says."""
+    monkeypatch.setattr(world, "background", lambda rng, split, h, w: (np.zeros((h, w, 3), np.uint8), "black"))
+    monkeypatch.setattr(world, "vary", lambda rng, split, pixels: pixels)
+    monkeypatch.setattr(vision_tools, "SHEETS", (112, 112))
+    shown = sheet(np.random.default_rng(3))
+    lit = shown.pixels.max(-1) > 0
+    for tag in shown.tags:
+        x, y = tag.x * 168, tag.y * 168
+        assert lit[round(y - 16) : round(y + 16), round(x - 16) : round(x + 16)].mean() > 0.97  # 24 x 168 / 112 = 36 pixels
+    assert lit.sum() == pytest.approx(len(shown.tags) * 36**2, rel=0.1)
 
 
 # ---- skills -----------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,6 @@ class Recipe:
         packs: by stage of the tower, the function that draws its packs; `heads` are their labels.
         skills: function of the folder that returns the skills.
         steps: updates of each stage, in order: those of the tower, and last the decoder's, "text".
-        crowded: scenes of a pack whose crops give way to images full of tags.
         texts: conversations that the tokenizer is trained on, for a vocabulary of `vocabulary` pieces.
         rate: peak learning rate.
         chunk: updates between two states on disk.
@@ -72,7 +71,6 @@ class Recipe:
     values: str
     vocabulary: int
     steps: Mapping[str, int]
-    crowded: int
     texts: int = 6000
     rate: float = 2e-3
     chunk: int = 250
@@ -81,21 +79,24 @@ class Recipe:
     def scaled(self, factor: float) -> "Recipe":
         """Return the recipe with so many times the updates, in chunks of about so many times the size."""
         chunk = max(round(self.chunk * min(4 * factor, 1.0)), 1)
-        steps = {stage: max(round(factor * count / chunk), 2) * chunk for stage, count in self.steps.items()}
+        steps = {stage: max(round(factor * count / chunk), 1) * chunk for stage, count in self.steps.items()}
         return replace(self, steps=steps, chunk=chunk)
 
 
 RECIPES = {
     "tools": Recipe(
         folder="tools", corpus="imagent_jax.tiny.corpus_tools",
-        packs={"digits": "imagent_jax.tiny.vision_tools:digits_pack", "vision": "imagent_jax.tiny.vision_tools:tool_pack"},
+        packs={
+            "digits": "imagent_jax.tiny.vision_tools:digits_pack", "sizes": "imagent_jax.tiny.vision_tools:sizes_pack",
+            "vision": "imagent_jax.tiny.vision_tools:tool_pack",
+        },
         heads="imagent_jax.tiny.vision_tools:TOOL_HEADS", skills="imagent_jax.tiny.skills_tools:measure", shapes=TOOL_SHAPES,
-        values=NAMED_VALUES, vocabulary=1408, steps={"digits": 3000, "vision": 3500, "text": 3500}, crowded=10,
+        values=NAMED_VALUES, vocabulary=1408, steps={"digits": 1000, "sizes": 4000, "vision": 2250, "text": 3500},
     ),
     "tiny": Recipe(
-        folder="base", corpus="imagent_jax.tiny.corpus", packs={"vision": "imagent_jax.tiny.vision:labelled_pack"},
+        folder="base", corpus="imagent_jax.tiny.corpus", packs={"vision": "imagent_jax.tiny.vision:crowded_pack"},
         heads="imagent_jax.tiny.vision:HEADS", skills="imagent_jax.tiny.skills:measure", shapes=SHAPES,
-        values=VALUES, vocabulary=1024, steps={"vision": 4000, "text": 6000}, crowded=40,
+        values=VALUES, vocabulary=1024, steps={"vision": 4000, "text": 6000},
     ),
 }  # fmt: skip
 """By name of the base as `model.path` has it without "tiny_" (`model.checkpoint.EMBEDDED`)."""
@@ -118,7 +119,7 @@ def packs(recipe: Recipe, processor: Processor, stage: str, chunk: int) -> Itera
     """Yield the packs of a chunk of the tower's updates."""
     rng, pack = generator(recipe, stage, chunk), found(recipe.packs[stage])
     for _ in range(recipe.chunk):
-        yield pack(rng, processor, BLOCK, recipe.crowded)
+        yield pack(rng, processor, BLOCK)
 
 
 def batches(recipe: Recipe, processor: Processor, stage: str, chunk: int) -> Iterator:

@@ -78,6 +78,10 @@ def labelled_pack(rng: np.random.Generator, processor: Processor, block: int, cr
     return pack_views(scene_views(rng, scenes, crowded, THUMBNAIL), processor, block, BLOCKS, HEADS)
 
 
+crowded_pack = partial(labelled_pack, crowded=40)
+"""What the recipe of the tiny base trains on."""
+
+
 def scene_views(rng: np.random.Generator, scenes: list[Scene], crowded: int, given: tuple[int, int]) -> list[View]:
     """Return crops around two tags of every scene, see `labelled_pack`, then the scenes as they are given."""
     parts = [(scene, box_near(rng, scene, tag)) for scene in scenes for tag in scene.tags[:2]]
