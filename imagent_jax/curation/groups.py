@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from imagent_jax.config import import_path
-from imagent_jax.curation.likeness import histogram, similarity
+from imagent_jax.curation.likeness import histogram, unit
 from imagent_jax.curation.pool import Pool
 from imagent_jax.curation.settings import GroupSettings
 
@@ -75,9 +75,11 @@ def _chosen(
 
 def _neighbours(cfg: GroupSettings, pool: Pool, ids: Sequence[str]) -> Callable[[str, Sequence[str]], list[str]]:
     embed = import_path(cfg.embedding, "groups.embedding") if cfg.embedding else histogram
-    table, place = similarity([embed(pool.image(picture)) for picture in ids]), {picture: i for i, picture in enumerate(ids)}
+    vectors, place = unit([embed(pool.image(picture)) for picture in ids]), {picture: i for i, picture in enumerate(ids)}
 
     def near(picture: str, others: Sequence[str]) -> list[str]:
-        return sorted(others, key=lambda other: -table[place[picture], place[other]])
+        """Return the others by their cosine with the picture, greatest first. The table of all pairs would not fit."""
+        cosines = vectors[[place[other] for other in others]] @ vectors[place[picture]]
+        return [others[i] for i in np.argsort(-cosines, kind="stable")]
 
     return near

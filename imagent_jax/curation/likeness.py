@@ -92,8 +92,7 @@ def histogram(image: Image.Image) -> np.ndarray:
     return vector / (np.linalg.norm(vector) + 1e-9)
 
 
-def similarity(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the cosine of every pair of vectors, float32[n, n]."""
+def unit(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the vectors at length 1, float32[n, d]."""
     table = np.asarray(vectors, np.float32)
-    table = table / (np.linalg.norm(table, axis=1, keepdims=True) + 1e-9)
-    return table @ table.T
+    return table / (np.linalg.norm(table, axis=1, keepdims=True) + 1e-9)
