@@ -83,20 +83,20 @@ class Recipe:
         return replace(self, steps=steps, chunk=chunk)
 
 
+DIGITS = {"digits": "imagent_jax.tiny.vision_tools:digits_pack", "sizes": "imagent_jax.tiny.vision_tools:sizes_pack"}
+"""Stages that every tower begins with."""
 RECIPES = {
     "tools": Recipe(
         folder="tools", corpus="imagent_jax.tiny.corpus_tools",
-        packs={
-            "digits": "imagent_jax.tiny.vision_tools:digits_pack", "sizes": "imagent_jax.tiny.vision_tools:sizes_pack",
-            "vision": "imagent_jax.tiny.vision_tools:tool_pack",
-        },
+        packs=DIGITS | {"vision": "imagent_jax.tiny.vision_tools:tool_pack"},
         heads="imagent_jax.tiny.vision_tools:TOOL_HEADS", skills="imagent_jax.tiny.skills_tools:measure", shapes=TOOL_SHAPES,
         values=NAMED_VALUES, vocabulary=1408, steps={"digits": 1000, "sizes": 4000, "vision": 2250, "text": 3500},
     ),
     "tiny": Recipe(
-        folder="base", corpus="imagent_jax.tiny.corpus", packs={"vision": "imagent_jax.tiny.vision:crowded_pack"},
+        folder="base", corpus="imagent_jax.tiny.corpus",
+        packs=DIGITS | {"vision": "imagent_jax.tiny.vision:crowded_pack"},
         heads="imagent_jax.tiny.vision:HEADS", skills="imagent_jax.tiny.skills:measure", shapes=SHAPES,
-        values=VALUES, vocabulary=1024, steps={"vision": 4000, "text": 6000},
+        values=VALUES, vocabulary=1024, steps={"digits": 1000, "sizes": 2000, "vision": 1500, "text": 6000},
     ),
 }  # fmt: skip
 """By name of the base as `model.path` has it without "tiny_" (`model.checkpoint.EMBEDDED`)."""
