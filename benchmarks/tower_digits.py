@@ -23,9 +23,9 @@ from imagent_jax.tiny.base import base_folder, tools_folder
 from imagent_jax.tiny.build import BLOCK
 from imagent_jax.tiny.code_world import draw_problems
 from imagent_jax.tiny.corpus_code import Shown
-from imagent_jax.tiny.corpus_style import GIVEN, SETTINGS
+from imagent_jax.tiny.corpus_style import GIVEN
 from imagent_jax.tiny.vision import View, pack_views, scene_views
-from imagent_jax.tiny.vision_tools import TOOL_HEADS, print_view
+from imagent_jax.tiny.vision_tools import TOOL_HEADS, large_view, print_view
 from imagent_jax.tiny.world import make_scene
 
 KINDS = ("crops", "prints", "repaired", "marks", "pages")
@@ -37,13 +37,15 @@ def views(rng: np.random.Generator, kind: str, split: str) -> list[View]:
     """Return views of a kind, all of whose digits can be read."""
     varied = split == "train"
     if kind == "crops":
-        return scene_views(rng, [make_scene(rng, split, varied=varied) for _ in range(VIEWS)], 0, GIVEN)[: 2 * VIEWS]
+        scenes = [make_scene(rng, split, varied=varied) for _ in range(VIEWS)]
+        return [view for view in scene_views(rng, scenes, 0, GIVEN) if view.digits]
     if kind == "pages":
-        pages = [total_world.make_page(rng, split, varied=varied) for _ in range(VIEWS)]
-        budget = GIVEN[0], SETTINGS.high_pixels
-        return [View(page.pixels, budget, [(tag.x, tag.y, tag) for tag in page.tags], digits=True) for page in pages]
-    how = {"prints": {}, "repaired": {"repaired": True}, "marks": {"marks": 2}}[kind]
-    return [print_view(Shown(rng, split, draw_problems(rng) if how.get("repaired") else (), **how)) for _ in range(2 * VIEWS)]
+        return [large_view(total_world.make_page(rng, split, varied=varied)) for _ in range(VIEWS)]
+    repaired = kind == "repaired"
+    return [
+        print_view(Shown(rng, split, draw_problems(rng) if repaired else (), repaired, marks=2 if kind == "marks" else 1))
+        for _ in range(2 * VIEWS)
+    ]
 
 
 def read(folder: Path, packs: int) -> dict[str, float]:

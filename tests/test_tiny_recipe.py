@@ -89,21 +89,24 @@ def test_a_build_that_is_stopped_after_every_chunk_ends_with_the_same_base(recip
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
     one, two = (json.loads((folder / "built.json").read_text()) for folder in (whole, parts))
     assert one.pop("seconds") >= 0 and two.pop("seconds") >= 0 and one == two
-    assert (
-        one["skills"] == {"read": 0.5}
-        and set(one["digits"]) == set(one["sizes"]) == set(one["vision"]) == set(TOOL_HEADS)
-        and set(one["text"]) == {"loss"}
-    )
+    assert one["skills"] == {"read": 0.5} and set(one["text"]) == {"loss"}
+    assert set(one["digits"]) == set(one["sizes"]) == set(one["vision"]) == set(TOOL_HEADS)
     assert not (parts / "state.safetensors").exists()
     capsys.readouterr()
     assert build(recipe, parts, "command") is True and "is complete" in capsys.readouterr().out
 
 
+def test_a_build_that_another_recipe_began_is_not_continued(recipe, tmp_path):
+    save_state(tmp_path / "state.safetensors", {}, {"stage": "vision", "chunk": 1, "seconds": 1.0, "last": {}})
+    with pytest.raises(SystemExit, match=r"another recipe began.*remove it or name another --out"):
+        state_facts(tmp_path / "state.safetensors", recipe)
+
+
 def test_a_state_is_read_back_as_it_was_and_names_its_stage(recipe, tmp_path):
     tree = {"a": jnp.arange(3), "b": [jnp.ones((2, 2), jnp.float32), jnp.zeros((), jnp.int32)]}
     path = tmp_path / "state.safetensors"
-    assert state_facts(path, recipe) == {"stage": "digits", "chunk": 0, "seconds": 0.0, "last": {}}
-    save_state(path, tree, {"stage": "text", "chunk": 3, "seconds": 1.5, "last": {}})
+    assert state_facts(path, recipe) == {"stage": "digits", "chunk": 0, "seconds": 0.0, "last": {}, "steps": recipe.steps}
+    save_state(path, tree, {"stage": "text", "chunk": 3, "seconds": 1.5, "last": {}, "steps": recipe.steps})
     back = load_state(path, jax.tree.map(jnp.zeros_like, tree))
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (tree, back)), strict=True))
     assert state_facts(path, recipe)["chunk"] == 3 and not list(tmp_path.glob("*.part"))
@@ -123,9 +126,7 @@ def test_a_chunk_is_a_function_of_seed_stage_and_number(recipe, small, tmp_path)
     first, again, other = drawn(0), drawn(0), drawn(1)
     same = replace(recipe, packs=dict.fromkeys(recipe.packs, recipe.packs["vision"]))
     one, two, three = (next(packs(same, processor, stage, 0)).patches for stage in same.packs)
-    assert not np.array_equal(one, two) and not np.array_equal(
-        two, three
-    )  # stages that show the same things do not show the same images
+    assert not np.array_equal(one, two) and not np.array_equal(two, three)  # one kind of pack, and other images in each stage
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(first, drawn(0, seed=1), strict=True))
@@ -165,7 +166,8 @@ def test_features_of_prints_say_what_is_wrong_and_only_readable_ones_show_digits
     assert 0.6 < spoilt.sum() / (shown["spoilt"] * 9) <= 1 and not known["colour"][spoilt].any()
     assert not known["digit"][spoilt].any()
     sound = known["turn"] & ~spoilt
-    assert known["digit"][sound].sum() >= repaired and known["row"].sum() == known["column"].sum()
+    assert known["digit"][sound].sum() == sound.sum() // 9 + shown["marks"] > 30  # a digit a print, two where there are marks
+    assert known["row"].sum() == known["column"].sum()
     assert GIVEN == (3136, 7056) and set(pack.labels["loss"][known["loss"]]) > {0, len(LOSSES)}
 
 
@@ -181,7 +183,6 @@ def test_packs_of_digits_are_full_of_digits_and_leave_the_rest_to_the_last_stage
 
 
 def test_tags_of_sheets_are_of_all_sizes_in_all_places_and_those_of_a_full_print_of_one():
-    """Of each tag of a sheet, the labelled centre lies on its own white rim's middle."""
     rng, sizes, places = np.random.default_rng(0), set(), set()
     for _ in range(30):
         shown = sheet(rng)
@@ -195,7 +196,7 @@ def test_tags_of_sheets_are_of_all_sizes_in_all_places_and_those_of_a_full_print
 
 
 def test_the_centre_of_a_tag_of_a_sheet_is_where_its_label_says(monkeypatch):
-    """On a black photograph, a red tag's pixels around its centre are red, and its rim is as far away as its size says."""
+    """On a black photograph only tags are lit: around every labelled centre, and as much as tags of that size are."""
     monkeypatch.setattr(world, "background", lambda rng, split, h, w: (np.zeros((h, w, 3), np.uint8), "black"))
     monkeypatch.setattr(world, "vary", lambda rng, split, pixels: pixels)
     monkeypatch.setattr(vision_tools, "SHEETS", (112, 112))

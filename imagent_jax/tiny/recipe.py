@@ -169,11 +169,19 @@ def load_state(path: Path, tree):
 
 
 def state_facts(path: Path, recipe: Recipe) -> dict:
-    """Return the facts of a state; of none, those of a build that has not begun."""
+    """Return the facts of a state; of none, those of a build that has not begun.
+
+    Raises:
+        SystemExit: the state has other stages or other numbers of updates.
+    """
+    steps = dict(recipe.steps)
     if not path.exists():
-        return {"stage": next(iter(recipe.steps)), "chunk": 0, "seconds": 0.0, "last": {}}
+        return {"stage": next(iter(steps)), "chunk": 0, "seconds": 0.0, "last": {}, "steps": steps}
     with safetensors.safe_open(path, framework="numpy") as file:
-        return json.loads(file.metadata()["facts"])
+        facts = json.loads(file.metadata()["facts"])
+    if facts.get("steps") != steps:
+        raise SystemExit(f"{path} is of a build that another recipe began; remove it or name another --out.")
+    return facts
 
 
 # ---- building -----------------------------------------------------------------------------------------------------------
@@ -233,7 +241,8 @@ def build(recipe: Recipe, out: Path, command: str, enough: Callable[[], bool] = 
             last = last | {stage: {k: round(float(np.mean([r[k] for r in recent])), 4) for k in recent[0]}}
             seconds = before + time.time() - began
             print(f"{stage} {(chunk + 1) * recipe.chunk}/{recipe.steps[stage]}  {last[stage]}  {seconds:.0f} s", flush=True)
-            save_state(path, (trained, opt_state, params), {"stage": stage, "chunk": chunk + 1, "seconds": seconds, "last": last})
+            facts = done | {"stage": stage, "chunk": chunk + 1, "seconds": seconds, "last": last}
+            save_state(path, (trained, opt_state, params), facts)
             checkpoint.save(out, model, params, dtype=jnp.bfloat16)
             if enough():
                 return False

@@ -67,7 +67,12 @@ def _digits(rng: np.random.Generator, counts: Mapping[str, int]) -> list[View]:
     views += [print_view(Shown(rng, "train", (), marks=2)) for _ in range(counts["marks"])]
     large = [sheet(rng) for _ in range(counts.get("sheets", 0))]
     large += [total_world.make_page(rng, "train", varied=True) for _ in range(counts.get("large", 0))]
-    return views + [View(one.pixels, (GIVEN[0], SETTINGS.high_pixels), _tags(one), digits=True) for one in large]  # a block each
+    return views + [large_view(one) for one in large]
+
+
+def large_view(scene: Scene) -> View:
+    """Return what a look at `high` shows of a scene: a block."""
+    return View(scene.pixels, (GIVEN[0], SETTINGS.high_pixels), _tags(scene), digits=True)
 
 
 def sheet(rng: np.random.Generator) -> Scene:
