@@ -35,6 +35,8 @@ PAGE_MIX = {"question": 0.45, "guess": 0.05, "command": 0.5}
 """What the responses of a group answer; see `corpus.CALL_MIX`. "repair": a command to repair a print, without saying how."""
 TO_IMAGE, REPAIRING = 0.65, 0.5
 """Chance that a program after a question is on an image that the question names; that one on another print repairs it."""
+TWO = 0.7
+"""Chance that a command names two images, where there are two."""
 SPOILT, EXISTING, AS_IT_IS = 0.65, 0.85, 0.3
 """Chance that a print is drawn with problems; that a question names a sound print, where there is one; that such a print is shown
 as it is."""
@@ -147,7 +149,7 @@ def programs(rng: np.random.Generator, size: int, split: str, style: Style) -> P
 
 
 def _after_command(rng, given: list[Shown], registry, style: Style, kind: str) -> list[Segment]:
-    numbers = [int(n) + 1 for n in rng.permutation(len(given))[: int(rng.integers(1, 3))]]
+    numbers = [int(n) + 1 for n in rng.permutation(len(given))[: 2 if rng.random() < TWO else 1]]
     steps = [repair(given[n - 1].problems) if kind == "repair" else arbitrary_steps(rng) for n in numbers]
     if kind == "repair":
         command = f"Repair {' and '.join(f'Image {n}' for n in numbers)}."
