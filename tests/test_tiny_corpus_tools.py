@@ -19,6 +19,7 @@ from imagent_jax.tiny.corpus_tools import FIRST_FORMS, FORMS, corpus_texts, make
 from imagent_jax.tiny.encyclopaedia import RELATIONS, SYLLABLES, articles, draw_names, is_base, name_of, write_articles
 from imagent_jax.tiny.prints import OPERATIONS, PROBLEMS, TURNS, program, repair
 from imagent_jax.tiny.tokenizer import NAMED_VALUES, build_tokenizer
+from imagent_jax.tiny.world import COLOURS
 from imagent_jax.tools.search import Index
 from imagent_jax.tools.search import index as search_index
 
@@ -148,9 +149,43 @@ def test_a_command_is_followed_by_the_program_or_the_query_that_it_names(groups)
                 elif match := re.match(r"Search for the (\w+) ([A-Z]\w+)\.", question):
                     assert QWEN.parse_call(text).arguments == {"query": f"{match[1]} {match[2]}"}
                     seen["search"] += 1
-                elif question.startswith("Repair"):
-                    seen["repair"] += 1
-    assert all(seen[kind] > 30 for kind in ("show", "search", "repair"))
+    assert all(seen[kind] > 30 for kind in ("show", "search"))
+
+
+def test_a_repair_says_what_is_wrong_and_its_program_repairs_just_that(groups):
+    seen, named, two = Counter(), Counter(), 0
+    for group in groups["programs"]:
+        for response in group.responses:
+            said = list(turns(response))
+            for question, text in said:
+                if not (match := re.search(rf"Image (\d) ((?!no tag|{'|'.join(COLOURS)})[a-z0-9 ]+)\.\n<tool_call>", text)):
+                    assert not question.startswith("Repair") or "<tool_call>" not in text
+                    continue
+                number, problems = int(match[1]), () if match[2] == "none" else tuple(match[2].split())
+                assert problems in PROBLEMS and QWEN.parse_call(text).arguments == {"code": program(number, repair(problems))}
+                spoilt = not np.array_equal(np.asarray(group.images[number - 1].pixels), group.scenes[number - 1].pixels)
+                assert spoilt == bool(problems)
+                seen["command" if question.startswith("Repair") else "question"] += 1
+                named[is_question(question) and f"Image {number}" in question, spoilt] += 1
+            two += sum(question.startswith("Repair") and "<tool_call>" in text for question, text in said) == 2
+    assert min(seen.values()) > 60 and two > 20
+    assert named[True, False] > 40 and named[True, True] == 0  # a question never names a spoilt print
+
+
+def test_what_a_spoilt_print_shows_is_what_is_wrong_with_it():
+    rng, seen = np.random.default_rng(8), Counter()
+    for _ in range(60):
+        group = make_group(rng, 4, "prints")
+        for question, text in (turn for response in group.responses for turn in turns(response)):
+            if match := re.fullmatch(r"What does Image (\d) show\?", question):
+                number = int(match[1]) - 1
+                said = re.fullmatch(rf"Image {match[1]} (.*)\.\n<\|im_end\|>", text)[1]
+                sound = np.array_equal(np.asarray(group.images[number].pixels), group.scenes[number].pixels)
+                (tag,) = group.scenes[number].tags if len(group.scenes[number].tags) == 1 else (None,)
+                read = tag is not None and said == f"{tag.colour} {tag.digit}"
+                assert read or (not sound and tuple(said.split()) in PROBLEMS)
+                seen[read] += 1
+    assert min(seen.values()) > 20
 
 
 def test_answers_after_a_command_stand_in_the_passages(groups):

@@ -1,7 +1,8 @@
 """The part of the corpus on prints, programs and pages: what is wrong, what is shown, programs on command, large views.
 
-Commands name the steps of a program ("Show Image 2 turned by 90.") or ask for a repair without saying how. A question names a
-tag or an image that does not exist, and a print that needs no repair. What follows is arbitrary, or repairs another print.
+Commands name the steps of a program ("Show Image 2 turned by 90.") or ask for a repair without saying how. A repair begins with
+what is wrong ("Image 2 dark."), which its program follows. A question names a tag or an image that does not exist, and a print
+that needs no repair. What follows is arbitrary, or repairs another print.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from imagent_jax.tiny.corpus_style import SETTINGS, make_call
 from imagent_jax.tiny.encyclopaedia import mark_words
 from imagent_jax.tiny.prints import OPERATIONS, TURNS, Steps, applied, in_words, make_print, problem_words, program, repair, spoil
 from imagent_jax.tiny.world import COLOURS, Scene, Tag
+from imagent_jax.tools import ImageRegistry
 
 PROGRAM_MIX = {"question": 0.42, "guess": 0.05, "command": 0.35, "repair": 0.18}
 PAGE_MIX = {"question": 0.45, "guess": 0.05, "command": 0.5}
@@ -37,9 +39,9 @@ TO_IMAGE, REPAIRING = 0.65, 0.5
 """Chance that a program after a question is on an image that the question names; that one on another print repairs it."""
 TWO = 0.7
 """Chance that a command names two images, where there are two."""
-SPOILT, EXISTING, AS_IT_IS = 0.65, 0.85, 0.3
-"""Chance that a print is drawn with problems; that a question names a sound print, where there is one; that such a print is shown
-as it is."""
+SPOILT, EXISTING, AS_IT_IS = 0.65, 0.85, 0.5
+"""Chance that a print is drawn with problems; that a question names a sound print, where there is one; that such a print is said
+to be sound and shown as it is."""
 
 
 class Shown:
@@ -58,9 +60,18 @@ class Shown:
         """Its one tag, where it can be read."""
         return self.scene.tags[0] if not self.problems and len(self.scene.tags) == 1 else None
 
+    def line(self, number: int) -> str:
+        """What it shows as Image `number`: its tag, or what is wrong."""
+        return reading_of(number, self.tag) if self.tag else fault_of(number, self.problems)
+
     @property
     def mark(self) -> str:
         return mark_words(tuple((tag.colour, tag.digit) for tag in self.scene.tags))
+
+
+def fault_of(number: int, problems: Sequence[str]) -> str:
+    """Return what is said of an image before its repair: "Image 2 rotation90 dark." or "Image 2 none."."""
+    return f"Image {number} {problem_words(problems)}.\n"
 
 
 def run(pixels: np.ndarray, steps: Steps) -> np.ndarray:
@@ -108,8 +119,8 @@ def prints(rng: np.random.Generator, size: int, split: str, style: Style) -> Pre
             responses.append((question, evidence + answer_markup(answer)))
             continue
         n = int(rng.integers(len(given)))
-        readable = "read" if given[n].tag else "wrong" if len(given[n].scene.tags) == 1 or given[n].problems else "mark"
-        responses.append(_about_print("wrong" if rng.random() < 0.4 else readable, n + 1, given[n]))
+        shows = "read" if given[n].tag or given[n].problems else "mark"
+        responses.append(_about_print("wrong" if rng.random() < 0.4 else shows, n + 1, given[n]))
     return _group(given, responses, style)
 
 
@@ -118,7 +129,7 @@ def _about_print(kind: str, number: int, shown: Shown) -> tuple[str, str]:
         return f"What is wrong with Image {number}?", problem_words(shown.problems)
     if kind == "mark":
         return f"What mark is in Image {number}?", shown.mark
-    return f"What does Image {number} show?", reading_of(number, shown.tag)
+    return f"What does Image {number} show?", shown.line(number)
 
 
 def _group(given: list[Shown], responses: list[tuple[str, str]], style: Style) -> PretrainGroup:
@@ -150,10 +161,10 @@ def programs(rng: np.random.Generator, size: int, split: str, style: Style) -> P
 
 def _after_command(rng, given: list[Shown], registry, style: Style, kind: str) -> list[Segment]:
     numbers = [int(n) + 1 for n in rng.permutation(len(given))[: 2 if rng.random() < TWO else 1]]
-    steps = [repair(given[n - 1].problems) if kind == "repair" else arbitrary_steps(rng) for n in numbers]
     if kind == "repair":
-        command = f"Repair {' and '.join(f'Image {n}' for n in numbers)}."
+        steps, command = [None] * len(numbers), f"Repair {' and '.join(f'Image {n}' for n in numbers)}."
     else:
+        steps = [arbitrary_steps(rng) for _ in numbers]
         command = f"Show {' and '.join(f'Image {n} {in_words(s)}' for n, s in zip(numbers, steps, strict=True))}."
     segments, said, seen = [ask(command)], "", []
     for number, taken in zip(numbers, steps, strict=True):
@@ -189,12 +200,10 @@ def _after_question(rng, given: list[Shown], registry, style: Style, calls: int)
     for _ in range(count):
         to = [n for n in named if n <= len(given) and n not in seen] if rng.random() < TO_IMAGE else []
         number = int(rng.choice(to or [n for n in range(1, len(given) + 1) if n not in named] or range(1, len(given) + 1)))
-        problems, seen = given[number - 1].problems, seen | {number}
-        if number in named:  # sound: as it is, its tag can be read, but it is not the one that is asked for
-            steps = [] if rng.random() < AS_IT_IS else arbitrary_steps(rng)
-        else:
-            steps = repair(problems) if rng.random() < REPAIRING else arbitrary_steps(rng)
-        turn, said, tag = _program(given, registry, style, said, number, steps)
+        seen = seen | {number}
+        # A named print is sound: as it is, its tag can be read, but it is not the one that is asked for.
+        repairing = rng.random() < (AS_IT_IS if number in named else REPAIRING)
+        turn, said, tag = _program(given, registry, style, said, number, None if repairing else arbitrary_steps(rng))
         segments += turn
         digits += [(number, tag.digit)] if tag else []
     return [*segments, say(said + answer_markup(_follows(rng, kind, named, digits)))]
@@ -216,10 +225,16 @@ def _follows(rng, kind: str, named: list[int], digits: list[tuple[int, int]]) ->
     return f"Image {rng.choice(named)}"
 
 
-def _program(given, registry, style: Style, said: str, number: int, steps: Steps) -> tuple[list[Segment], str, Tag | None]:
-    """Return the turn of a program, what is said of what it showed, and the tag that can be read there."""
+def _program(
+    given: list[Shown], registry: ImageRegistry, style: Style, said: str, number: int, steps: Steps | None
+) -> tuple[list[Segment], str, Tag | None]:
+    """Return the turn of a program, what is said of what it showed, and the tag that can be read there. Without `steps` it says
+    what is wrong and repairs it."""
+    problems = given[number - 1].problems
+    if steps is None:
+        said, steps = said + fault_of(number, problems), repair(problems)
     turn, _ = make_call(style, registry, said, "python", {"code": program(number, steps)})
-    tag = given[number - 1].scene.tags[0] if readable(given[number - 1].problems, steps) else None
+    tag = given[number - 1].scene.tags[0] if readable(problems, steps) else None
     return turn, reading_of(number, tag), tag
 
 
