@@ -195,7 +195,20 @@ def test_numbers_of_images_follow_their_images():
     assert len(seeds) > 2
 
 
-@pytest.mark.parametrize("change", [{"images": (png(1),)}, {"question": "What is in the last image?"}, {"parts": (1, "so", 2)}])
+def test_pictures_photos_and_figures_are_images():
+    task = Task("p", "Is picture 1 like 图2, or Figure 1 like photos 1 and 2?", (png(1), png(2)), "Photo 2")
+    assert permuted(task, 0).question == "Is picture 2 like 图1, or Figure 2 like photos 2 and 1?"
+    assert permuted(task, 0).answer == "Photo 1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"images": (png(1),)}, {"question": "What is in the last image?"}, {"parts": (1, "so", 2)},
+     {"question": "What colour is the car in the 2nd image?"}, {"question": "Is the former darker than the latter?"},
+     {"question": "第二张图是什么颜色?"},
+     {"question": "Which image shows it? Give its number.", "answer": "2", "answer_type": "number"},
+     {"question": "Which image is darker?", "answer": "A", "options": ("1", "2")}],
+)  # fmt: skip
 def test_tasks_whose_order_means_something_are_not_permuted(change):
     task = Task("p", "Which?", (png(1), png(2)), "Image 1", "choice")
     assert permuted(task, 0) is not None and permuted(dataclasses.replace(task, **change), 0) is None

@@ -4,15 +4,19 @@ import base64
 import csv
 import io
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from scripted_run import finished
 
-from imagent_jax.config import DataConfig
+from imagent_jax.config import Config, DataConfig
 from imagent_jax.evals.benchmarks import TABLE, named
-from imagent_jax.evals.harness import Opened
+from imagent_jax.evals.harness import Opened, open_benchmark, sample_of
+from imagent_jax.evals.result import scored, summary
 from imagent_jax.types import Task
 
 
@@ -120,8 +124,12 @@ GOLDEN = [  # benchmark, container, row, reply, (published, strict)
     ("mantis", parquet, MANTIS, "It is option B", RIGHT_BY_STRICT_ONLY),
     ("mantis", parquet, MANTIS_SHORT, "I see two. Final Answer: yes", BOTH),
     ("mantis", parquet, MANTIS_SHORT, "Final Answer: Yes.", RIGHT_BY_STRICT_ONLY),
+    ("mantis", parquet, MANTIS_SHORT | {"answer": "Yes "}, "yes", BOTH),
+    ("muirbench", parquet, MUIR, " b", BOTH),
     ("mirb", parquet, MIRB, "B.", BOTH),
     ("mirb", parquet, MIRB, "(B)", RIGHT_BY_STRICT_ONLY),
+    ("mirb", parquet, MIRB, "b", RIGHT_BY_STRICT_ONLY),
+    ("mirb", parquet, MIRB_OPEN | {"subset": "count", "answers": "234"}, "1,234", RIGHT_BY_PUBLISHED_ONLY),
     ("mirb", parquet, MIRB_OPEN, "The answer is car", RIGHT_BY_PUBLISHED_ONLY),  # a sentence in place of a single word
     ("mirb", parquet, MIRB_OPEN, "scarf", RIGHT_BY_PUBLISHED_ONLY),
     ("mirb", parquet, MIRB_OPEN, "A car", BOTH),
@@ -147,7 +155,8 @@ GOLDEN = [  # benchmark, container, row, reply, (published, strict)
     ("treebench", tsv, TREE, "blue", RIGHT_BY_STRICT_ONLY),
     ("mme-realworld-lite", parquet, MME, "C", BOTH),
     ("mme-realworld-lite", parquet, MME, "The best answer is (C)", BOTH),
-    ("mme-realworld-lite", parquet, MME, "Best answer: C", BOTH),
+    ("mme-realworld-lite", parquet, MME, "Best answer: C", RIGHT_BY_STRICT_ONLY),  # B: the phrase is never deleted
+    ("mme-realworld-lite", parquet, MME, "The best option is C", BOTH),
     ("mme-realworld-lite", parquet, MME, "Could be red", RIGHT_BY_PUBLISHED_ONLY),
     ("mme-realworld-lite", parquet, MME | {"answer": "B"}, "Based on the image, C.", RIGHT_BY_PUBLISHED_ONLY),
     ("o3-bench", json_list, O3, r"\boxed{B}", BOTH),
@@ -190,7 +199,7 @@ GOLDEN = [  # benchmark, container, row, reply, (published, strict)
 def test_a_reply_scores_as_published_and_strictly(tmp_path, name, write, row, reply, scores):
     benchmark, tasks = opened(tmp_path, name, write, [row], shuffle=False)
     metric = next(iter(benchmark.metrics.values()))
-    found = tuple(rule and rule(tasks.facts[0], reply) for rule in metric)
+    found = tuple(rule and rule(tasks.facts[0], reply) for rule in (metric.published, metric.strict))
     assert found == pytest.approx(scores) if None not in scores else found == scores
 
 
@@ -284,6 +293,57 @@ def test_boxes_of_treebench_are_those_of_the_reply():
     iou = benchmark.metrics["mIoU"].published
     assert iou(task, "<box>[0,0,10,10]</box> and <box>[20,20,30,25]</box>") == pytest.approx((1 + 0.5) / 2)
     assert iou(task, "B") == 0 and iou(task, "<box>[10,10,0,0]</box>") == 0
+    assert iou(replace(task, meta={"target_instances": "[]"}), "<box>[0,0,10,10]</box>") == 0
+
+
+def test_boxes_of_treebench_may_stand_before_the_answer():
+    """The reply is what stands in the answer markup; boxes are looked for in all that was written."""
+    benchmark, _ = named("treebench")
+    task = Task("t", "?", (), "B", "choice", options=("red", "blue"), meta={"target_instances": "[[0, 0, 10, 10]]"})
+    text = "It is <box>[0,0,10,10]</box>.<answer>B</answer><|im_end|>"
+    trajectory = finished(task, [text], "B")
+    (row,) = scored(benchmark, [task], [{"uid": "t", "samples": [sample_of(trajectory, True, whole=True)]}])
+    assert row["scores"] == {"": {"published": [1], "strict": [1]}, "mIoU": {"published": [1], "strict": [1]}}
+
+
+def test_long_numbers_are_wrong_and_stop_nothing():
+    metric, many = named("tir-bench")[0].metrics[""], "9" * 5000
+    for kind, gold in (
+        ("math", "12"),
+        ("jigsaw", "1, 2, 3, 4"),
+        ("spot_difference", "1, 2"),
+        ("word_search", "1, 2"),
+        ("math", "0.5"),
+    ):
+        task = Task("t", "?", (), gold, kind=kind, meta={"names": "a.jpg", "facts": {"difficulty": 2}})
+        for reply in (many, many[:400], f"{many}, {many}"):
+            assert metric.published(task, reply) == metric.strict(task, reply) == 0
+
+
+def test_options_in_the_text_of_a_vstar_row_may_have_brackets(tmp_path):
+    text = VSTAR["text"].replace("(A) red", "(A) red (dark)")
+    _, tasks = opened(tmp_path, "vstar", parquet, [VSTAR | {"text": text}], shuffle=False)
+    assert tasks.facts[0].options == ("red (dark)", "blue", "green", "grey")
+    with pytest.raises(ValueError, match="not \\(A\\), \\(B\\) and so on"):
+        opened(tmp_path, "vstar", parquet, [VSTAR | {"text": text.replace("(B)", "(C)", 1)}])
+
+
+def test_a_dimension_of_mirb_is_the_mean_of_its_subsets():
+    benchmark = named("mirb")[0]
+    rows = [{"question": str(i), "uid": str(i), "groups": {"group": "Knowledge", "subset": "food" if i < 9 else "sightseeing"},
+             "scores": {"": {"published": [float(i < 9)]}}} for i in range(12)]  # fmt: skip
+    found = summary(rows, "", "published", benchmark)
+    assert found["groups"]["group"]["Knowledge"]["mean"] == 0.5 and found["micro"]["mean"] == 0.75
+    assert found["groups"]["group"]["Knowledge"]["count"] == 12
+
+
+def test_own_options_are_shown_and_fixed_ones_are_not_shuffled(tmp_path):
+    shown = named("own=x")[0].prompted(Task("o", "Which colour?", (b"x",), "B", "choice", options=("red", "blue"))).shown
+    assert shown == (1, "Which colour?\nA. red\nB. blue")
+    assert [name for name in TABLE if named(f"{name}=x")[0].fixed] == ["blink", "mantis", "mmiu"]
+    cfg = Config().changed({"eval.prompt": "benchmark", "eval.shuffle_options": "on"})
+    with pytest.raises(ValueError, match="set eval.shuffle_options to off"):
+        open_benchmark(f"blink={tmp_path}", cfg, SimpleNamespace())
 
 
 def test_groups_are_those_that_are_published(tmp_path):

@@ -51,6 +51,12 @@ def test_published_f1_is_by_character_where_one_text_is_chinese():
     assert both(CODING, "vip 软件", "VIP\n软件")["F1"] == (pytest.approx(2 * 5 / 11, abs=1e-4), 1)  # and a line break is a token
 
 
+def test_a_line_of_json_lines_may_hold_a_line_separator(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"gt": "a\u2028b", "pred_answer": "a\u2028b"}\n\n{"gt": "c", "pred_answer": null}\n')
+    assert [row["pred_answer"] for row in job.read_predictions(path)] == ["a\u2028b", None]
+
+
 def predictions(path, rows):
     path.write_text(json.dumps(rows))
     return path

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from imagent_jax.evals.statistics import estimate, paired_difference
+from imagent_jax.evals.statistics import estimate, macro_estimate, paired_difference
 
 
 def test_the_error_of_independent_values_is_that_of_scipy():
@@ -31,6 +31,27 @@ def test_the_error_of_clusters_of_other_sizes_is_the_closed_form():
     residuals = totals - 4 / 7 * counts
     wanted = math.sqrt(3 * np.var(residuals, ddof=1) / 7**2)
     assert residuals.sum() == pytest.approx(0) and estimate(values, clusters).error == pytest.approx(wanted)
+
+
+def test_the_error_over_groups_is_that_of_independent_ones_or_of_the_questions_that_they_share():
+    rng = np.random.default_rng(5)
+    groups = [(rng.random(n), [f"{n} {i}" for i in range(n)]) for n in (7, 20, 4)]
+    made = macro_estimate([[*zip(*group, strict=True)] for group in groups])
+    assert made.mean == pytest.approx(np.mean([values.mean() for values, _ in groups]))
+    assert made.error == pytest.approx(math.sqrt(sum(scipy.stats.sem(values) ** 2 for values, _ in groups)) / 3)
+    values = rng.random(40)
+    shared = [(value, i) for i, value in enumerate(values)]
+    assert macro_estimate([shared] * 4) == pytest.approx(estimate(values))
+    assert math.isnan(macro_estimate([[(1.0, "a")], shared]).error)
+
+
+def test_few_questions_that_differ_show_nothing():
+    """The sign test of five pairs that all favour one side has p = 1/16, of six 1/32."""
+    for count, shown in ((1, False), (5, False), (6, True)):
+        a, b = np.zeros(100), np.r_[np.ones(count), np.zeros(100 - count)]
+        assert paired_difference(a, b).shown is shown and paired_difference(a, b).differing == count
+        assert (scipy.stats.binomtest(count, count).pvalue < 0.05) is shown
+    assert not paired_difference([0], [1]).shown
 
 
 def test_the_bootstrap_is_that_of_scipy():

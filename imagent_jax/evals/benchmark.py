@@ -2,8 +2,8 @@
 
 import glob
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from imagent_jax.config import DataConfig
@@ -36,7 +36,9 @@ class Benchmark:
         question: key of the question that a row asks; several rows may ask the same one with its options in another order.
         circular: a question is right only if all of its rows are.
         headline: the average that is published: "micro" (over rows), or the grouping whose groups count equally ("macro").
+        within: of a grouping, the grouping over whose groups its own are means.
         shuffle: options are shown in an order by seed, as they stand in an order that gives the answer away.
+        fixed: the benchmark's own prompt holds the options as its rows have them, so they cannot be shuffled under it.
         judged: the published score needs a language model as a judge.
         loop: name of the loop in which it was published (`evals.published.FORMS`); "": it is one reply.
     """
@@ -55,7 +57,9 @@ class Benchmark:
     question: Callable[[Task], str] = lambda task: task.uid
     circular: bool = False
     headline: str = "micro"
+    within: Mapping[str, str] = field(default_factory=dict)
     shuffle: bool = False
+    fixed: bool = False
     judged: bool = False
     loop: str = ""
 

@@ -37,7 +37,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> list[dict[st
     Rows that lack a score in either result, for an environment error, count in neither.
 
     Raises:
-        ValueError: they share no benchmark, or asked other questions.
+        ValueError: they share no benchmark, asked other questions, or have no row that both scored.
     """
     if not (shared := [name for name in a["benchmarks"] if name in b["benchmarks"]]):
         raise ValueError("The results share no benchmark; evaluate both models on the same ones.")
@@ -60,7 +60,8 @@ def _paired(first: dict, second: dict, metric: str, rule: str, seed: int) -> dic
     for result in (first, second):
         found, _, rows = units(result["per_row"], metric, rule, result["circular"])
         values.append({row["uid"]: (value, row["question"]) for value, row in zip(found, rows, strict=True)})
-    uids = [uid for uid in values[0] if uid in values[1]]
+    if not (uids := [uid for uid in values[0] if uid in values[1]]):
+        raise ValueError("No row was scored in both results: all failed in one or the other; evaluate again.")
     x, y = ([found[uid][0] for uid in uids] for found in values)
     difference = paired_difference(x, y, [values[0][uid][1] for uid in uids], seed=seed)
     return {
@@ -89,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         a, b = read_result(args.a), read_result(args.b)
         lines = compare(a, b)
-    except ValueError as error:
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"a": a["model"], "b": b["model"], "lines": lines}, indent=1) + "\n")
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     made = Table(title=f"A: {a['model']}, B: {b['model']}", caption="micro averages, %; 95 % bootstrap over questions, paired")
@@ -102,6 +106,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"{line['benchmark']} {line['metric']}".strip()
         made.add_row(name, line["rule"], str(line["rows"]), *figures, f"{100 * line['difference']:+.1f}", interval, verdict)
     Console().print(made)
-    if args.out:
-        args.out.write_text(json.dumps({"a": a["model"], "b": b["model"], "lines": lines}, indent=1) + "\n")
     return 0

@@ -21,8 +21,14 @@ CONTROLS = {
 }  # fmt: skip
 MOST_CALLS, MOST_IMAGES = 3, 6
 """Calls that `one_observation` exchanges, and images that `without_image` takes away, at most."""
-_ORDER = re.compile(r"\b(first|second|third|fourth|fifth|last|next|previous|before|after|left|right|order|sequence)\b", re.I)
-_IMAGE = re.compile(r"\b(images?\s+)(\d+)((?:\s*(?:,|and|or)\s*\d+)*)", re.IGNORECASE)
+_ORDER = re.compile(
+    r"\b(first|second|third|fourth|fifth|last|next|previous|former|latter|earlier|later|before|after|left|right|order|sequence|"
+    r"\d+(?:st|nd|rd|th))\b|第",
+    re.I,
+)
+_WHICH = re.compile(r"\bwhich\b|\bnumber of the\b|\bits number\b|哪", re.I)
+_PICTURE = r"\b(?:images?|pictures?|photo(?:graph)?s?|figures?)\b|图"
+_IMAGE = re.compile(rf"((?:{_PICTURE})片?\s*)(\d+)((?:\s*(?:,|and|or|和|或)\s*\d+)*)", re.IGNORECASE)
 
 
 class Variant(NamedTuple):
@@ -211,10 +217,14 @@ def variants(control: str, done: Sequence[Trajectory], seed: int) -> list[Varian
 def permuted(task: Task, seed: int) -> Task | None:
     """Return a task with its images in another order, and their numbers in the question, options and answers changed alike.
 
-    None: it has one image, its images stand within its text, or its text speaks of their order in other words than numbers.
+    None: it has one image, its images stand within its text, its text speaks of their order in other words than numbers, or it
+    asks which one and an answer or option is a bare number.
     """
-    count = len(task.images)
+    count, choosing = len(task.images), task.answer_type == "choice" and not task.options
     if count < 2 or task.parts or _ORDER.search(task.text):
+        return None
+    said = () if choosing else (*task.answers, *task.options)
+    if _WHICH.search(task.question) and any(text.strip() in map(str, range(1, count + 1)) for text in said):
         return None
     rng = np.random.default_rng((seed, zlib.crc32(task.uid.encode("utf-8", "replace"))))
     while (order := rng.permutation(count)).tolist() == [*range(count)]:
@@ -225,7 +235,7 @@ def permuted(task: Task, seed: int) -> Task | None:
         return _IMAGE.sub(lambda m: m[1] + re.sub(r"\d+", lambda n: new.get(n[0], n[0]), m[2] + m[3]), text)
 
     answers = [renumbered(answer) for answer in task.answers]
-    if task.answer_type == "choice" and not task.options:  # "2" alone names an image too
+    if choosing:  # "2" alone names an image too
         answers = [new.get(answer.strip(), answer) for answer in answers]
     options = tuple(map(renumbered, task.options))
     return replace(

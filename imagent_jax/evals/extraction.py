@@ -16,12 +16,17 @@ def chooses(extract: Extraction) -> dict[str, Metric]:
 
 
 def letter_and_stop(task: Task, reply: str) -> str:
-    """Return a capital letter with a full stop at the beginning of the reply, else the reply: lmms-eval, MuirBench and MIRB.
+    """Return a capital letter with a full stop at the beginning of the reply, else the reply: lmms-eval, MIRB.
 
     Known fault: "(B)" and "The answer is B" name nothing.
     """
     found = re.match(r"\s*([A-Z])\.", reply)
-    return (found[1] if found else reply).strip().upper()
+    return found[1] if found else reply
+
+
+def letter_of_any_case(task: Task, reply: str) -> str:
+    """Return what `letter_and_stop` does without case and white space around it: lmms-eval, MuirBench."""
+    return letter_and_stop(task, reply).strip().upper()
 
 
 def vlmevalkit(task: Task, reply: str) -> str:
@@ -54,18 +59,21 @@ def _words(reply: str) -> list[str]:
     return re.sub(r"[.()\[\],:;!*#{}]", " ", reply).split()
 
 
-_PREFIXES = re.compile(
-    "The best answer is|The correct answer is|The answer is|The answer|The best option is|The correct option is|Best answer:|"
-    "Best option:"
-)
+_PREFIXES = (
+    "The best answer is", "The correct answer is", "The answer is", "The answer", "The best option isThe correct option is",
+    "Best answer:Best option:",
+)  # fmt: skip
 
 
 def first_capital(task: Task, reply: str) -> str:
-    """Return the first of A to E anywhere in a reply, after eight phrases are deleted: MME-RealWorld, TreeBench.
+    """Return the first of A to E anywhere in a reply, after four phrases are deleted: MME-RealWorld, TreeBench.
 
-    Known fault: a capital that begins a word is an option ("Based on the image" is B).
+    Known faults: a capital that begins a word is an option ("Based on the image" is B); the published list of eight phrases lacks
+    two commas, so that four are never found ("Best answer: C" is B).
     """
-    reply = _PREFIXES.sub("", reply.strip())
+    reply = reply.strip()
+    for prefix in _PREFIXES:
+        reply = reply.replace(prefix, "")
     found = re.search("[ABCDE]", reply)
     return found[0] if found else next((letter for letter in "ABCDE" if reply.lower() in f"({letter})".lower()), "")
 

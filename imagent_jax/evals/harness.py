@@ -67,6 +67,11 @@ def open_benchmark(spec: str, cfg: Config, collector: Collector, progress: Calla
     """
     (benchmark, path), prompt, loop = named(spec), cfg.eval.prompt, None
     shuffle = {"auto": None, "on": True, "off": False}[cfg.eval.shuffle_options]
+    if shuffle and prompt == "benchmark" and benchmark.fixed:
+        raise ValueError(
+            f"The prompt of {benchmark.name} holds its options in their order; set eval.shuffle_options to off, or eval.prompt "
+            "to agent."
+        )
     check = _Check(collector.check, benchmark.prompted if prompt == "benchmark" else lambda task: task, prompt)
     if prompt == "published":
         if not benchmark.loop:
@@ -85,9 +90,11 @@ def reply_of(t: Trajectory, prompted: bool) -> str | None:
     return QWEN.without_end(t.turns[-1].text).strip() or None
 
 
-def sample_of(t: Trajectory, prompted: bool) -> Record:
-    """Return what is kept of a trajectory: reply, end, calls, sampled tokens, and the last line of an environment error."""
-    return {
+def sample_of(t: Trajectory, prompted: bool, whole: bool = False) -> Record:
+    """Return what is kept of a trajectory: reply, end, calls, sampled tokens, the last line of an environment error, and, where
+    `whole`, all that the policy wrote."""
+    text = {"text": "".join(turn.text for turn in t.turns)} if whole else {}
+    return text | {
         "reply": reply_of(t, prompted),
         "end": t.end.name,
         "calls": t.executed_calls,
@@ -125,15 +132,18 @@ class Pieces:
     """The samples of a benchmark on disk: a line that names the settings, then a line for each piece of questions.
 
     Raises:
-        ValueError: the file is of other settings.
+        ValueError: the file is of other settings, or cannot be written.
     """
 
     def __init__(self, path: Path | None, key: str):
         self.lines, self.done = None, []
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines = Lines(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.lines = Lines(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
         if not self.lines.values:
             self.lines.add({"key": key})
         head, *self.done = self.lines.values
@@ -191,4 +201,5 @@ def _ask(collector: Collector, params, opened: Opened, tasks: Sequence[Task]) ->
     groups = collector.collect(
         params, shown, group_size=e.samples, seed=e.seed, temperature=temperature, slots=e.groups
     ).trajectories
-    return groups, [[sample_of(one, opened.prompted) for one in group] for group in groups]
+    whole = any(metric.whole for metric in opened.benchmark.metrics.values())
+    return groups, [[sample_of(one, opened.prompted, whole) for one in group] for group in groups]

@@ -8,7 +8,7 @@ from typing import Any
 from imagent_jax.evals.benchmark import Benchmark
 from imagent_jax.evals.harness import Record
 from imagent_jax.evals.rules import Metric, unread
-from imagent_jax.evals.statistics import Estimate, estimate
+from imagent_jax.evals.statistics import Estimate, estimate, macro_estimate
 from imagent_jax.types import Task
 
 RULES = ("published", "strict", "judged")
@@ -42,7 +42,8 @@ def scored(benchmark: Benchmark, tasks: Sequence[Task], rows: Sequence[Record]) 
 def _score(metric: Metric, rule: str, task: Task, sample: Record) -> float | None:
     if sample["fault"]:
         return None
-    return 0.0 if sample["reply"] is None else round(float(getattr(metric, rule)(task, sample["reply"])), 6)
+    said = sample.get("text") if metric.whole else sample["reply"]
+    return 0.0 if said is None else round(float(getattr(metric, rule)(task, said)), 6)
 
 
 def units(rows: Sequence[dict], metric: str, rule: str, circular: bool) -> tuple[list[float], list[str], list[dict]]:
@@ -81,7 +82,14 @@ def summary(rows: Sequence[dict], metric: str, rule: str, benchmark: Benchmark) 
         grouping: {group: estimate(*zip(*each, strict=True)) for group, each in sorted(parts.items())}
         for grouping, parts in by.items()
     }
-    macro = {name: _macro([*parts.values()]) for name, parts in groups.items()}
+    for outer, inner in benchmark.within.items():
+        parts = defaultdict(set)
+        for row in firsts:
+            parts[row["groups"][outer]].add(row["groups"][inner])
+        groups[outer] = {
+            group: macro_estimate([by[inner][one] for one in sorted(inside)]) for group, inside in sorted(parts.items())
+        }
+    macro = {name: macro_estimate([*parts.values()]) for name, parts in by.items()}
     micro = estimate(values, questions)
     return {
         "headline": _told(macro.get(benchmark.headline, micro)),
@@ -92,12 +100,6 @@ def summary(rows: Sequence[dict], metric: str, rule: str, benchmark: Benchmark) 
             for name, parts in groups.items()
         },
     }
-
-
-def _macro(groups: Sequence[Estimate]) -> Estimate:
-    """Return the mean over groups, whose errors are independent."""
-    count = len(groups)
-    return Estimate(sum(one.mean for one in groups) / count, math.sqrt(sum(one.error**2 for one in groups)) / count)
 
 
 def _told(made: Estimate) -> dict[str, float | None]:
@@ -156,8 +158,8 @@ def result_of(
         "unanswered": no_reply.count(False),
         "cut_off": no_reply.count(True),
         "unread": sum(sample["reply"] is not None and unread(task, sample["reply"]) for task, sample in alive),
-        "faults": dict(faults),
-        "judge_faults": dict(judges),
+        "faults": dict(faults.most_common()),
+        "judge_faults": dict(judges.most_common()),
         "cost": {key: _rounded(sum(one[key] for _, one in samples) / max(n, 1)) for key in ("calls", "invalid", "tokens")},
         "differ": differ,
         "per_row": rows,

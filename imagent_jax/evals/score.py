@@ -55,7 +55,7 @@ def read_predictions(path: Path) -> list[Row]:
     """
     try:
         text = path.read_text()
-        rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); name a JSON list or JSON Lines of predictions.") from None
     for number, row in enumerate(rows, 1):

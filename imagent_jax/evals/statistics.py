@@ -1,5 +1,6 @@
 """Statistics of evaluations: standard errors over questions, and paired differences on the same questions."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -13,17 +14,22 @@ class Estimate(NamedTuple):
     error: float
 
 
+FEWEST = 6
+"""Clusters that must differ before a difference is called one: of five on the same side, a sign test's p is still 1 in 16."""
+
+
 class Difference(NamedTuple):
-    """A mean paired difference with its 95 % bootstrap interval."""
+    """A mean paired difference with its 95 % bootstrap interval, and the number of clusters that differ at all."""
 
     mean: float
     low: float
     high: float
+    differing: int
 
     @property
     def shown(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return not self.low <= 0 <= self.high
+        """Whether the interval leaves out zero, and enough clusters differ for a bootstrap."""
+        return self.differing >= FEWEST and not self.low <= 0 <= self.high
 
 
 def _sums(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +56,26 @@ def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None
     return Estimate(float(mean), float(np.sqrt(c / (c - 1) * np.sum(deviations**2)) / counts.sum()))
 
 
+def macro_estimate(groups: Sequence[Sequence[tuple[float, Hashable]]]) -> Estimate:
+    """Return the mean over groups, which count equally, and its standard error.
+
+    Deviations of a cluster are added over all groups that it is in. Where no cluster is in two groups, the error is that of a
+    mean of independent groups; where every cluster is in all of them, it is that of `estimate`.
+
+    Args:
+        groups: values, each with its cluster, of each group.
+    """
+    means, totals = [], defaultdict(float)
+    for values, clusters in (zip(*group, strict=True) for group in groups):
+        sums, counts = _sums(values, clusters)
+        mean, c = sums.sum() / counts.sum(), len(sums)
+        means.append(mean)
+        scale = np.sqrt(c / (c - 1)) / counts.sum() if c > 1 else np.nan
+        for name, deviation in zip(dict.fromkeys(clusters), sums - mean * counts, strict=True):
+            totals[name] += scale * deviation
+    return Estimate(float(np.mean(means)), float(np.sqrt(sum(total**2 for total in totals.values())) / len(means)))
+
+
 def paired_difference(
     first: Sequence[float],
     second: Sequence[float],
@@ -71,4 +97,4 @@ def paired_difference(
         times = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=min(1000, draws - begin))
         means.append(times @ sums / (times @ counts))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return Difference(float(sums.sum() / counts.sum()), float(low), float(high))
+    return Difference(float(sums.sum() / counts.sum()), float(low), float(high), int(np.count_nonzero(np.abs(sums) > 1e-9)))

@@ -47,4 +47,5 @@ BENCHMARK = Benchmark(
     read=multi_image,
     metrics=chooses(first_letter),
     template=template,
+    fixed=True,
 )

@@ -48,7 +48,7 @@ def published(task: Task, reply: str) -> float:
     """
     answer = final_answer(reply)
     if not task.options:
-        return float(answer.lower() == task.answer.lower())
+        return float(answer.lower() == task.answer.strip().lower())
     letter = next((char.upper() for char in answer if char.isalpha()), "")
     if letter and ord(letter) - ord("A") < len(task.options):
         return float(letter == task.answer)
@@ -69,4 +69,5 @@ BENCHMARK = Benchmark(
     read=read,
     metrics={"": Metric(published, strict)},
     template=template,
+    fixed=True,
 )

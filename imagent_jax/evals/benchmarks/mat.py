@@ -60,6 +60,8 @@ CODING = {
 
 # ---- the benchmarks ---------------------------------------------------------------------------------------------------
 
+SIMPLE = 75
+"""Questions of MAT-Search that are simple: the first. The others are hard."""
 DIRECT = f"{QUESTION}\nAnswer the question directly. The answer should be very brief."
 """The published prompt of models that answer without tools."""
 
@@ -73,7 +75,10 @@ def _read_coding(row: Row) -> Fields:
 
 
 def _read_search(row: Row) -> Fields:
-    return Fields(row.pop("question"), images_of(row, "image_path"), row.pop("answer"), None, row.pop("id", None))
+    """Take the fields out of a row; its group follows from its id, a number from 1 to 150."""
+    uid = row.pop("id", None)
+    kind = ("simple" if uid <= SIMPLE else "hard") if isinstance(uid, int) else None
+    return Fields(row.pop("question"), images_of(row, "image_path"), row.pop("answer"), None, uid, kind)
 
 
 def _read_text(row: Row) -> Fields:
@@ -104,6 +109,7 @@ MAT_SEARCH = Benchmark(
     metrics=TEXT,
     template=lambda task: DIRECT,
     answer_type="set_f1",
+    groups=lambda task: {"split": task.kind} if task.kind else {},
     loop="search",
 )
 

@@ -20,7 +20,10 @@ GROUPS = {
     "visual_chain": "Multi-Hop", "arxiv": "Multi-Hop",
 }  # fmt: skip
 _CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NUMBER = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b|-?\d+(?:\.\d+)?[eE][+-]?\d+|-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+_NUMBERS = tuple(map(re.compile, (
+    r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)))  # fmt: skip
 
 
 def read(row: Row) -> Fields:
@@ -47,17 +50,21 @@ def said(reply: str) -> set[str | float]:
     lines, keys = reply.strip().strip(".").lower().split("\n"), []
     for number, line in enumerate(lines, 1):
         cues = (*_CUES, "=") if number == len(lines) else _CUES
-        tails = [line.split(cue)[-1].strip() for cue in cues if cue in line]
-        if (tail := min(tails, key=len, default="")) not in ("", *":,.!?;'"):
+        tail = ""
+        for found in (line.split(cue)[-1].strip() for cue in cues if cue in line):
+            tail = found if not tail or len(found) < len(tail) else tail
+        if tail not in ("", *":,.!?;'"):
             keys.append(tail)
     keys = keys or ["\n".join(lines)]
-    return set().union(*(values_of(text) for key in keys for text in (key, *_NUMBER.findall(key))))
+    numbers = [number for key in keys for pattern in _NUMBERS for number in pattern.findall(key)]
+    return set().union(*map(values_of, (*keys, *numbers)))
 
 
 def published(task: Task, reply: str) -> float:
     """Return 1 for an option's letter with a full stop, or an open answer that holds the reference: lmms-eval, by MMMU's rule.
 
-    Known faults: "(B)" is wrong; a reference that is a part of another word is right ("car" in "scarf").
+    Known faults: "(B)", "b" and "B " are wrong; a reference that is a part of another word is right ("car" in "scarf"), and so is
+    one that is a part of a number ("234" in "1,234").
     """
     if task.answer in ("A", "B", "C", "D", "E"):
         return float(letter_and_stop(task, reply) == task.answer)
@@ -75,4 +82,5 @@ BENCHMARK = Benchmark(
     metrics={"": Metric(published, open_answer)},
     template=template,
     groups=lambda task: {"group": GROUPS.get(task.kind, "other"), "subset": task.kind},
+    within={"group": "subset"},
 )

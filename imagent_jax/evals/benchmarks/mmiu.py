@@ -38,6 +38,7 @@ BENCHMARK = Benchmark(
     read=read,
     metrics={"": Metric(published, strict_choice)},
     template=template,
+    fixed=True,
     headline="task",
     judged=True,
 )

@@ -2,7 +2,7 @@
 
 from imagent_jax.data.formats import multi_image
 from imagent_jax.evals.benchmark import Benchmark, with_letter
-from imagent_jax.evals.extraction import chooses, letter_and_stop
+from imagent_jax.evals.extraction import chooses, letter_of_any_case
 from imagent_jax.types import Task
 
 
@@ -16,7 +16,7 @@ BENCHMARK = Benchmark(
     hub="MUIRBENCH/MUIRBENCH",
     needs=("question", "options", "answer", "image_list"),
     read=multi_image,
-    metrics=chooses(letter_and_stop),
+    metrics=chooses(letter_of_any_case),
     groups=groups,
     template=with_letter("Answer with the option's letter from the given choices directly."),
 )

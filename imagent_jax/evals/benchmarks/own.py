@@ -2,7 +2,7 @@
 
 from imagent_jax.data.check import RowError
 from imagent_jax.data.formats import Fields, Row, format_of
-from imagent_jax.evals.benchmark import QUESTION, Benchmark
+from imagent_jax.evals.benchmark import Benchmark, with_letter
 from imagent_jax.evals.rules import Metric, by_type
 
 
@@ -13,5 +13,5 @@ def read(row: Row) -> Fields:
 
 
 OWN = Benchmark(
-    name="own", title="your own tasks", needs=(), read=read, metrics={"": Metric(None, by_type)}, template=lambda task: QUESTION
+    name="own", title="your own tasks", needs=(), read=read, metrics={"": Metric(None, by_type)}, template=with_letter("")
 )

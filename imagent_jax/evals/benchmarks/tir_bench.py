@@ -1,5 +1,6 @@
 """TIR-Bench (arXiv 2511.01833): thirteen tasks that need tools on images; some answers are scored in part."""
 
+import json
 import math
 import re
 
@@ -17,13 +18,14 @@ _LETTERS = "ABCDEFGHIJ"
 def read(row: Row) -> Fields:
     image = row["image_1"]
     row["names"] = str(image.get("path") if isinstance(image, dict) else image)[-80:]
-    row["facts"] = row.pop("meta_data", None) or row.pop("metadata", None) or {}
+    facts = row.pop("meta_data", None) or row.pop("metadata", None) or {}
+    row["facts"] = json.loads(facts) if isinstance(facts, str) else facts
     kind, images = row.pop("task", None) or row.pop("category", None), images_of(row, "image_1", "image_2")
     return Fields(row.pop("prompt"), images, row.pop("answer"), None, row.pop("id", None), kind)
 
 
 def _integers(text: str) -> list[int]:
-    return [int(word) for word in re.findall(r"\d+", text)]
+    return [int(word) for word in re.findall(r"\d{1,18}", text)]  # longer ones: Python refuses to read them from 4,300 digits on
 
 
 def _overlap(a: list[int], b: list[int]) -> float:
@@ -32,7 +34,7 @@ def _overlap(a: list[int], b: list[int]) -> float:
 
 def _pair(text: str) -> list[int]:
     """Return the first two numbers with a comma between them; [] without any."""
-    found = re.search(r"\b(\d+)\s*,\s*(\d+)\b", text)
+    found = re.search(r"\b(\d{1,18})\s*,\s*(\d{1,18})\b", text)
     return [*map(int, found.groups())] if found else []
 
 
@@ -48,7 +50,7 @@ def _jigsaw(task: Task, reply: str) -> float:
 def _is(kind: type, text: str) -> bool:
     try:
         return math.isfinite(kind(text))
-    except ValueError:
+    except (ValueError, OverflowError):  # Python reads no integer of more than 4,300 digits
         return False
 
 

@@ -25,13 +25,13 @@ def template(task: Task) -> str:
 
 
 def iou(task: Task, reply: str) -> float:
-    """Return the mean, over target boxes, of the best IoU of a box `<box>[x1,y1,x2,y2]</box>` in the reply, in pixels."""
+    """Return the mean, over target boxes, of the best IoU of a box `<box>[x1,y1,x2,y2]</box>` in a text, in pixels."""
     targets = task.meta.get("target_instances") or "[]"
     targets = np.asarray(json.loads(targets) if isinstance(targets, str) else targets, float).reshape(-1, 4)
     boxes = np.asarray(_BOX.findall(reply), float).reshape(-1, 4)
     boxes = boxes[np.all(boxes[:, :2] < boxes[:, 2:], axis=1)]
     if not len(boxes) or not len(targets):
-        return float(len(boxes) > 0)
+        return 0.0
     return float(box_iou(targets, boxes).max(1).mean())
 
 
@@ -46,7 +46,7 @@ BENCHMARK = Benchmark(
     hub="",
     needs=("question", "A", "answer", "image", "category"),
     read=read,
-    metrics=chooses(first_capital) | {"mIoU": Metric(iou, iou)},
+    metrics=chooses(first_capital) | {"mIoU": Metric(iou, iou, whole=True)},
     template=template,
     groups=groups,
 )

@@ -2,12 +2,13 @@
 
 import re
 
+from imagent_jax.data.check import RowError
 from imagent_jax.data.formats import Fields, Row
 from imagent_jax.evals.benchmark import Benchmark, images_of, with_letter
 from imagent_jax.evals.extraction import chooses
 from imagent_jax.types import Task
 
-_OPTION = re.compile(r"\([A-D]\)\s*([^()]+?)(?=\s*\([A-D]\)|$)")
+_OPTION = re.compile(r"\(([A-D])\)\s*(.+?)\s*(?=\([A-D]\)|\Z)", re.DOTALL)
 _PATTERNS = (
     r"^([A-D])",
     r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
@@ -24,7 +25,10 @@ def read(row: Row) -> Fields:
         options = [row.pop(letter) for letter in "ABCD" if row.get(letter)]
         return Fields(row.pop("question"), images, row.pop("answer"), options, row.pop("index"), kind)
     text = re.sub(r"\n?Answer with the option's letter.*", "", row.pop("text"), flags=re.DOTALL).strip()
-    options = [option.strip() for option in _OPTION.findall(text)]
+    options = _OPTION.findall(text)
+    if [letter for letter, _ in options] != [*"ABCD"[: len(options)]]:
+        raise RowError("bad options", "the options in the text are not (A), (B) and so on in order; mend the row")
+    options = [option for _, option in options]
     return Fields(text.split("(A)")[0].strip(), images, row.pop("label"), options, row.pop("question_id", None), kind)
 
 
