@@ -61,6 +61,8 @@ def test_the_rule_of_options_is_linear_in_a_long_reply(piece):
         (".5", "5", False), (".5", "0.5", True), ("2.0", "2", True), ("1.50", "1.5", True), ("1,2", "1, 2", True),
         ("2019–2020", "2019-2020", True), ("1,000.0", "1000", True), ("-5", "5", False), ("+5", "5", True), ("5.", "5", True),
         ("May 3, 1999", "May 3 1999", True), ("10:30 am", "10:30 AM", True), ("v1.2.3", "v123", False), ("100", "1", False),
+        ("51 (52)", "51 52", True),
+        ("5(6)", "56", False),
     ],
 )  # fmt: skip
 def test_texts_are_equal_where_their_numbers_are(reply, answer, same):

@@ -31,6 +31,8 @@ class Metric(NamedTuple):
 
 _FIGURE = re.compile(r"(?:(?<![\w.,)])[-+])?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<!\w)\.\d+)")
 _BETWEEN = re.compile(r"(?<=\d)\s*+([^\w\s])\s*+(?=\d)")
+_JOINING = "-/:^*+=.'×÷~"
+"""What makes one of two numbers; everything else between them separates."""
 _AFTER = re.compile(r"(?<=\w)[+#]")
 
 
@@ -44,10 +46,10 @@ def _figure(match: re.Match) -> str:
 def _figures_kept(text: str) -> str:
     """Return a text in which no normalisation deletes what makes numbers and names differ.
 
-    Signs, decimal points, what stands between two numbers (1/2, 10:30) and + or # after a word (C++) become letters of the word.
-    A comma or a semicolon between two numbers becomes a space.
+    Signs, decimal points, what joins two numbers (1/2, 10:30) and + or # after a word (C++) become letters of the word. Other
+    marks between two numbers become a space.
     """
-    text = _BETWEEN.sub(lambda m: " " if m[1] in ",;" else f"mark{ord(m[1])}x", _FIGURE.sub(_figure, fold(text)))
+    text = _BETWEEN.sub(lambda m: f"mark{ord(m[1])}x" if m[1] in _JOINING else " ", _FIGURE.sub(_figure, fold(text)))
     return _AFTER.sub(lambda m: f"mark{ord(m[0])}", text)
 
 
