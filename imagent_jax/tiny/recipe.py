@@ -90,7 +90,7 @@ RECIPES = {
         folder="tools", corpus="imagent_jax.tiny.corpus_tools",
         packs=DIGITS | {"vision": "imagent_jax.tiny.vision_tools:tool_pack"},
         heads="imagent_jax.tiny.vision_tools:TOOL_HEADS", skills="imagent_jax.tiny.skills_tools:measure", shapes=TOOL_SHAPES,
-        values=NAMED_VALUES, vocabulary=1408, steps={"digits": 1000, "sizes": 2500, "vision": 1750, "text": 4500},
+        values=NAMED_VALUES, vocabulary=1408, steps={"digits": 1000, "sizes": 2500, "vision": 1750, "text": 4000},
     ),
     "tiny": Recipe(
         folder="base", corpus="imagent_jax.tiny.corpus",
