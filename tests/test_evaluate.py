@@ -208,7 +208,7 @@ def test_greedy_takes_the_likeliest_token_whatever_the_seed_and_the_temperature(
     [
         (["--benchmark=vstar,nothing"], "There is no benchmark 'nothing'; use one of muirbench, "),
         (["--benchmark=vstar,vstar=x"], "The benchmark vstar is named twice"),
-        (["--benchmark=own=x", "--control=all"], "Controls are for held-out tasks"),
+        (["--benchmark=own=x", "--control=all", "--eval.prompt=benchmark"], "set eval.prompt to agent"),
         (["--benchmark=own=x", "--limit=0"], "--limit is below 1"),
     ],
 )
@@ -248,5 +248,11 @@ def test_the_base_is_evaluated_on_a_benchmark_end_to_end_and_a_second_call_sampl
     assert (
         page.count("<section class=case>") == min(4, int(sum(right))) + min(4, 9 - int(sum(right))) and "data:image/jpeg" in page
     )
+    monkeypatch.setattr(job, "Policy", lambda cfg: parts)
+    flags = ["--benchmark", f"own={tmp_path}/rows.jsonl", "--limit=4", f"--data.cache_dir={tmp_path}", "--control=blank"]
+    assert job.main([*flags, "--control=no_tools", f"--out={tmp_path}/controls"]) == 0
+    found = json.loads((tmp_path / "controls" / "controls.json").read_text())["own-rows"]
+    assert [(line["control"], line["tasks"]) for line in found["lines"]] == [("blank", 4), ("no_tools", 4)]
+    assert found["lines"][0]["right"] == found["lines"][1]["right"] and [*found["sentences"]] == ["blank", "no_tools"]
     monkeypatch.setattr(parts.collector, "collect", lambda *args, **how: pytest.fail("it samples again"))
     assert run() == first and "own-rows, micro" in console.file.getvalue()

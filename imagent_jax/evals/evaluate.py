@@ -4,14 +4,16 @@
 evaluation goes on where it was.
 
 `--control NAME` evaluates again with something taken away from the agent or exchanged (`evals.controls`), and says in a sentence
-what that shows; `--control all` does so with every control.
+what that shows; `--control all` does so with every control. Both together: the controls on the benchmarks' own questions.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -147,9 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _benchmarks(chosen: argparse.Namespace, cfg: Config, console: Console) -> None:
-    """Evaluate on benchmarks; see `run.evaluate_benchmarks`."""
-    if chosen.control:
-        raise ValueError("Controls are for held-out tasks; leave out --benchmark, and name the rows as data.path.")
+    """Evaluate on benchmarks, see `run.evaluate_benchmarks`; then under controls, whose lines go to `controls.json`."""
+    if chosen.control and cfg.eval.prompt != "agent":
+        raise ValueError(f"Controls need our own prompt, not the {cfg.eval.prompt}'s; set eval.prompt to agent.")
     if chosen.limit is not None and chosen.limit < 1:
         raise ValueError("--limit is below 1, so that nothing would be evaluated; leave it out for all rows.")
     specs = [spec.strip() for spec in chosen.benchmark.split(",") if spec.strip()]
@@ -157,8 +159,14 @@ def _benchmarks(chosen: argparse.Namespace, cfg: Config, console: Console) -> No
     with console.status("Loading the model and the benchmarks") as status:
         policy = Policy(cfg)
         opened = open_benchmarks(specs, cfg, policy.collector, console, progress_on(console, status))
+    questions = {name: one.questions[: one.count(chosen.limit)] for name, one in opened.items()} if chosen.control else {}
+    for tasks in questions.values():
+        _refuse_environments(cfg, tasks)
     with jax.set_mesh(policy.mesh):
         evaluate_benchmarks(policy, opened, chosen.out, chosen.limit, console)
+        found = {name: under_controls(policy, tasks, chosen.control, name, console) for name, tasks in questions.items()}
+    if found:
+        (chosen.out / "controls.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _held_out(chosen: argparse.Namespace, cfg: Config, console: Console) -> None:
@@ -167,20 +175,36 @@ def _held_out(chosen: argparse.Namespace, cfg: Config, console: Console) -> None
         raise ValueError("eval.tasks is 0, so that nothing would be evaluated; set how many held-out tasks to evaluate.")
     check_source(cfg.data)
     with console.status("Loading the model and the tasks") as status:
-        parts = Policy(cfg)
-        split = parts.open_tasks("test", progress_on(console, status))
+        policy = Policy(cfg)
+        split = policy.open_tasks("test", progress_on(console, status))
     if sentence := left_out(split):
         console.print(f"[yellow]{escape(sentence)}[/]")
     tasks = list(split[: cfg.eval.tasks])
-    if chosen.control and (own := next((task for task in tasks if task.environment or cfg.tools.environment), None)):
-        raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
+    if chosen.control:
+        _refuse_environments(cfg, tasks)
     console.print(f"Evaluating {cfg.model.path} on {len(tasks)} held-out tasks of {cfg.data.title}; nothing is written.")
-    columns = {}
+    with jax.set_mesh(policy.mesh):
+        under_controls(policy, tasks, chosen.control, cfg.data.title, console)
+
+
+def _refuse_environments(cfg: Config, tasks: Sequence[Task]) -> None:
+    if own := next((task for task in tasks if task.environment or cfg.tools.environment), None):
+        raise ValueError(f"Task {own.uid} has an environment of its own, which a control would replace; leave out --control.")
+
+
+def under_controls(
+    policy: Policy, tasks: Sequence[Task], controls: Sequence[str], title: str, console: Console
+) -> dict[str, Any]:
+    """Evaluate on tasks, and under controls; print metrics, lines and sentences. Returns the lines, and a sentence by control.
+
+    Call it on the policy's mesh.
+    """
+    columns, cfg = {}, policy.cfg
 
     def run(name: str, collector: Collector, tasks: Sequence[Task]) -> list[Trajectory]:
         columns[name], done = evaluate(
             collector,
-            parts.params,
+            policy.params,
             tasks,
             groups=cfg.eval.groups,
             seed=cfg.eval.seed,
@@ -192,16 +216,16 @@ def _held_out(chosen: argparse.Namespace, cfg: Config, console: Console) -> None
 
     def under(variant: Variant) -> list[Trajectory]:
         console.print(f"Control {variant.name}: {CONTROLS[variant.control]}.")
-        other = Collector(parts.model, parts.processor, parts.tools, cfg, environment=variant.environment)
+        other = Collector(policy.model, policy.processor, policy.tools, cfg, environment=variant.environment)
         return run(variant.name, other, variant.tasks)
 
-    with jax.set_mesh(parts.mesh):
-        done = run("model", parts.collector, tasks)
-        lines, sentences = audit(chosen.control, done, cfg.eval.seed, under)
-    whole = {name: metrics for name, metrics in columns.items() if name in ("model", *chosen.control)}
-    console.print(comparison(whole, f"{cfg.model.path} on {cfg.data.title}"))
+    done = run("model", policy.collector, tasks)
+    lines, sentences = audit(controls, done, cfg.eval.seed, under)
+    whole = {name: metrics for name, metrics in columns.items() if name in ("model", *controls)}
+    console.print(comparison(whole, f"{cfg.model.path} on {title}"))
     if lines:
         console.print(audit_table(lines, "controls"))
     for control, sentence in sentences.items():
         mark = "[yellow]warning[/] " if is_warning(control, [line for line in lines if line.control == control]) else ""
         console.print(f"{mark}({control}): {escape(sentence)}", soft_wrap=True)
+    return {"lines": [line._asdict() for line in lines], "sentences": sentences}
