@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import time
 import tracemalloc
 
 import datasets
@@ -24,6 +25,7 @@ from task_rows import (
 from imagent_jax.config import DataConfig
 from imagent_jax.data import files
 from imagent_jax.data.check import Fault
+from imagent_jax.data.files import open_file
 from imagent_jax.data.pipeline import open_tasks
 
 folder = task_rows.folder
@@ -91,6 +93,13 @@ def test_a_file_that_is_not_what_its_name_says_is_one_sentence(folder, name, con
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         read(folder / name)
     assert "\n" not in str(error.value) and str(folder / name) in str(error.value)
+
+
+def test_a_json_list_is_read_in_linear_time(folder):
+    path = write(folder, ".json", *[{"question": "q" * 1000, "answer": "x"}] * 8000)
+    began = time.process_time()
+    assert len([*open_file(path).rows()]) == 8000
+    assert time.process_time() - began < 5  # many times what it takes; a look through the whole file for each row needs a minute
 
 
 def test_a_missing_extra_is_named(folder, monkeypatch):

@@ -98,7 +98,8 @@ class JsonList(_File):
             raise ValueError(f"{self.name} is not JSON ({error}); write a list of objects.") from None
         if not isinstance(rows, list):
             raise ValueError(f"{self.name} holds no list; write a list of objects, or one object a line in a .jsonl file.")
-        return [_checked(row, text) for row in rows]
+        halves = _may_hold_halves(text)  # of the whole file, once
+        return [_checked(row, halves) for row in rows]
 
     def count(self) -> int:
         return len(self._list)
@@ -365,14 +366,19 @@ def _parsed(text: bytes) -> dict[str, Any] | RowError:
         row = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return RowError("not JSON", f"this is not JSON ({error}); write one object a line")
-    return _checked(row, text)
+    return _checked(row, _may_hold_halves(text))
 
 
-def _checked(row: Any, text: bytes) -> dict[str, Any] | RowError:
-    """Return a row of JSON `text`, or why it is none."""
+def _may_hold_halves(text: bytes) -> bool:
+    """Return whether half of a surrogate pair can be in JSON text."""
+    return b"\\u" in text or b"\xed" in text
+
+
+def _checked(row: Any, halves: bool) -> dict[str, Any] | RowError:
+    """Return a row of JSON, or why it is none. `halves`: see `_may_hold_halves`."""
     if not isinstance(row, dict):
         return RowError("not JSON", "this is not a JSON object; write one object a line")
-    if b"\\u" in text or b"\xed" in text:  # else no half of a surrogate pair can be in it
+    if halves:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

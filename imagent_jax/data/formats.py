@@ -81,7 +81,7 @@ def _own(row: Row) -> Fields:
 
 def _verl(row: Row) -> Fields:
     model = row.pop("reward_model")
-    answer = model.pop("ground_truth", None) if isinstance(model, dict) else None
+    answer = model.get("ground_truth") if isinstance(model, dict) else None
     question, _ = _messages(row, "prompt")
     return Fields(question, _images(row), answer, kind=row.pop("data_source", None))
 
