@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -192,6 +193,34 @@ def test_a_reply_scores_as_published_and_strictly(tmp_path, name, write, row, re
     metric = next(iter(benchmark.metrics.values()))
     found = tuple(rule and rule(tasks.facts[0], reply) for rule in metric)
     assert found == pytest.approx(scores) if None not in scores else found == scores
+
+
+@pytest.mark.parametrize(("name", "row"), {name: row for name, _, row, *_ in GOLDEN}.items())
+def test_a_row_that_lacks_a_column_is_a_fault_of_its_line(tmp_path, name, row):
+    """Whichever column is absent or null: no reader stops the command with a traceback."""
+    without = [{key: value for key, value in row.items() if key != column} for column in row]
+    rows = [row, *without, *(row | {column: None} for column in row)]
+    text = "".join(json.dumps(one, default=lambda data: base64.b64encode(data).decode()) + "\n" for one in rows)
+    for image in ("a.png", "a_proc.png", "a_ori.png"):
+        (tmp_path / image).write_bytes(picture())
+    (tmp_path / "set.jsonl").write_text(text)
+    benchmark, _ = named(name)
+    tasks = benchmark.open(str(tmp_path / "set.jsonl"), DataConfig(cache_dir=str(tmp_path), skip_bad=True))
+    assert tasks.faults and all(re.match(rf"{tmp_path}/set.jsonl, line \d+: ", str(fault)) for fault in tasks.faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("vstar", {key: value for key, value in FOUR.items() if key != "index"}, "the row has no column 'index'; add it"),
+        ("hrbench-4k", HR | {"question": None}, "the row is not one of hrbench-4k (AttributeError: 'NoneType' object has no"),
+        ("mantis", MANTIS_SHORT | {"answer": None, "images": ["a.png"] * 2}, "the row has no answer"),
+        ("mme-realworld-lite", MME | {"multi-choice options": None}, "(TypeError: 'NoneType' object is not iterable); correct"),
+    ],
+)
+def test_the_fault_of_a_row_says_which_column_is_missing_or_what_is_wrong(tmp_path, name, row, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        opened(tmp_path, name, json_list, [row])
 
 
 def test_every_benchmark_has_a_golden_row():

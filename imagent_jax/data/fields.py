@@ -112,8 +112,9 @@ def weights_of(value: Any) -> dict[str, float]:
     if value is None:
         return {}
     given = {name: weight for name, weight in value.items() if weight is not None} if isinstance(value, dict) else {"": ""}
-    if all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in given.values()):
-        return {name: float(weight) for name, weight in given.items()}
+    with contextlib.suppress(OverflowError):  # an integer beyond all floats
+        if all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in given.values()):
+            return {name: float(weight) for name, weight in given.items()}
     raise RowError("bad reward", f'"reward" is {quote(value)}; write weights by name, such as {{"format": 0}}, or leave it out')
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import itertools
 import json
@@ -356,7 +355,7 @@ def _image(image: Any) -> str | bytes:
         if data is not None:
             try:
                 return base64.b64decode(data)
-            except binascii.Error as error:
+            except ValueError as error:  # also of characters beyond ASCII
                 raise RowError("image unusable", f"an image's base64 text is damaged ({error}); write it again") from None
         image = image.removeprefix("file://")
     if not isinstance(image, (str, bytes)) or not image:
