@@ -262,6 +262,20 @@ def test_the_prompt_of_a_benchmark(tmp_path, name, write, row, shown):
     assert [*benchmark.prompted(tasks[0]).shown] == shown
 
 
+@pytest.mark.parametrize("name", ["hrbench-4k", "treebench", "vstar", "tsv"])
+def test_options_with_a_gap_are_a_fault_not_other_letters(tmp_path, name):
+    row = {"hrbench-4k": HR, "treebench": TREE, "vstar": FOUR, "tsv": FOUR}[name]
+    with pytest.raises(ValueError, match="the row has options A, B, D and none for the letters between; write the options from"):
+        opened(tmp_path, name, tsv, [row | {"C": ""}])
+    _, tasks = opened(tmp_path, name, tsv, [row | {"D": ""}])
+    assert tasks.facts[0].options[:1] != () and len(tasks.facts[0].options) == 3
+
+
+def test_own_tasks_with_a_column_that_would_be_lost_are_refused_too(tmp_path):
+    with pytest.raises(ValueError, match='the column "choices" is none of imagent-jax and would be lost'):
+        opened(tmp_path, "own", json_list, [{"question": "?", "images": ["a.png"], "answer": "A", "choices": ["x", "y"]}])
+
+
 def test_a_reference_on_another_place_of_the_question_is_the_image_of_that_number(tmp_path):
     _, tasks = opened(tmp_path, "remi", parquet, [REMI])
     assert tasks[0].images == (BLUE["bytes"], RED["bytes"])  # <image2> stands first
