@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -203,6 +204,34 @@ def test_a_reply_scores_as_published_and_strictly(tmp_path, name, write, row, re
     assert found == pytest.approx(scores) if None not in scores else found == scores
 
 
+@pytest.mark.parametrize(("name", "row"), {name: row for name, _, row, *_ in GOLDEN}.items())
+def test_a_row_that_lacks_a_column_is_a_fault_of_its_line(tmp_path, name, row):
+    """Whichever column is absent or null: no reader stops the command with a traceback."""
+    without = [{key: value for key, value in row.items() if key != column} for column in row]
+    rows = [row, *without, *(row | {column: None} for column in row)]
+    text = "".join(json.dumps(one, default=lambda data: base64.b64encode(data).decode()) + "\n" for one in rows)
+    for image in ("a.png", "a_proc.png", "a_ori.png"):
+        (tmp_path / image).write_bytes(picture())
+    (tmp_path / "set.jsonl").write_text(text)
+    benchmark, _ = named(name)
+    tasks = benchmark.open(str(tmp_path / "set.jsonl"), DataConfig(cache_dir=str(tmp_path), skip_bad=True))
+    assert tasks.faults and all(re.match(rf"{tmp_path}/set.jsonl, line \d+: ", str(fault)) for fault in tasks.faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("vstar", {key: value for key, value in FOUR.items() if key != "index"}, "the row has no column 'index'; add it"),
+        ("hrbench-4k", HR | {"question": None}, "the row is not one of hrbench-4k (AttributeError: 'NoneType' object has no"),
+        ("mantis", MANTIS_SHORT | {"answer": None, "images": ["a.png"] * 2}, "the row has no answer"),
+        ("mme-realworld-lite", MME | {"multi-choice options": None}, "(TypeError: 'NoneType' object is not iterable); correct"),
+    ],
+)
+def test_the_fault_of_a_row_says_which_column_is_missing_or_what_is_wrong(tmp_path, name, row, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        opened(tmp_path, name, json_list, [row])
+
+
 def test_every_benchmark_has_a_golden_row():
     shared = {"hrbench-8k": "hrbench-4k", "mmbench": "seedbench", "hotpotqa": "2wiki", "musique": "2wiki", "bamboogle": "2wiki"}
     assert {shared.get(name, name) for name in TABLE} == {name for name, *_ in GOLDEN}
@@ -240,6 +269,20 @@ PROMPTS = [
 def test_the_prompt_of_a_benchmark(tmp_path, name, write, row, shown):
     benchmark, tasks = opened(tmp_path, name, write, [row], shuffle=False)
     assert [*benchmark.prompted(tasks[0]).shown] == shown
+
+
+@pytest.mark.parametrize("name", ["hrbench-4k", "treebench", "vstar", "tsv"])
+def test_options_with_a_gap_are_a_fault_not_other_letters(tmp_path, name):
+    row = {"hrbench-4k": HR, "treebench": TREE, "vstar": FOUR, "tsv": FOUR}[name]
+    with pytest.raises(ValueError, match="the row has options A, B, D and none for the letters between; write the options from"):
+        opened(tmp_path, name, tsv, [row | {"C": ""}])
+    _, tasks = opened(tmp_path, name, tsv, [row | {"D": ""}])
+    assert tasks.facts[0].options[:1] != () and len(tasks.facts[0].options) == 3
+
+
+def test_own_tasks_with_a_column_that_would_be_lost_are_refused_too(tmp_path):
+    with pytest.raises(ValueError, match='the column "choices" is none of imagent-jax and would be lost'):
+        opened(tmp_path, "own", json_list, [{"question": "?", "images": ["a.png"], "answer": "A", "choices": ["x", "y"]}])
 
 
 def test_a_reference_on_another_place_of_the_question_is_the_image_of_that_number(tmp_path):

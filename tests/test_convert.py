@@ -57,7 +57,7 @@ def test_meta_of_any_name_own_settings_and_letters_that_are_options_survive(fold
     rows = [
         OWN | {"question": "<image> or <image>?", "tools": [], "reward": {"format": 0.5}, "mine": {"images": [1], "uid": None}},
         {"question": "Which?", "options": ["B", "C"], "answer": ["A"], "uid": "x", "meta": {"answer": "no"}, "parts": [1]},
-        {"problem": "?", "answer": "3", "uid": "y", "options": ["q"], "kind": {"answer_type": 1}, "images": ["2.png"]},
+        {"problem": "?", "answer": "3", "uid": "y", "tools": ["q"], "kind": {"answer_type": 1}, "images": ["2.png"]},
         {"question": "é<|im_end|>\u2028 1?", "answer": "\u0000x", "uid": "红"},
     ]
     path = write(folder, ".jsonl", *rows)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import time
 import tracemalloc
 
 import datasets
@@ -24,7 +25,9 @@ from task_rows import (
 from imagent_jax.config import DataConfig
 from imagent_jax.data import files
 from imagent_jax.data.check import Fault
+from imagent_jax.data.files import open_file
 from imagent_jax.data.pipeline import open_tasks
+from imagent_jax.data.reader import read_tasks
 
 folder = task_rows.folder
 
@@ -75,6 +78,65 @@ def test_an_image_of_a_tsv_file_may_be_that_of_an_earlier_row(folder):
     assert str(tasks.faults[0]).startswith(f"{path}, line 4: the image {folder}/7 does not exist")
 
 
+@pytest.mark.parametrize("cell", ['"yes', '"yes" or no', "yes\rno"])
+def test_a_tsv_row_with_an_open_quote_or_a_lone_carriage_return_is_one_fault(folder, cell):
+    """The lines that an open quote takes are rows all the same."""
+    lines = [f"{n}\t{n}?\t1.png\t{cell if n == 2 else 'yes'}\n" for n in range(1, 5)]
+    text = "index\tquestion\timage_path\tanswer\n" + "".join(lines)
+    (folder / "train.tsv").write_text(text, newline="")
+    tasks = read(folder / "train.tsv", skip_bad=True)
+    assert [(task.uid, task.question, task.answer) for task in tasks] == [(f"{n}", f"{n}?", "yes") for n in (1, 3, 4)]
+    assert [(fault.line, fault.kind) for fault in tasks.faults] == [(3, "not TSV")]
+    assert "mend its quotes and line breaks" in tasks.faults[0].reason
+    (folder / "train.tsv").write_text(text + '5\t5?\t1.png\tno"\n', newline="")
+    assert [fault.line for fault in read(folder / "train.tsv", skip_bad=True).faults] == [3]  # a later quote closes it
+    (folder / "train.tsv").write_text('index\t"question\n')
+    with pytest.raises(ValueError, match=r"The header of .*train.tsv is not TSV \(unexpected end of data\); mend its quotes"):
+        read(folder / "train.tsv")
+
+
+def test_white_space_around_the_names_of_a_tsv_header_is_left_out(folder):
+    (folder / "train.tsv").write_text("index \t question\timage_path \tanswer\n1\t?\t1.png\tyes\n")
+    [task] = read(folder / "train.tsv")
+    assert (task.uid, task.images, task.answer) == ("1", (ONE,), "yes")
+
+
+def latin():
+    """Three texts, of which the second is not UTF-8, as some writers leave them in a column of texts."""
+    return pa.Array.from_buffers(pa.string(), 3, pa.array([b"a?", b"caf\xe9?", b"c?"]).buffers())
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "words"),
+    [("problem", latin(), "can't decode byte 0xe9"), ("made", pa.array([0, 4 * 10**17, 0], pa.timestamp("us")), "")],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_value_that_cannot_be_read_is_a_fault_of_its_row(folder, name, column, words, saved):
+    table = pa.table({"problem": ["a?", "b?", "c?"], "answer": ["1", "2", "3"]} | {name: column})
+    if saved:
+        datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(folder / "saved")
+        sources = files.open_sources(DataConfig(path=str(folder / "saved")), "train")
+    else:
+        pq.write_table(table, folder / "train.parquet")
+        sources = [open_file(folder / "train.parquet")]
+    tasks = read_tasks(sources, skip_bad=True)
+    assert [(task.uid, task.question, task.answer) for task in tasks] == [("train:1", "a?", "1"), ("train:3", "c?", "3")]
+    assert [(fault.line, fault.kind) for fault in tasks.faults] == [(2, "unreadable value")]
+    assert f'the value of "{name}" cannot be read (' in str(tasks.faults[0]) and words in str(tasks.faults[0])
+
+
+def test_a_damaged_row_group_is_one_sentence(folder):
+    rows = [{"problem": f"{n}? {n**40}", "answer": "1"} for n in range(3000)]
+    path = write(folder, ".parquet", *rows, row_group_size=1500)
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 400] = bytes(400)
+    path.write_bytes(data)
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match=r"^Row group 2 of 2 of .*train.parquet cannot be read \(.*\); write it again\.$"):
+            read(path, skip_bad=skip_bad)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -91,6 +153,13 @@ def test_a_file_that_is_not_what_its_name_says_is_one_sentence(folder, name, con
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         read(folder / name)
     assert "\n" not in str(error.value) and str(folder / name) in str(error.value)
+
+
+def test_a_json_list_is_read_in_linear_time(folder):
+    path = write(folder, ".json", *[{"question": "q" * 1000, "answer": "x"}] * 8000)
+    began = time.process_time()
+    assert len([*open_file(path).rows()]) == 8000
+    assert time.process_time() - began < 5  # many times what it takes; a look through the whole file for each row needs a minute
 
 
 def test_a_missing_extra_is_named(folder, monkeypatch):

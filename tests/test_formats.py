@@ -1,5 +1,6 @@
 """Rows of every format that people bring become tasks, and a faulty one a sentence."""
 
+import base64
 import dataclasses
 import json
 import pathlib
@@ -50,6 +51,15 @@ def test_a_row_reads_the_same_from_every_container(folder, suffix, row, expected
         [found] = read(write(folder, other, {name: value for name, value in row.items() if value not in ("", {})}))
         assert (found.question, found.parts, found.images, found.answer) == (task.question, task.parts, task.images, task.answer)
         assert (found.options, found.answer_type, found.kind) == (task.options, task.answer_type, task.kind)
+
+
+@pytest.mark.parametrize("row", [row for _, row, *_ in CASES])
+def test_a_row_of_a_json_list_reads_the_same_each_time(folder, row):
+    """The list is kept, so no reader may change what a row holds."""
+    text = json.dumps([row], default=lambda data: base64.b64encode(data).decode())
+    (folder / "train.json").write_text(text)
+    tasks = read(folder / "train.json")
+    assert tasks[0] == tasks[0] and json.dumps(tasks.sources[0]._list) == json.dumps(json.loads(text))
 
 
 def test_the_answer_type_that_a_row_names_goes_before_the_guess(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import math
@@ -39,6 +40,16 @@ def without_markup(answer: Any) -> Any:
     return extract_answer(answer) or answer if isinstance(answer, str) else answer
 
 
+def listed(answer: Any) -> Any:
+    """Return the references of a list of texts that is written as text, as VLMEvalKit does; any other answer as it is."""
+    if isinstance(answer, str) and answer.strip()[:1] == "[":
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            values = ast.literal_eval(answer.strip())
+            if all(plain(value) is not None for value in values) and any(isinstance(value, str) for value in values):
+                return values
+    return answer
+
+
 def guess_type(answers: Iterable[str]) -> str:
     """Return the answer type of references of other formats, which name none."""
     if all(re.fullmatch(r"[A-Z]|\([A-Z]\)", answer.strip()) for answer in answers):
@@ -47,6 +58,19 @@ def guess_type(answers: Iterable[str]) -> str:
         if all(number(answer, answer) for answer in answers):
             return "number"
     return "exact"
+
+
+def lettered(row: dict[str, Any]) -> list[str | None]:
+    """Take the options of columns A, B, ... out of a row. A blank one is absent.
+
+    Raises:
+        RowError: a column before the last is absent.
+    """
+    letters = [letter for letter in string.ascii_uppercase if row.get(letter) is not None and str(row[letter]).strip()]
+    if letters != [*string.ascii_uppercase[: len(letters)]]:
+        reason = f"the row has options {', '.join(letters)} and none for the letters between; write the options from A on"
+        raise RowError("bad options", reason)
+    return [plain(row.pop(letter)) for letter in letters]
 
 
 def options_of(value: Any, answers: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -112,8 +136,9 @@ def weights_of(value: Any) -> dict[str, float]:
     if value is None:
         return {}
     given = {name: weight for name, weight in value.items() if weight is not None} if isinstance(value, dict) else {"": ""}
-    if all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in given.values()):
-        return {name: float(weight) for name, weight in given.items()}
+    with contextlib.suppress(OverflowError):  # an integer beyond all floats
+        if all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in given.values()):
+            return {name: float(weight) for name, weight in given.items()}
     raise RowError("bad reward", f'"reward" is {quote(value)}; write weights by name, such as {{"format": 0}}, or leave it out')
 
 

@@ -5,6 +5,7 @@ Rows are read one at a time: all in order, or one again by its place, a number t
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import glob
@@ -22,6 +23,7 @@ import grain
 
 from imagent_jax.config import DataConfig
 from imagent_jax.data.check import RowError, StoredImage, stamp
+from imagent_jax.types import quote
 
 BATCH = 16
 """Rows of a Parquet file or a hub data set in memory at one time."""
@@ -98,7 +100,8 @@ class JsonList(_File):
             raise ValueError(f"{self.name} is not JSON ({error}); write a list of objects.") from None
         if not isinstance(rows, list):
             raise ValueError(f"{self.name} holds no list; write a list of objects, or one object a line in a .jsonl file.")
-        return [_checked(row, text) for row in rows]
+        halves = _may_hold_halves(text)  # of the whole file, once
+        return [_checked(row, halves) for row in rows]
 
     def count(self) -> int:
         return len(self._list)
@@ -111,32 +114,38 @@ class JsonList(_File):
 
 
 class Tsv(_File):
-    """Tab-separated cells under a header, quoted as pandas does. A blank cell is absent.
+    """Tab-separated cells under a header, quoted as pandas does. A blank cell is absent. White space around a name is left out.
 
     As in VLMEvalKit, `image` may be the `index` of an earlier row, which has the image.
     """
 
     def rows(self):
         places: dict[str, int] = {}  # of the rows that have their image, by index
+        image = self._header.index("image") if "image" in self._header else -1
         with self.path.open("rb") as file:
-            cells = self._reader(file)
+            cells, before = self._reader(file), 0
             next(cells, None)
             while True:
-                line, place = cells.line_num + 1, file.tell()
-                if (row := next(cells, None)) is None:
+                line, place = before + cells.line_num + 1, file.tell()
+                try:
+                    row = self._whole(next(cells, None))
+                except csv.Error as error:
+                    yield line, place, RowError("not TSV", f"the row is not TSV ({error}); mend its quotes and line breaks")
+                    file.seek(place)
+                    file.readline()
+                    cells, before = self._reader(file), line  # an open quote took the lines after it: they are read again
+                    continue
+                if row is None:
                     self.__dict__["_places"] = places
                     return
                 if row:
                     found = self._row(row, places)
-                    if isinstance(found, dict) and len(row[self._header.index("image")] if "image" in found else "") > 64:
+                    if isinstance(found, dict) and len(row[image] if "image" in found else "") > 64:
                         places.setdefault(found.get("index", ""), place)
                     yield line, place, found
 
     def read(self, place: int) -> dict[str, Any]:
-        row = self._row(self._cells(place), None)
-        if isinstance(row, RowError):
-            raise row
-        return row
+        return _found(self._row(self._cells(place), None))
 
     def _cells(self, place: int) -> list[str]:
         with self.path.open("rb") as file:
@@ -145,7 +154,10 @@ class Tsv(_File):
 
     @functools.cached_property
     def _header(self) -> list[str]:
-        return [name.lstrip("\ufeff") for name in self._cells(0)]
+        try:
+            return [name.lstrip("\ufeff").strip() for name in self._cells(0)]
+        except csv.Error as error:
+            raise ValueError(f"The header of {self.name} is not TSV ({error}); mend its quotes and line breaks.") from None
 
     @functools.cached_property
     def _places(self) -> dict[str, int]:
@@ -153,9 +165,16 @@ class Tsv(_File):
             pass
         return self.__dict__["_places"]
 
+    def _whole(self, row: list[str] | None) -> list[str] | None:
+        """Return the cells of a row, or raise csv.Error where a quote that was left open took the row after it."""
+        rest = (line for cell in row or () for line in cell.split("\n")[1:])
+        if any(line.count("\t") >= len(self._header) - 1 > 0 for line in rest):
+            raise csv.Error("a quoted cell holds a whole row")
+        return row
+
     def _reader(self, file):
         csv.field_size_limit(2**31 - 1)  # a cell may hold an image
-        return csv.reader((line.decode("utf-8", "surrogateescape") for line in file), delimiter="\t")
+        return csv.reader((line.decode("utf-8", "surrogateescape") for line in file), delimiter="\t", strict=True)
 
     def _row(self, cells: list[str], places: dict[str, int] | None) -> dict[str, Any] | RowError:
         """Return the row of some cells. `places`: of images of earlier rows; None: of all rows, read where one is asked for."""
@@ -186,9 +205,10 @@ class Parquet(_File):
         number = 0
         with self._open() as file:
             for group in range(file.num_row_groups):
-                for row in self._group(file, group):
-                    yield number + 1, number, row
-                    number += 1
+                for batch in self._batches(file, group):
+                    for row in _listed(batch):
+                        yield number + 1, number, row
+                        number += 1
 
     def read(self, place: int) -> dict[str, Any]:
         with self._open() as file:
@@ -196,22 +216,31 @@ class Parquet(_File):
                 if place < (rows := file.metadata.row_group(group).num_rows):
                     break
                 place -= rows
-            for batch in file.iter_batches(BATCH, row_groups=[group]):
+            for batch in self._batches(file, group):
                 if place < len(batch):
-                    return batch.slice(place, 1).to_pylist()[0]
+                    return _found(_listed(batch.slice(place, 1))[0])
                 place -= len(batch)
         raise IndexError(f"{self.name} has no such row")
 
-    def _group(self, file, group: int) -> Iterator[dict[str, Any]]:
-        for batch in file.iter_batches(BATCH, row_groups=[group]):
-            yield from batch.to_pylist()
+    def _batches(self, file, group: int) -> Iterator[Any]:
+        """Yield a row group, a few rows at a time.
+
+        Raises:
+            ValueError: the file is damaged there.
+        """
+        try:
+            yield from file.iter_batches(BATCH, row_groups=[group])
+        except (ValueError, OSError) as error:
+            where, reason = f"Row group {group + 1} of {file.num_row_groups} of {self.name}", " ".join(str(error).split())
+            raise ValueError(f"{where} cannot be read ({reason}); write it again.") from error
 
     def _open(self):
         parquet = _extra("pyarrow.parquet")
         try:
             return parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False)
         except (ValueError, OSError) as error:
-            raise ValueError(f"The Parquet file {self.name} cannot be read ({error}); write it again.") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The Parquet file {self.name} cannot be read ({reason}); write it again.") from error
 
 
 class ArrayRecord(_File):
@@ -294,12 +323,12 @@ class HubSplit:
     def rows(self):
         number = 0
         for batch in self._data.iter(BATCH):
-            for row in batch.to_pylist():
+            for row in _listed(batch):
                 yield number + 1, number, row
                 number += 1
 
     def read(self, place: int) -> dict[str, Any]:
-        return self._data[place : place + 1].to_pylist()[0]
+        return _found(_listed(self._data[place : place + 1])[0])
 
 
 CONTAINERS = {".jsonl": JsonLines, ".json": JsonList, ".parquet": Parquet, ".tsv": Tsv, ".array_record": ArrayRecord}
@@ -360,19 +389,50 @@ def _extra(module: str) -> ModuleType:
         raise ValueError(f'{module} is not installed; run pip install "imagent-jax[data]".') from None
 
 
+def _listed(table: Any) -> list[dict[str, Any] | RowError]:
+    """Return the rows of an Arrow table or batch, each or why one of its values cannot be read."""
+    try:
+        return table.to_pylist()
+    except Exception as error:  # text that is not UTF-8, a date after 9999: pyarrow and Python raise many kinds
+        if len(table) > 1:
+            return [row for place in range(len(table)) for row in _listed(table.slice(place, 1))]
+        column = next((name for name in table.column_names if not _readable(table[name])), "")
+        reason = " ".join(str(error).split())[:200]
+        return [RowError("unreadable value", f"the value of {quote(column)} cannot be read ({reason}); mend or remove it")]
+
+
+def _readable(column: Any) -> bool:
+    with contextlib.suppress(Exception):
+        column.to_pylist()
+        return True
+    return False
+
+
+def _found(row: dict[str, Any] | RowError) -> dict[str, Any]:
+    """Return a row, or raise why it cannot be read."""
+    if isinstance(row, RowError):
+        raise row
+    return row
+
+
 def _parsed(text: bytes) -> dict[str, Any] | RowError:
     try:
         row = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return RowError("not JSON", f"this is not JSON ({error}); write one object a line")
-    return _checked(row, text)
+    return _checked(row, _may_hold_halves(text))
 
 
-def _checked(row: Any, text: bytes) -> dict[str, Any] | RowError:
-    """Return a row of JSON `text`, or why it is none."""
+def _may_hold_halves(text: bytes) -> bool:
+    """Return whether half of a surrogate pair can be in JSON text."""
+    return b"\\u" in text or b"\xed" in text
+
+
+def _checked(row: Any, halves: bool) -> dict[str, Any] | RowError:
+    """Return a row of JSON, or why it is none. `halves`: see `_may_hold_halves`."""
     if not isinstance(row, dict):
         return RowError("not JSON", "this is not a JSON object; write one object a line")
-    if b"\\u" in text or b"\xed" in text:  # else no half of a surrogate pair can be in it
+    if halves:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import itertools
 import json
 import re
-import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +16,10 @@ from imagent_jax.data.fields import (
     NUMBERED,
     answers_of,
     guess_type,
+    lettered,
+    listed,
     name_images,
     options_of,
-    plain,
     shuffled,
     text_of,
     tools_of,
@@ -31,6 +30,12 @@ from imagent_jax.types import ANSWER_TYPES, Task, quote
 
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk)[A-Za-z0-9+/=\s]{40,}")
 """Base64 of a JPEG, PNG, GIF, WebP or BMP file."""
+_OPTIONS, _PICTURES = ("options", "choices", "multi-choice options"), ("bytes", "file_name")
+_UNREAD = ("video", "videos", "audio", "audios")
+"""Columns of options, of images, and of what no task shows."""
+_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]""")
+"""Begins a list of messages that stands as text."""
+_QUOTED = re.compile(r"""(['"])(.*?)\1""")
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 Row = dict[str, Any]
@@ -81,7 +86,7 @@ def _own(row: Row) -> Fields:
 
 def _verl(row: Row) -> Fields:
     model = row.pop("reward_model")
-    answer = model.pop("ground_truth", None) if isinstance(model, dict) else None
+    answer = model.get("ground_truth") if isinstance(model, dict) else None
     question, _ = _messages(row, "prompt")
     return Fields(question, _images(row), answer, kind=row.pop("data_source", None))
 
@@ -107,11 +112,7 @@ def _chat(row: Row) -> Fields:
 
 
 def _vlmevalkit(row: Row) -> Fields:
-    options, question, hint = [], row.pop("question", None), row.pop("hint", None)
-    for letter in string.ascii_uppercase:
-        if row.get(letter) is None:
-            break
-        options.append(plain(row.pop(letter)))
+    options, question, hint = lettered(row), row.pop("question", None), row.pop("hint", None)
     if hint and isinstance(question, str):
         question = f"{hint}\n{question}"
     answer = row.pop("answer", None)
@@ -145,6 +146,7 @@ FORMATS = (
     Format("imagent-jax", ("question", "answer", "images"), _own),
     Format("MuirBench, BLINK and ReMI", ("question", "answer|label", "image_list|image_1"), multi_image),
     Format("PyVision", ("id", "question", "answer", "image_path"), _pyvision),
+    Format("imagent-jax", ("question", "answer", "options|tools|reward|environment|uid|kind"), _own),
     Format("prime verifiers", ("question|prompt", "answer", "info|task"), _verifiers),
     Format("MAT", ("image_path", "problem", "solution"), _mat),
     Format("EasyR1", ("problem", "answer|solution"), _trl),
@@ -176,6 +178,24 @@ def unknown_columns(row: Row, wanted: Format | None = None) -> RowError:
     )
 
 
+def fields_of(row: Row, form: Format) -> Fields:
+    """Take the fields out of a row.
+
+    Raises:
+        RowError: a column would be lost that holds options, images, video or audio. A benchmark keeps such columns in its tasks.
+    """
+    fields = form.read(row)
+    if form not in FORMATS:
+        return fields
+    unread = (*_UNREAD, *(_OPTIONS if fields.options is None else ()), *(() if fields.images else _PICTURES))
+    if lost := [name for name in unread if row.get(name)]:
+        raise RowError(
+            "unread column",
+            f'the column "{lost[0]}" is none of {form.name} and would be lost; write it as docs/data.md shows, or remove it',
+        )
+    return fields
+
+
 # ---- from a row to a task ---------------------------------------------------------------------------------------------
 
 
@@ -194,7 +214,7 @@ def read_row(
     if form.name == CONVERTED:
         return _converted(row, shuffle)
     row = dict(row)
-    fields = form.read(row)
+    fields = fields_of(row, form)
     named = row.pop("answer_type", None) if fields.answer_type is None else fields.answer_type
     answer_type = text_of("answer_type", named, answer_type)
     images, options, count = fields.images, fields.options, len(fields.images)
@@ -202,7 +222,7 @@ def read_row(
     if isinstance(options, list):
         parts, options = _marks_of_options(parts, options, count)
     question, parts, images = _placed(parts, images)
-    answers = answers_of(fields.answer, count)
+    answers = answers_of(listed(fields.answer) if form.read is _vlmevalkit and answer_type != "set" else fields.answer, count)
     uid, kind = text_of("uid", fields.uid, default_uid), text_of("kind", fields.kind, "")
     if options is not None:
         options, answers = options_of(options, answers)
@@ -254,9 +274,14 @@ def to_row(task: Task) -> Row:
 def _messages(row: Row, column: str) -> tuple[Any, Any]:
     """Take a conversation out of a row: the content of its one user message, and of an assistant's message at its end.
 
-    A text is the user message itself. A system message goes to the row's "system".
+    A text is the user message itself, or the JSON of a list of messages. A system message goes to the row's "system".
     """
     messages = row.pop(column, None)
+    if isinstance(messages, str) and _CONVERSATION.match(messages):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError) as error:
+            raise RowError("no question", f'"{column}" begins as a list of messages and is not JSON ({error}); mend it') from None
     if not isinstance(messages, list):
         return messages, None
     if not all(isinstance(message, dict) for message in messages):
@@ -280,7 +305,7 @@ def _parts(content: Any, count: int) -> list[str | Slot]:
         if numbers and MARK in content:
             raise RowError("marks and images", f'the question has marks "{MARK}" with and without number; write all in one way')
         content = name_images(content, count, place=[*dict.fromkeys(numbers)] == [*range(1, count + 1)])
-        return [part for piece in content.split(MARK) for part in (Slot(), piece)][1:]
+        return _pieces(content)
     parts: list[str | Slot] = []
     for part in content if isinstance(content, list) else ():
         kind = "text" if isinstance(part, str) else part.get("type") if isinstance(part, dict) else None
@@ -290,7 +315,16 @@ def _parts(content: Any, count: int) -> list[str | Slot]:
             parts.append(Slot(part.get("image") or part.get("image_url") or part.get("url")))
         else:
             raise RowError("not text or image", f"a message has a part {quote(kind)}; only text and images can be shown")
-    return parts
+    texts = [part for part in parts if isinstance(part, str)]
+    if parts and len(texts) == len(parts):
+        return _parts("\n".join(texts), count)
+    shown = len(parts) - len(texts) + sum(text.count(MARK) for text in texts)
+    return [one for part in parts for one in (_pieces(name_images(part, shown)) if isinstance(part, str) else [part])]
+
+
+def _pieces(text: str) -> list[str | Slot]:
+    """Return a text with a slot in the place of each mark."""
+    return [part for piece in text.split(MARK) for part in (Slot(), piece)][1:]
 
 
 def _marks_of_options(parts: list[str | Slot], options: Sequence[Any], count: int) -> tuple[list[str | Slot], list[Any]]:
@@ -339,7 +373,9 @@ def _images(row: Row) -> list[Any]:
     for name in ("images", "image", "image_list", "image_path"):
         if value := row.pop(name, None):
             if isinstance(value, str) and value[0] == "[" and value[-1] == "]":  # how TSV files write a list
-                value = [match[1] for match in re.findall(r"""(['"])(.*?)\1""", value)]
+                if re.sub(_QUOTED, "", value).strip("[], \t\n"):
+                    raise RowError("bad images", f"{quote(value)} is no list of images; put each path in quotes")
+                value = [match[1] for match in re.findall(_QUOTED, value)]
             return value if isinstance(value, list) else [value]
     numbered = [*itertools.takewhile(row.__contains__, (f"image_{number}" for number in itertools.count(1)))]
     return [image for image in map(row.pop, numbered) if image]
@@ -356,7 +392,7 @@ def _image(image: Any) -> str | bytes:
         if data is not None:
             try:
                 return base64.b64decode(data)
-            except binascii.Error as error:
+            except ValueError as error:  # also of characters beyond ASCII
                 raise RowError("image unusable", f"an image's base64 text is damaged ({error}); write it again") from None
         image = image.removeprefix("file://")
     if not isinstance(image, (str, bytes)) or not image:

@@ -275,9 +275,17 @@ def _row(source: Source, line: int, place: int, form: Format, found: dict, how: 
     """Return a row from its columns.
 
     Raises:
-        RowError: see `read_row`.
+        RowError: see `read_row`; also for whatever a format's reader raises at a row that is not as it expects.
     """
-    task, images = read_row(found, form, f"{source.path.stem}:{line}", *how)
+    try:
+        task, images = read_row(found, form, f"{source.path.stem}:{line}", *how)
+    except RowError:
+        raise
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args[0] not in found:
+            raise RowError("missing column", f"the row has no column {error}; add it") from error
+        reason = f"the row is not one of {form.name} ({type(error).__name__}: {str(error)[:200]}); correct its columns"
+        raise RowError("unreadable row", " ".join(reason.split())) from error
     folder = source.path.parent
     paths = (os.path.join(folder, os.path.expanduser(image)) if isinstance(image, str) else image for image in images)
     return Row(source, line, place, form, task, tuple(paths))

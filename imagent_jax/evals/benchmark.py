@@ -186,8 +186,3 @@ def images_of(row: Row, *columns: str) -> list:
     """Take the images of numbered columns or of a list out of a row."""
     found = [row.pop(name, None) for name in columns]
     return [image for value in found if value is not None for image in (value if isinstance(value, list) else [value])]
-
-
-def lettered(row: Row, letters: str = "ABCDEFGHIJ") -> list[str]:
-    """Take the options of columns A, B, ... out of a row."""
-    return [str(row.pop(letter)) for letter in letters if row.get(letter) not in (None, "")]

@@ -2,8 +2,9 @@
 
 from functools import partial
 
+from imagent_jax.data.fields import lettered
 from imagent_jax.data.formats import Fields, Row
-from imagent_jax.evals.benchmark import QUESTION, Benchmark, images_of, lettered, option_lines
+from imagent_jax.evals.benchmark import QUESTION, Benchmark, images_of, option_lines
 from imagent_jax.evals.extraction import chooses, one_word
 from imagent_jax.types import Task
 

@@ -2,6 +2,7 @@
 
 import re
 
+from imagent_jax.data.fields import plain
 from imagent_jax.data.formats import Fields, Row
 from imagent_jax.evals.benchmark import QUESTION, Benchmark, images_of
 from imagent_jax.evals.extraction import bare_option
@@ -19,7 +20,7 @@ SHORT = (
 def read(row: Row) -> Fields:
     several, options = row.get("question_type") == "multi-choice", row.pop("options", None) or []
     row["options_text"] = str(list(map(str, options)))
-    images, answer = images_of(row, "images"), str(row.pop("answer"))
+    images, answer = images_of(row, "images"), plain(row.pop("answer")) or ""
     if several:
         return Fields(
             row.pop("question"), images, answer.strip("()\n ")[:1], list(map(bare_option, options)), row.pop("id"), "multi-choice"

@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 
+from imagent_jax.data.fields import lettered
 from imagent_jax.data.formats import Fields, Row
-from imagent_jax.evals.benchmark import QUESTION, Benchmark, images_of, lettered, option_lines
+from imagent_jax.evals.benchmark import QUESTION, Benchmark, images_of, option_lines
 from imagent_jax.evals.extraction import chooses, first_capital
 from imagent_jax.evals.rules import Metric
 from imagent_jax.scoring.boxes import iou as box_iou

@@ -3,6 +3,7 @@
 import re
 
 from imagent_jax.data.check import RowError
+from imagent_jax.data.fields import lettered
 from imagent_jax.data.formats import Fields, Row
 from imagent_jax.evals.benchmark import Benchmark, images_of, with_letter
 from imagent_jax.evals.extraction import chooses
@@ -22,8 +23,7 @@ def read(row: Row) -> Fields:
     """Read a row of the hub (`text` with the options in it) or of VLMEvalKit's TSV (columns A to D)."""
     images, kind = images_of(row, "image"), row.pop("category", None)
     if "text" not in row:
-        options = [row.pop(letter) for letter in "ABCD" if row.get(letter)]
-        return Fields(row.pop("question"), images, row.pop("answer"), options, row.pop("index"), kind)
+        return Fields(row.pop("question"), images, row.pop("answer"), lettered(row), row.pop("index"), kind)
     text = re.sub(r"\n?Answer with the option's letter.*", "", row.pop("text"), flags=re.DOTALL).strip()
     options = _OPTION.findall(text)
     if [letter for letter, _ in options] != [*"ABCD"[: len(options)]]:
