@@ -84,7 +84,7 @@ def play(collector: Collector, task: Task, rollout: int, texts: list[str]) -> Tr
     Like the engine, it stops where the response's buffer is full.
     """
     opened, ids = collector.open_task(task), []
-    episode = Episode(collector.rules, task, rollout, opened.environment, opened.prompt.next_position)
+    episode = Episode(collector.rules, task, rollout, opened.environment, opened.prompt.next_position, opened.error)
     for text in texts:
         said = np.asarray(collector.processor.encode(Markup(text)), np.int32)[: collector.rules.response_tokens - len(ids)]
         ids += said.tolist()

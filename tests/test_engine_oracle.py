@@ -117,7 +117,7 @@ def kinds_of(turn: list[int], decode) -> list[TokenKind]:
 def plain_rollout(engine, params, task, number: int):
     """Rollout `number` of a task: its sequence, the kinds of its response, how it ended, and log-probabilities by token."""
     processor, room, sequence = engine.processor, engine.cfg.rollout.response_tokens, PlainSequence(engine, params)
-    _, prompt, environment = engine.open_task(task)
+    _, prompt, environment, _ = engine.open_task(task)
     registry = ImageRegistry()
     for e in environment.images:
         registry.add(e.image, shown=e.shown, min_pixels=e.min_pixels, max_pixels=e.max_pixels)

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import small_config
 from PIL import Image
@@ -15,7 +16,9 @@ from imagent_jax import ToolEnvironment, tool
 from imagent_jax.chat import QWEN, Call
 from imagent_jax.rl.judge import judge
 from imagent_jax.rl.rewards import reward_functions, score_trajectories
-from imagent_jax.types import CallStatus, EndReason, Task
+from imagent_jax.rollout import collect
+from imagent_jax.rollout.show_prompt import written
+from imagent_jax.types import CallStatus, EndReason, Markup, Task
 
 PAGE = (Path(__file__).parent.parent / "docs" / "tools.md").read_text()
 TAKE = QWEN.render_call("take", {})
@@ -96,12 +99,20 @@ class Clumsy(ToolEnvironment):
         if place == self.at:
             raise OSError(f"the {place} is stuck")
 
+    def reset(self, task):
+        super().reset(task)
+        self._fail("reset")
+
+    def fork(self, seed=0):
+        self._fail("fork")
+        return super().fork(seed)
+
     def step(self, call):
         self._fail("step")
         return super().step(call)
 
     def view(self, entry, observed):
-        self._fail("view" if observed else "")
+        self._fail("view" if observed else "given")
         return super().view(entry, observed)
 
     def close(self):
@@ -133,6 +144,78 @@ def test_whatever_a_world_raises_is_a_fault_of_its_trajectory(parts, config, tas
     else:
         called = [t for t in flat if t.turns[0].call]
         assert called and failed == called and all(f"the {at} is stuck" in t.error for t in failed)
+
+
+class Choosy(Clumsy):
+    """Fails where its `at` says, for one of the tasks."""
+
+    def reset(self, task):
+        self.task = task
+        super().reset(task)
+
+    def _fail(self, place):
+        if self.task.meta.get("stuck"):
+            super()._fail(place)
+
+
+@pytest.mark.parametrize("at", ["reset", "given", "fork"])
+def test_a_world_that_fails_before_the_first_turn_leaves_the_other_tasks_alone(task, monkeypatch, at):
+    """The engine is replaced by one in which every rollout answers at once."""
+    monkeypatch.setattr(Clumsy, "at", at)
+    collector = scripted_collector(small_config(**ROOM), environment=Choosy)
+    said = np.asarray(collector.processor.encode(Markup(ANSWER.format("lime"))), np.int32)
+    task = dataclasses.replace(task, images=(Path(task.meta["drawer"][0]).read_bytes(),))
+    tasks = [task, dataclasses.replace(task, uid="stuck", meta={"stuck": True})]
+    run = collect._Run(collector, Answering(said), (collect.draws(tasks), ()), None, (2, 0, 1.0))
+    assert len(list(run.turns())) == 4
+    good, failed = (run.done[index].trajectories for index in (0, 1))
+    assert [t.end for t in good] == [EndReason.ANSWERED] * 2 and [t.answer for t in good] == ["lime"] * 2
+    for t in failed:
+        assert (t.end, t.answer, len(t.turns)) == (EndReason.FAULT, None, 1)
+        assert t.error.strip().splitlines()[-1] == f"OSError: the {at} is stuck"
+    spoilt = dataclasses.replace(tasks[1], images=(b"none",))
+    with pytest.raises(ValueError, match="Task stuck: Image 1 cannot be used"):
+        collector.open_task(spoilt)
+
+
+class Answering:
+    """An engine of two slots of two rows, in which every turn is `said`."""
+
+    class clock:
+        lap = staticmethod(lambda name: None)
+
+    def __init__(self, said):
+        self.said, self.waiting, self.rows, self.quarter = said, [], [], 1
+        self.live = np.zeros(4, bool)
+
+    hungry = property(lambda self: len(self.waiting) + len(self.rows) // 2 < 2)
+    has_room = property(lambda self: not self.rows)
+
+    def submit(self, request):
+        self.waiting.append(request)
+
+    def admit(self):
+        found = [(request.key, range(2 * i, 2 * i + 2), np.zeros(1, np.int32)) for i, request in enumerate(self.waiting)]
+        self.rows, self.waiting = [*range(2 * len(found))], []
+        return found
+
+    def fitting(self, rows):
+        return list(rows)
+
+    def step(self):
+        rows, self.rows = self.rows, []
+        return dict.fromkeys(rows, self.said)
+
+    def release(self, slots):
+        buffer = np.zeros(600, np.int32)
+        buffer[: len(self.said)] = self.said
+        return {slot: ([buffer] * 2, [buffer * -0.5] * 2) for slot in slots}
+
+
+def test_the_command_that_shows_a_prompt_says_what_its_world_raised(task, monkeypatch):
+    monkeypatch.setattr(Clumsy, "at", "reset")
+    with pytest.raises(ValueError, match=r"^Task drawer-1: its environment failed \(OSError: the reset is stuck\)\.$"):
+        written(scripted_collector(small_config(**ROOM), environment=Clumsy), task)
 
 
 def test_a_world_that_cannot_be_is_refused_in_one_sentence(drawer, monkeypatch):

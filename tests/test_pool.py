@@ -1,5 +1,6 @@
 """The pool of tool calls: order, time limits, threads, and what a call shows."""
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -153,6 +154,22 @@ def test_both_parts_of_the_work_run_on_a_thread_and_a_failure_is_the_callers():
     with pytest.raises(ValueError, match="cannot be seen"):
         list(pool.drain())
     assert list(pool.drain()) == [("next", "next")]
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError])
+def test_work_that_raises_what_is_no_exception_fails_at_once(error):
+    pool = CallPool(workers=1, timeout_s=60.0)
+    for work, then in ((raises(error), lambda result: result), (lambda: 1, lambda result: raises(error)())):
+        pool.submit("bad", work, then)
+        with pytest.raises(error):
+            list(pool.drain())
+
+
+def raises(error):
+    def work():
+        raise error
+
+    return work
 
 
 def test_a_stuck_tool_does_not_keep_the_interpreter_alive():

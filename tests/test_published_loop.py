@@ -231,7 +231,7 @@ def test_the_prompt_is_that_of_qwens_own_template(cfg):
     """What the tokenizer's template writes for one user message of a picture and a text."""
     plain = plain_collector(scripted_collector(cfg))
     message = PublishedLoop("coding", cfg).first(task())
-    _, prompt, _ = plain.open_task(message)
+    _, prompt, *_ = plain.open_task(message)
     text = plain.processor.tokenizer.apply_chat_template(
         [{"role": "system", "content": SYSTEM},
          {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": message.question}]}],

@@ -1,8 +1,11 @@
 """The tool `python`: what the policy reads and sees, its errors, and the state of a trajectory."""
 
+import concurrent.futures
 import dataclasses
 import io
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -185,6 +188,53 @@ def test_a_tool_keeps_state_for_a_trajectory_and_it_is_closed_once():
     second.close()
     state = TrajectoryState(3)
     assert ToolContext(None, None, state).state is state and ToolContext(None, None).state.seed == 0
+
+
+def test_a_tool_that_is_slow_to_make_what_it_keeps_holds_up_neither_the_end_nor_other_names():
+    state, begun, go_on, made = TrajectoryState(), threading.Event(), threading.Event(), Kept(0)
+
+    def slow():
+        begun.set()
+        go_on.wait(60)
+        return made
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        late = pool.submit(state.keep, "slow", slow)
+        assert begun.wait(60)
+        assert pool.submit(state.keep, "other", lambda: state.keep("inner", lambda: Kept(7))).result(60).seed == 7
+        pool.submit(state.close).result(60)
+        assert made.closed == 0
+        go_on.set()
+        with pytest.raises(RuntimeError, match="the trajectory has ended"):
+            late.result(60)
+    assert made.closed == 1
+
+
+def test_two_calls_at_once_keep_one_object():
+    state, opened = TrajectoryState(), []
+
+    def make():
+        time.sleep(0.05)
+        opened.append(Kept(0))
+        return opened[-1]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: state.keep("one", make), range(4)))
+    assert len(opened) == 1 and all(kept is opened[0] for kept in found)
+
+
+def test_all_that_is_kept_is_closed_and_the_first_error_is_told():
+    class Stuck(Kept):
+        def close(self):
+            super().close()
+            raise OSError(f"number {self.seed} is stuck")
+
+    state = TrajectoryState()
+    kept = [state.keep(str(i), lambda i=i: (Stuck if i else Kept)(i)) for i in range(4)]
+    with pytest.raises(OSError, match="number 1 is stuck"):
+        state.close()
+    state.close()
+    assert [one.closed for one in kept] == [1] * 4
 
 
 def test_each_rollout_has_its_own_seed_and_rollouts_given_up_are_closed(monkeypatch):

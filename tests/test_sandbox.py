@@ -185,7 +185,18 @@ import numpy as np
 print(time.time(), time.monotonic(), time.perf_counter_ns(), datetime.datetime.now(), random.random(), random.Random().random())
 print(os.urandom(4), uuid.uuid4(), secrets.token_hex(4), np.random.rand(), np.random.default_rng().random(), hash("a"))
 print(random.SystemRandom().random(), np.random.RandomState().rand(), next(tempfile._get_candidate_names()), {"a", "b", "c"})
+random.seed(), np.random.seed()
+print(random.random(), random.randbytes(4), np.random.rand(), uuid.uuid1())
 """
+CONSTANT = (
+    "import os, threading\nprint(os.getpid(), os.getppid(), threading.get_native_id(), os.getcwd(), os.path.abspath('a.png'))",
+    "import email.utils\nprint(email.utils.make_msgid().split('.')[:2])",
+    "import logging, sys\nlogging.basicConfig(format='%(process)d', stream=sys.stdout, force=True)\nlogging.warning('now')",
+    "import cv2\nprint(cv2.getTickCount() % 10**6, cv2.getCPUTickCount() % 10**6, cv2.getTickFrequency())",
+    "import time\nmeter = cv2.TickMeter()\nfor _ in range(2):\n    meter.start(), time.sleep(1), meter.stop()",
+    "print(meter.getTimeMilli(), meter.getLastTimeSec(), meter.getCounter(), meter.getAvgTimeSec(), round(meter.getFPS(), 2))",
+    "import tempfile\nprint(tempfile.gettempdir())",
+)
 
 
 def test_time_and_entropy_come_from_the_seed():
@@ -199,9 +210,39 @@ def test_time_and_entropy_come_from_the_seed():
     first, second = Sandbox(settings), Sandbox(settings)
     outcome(first, 5)  # what ran before makes no difference
     a, b, c = outcome(first, 1), outcome(second, 1), outcome(second, 2)
-    assert a == b and len(a) == 3 and all(x != y for x, y in zip(a, c, strict=True))
+    assert a == b and len(a) == 4 and all(x != y for x, y in zip(a, c, strict=True))
     first.close()
     second.close()
+
+
+def test_what_differs_from_process_to_process_reads_the_same(sandbox):
+    ran = []
+    for _ in range(2):
+        worker = sandbox.open(1)
+        ran.append([worker.run(code, [], 0) for code in CONSTANT])
+        worker.close()
+    assert ran[0] == ran[1]
+    *texts, folder = [one.text.strip() for one in ran[0]]
+    assert texts == [
+        "1 0 1 /sandbox /sandbox/a.png", "['<170000000000', '1']", "1", "0 0 1000000000.0", "", "2002.0 1.001 2 1.001 1.0",
+    ]  # fmt: skip
+    assert folder == "/sandbox" or "'/sandbox']" in ran[0][-1].error
+
+
+def test_names_of_any_length_and_any_parent_leave_the_worker_alive(worker):
+    assert worker.run("raise type('A' * 100000, (Exception,), {})('x')", [], 0).error.startswith(f"{'A' * 80}: x (line 1: ")
+    long = "f" * 100_000
+    assert f" in {'f' * 80}: raise" in worker.run(f"def {long}():\n    raise ValueError\n{long}()", [], 0).error
+    for parent in ("True", "10**5000", "0", "9"):
+        [(_, found)] = worker.run(f"show(images[1].copy(), parent={parent})", IMAGES, 1).shown
+        assert found is None
+
+
+def test_code_that_exits_without_an_error_has_shown_its_image(worker):
+    save = "from PIL import Image\nImage.new('RGB', (8, 6)).save('path_to_output_image.jpg')\n"
+    for end, count in (("raise SystemExit", 1), ("import sys; sys.exit(0)", 1), ("raise SystemExit(3)", 0)):
+        ran = worker.run(save + end, [], 1)
+        assert [image.size for image, _ in ran.shown] == [(8, 6)] * count and (ran.error == "SystemExit: 3") == (not count)
 
 
 def test_objects_are_printed_without_addresses_which_chance_gives(worker):

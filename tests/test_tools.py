@@ -1,6 +1,7 @@
 """The tool protocol: schemas from signatures, strict calls, and who is to blame when one fails."""
 
 import ast
+import asyncio
 import inspect
 import json
 import re
@@ -20,6 +21,7 @@ import imagent_jax
 from imagent_jax.chat import QWEN
 from imagent_jax.chat.prompts import read_prompt
 from imagent_jax.tools import (
+    CallPool,
     ImageRegistry,
     ToolContext,
     ToolSet,
@@ -423,6 +425,36 @@ def test_a_failing_tool_is_a_fault_whose_cause_only_the_logs_see(how, error):
     assert result.error.rstrip().endswith(error)
     assert (result.name, result.arguments) == ("misbehave", {"how": how})
     assert len(registry) == 3  # an image that was made before the failure is gone
+
+
+@tool
+def note(context, facts: dict) -> str:
+    """Keep facts."""
+    return "kept"
+
+
+@pytest.mark.parametrize("depth", [2, 99, 100, 101, 300, 600, 900])
+def test_arguments_are_taken_up_to_a_depth_that_can_be_copied_and_written(depth):
+    text = wrap('{"name": "note", "arguments": {"facts": %s}}' % ('{"a":' * (depth - 1) + "[1]" + "}" * (depth - 1)))
+    result = run(text, registry_of(), ToolSet([note]))
+    if depth < 100:  # the arguments themselves are a level
+        assert (result.status, result.parts) == (CallStatus.EXECUTED, ["kept"])
+    else:
+        assert (result.status, result.parts) == (CallStatus.INVALID, ["Error: the arguments are nested too deeply"])
+        assert result.name == "note" and result.arguments is None  # a log could not write them
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError("gone"), SystemExit(3), GeneratorExit("over")])
+def test_a_tool_that_raises_what_is_no_exception_is_a_fault_at_once(raised):
+    @tool
+    async def fetch(context):
+        """Fetch."""
+        raise raised
+
+    pool = CallPool(1, 60.0)
+    pool.submit(0, lambda: run(QWEN.render_call("fetch", {}), registry_of(), ToolSet([fetch])))
+    [(_, result)] = pool.drain()
+    assert result.status is CallStatus.FAULT and type(raised).__name__ in result.error.splitlines()[-1]
 
 
 def test_a_tool_error_is_the_policys_and_on_one_line():

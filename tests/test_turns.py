@@ -362,7 +362,7 @@ def test_a_turn_that_wrote_its_own_end_gets_no_second_one(collector_of, processo
 
 def test_the_prompt_holds_system_text_tools_images_and_question(collector_of, processor, task):
     collector = collector_of(tools={"system": "Be brief.", "coordinates": "absolute"})
-    _, prompt, environment = collector.open_task(task)
+    _, prompt, environment, _ = collector.open_task(task)
     system = "".join(QWEN.system("Be brief.", collector.tools.schemas(ToolSettings(coordinates="absolute"), read_prompt("tiny"))))
     images = "".join(f"Image {entry.number}: {pads(entry.shown)}" for entry in environment.images)
     assert processor.decode(prompt.ids) == (
@@ -386,7 +386,7 @@ def test_boxes_are_read_in_the_space_of_the_settings(collector_of, task):
 @pytest.mark.parametrize("low, high", [(3136, 4704), (7840, 9408), (784, 1568)])
 def test_given_images_are_shown_within_their_budget(collector_of, processor, task, low, high):
     collector = collector_of(images={"min_pixels": low, "max_pixels": high})
-    _, prompt, environment = collector.open_task(task)
+    _, prompt, environment, _ = collector.open_task(task)
     for image, entry in zip(prompt.images, environment.images, strict=True):
         expected = processor.prepare(entry.image, min_pixels=low, max_pixels=high)
         assert image.size == entry.shown == expected.size and np.array_equal(image.patches, expected.patches)

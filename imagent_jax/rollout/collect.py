@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import traceback
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from imagent_jax.model.sharding import rollout_params
 from imagent_jax.model.vlm import Model
 from imagent_jax.rollout.batch import Grade, Refill, RolloutBatch, join_batches
 from imagent_jax.rollout.engine import Engine, EngineShape, Request
-from imagent_jax.rollout.environment import ToolEnvironment, environment_class
+from imagent_jax.rollout.environment import ToolEnvironment, environment_class, plain_environment
 from imagent_jax.rollout.episode import Episode, Rules
 from imagent_jax.rollout.pending import PendingCalls
 from imagent_jax.rollout.prompt_check import PromptCheck, check_length
@@ -48,11 +49,25 @@ class Weights(NamedTuple):
 
 
 class OpenedTask(NamedTuple):
-    """A task whose images are decoded and whose prompt is encoded."""
+    """A task whose images are decoded and whose prompt is encoded.
+
+    Attributes:
+        error: what its environment raised; a default environment is in its place. None: nothing.
+    """
 
     task: Task
     prompt: Encoded
     environment: ToolEnvironment
+    error: str | None = None
+
+    def episode(self, rules: Rules, rollout: int, seed: int) -> Episode:
+        """Begin a rollout. Where the environment raises, the rollout ends with a FAULT."""
+        error, start = self.error, self.prompt.next_position
+        try:
+            own = self.environment.fork(seed)
+        except Exception:  # noqa: BLE001 - of an environment of the user's
+            own, error = plain_environment(self.environment, self.task), traceback.format_exc()
+        return Episode(rules, self.task, rollout, own, start, error)
 
 
 class Collector:
@@ -108,21 +123,29 @@ class Collector:
         return self.systems[tools, environment]
 
     def open_task(self, task: Task) -> OpenedTask:
-        """Decode the images of a task and encode its prompt.
+        """Decode the images of a task and encode its prompt. Where the environment raises, `OpenedTask.error` says what.
 
         Raises:
             ValueError: an image does not decode, or the prompt does not fit `rollout.prompt_tokens`; the task is named.
         """
         task = replace(task)  # what the environment does to its facts ends with this opening
-        environment = self.environment(task.tools, task.environment)
-        environment.reset(task)
-        images = [self.rules.prepare(environment, entry, observed=False) for entry in environment.images]
+        environment, error = self.environment(task.tools, task.environment), None
+        try:
+            environment.reset(task)
+            images = self.given(environment)
+        except Exception:  # noqa: BLE001 - of an environment of the user's, unless the default one raises too
+            environment, error = plain_environment(environment, task), traceback.format_exc()
+            images = self.given(environment)
         try:
             prompt = encode_parts(self.parts(task, images), self.processor)
             check_length(len(prompt.ids), self.cfg.rollout.prompt_tokens)
-        except ValueError as error:
-            raise ValueError(f"Task {task.uid}: {error}") from error
-        return OpenedTask(task, prompt, environment)
+        except ValueError as wrong:
+            raise ValueError(f"Task {task.uid}: {wrong}") from wrong
+        return OpenedTask(task, prompt, environment, error)
+
+    def given(self, environment: ToolEnvironment) -> list[PreparedImage]:
+        """Return the images of a prompt, in the sizes at which the policy sees them."""
+        return [self.rules.prepare(environment, entry, observed=False) for entry in environment.images]
 
     def parts(self, task: Task, images: Sequence[PreparedImage]) -> list[str | tuple[str, ...] | PreparedImage]:
         """Return the prompt of a task in parts (`interleave.encode_parts`), given its images."""
@@ -330,10 +353,10 @@ class _Run:
                 self._submit(self.queue.popleft())
             self.engine.clock.lap("prepare")
             for key, rows, vision in self.engine.admit():
-                (task, prompt, environment), stream = self.submitted.pop(key), self.drawn[key].stream
-                forks = [environment.fork(zlib.crc32(f"{self.seed} {stream} {i}".encode())) for i in range(len(rows))]
-                episodes = [Episode(self.collector.rules, task, i, fork, prompt.next_position) for i, fork in enumerate(forks)]
-                self.groups[rows[0] // len(rows)] = Group(key, prompt, vision, episodes, [])
+                opened, stream = self.submitted.pop(key), self.drawn[key].stream
+                seeds = [zlib.crc32(f"{self.seed} {stream} {i}".encode()) for i in range(len(rows))]
+                episodes = [opened.episode(self.collector.rules, i, seed) for i, seed in enumerate(seeds)]
+                self.groups[rows[0] // len(rows)] = Group(key, opened.prompt, vision, episodes, [])
                 self.episodes |= dict(zip(rows, episodes, strict=True))
 
     def _submit(self, index: int) -> None:

@@ -32,6 +32,17 @@ def environment_class(path: str, what: str) -> "type[ToolEnvironment]":
     return found
 
 
+def plain_environment(environment: "ToolEnvironment", task: Task) -> "ToolEnvironment":
+    """Return a default environment of a task, with the tools and settings of `environment`, which has failed.
+
+    Raises:
+        ValueError: see `ToolEnvironment.reset`.
+    """
+    plain = ToolEnvironment(environment._given, environment.settings, environment.shown)
+    plain.reset(task)
+    return plain
+
+
 class ToolEnvironment:
     """Numbered images, and tools that show them.
 

@@ -39,9 +39,12 @@ class Episode:
 
     Args:
         position: the M-RoPE position after the prompt.
+        error: what the environment raised before the first turn, which then ends the trajectory with a FAULT.
     """
 
-    def __init__(self, rules: Rules, task: Task, rollout: int, environment: ToolEnvironment, position: int):
+    def __init__(
+        self, rules: Rules, task: Task, rollout: int, environment: ToolEnvironment, position: int, error: str | None = None
+    ):
         self.rules, self.task, self.rollout, self.environment = rules, task, rollout, environment
         self.turns: list[Turn] = []
         self.kinds: list[np.ndarray] = []
@@ -51,7 +54,7 @@ class Episode:
         self.closed = False  # the last turn has written its own end
         self.executed: dict[str, int] = {}  # how often each call was executed
         self.end: EndReason | None = None
-        self.error: str | None = None
+        self.error = error
 
     def end_turn(self, ids: np.ndarray) -> Call | MalformedCall | None:
         """Add the sampled tokens of a turn. Returns the call that it makes; None where the episode ended with it."""
@@ -61,6 +64,8 @@ class Episode:
         positions = np.tile(self.position + np.arange(len(ids), dtype=np.int32), (3, 1))
         kinds = token_kinds(ids, text, self.rules.processor, chat)
         self._add(kinds, positions, np.full(len(ids), -1, np.int32), self.position + len(ids))
+        if self.error is not None:
+            return self._finish(EndReason.FAULT)
         full = self.length >= self.rules.response_tokens
         action = chat.parse(text)
         if isinstance(action, (Answer, Text)):

@@ -31,14 +31,14 @@ class PendingCalls:
             images = environment.images
             try:
                 return result, [prepare(environment, images[number - 1], observed=True) for number in result.images]
-            except Exception:  # noqa: BLE001 - of an environment of the user's
+            except BaseException:  # noqa: BLE001 - of an environment of the user's
                 return fault(traceback.format_exc(), call), []
 
         def run() -> CallResult:
             began = time.perf_counter()
             try:
                 result = environment.step(call)
-            except Exception:  # noqa: BLE001 - of an environment of the user's
+            except BaseException:  # noqa: BLE001 - of an environment of the user's
                 result = fault(traceback.format_exc(), call)
             return replace(result, seconds=time.perf_counter() - began)
 

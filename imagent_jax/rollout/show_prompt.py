@@ -35,9 +35,11 @@ def written(collector: Collector, task: Task) -> str:
     """Return the prompt of a task as text, with a line in brackets in place of each image, and how long it is.
 
     Raises:
-        ValueError: see `Collector.open_task`.
+        ValueError: the environment failed, or see `Collector.open_task`.
     """
     opened = collector.open_task(task)
+    if opened.error:
+        raise ValueError(f"Task {task.uid}: its environment failed ({opened.error.strip().splitlines()[-1]}).")
     pieces = []
     for part in collector.parts(task, opened.prompt.images):
         if isinstance(part, PreparedImage):

@@ -77,27 +77,47 @@ class TrajectoryState:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self._kept: dict[str, Any] = {}
+        self._makers: dict[str, threading.RLock] = {}
         self._closed, self._lock = False, threading.Lock()
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the object kept under `name`; the first call makes it. Its `close()` is called when the trajectory ends.
+        """Return the object kept under `name`; the first call makes it. Its `close()` is called when the trajectory ends, or as
+        soon as it is made where the trajectory has ended meanwhile.
 
         Raises:
             RuntimeError: the trajectory has ended.
         """
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the trajectory has ended")
-            if name not in self._kept:
-                self._kept[name] = make()
-            return self._kept[name]
+            maker = self._makers.setdefault(name, threading.RLock())
+        with maker:  # others that want the same wait; `close` and what is kept under other names do not
+            with self._lock:
+                self._check_open()
+                if name in self._kept:
+                    return self._kept[name]
+            made = make()
+            with self._lock:
+                if not self._closed:
+                    self._kept[name] = made
+                    return made
+            made.close()
+            self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the trajectory has ended")
 
     def close(self) -> None:
-        """End the trajectory."""
+        """End the trajectory: close all that is kept, then raise the first error of that."""
         with self._lock:
             self._closed, kept, self._kept = True, self._kept, {}
+        errors = []
         for item in kept.values():
-            item.close()
+            try:
+                item.close()
+            except Exception as error:  # noqa: BLE001 - the others are closed all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class ToolContext:
@@ -198,7 +218,9 @@ def run_call(
         return CallResult(CallStatus.EXECUTED, call.name, call.arguments, parts), registry
     except ToolError as error:
         return invalid(error, call), registry
-    except (Exception, SystemExit):  # noqa: BLE001 - nothing a tool does may stop the run
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - nothing a tool does may stop the run
         return fault(traceback.format_exc(), call), registry
 
 

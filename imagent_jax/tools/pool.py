@@ -108,7 +108,7 @@ class CallPool:
             return  # it was given up before it ended
         self._running.remove(job)
         self._start()
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             raise result
         self._ready.append((job.key, result))
 
@@ -118,6 +118,6 @@ def _run(job: _Job, finished: "queue.SimpleQueue[tuple[_Job, Any]]") -> None:
         result, late = job.work(), time.monotonic() >= job.deadline
         job.deadline = math.inf  # the rest is not the work's
         result = None if late else job.then(result)
-    except Exception as error:  # noqa: BLE001 - raised in the caller
+    except BaseException as error:  # noqa: BLE001 - raised in the caller
         result = error
     finished.put((job, result))

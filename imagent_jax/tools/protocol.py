@@ -10,7 +10,7 @@ from typing import Any
 
 from imagent_jax.chat import Call, MalformedCall
 from imagent_jax.chat.prompts import Prompt
-from imagent_jax.tools.calls import invalid
+from imagent_jax.tools.calls import invalid, too_deep
 from imagent_jax.tools.context import ToolSettings, TrajectoryState, run_call
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest
@@ -92,10 +92,9 @@ class ToolSet:
             close = nearest(call.name, self._tools)
             hint = f'did you mean "{close}"?' if close else f"tools are {', '.join(self._tools) or 'none'}"
             raise ToolError(f"there is no tool {quote(call.name)}; {hint}")
-        try:
-            self._tools[call.name].check(call.arguments)
-        except RecursionError:
-            raise ToolError("the arguments are nested too deeply") from None
+        if too_deep(call.arguments):
+            raise ToolError("the arguments are nested too deeply")
+        self._tools[call.name].check(call.arguments)
         return self._tools[call.name]
 
     def execute(

@@ -12,6 +12,7 @@ import random
 import re
 import struct
 import sys
+import threading
 import time
 
 import cv2
@@ -23,8 +24,10 @@ import numpy.random  # noqa: F401
 import scipy.ndimage  # noqa: F401
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps  # noqa: F401
 
-SHOWN_SIDE, FRAMES, MESSAGE = 16384, 3, 300
-"""Largest side of a shown image, frames of a traceback that are reported, characters of an error's message."""
+SHOWN_SIDE, FRAMES, MESSAGE, NAME = 16384, 3, 300, 80
+"""Largest side of a shown image, frames of a traceback that are reported, characters of its message and of names in it."""
+FOLDER = "/sandbox"
+"""The worker's folder, as it is called in what code printed and raised."""
 INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"
 
 
@@ -126,7 +129,7 @@ class Shown:
         if not 1 <= min(rgb.size) <= max(rgb.size) <= SHOWN_SIDE or rgb.width * rgb.height > self._pixels:
             raise ValueError(f"an image of {rgb.width} x {rgb.height} pixels is too large to show")
         self._pixels -= rgb.width * rgb.height
-        self._items.append((rgb, parent if isinstance(parent, int) else None))
+        self._items.append((rgb, parent if type(parent) is int and 1 <= parent <= self._images._count else None))
         number = self._images._count = self._images._count + 1
         self._images._keep(number, rgb)
         return number
@@ -204,8 +207,35 @@ class Clock:
         self.now_ns += int(seconds * 10**9)
 
 
+class TickMeter:
+    """`cv2.TickMeter` by another clock."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self._begun = self._last = self._total = self._count = 0
+
+    def start(self):
+        self._begun = cv2.getTickCount()
+
+    def stop(self):
+        if self._begun:
+            self._last, self._begun = cv2.getTickCount() - self._begun, 0
+            self._total, self._count = self._total + self._last, self._count + 1
+
+    getCounter = lambda self: self._count  # noqa: E731
+    getTimeTicks, getLastTimeTicks = lambda self: self._total, lambda self: self._last
+    getTimeMicro, getLastTimeMicro = lambda self: self._total / 1e3, lambda self: self._last / 1e3
+    getTimeMilli, getLastTimeMilli = lambda self: self._total / 1e6, lambda self: self._last / 1e6
+    getTimeSec, getLastTimeSec = lambda self: self._total / 1e9, lambda self: self._last / 1e9
+    getAvgTimeSec = lambda self: self._total / 1e9 / max(self._count, 1)  # noqa: E731
+    getAvgTimeMilli = lambda self: self._total / 1e6 / max(self._count, 1)  # noqa: E731
+    getFPS = lambda self: self._count * 1e9 / self._total if self._total else 0.0  # noqa: E731
+
+
 def seed_world(seed: int) -> None:
-    """Make time and entropy, as Python code reads them, functions of `seed`."""
+    """Make time, entropy and the process's numbers, as Python code reads them, functions of `seed`."""
     clock, entropy = Clock(1_700_000_000), random.Random(seed)
     time.time_ns, time.sleep = clock.read_ns, clock.sleep
     time.time = lambda: clock.read_ns() / 1e9
@@ -240,9 +270,13 @@ def seed_world(seed: int) -> None:
     os.getrandom = lambda size, flags=0: entropy.randbytes(size)
     plain_seed = random.Random.seed
     random.Random.seed = lambda self, a=None, version=2: plain_seed(self, entropy.randbytes(32) if a is None else a, version)
+    random.seed = random._inst.seed  # it was bound to the plain one
     random.seed(seed)
     np.random.seed(seed % 2**32)
     cv2.setRNGSeed(seed % 2**31)
+    cv2.getTickCount = cv2.getCPUTickCount = clock.since_ns
+    cv2.getTickFrequency, cv2.TickMeter = lambda: 1e9, TickMeter
+    os.getpid, os.getppid, threading.get_native_id = lambda: 1, lambda: 0, lambda: 1
 
 
 # ---- calls --------------------------------------------------------------------------------------------------------------
@@ -268,10 +302,11 @@ def describe(error: BaseException, sources: dict[str, str]) -> str:
     told = []
     for name, number, function in lines:
         text = sources[name].splitlines()[number - 1 : number] if number else []
-        where = f" in {function}" if function not in ("", "<module>") else ""
-        told.append(f"line {number}{where}: {text[0].strip()[:80] if text else ''}")
+        where = f" in {function[:NAME]}" if function not in ("", "<module>") else ""
+        told.append(f"line {number}{where}: {text[0].strip()[:NAME] if text else ''}")
     message = without_addresses(message)
-    head = f"{type(error).__name__}: {message[:MESSAGE]}" if message else type(error).__name__
+    kind = type(error).__name__[:NAME]
+    head = f"{kind}: {message[:MESSAGE]}" if message else kind
     return head + (f" ({'; '.join(told)})" if told else "")
 
 
@@ -279,7 +314,7 @@ class Session:
     """The calls of one trajectory."""
 
     def __init__(self, wire, printed: int):
-        self.wire, self.printed = wire, Printed(printed)
+        self.wire, self.printed, self.folder = wire, Printed(printed), os.getcwd()
         self.images = Images(wire)
         self.shown = Shown(self.images)
         self.names = {"__name__": "__main__", "images": self.images, "show": self.shown.show}
@@ -297,17 +332,26 @@ class Session:
         try:
             if INPUT in code and len(self.images):
                 self.images[1].save(INPUT, "PNG", compress_level=1)
-            exec(compile(ast.parse(code, name), name, "exec"), self.names)
+            self.run(code, name)
             self.show_output(code)
         except SystemExit as end:
-            error = None if not end.code else f"SystemExit: {str(end.code)[:MESSAGE]}"
+            error = f"SystemExit: {str(end.code)[:MESSAGE]}"
         except BaseException as raised:  # noqa: BLE001 - whatever the code raises is its result
             error = describe(raised, self.sources)
         items = [] if error else self.shown._items
         shown = [[rgb.width, rgb.height, parent] for rgb, parent in items]
-        reply = {"text": self.printed._text(), "error": error, "shown": shown}
+        text, error = (said and said.replace(self.folder, FOLDER) for said in (self.printed._text(), error))
+        reply = {"text": text, "error": error, "shown": shown}
         self.wire.send(reply, *(rgb.tobytes() for rgb, _ in items))
         self.shown._items = items = []
+
+    def run(self, code: str, name: str) -> None:
+        """Run code to its end, which may be an exit without an error."""
+        try:
+            exec(compile(ast.parse(code, name), name, "exec"), self.names)
+        except SystemExit as end:
+            if end.code:
+                raise
 
     def show_output(self, code: str) -> None:
         """Show the file in which code of Visual-ARFT's form leaves its image."""
