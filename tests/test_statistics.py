@@ -50,7 +50,7 @@ def test_few_questions_that_differ_show_nothing():
     for count, shown in ((1, False), (5, False), (6, True)):
         a, b = np.zeros(100), np.r_[np.ones(count), np.zeros(100 - count)]
         assert paired_difference(a, b).shown is shown and paired_difference(a, b).differing == count
-        assert (scipy.stats.binomtest(count, count).pvalue < 0.05) is shown
+        assert bool(scipy.stats.binomtest(count, count).pvalue < 0.05) is shown
     assert not paired_difference([0], [1]).shown
 
 
