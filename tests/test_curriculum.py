@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,23 @@ def test_a_pass_rate_that_the_data_names_counts_until_the_task_is_measured():
     )
     rates.learn("a", 0.5)
     assert rates.chance("a", 1.0) == 0.5
+
+
+@pytest.mark.parametrize("rate", ["0.5", True, 50, -0.1, [0.5]])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_bad_pass_rate_is_a_fault_of_its_line_before_training_with_a_curriculum(tmp_path, rate, mixed):
+    rows = [{"question": f"{i}?", "answer": "a", "pass_rate": value} for i, value in enumerate([0.5, rate, None, 1])]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"name": "files", "path": str(tmp_path)}
+    cfg = DataConfig(**({"mixture": {"own": SourceConfig(**files)}} if mixed else files), cache_dir=str(tmp_path))
+    assert len(open_tasks(cfg, "train")) == 4
+    cfg = replace(cfg, curriculum="pass_rate")
+    with pytest.raises(ValueError, match="line 2: the row has pass_rate .*; a curriculum needs numbers from 0 to 1"):
+        open_tasks(cfg, "train")
+    skipping = open_tasks(replace(cfg, skip_bad=True), "train")
+    assert len(skipping) == 3 and [(fault.line, fault.kind) for fault in skipping.faults] == [(2, "bad pass_rate")]
+    assert len(open_tasks(cfg, "test")) == 4
 
 
 def test_rows_name_pass_rates_and_the_hopeless_come_less_often_from_the_first_epoch_on(tmp_path):

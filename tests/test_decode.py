@@ -1,6 +1,7 @@
 """Decoding: what every kind of image looks like to the policy, wherever it comes from."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -98,6 +99,30 @@ def test_16_bits_reach_from_black_to_white_and_may_have_a_transparent_value():
     assert np.asarray(to_rgb(ends))[0, :, 0].tolist() == [0, 0, 1, 254, 255, 255]
     keyed = read_image(saved(ends, "PNG", transparency=129))
     assert np.asarray(keyed)[0, :, 0].tolist() == [0, 0, 255, 254, 255, 255]
+
+
+def tiff(bits, photometric, data, width) -> bytes:
+    """A grey TIFF file of one row, written by hand: Pillow writes no 12 bits and no 16 bits whose white is zero."""
+    tags = [(256, 3, width), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 122), (277, 3, 1),
+            (278, 3, 1), (279, 4, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + struct.pack("<I", 0) + data
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "data", "expected"),
+    [
+        (8, 0, bytes([0, 85, 170, 255]), [255, 170, 85, 0]),
+        (12, 1, bytes.fromhex("000555aaafff"), [0, 85, 170, 255]),
+        (16, 1, bytes.fromhex("00005555aaaaffff"), [0, 85, 170, 255]),
+        (16, 0, bytes.fromhex("00005555aaaaffff"), [255, 170, 85, 0]),
+    ],
+)
+def test_grey_of_a_tiff_file_is_scaled_by_its_bits_and_inverted_where_white_is_zero(bits, photometric, data, expected):
+    file = tiff(bits, photometric, data, 4)
+    assert np.asarray(read_image(file))[0, :, 1].tolist() == expected
+    with Image.open(io.BytesIO(file)) as opened:
+        assert_same(read_pil(opened), read_image(file))
 
 
 @pytest.mark.parametrize(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])

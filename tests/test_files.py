@@ -22,6 +22,7 @@ from task_rows import (
     write,
 )
 
+from imagent_jax.cli import main as cli
 from imagent_jax.config import DataConfig
 from imagent_jax.data import files
 from imagent_jax.data.check import Fault
@@ -224,6 +225,30 @@ def test_a_path_without_rows_is_one_sentence(folder):
         opened(path=str(folder))
     with pytest.raises(ValueError, match="gone.jsonl does not exist"):
         opened(path=str(folder / "gone.jsonl"))
+
+
+def test_files_of_one_name_have_uids_of_their_own(folder):
+    """And files whose names differ keep the short ones."""
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        write(folder / name, ".jsonl", *numbered(name, 2))
+    write(folder / "b", ".jsonl", *numbered(3), name="more")
+    found = opened(path=f"{folder}/*/*.jsonl")
+    assert found == [("a/train.jsonl:1", "a"), ("a/train.jsonl:2", "2"), ("more:1", "3"), ("b/train.jsonl:1", "b"),
+                     ("b/train.jsonl:2", "2")]  # fmt: skip
+    assert opened(path=f"{folder}/b/*.jsonl") == [("more:1", "3"), ("train:1", "b"), ("train:2", "2")]
+
+
+def test_only_the_absence_of_a_test_split_is_passed_over(folder, capsys):
+    write(folder, ".jsonl", *numbered(1))
+    assert cli(["data", str(folder)]) == 0 and cli(["data", str(folder / "train.jsonl")]) == 0
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(numbered(1))}).save_to_disk(folder / "saved")
+    assert cli(["data", str(folder / "saved")]) == 0
+    for suffix in (".jsonl", ".json"):
+        write(folder, suffix, *numbered(1), name="test")
+    capsys.readouterr()
+    assert cli(["data", str(folder)]) == 2
+    assert "has .json and .jsonl files of the test split; name one file in data.path" in capsys.readouterr().err
 
 
 def test_a_uid_of_two_files_names_both(folder):

@@ -206,7 +206,12 @@ def test_a_server_without_schema_or_temperature_is_asked_without(cfg, options):
 
 VERDICTS = [
     ('{"reason": "", "score": 0.5}', 0.5), ('<think>{"score": 1}</think>\n```json\n{"score": 0}\n```', 0.0),
-    ('{"score": 1} or {"score": 0.25}', 0.25),
+    ('{"score": 1} or {"score": 0.25}', 0.25), ('```json\n{"reason": "The set {1, 2} is right.", "score": 1}\n```', 1.0),
+    ('Verdict: {"reason": "a } b", "score": 1}', 1.0), ('{"reason": "", "score": 1} {note}', 1.0), ('{"score": 1} {"a": 1}', 1.0),
+    ('```{"parts": {"score": 0.5}, "score": 1}```', 1.0), ('{"parts": [{"score": 0.5}]} ' + "\\frac{1}{2} " * 50, None),
+    ("\\frac{1}{2} " * 500 + '{"score": 1}', 1.0), ('{"score": 1} {"reason": "cut off', None),
+    ('{"score": 1} {"score": 7}', None), ('{"reason": "' + "{1} " * 500 + '", "score": 1}', 1.0),
+    ('{"a":' * 100_000, None), ('{"a": "' * 50_000, None),
     ('{"score": true}', None), ('{"score": "1"}', None), ('{"score": 1.01}', None),
     ('{"score": -0.01}', None), ('{"score": NaN}', None),
     ("1", None), ("[1]", None), ("", None), ("{" * 9000, None), ('{"score": 1', None), ('{"reason": 1}', None),
@@ -413,6 +418,14 @@ def test_a_judge_scores_replies_to_a_benchmark_and_its_failures_count_apart(cfg,
     assert result["scores"][""]["judged"]["micro"]["mean"] == 1.0
     assert result["scores"][""]["strict"]["micro"]["mean"] == pytest.approx(1 / 3, abs=1e-6)
     assert "2 samples have no verdict and count nowhere." in " ".join(about(result))
+
+
+def test_the_judge_reads_the_end_of_a_long_reply(cfg):
+    with serving() as server:
+        records = records_of("no tram. " * 1000 + "a bus")
+        judge_replies(replace(cfg, base_url=server.url), [TASK], records)
+        [said] = re.findall(r"^Answer: (.*)$", server.asked[-1]["messages"][-1]["content"], re.MULTILINE)
+    assert records[0]["samples"][0]["judged"] == 1.0 and len(json.loads(said)) == llm_judge.LONGEST and said.endswith('a bus"')
 
 
 def test_without_a_judge_an_evaluation_with_one_does_not_begin(cfg):

@@ -116,6 +116,20 @@ def test_images_are_decoded_on_all_cores_and_each_file_once(folder, monkeypatch)
     assert len(threads) == 3 and sum(threads.values()) == 6
 
 
+def test_the_message_about_a_path_of_any_length_is_short(folder):
+    with pytest.raises(ValueError, match=r"the image .*/SUkqA.* cannot be used \(File name too long\)") as error:
+        read_jsonl(_write(folder, GOOD | {"images": ["SUkqA" + "Ab/9" * 50_000]}))
+    assert len(str(error.value)) < 1500
+
+
+def test_a_reference_of_several_boxes_is_one_for_a_point(folder):
+    row = {"question": "Where?", "answer": "[[0, 0, 10, 10], [20, 20, 30, 30]]", "answer_type": "point"}
+    [task] = read_jsonl(_write(folder, row))
+    assert [score(said, task.answer, "point") for said in ("[25, 25]", "[5, 5]", "[15, 15]")] == [1, 1, 0]
+    with pytest.raises(ValueError, match="is no box; write the text"):
+        read_jsonl(_write(folder, row | {"answer": "[[0, 0, 10, 10], [20, 20]]"}))
+
+
 def test_an_image_of_more_pixels_than_pillow_opens_is_a_fault(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # an image has 2400
     with pytest.raises(ValueError, match=r"line 1: the image .*one.png cannot be used \(it does not decode\); replace the file"):

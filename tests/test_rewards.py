@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -221,6 +222,13 @@ def no_list(ts: list[Trajectory]):
 def test_a_reward_of_a_list_that_fails_is_a_fault_of_every_trajectory(reward, words):
     made = score_trajectories([trajectory("7"), trajectory("8")], {"a": Part(1.0, lambda t: 1.0), "b": Part(1.0, reward)})
     assert all(words in scored["fault"] and scored["total"] == scored["a"] == 0.0 for scored in made)
+
+
+def test_a_reward_may_return_a_future_and_its_error_is_a_fault():
+    with ThreadPoolExecutor(1) as pool:
+        part = Part(1.0, lambda t: pool.submit(lambda: 1 / int(t.answer)), 20.0)
+        good, bad = score_trajectories([trajectory("2"), trajectory("0")], {"a": part})
+    assert good == {"a": 0.5, "total": 0.5} and bad["fault"].startswith("reward a: ZeroDivisionError") and bad["total"] == 0.0
 
 
 class Clock:

@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 Size = tuple[int, int]
 """(height, width) of an image in pixels."""
 T = TypeVar("T")
-VERSION = 4
+VERSION = 5
 """Of the checks here and in `reader`; remembered verdicts of another version do not count."""
 
 
@@ -130,7 +130,7 @@ def sized(
 
 
 def _size(image: str | bytes) -> Size | RowError:
-    name = f"the image {image}" if isinstance(image, str) else "an image inside the row"
+    name = f"the image {image[:1000]}" if isinstance(image, str) else "an image inside the row"
     try:
         pixels = read_image(pathlib.Path(image).read_bytes() if isinstance(image, str) else image)
     except FileNotFoundError:

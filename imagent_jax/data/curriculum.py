@@ -1,7 +1,40 @@
 """Curriculum: tasks that are always or never solved come again less often (the online form of DAPO's dynamic sampling)."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from imagent_jax.data.check import RowError, TaskCheck
+from imagent_jax.types import Task
+
 MEMORY = 4
 """The newest measurement of a task has at least a weight of 1 / MEMORY in its running mean."""
+
+
+def named_rate(meta: Mapping[str, Any]) -> float | None:
+    """Return the pass rate that a row names; None: none.
+
+    Raises:
+        ValueError: it is no number from 0 to 1.
+    """
+    rate = meta.get("pass_rate")
+    if rate is not None and (isinstance(rate, bool) or not (isinstance(rate, int | float) and 0 <= rate <= 1)):
+        raise ValueError(f"has pass_rate {rate!r:.80}; a curriculum needs numbers from 0 to 1, or none")
+    return rate
+
+
+class RateCheck:
+    """A check of tasks (`check.TaskCheck`) for a run with a curriculum: it also tries the pass rate that a row names."""
+
+    def __init__(self, check: TaskCheck | None):
+        self.check, self.fingerprint = check, f"{check.fingerprint if check else ''} pass_rate"
+
+    def __call__(self, task: Task, sizes: Sequence[tuple[int, int]]) -> None:
+        try:
+            named_rate(task.meta)
+        except ValueError as error:
+            raise RowError("bad pass_rate", f"the row {error}") from error
+        if self.check is not None:
+            self.check(task, sizes)
 
 
 class PassRates:

@@ -29,6 +29,10 @@ BATCH = 16
 """Rows of a Parquet file or a hub data set in memory at one time."""
 
 
+class NoSplit(ValueError):
+    """A data set has no such split."""
+
+
 class Source(Protocol):
     """Rows with random access.
 
@@ -310,7 +314,8 @@ class HubSplit:
             data = datasets.load_from_disk(name)[split] if saved else datasets.load_dataset(name, *which, split=split)
         except Exception as error:  # whatever the hub or a file of it raises
             reason = " ".join(str(error).split())
-            raise ValueError(f"There is no file or folder {name}, and no data set {self.name} ({reason}).") from error
+            kind = NoSplit if isinstance(error, KeyError) or "Unknown split" in reason else ValueError
+            raise kind(f"There is no file or folder {name}, and no data set {self.name} ({reason}).") from error
         self.path = pathlib.Path(name) / f"{f'{config}-' if config else ''}{split}"
         self._hash, self._data = data._fingerprint, data.with_format("arrow")
 
@@ -353,6 +358,7 @@ def open_sources(cfg: DataConfig, split: str) -> list[Source]:
     file, the files of a glob pattern, or the split of a hub data set.
 
     Raises:
+        NoSplit: the data set has no such split.
         ValueError: there is no such file, folder or data set.
     """
     name = os.path.expanduser(cfg.test_path if split == "test" and cfg.test_path else cfg.path)
@@ -364,7 +370,7 @@ def open_sources(cfg: DataConfig, split: str) -> list[Source]:
     if not found and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and os.path.splitext(name)[1] not in CONTAINERS:
         return [HubSplit(name, split)]
     if split == "test" and not cfg.test_path:
-        raise ValueError(
+        raise NoSplit(
             f"data.path {cfg.path} names training tasks only; set data.test_path to held-out tasks, or eval.tasks and eval.every "
             "to 0 to evaluate nothing."
         )
@@ -379,7 +385,7 @@ def _files_of(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
         return found
     if kinds:
         raise ValueError(f"{folder} has {' and '.join(sorted(kinds))} files of the {split} split; name one file in data.path.")
-    raise ValueError(f"{folder} has no {split} split; write {split}.jsonl (or {', '.join(list(CONTAINERS)[1:])}) there.")
+    raise NoSplit(f"{folder} has no {split} split; write {split}.jsonl (or {', '.join(list(CONTAINERS)[1:])}) there.")
 
 
 def _extra(module: str) -> ModuleType:

@@ -13,7 +13,7 @@ import grain
 
 from imagent_jax.config import DataConfig, import_path
 from imagent_jax.data.check import Progress, TaskCheck, Tasks
-from imagent_jax.data.curriculum import PassRates
+from imagent_jax.data.curriculum import PassRates, RateCheck, named_rate
 from imagent_jax.data.mixture import Mixture, next_source, open_mixture
 from imagent_jax.types import ANSWER_TYPES, Task
 
@@ -61,6 +61,8 @@ def open_tasks(cfg: DataConfig, split: str, check: TaskCheck | None = None, prog
     check_source(cfg)
     if cfg.mixture:
         return open_mixture(cfg, split, check, progress, open_tasks)
+    if cfg.curriculum == "pass_rate" and split == "train":
+        check = RateCheck(check)
     return import_path(SOURCES[cfg.name], "data.name")(cfg, split, check, progress)
 
 
@@ -159,10 +161,10 @@ class TaskIterator(Iterator[list[Task]]):
 
     def _named_rate(self, source: str, index: int) -> float | None:
         tasks = self.tasks.sources[source]
-        rate = tasks.meta_of(index).get("pass_rate") if isinstance(tasks, Tasks) else None
-        if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
-            raise ValueError(f"Task {tasks[index].uid} has pass_rate {rate!r}; a curriculum needs numbers from 0 to 1, or none.")
-        return rate
+        try:
+            return named_rate(tasks.meta_of(index)) if isinstance(tasks, Tasks) else None
+        except ValueError as error:
+            raise ValueError(f"Task {tasks[index].uid} {error}.") from error
 
     def _read(self, drawn: Drawn) -> Task:
         return self.tasks.sources[drawn.source][drawn.index]

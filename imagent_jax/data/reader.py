@@ -15,6 +15,7 @@ import os
 import pathlib
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, overload
@@ -40,6 +41,7 @@ from imagent_jax.data.check import (
 from imagent_jax.data.files import Source, open_sources
 from imagent_jax.data.formats import FORMATS, Format, format_among, read_row, unknown_columns
 from imagent_jax.scoring import score
+from imagent_jax.scoring.boxes import coordinates
 from imagent_jax.types import Task, quote
 
 Sizes = list[Size | RowError]
@@ -90,6 +92,7 @@ class FileTasks(Tasks):
         faults: Sequence[Fault] = (),
     ):
         self.sources, self.places, self.forms, self.how, self.faults = tuple(sources), places, forms, how, tuple(faults)
+        self.stems = stems_of(sources)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -117,7 +120,7 @@ class FileTasks(Tasks):
         number, line, place, form, checksum = self.places[index].tolist()
         source = self.sources[number]
         try:
-            row = _row(source, line, place, self.forms[form], source.read(place), self.how)
+            row = _row(source, f"{self.stems[number]}:{line}", line, place, self.forms[form], source.read(place), self.how)
             if _checksum(row.task) != checksum:
                 raise ValueError("it is another row")
         except Exception as error:  # whatever a row raises that was once read
@@ -201,6 +204,15 @@ def image_bytes(source: Source, image: Image) -> bytes:
     return pathlib.Path(image).read_bytes() if isinstance(image, str) else image
 
 
+def stems_of(sources: Sequence[Source]) -> list[str]:
+    """Return what begins the uids of rows without one: the name of each file; where names repeat, its path below all."""
+    counts = Counter(source.path.stem for source in sources)
+    if max(counts.values(), default=1) == 1:
+        return [source.path.stem for source in sources]
+    common = os.path.commonpath([source.path.parent.absolute() for source in sources])
+    return [os.path.relpath(s.path.absolute(), common) if counts[s.path.stem] > 1 else s.path.stem for s in sources]
+
+
 # ---- the check --------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +233,8 @@ def checked(
     """
     seen: dict[str, tuple[Source, int]] = {}
     total = sum(source.count() for source in sources)
-    rows = itertools.chain.from_iterable(_rows(source, forms, how) for source in sources)
+    stems = zip(sources, stems_of(sources), strict=True)
+    rows = itertools.chain.from_iterable(_rows(source, stem, forms, how) for source, stem in stems)
     pairs = ((row, row.images if isinstance(row, Row) else ()) for row in rows)
     for row, sizes in tracked(sized(pairs, known), total, "rows checked", progress):
         if isinstance(row, Row):
@@ -256,8 +269,8 @@ def _judge(
     return Verdict(faults, np.array(index, np.int64).reshape(-1, 5), sorted(environments - {""}))
 
 
-def _rows(source: Source, forms: Sequence[Format], how: tuple[int | None, str]) -> Iterator[Row | Fault]:
-    """Yield the rows of a source that can be read, and the faults of the others."""
+def _rows(source: Source, stem: str, forms: Sequence[Format], how: tuple[int | None, str]) -> Iterator[Row | Fault]:
+    """Yield the rows of a source that can be read, and the faults of the others. `stem`: begins the uids of rows without one."""
     form = None
     for line, place, found in source.rows():
         try:
@@ -266,19 +279,19 @@ def _rows(source: Source, forms: Sequence[Format], how: tuple[int | None, str]) 
             only = forms[0] if len(forms) == 1 else None
             if (form := format_among(forms, found) or (None if only else form)) is None:
                 raise unknown_columns(found, only)
-            yield _row(source, line, place, form, found, how)
+            yield _row(source, f"{stem}:{line}", line, place, form, found, how)
         except RowError as error:
             yield Fault(source.name, line, error.reason, error.kind, source.unit)
 
 
-def _row(source: Source, line: int, place: int, form: Format, found: dict, how: tuple[int | None, str]) -> Row:
-    """Return a row from its columns.
+def _row(source: Source, uid: str, line: int, place: int, form: Format, found: dict, how: tuple[int | None, str]) -> Row:
+    """Return a row from its columns. `uid`: of a row without one.
 
     Raises:
         RowError: see `read_row`; also for whatever a format's reader raises at a row that is not as it expects.
     """
     try:
-        task, images = read_row(found, form, f"{source.path.stem}:{line}", *how)
+        task, images = read_row(found, form, uid, *how)
     except RowError:
         raise
     except Exception as error:
@@ -306,14 +319,17 @@ def _try_row(row: Row, sizes: Sizes, check: TaskCheck | None) -> None:
     try:
         if check is not None:
             check(row.task, [size for size in sizes if not isinstance(size, RowError)])
+    except RowError:
+        raise
     except Exception as error:  # whatever would stop the run later
         raise RowError("unusable prompt", str(error).rstrip(".")) from error
 
 
 def _score_itself(answer: str, answer_type: str) -> None:
     """Raise RowError where an answer, as a policy would write it, does not score 1 against itself."""
+    said = str(coordinates(answer)[:4]) if answer_type == "point" else answer  # of several boxes, a point is in one
     try:
-        right = score(extract_answer(answer_markup(answer)), answer, answer_type) == 1
+        right = score(extract_answer(answer_markup(said)), answer, answer_type) == 1
     except ValueError as error:
         sentence = str(error).rstrip(".")
         raise RowError("unusable answer", f"{sentence[0].lower()}{sentence[1:]}") from None

@@ -21,7 +21,7 @@ from rich.console import Console
 from imagent_jax.config import DataConfig
 from imagent_jax.data.check import Fault, RowError
 from imagent_jax.data.convert import Writer, new_folder
-from imagent_jax.data.files import Source, open_sources
+from imagent_jax.data.files import NoSplit, Source, open_sources
 from imagent_jax.data.formats import FORMATS
 from imagent_jax.data.page import Example, write_page
 from imagent_jax.data.reader import Row, Sizes, checked, image_bytes
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     for split in ("train", "test"):
         try:
             splits[split] = open_sources(DataConfig(path=args.input), split)
-        except ValueError:
+        except NoSplit:
             if split == "train":
                 raise
     with new_folder(args.out) if args.out else contextlib.nullcontext() as folder:

@@ -4,7 +4,7 @@
 - Transparency (RGBA, LA, PA, a transparent colour) is composed over white, as transformers' image processor does. Its
   `load_image` drops alpha instead, which shows colours that no viewer shows.
 - Grey of 16 bits is scaled to 8 bits, 65535 to 255. (transformers clips at 255: nearly all is white.) Colour files of 16 bits a
-  channel are scaled by Pillow.
+  channel are scaled by Pillow. A grey TIFF file of 12 bits is scaled from 4095, and one whose white is zero is inverted.
 - Pixels that are 32-bit integers or floats are refused, because their white is not known. (transformers clips them.)
 - Of an animation, or a file of several pages, the first frame counts, as in transformers.
 - A file is turned as its EXIF orientation says, as all viewers and `transformers.image_utils.load_image` do. Boxes are in turned
@@ -18,6 +18,8 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+_BITS, _PHOTOMETRIC = 258, 262
+"""Tags of a TIFF file."""
 _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
@@ -43,7 +45,9 @@ def read_pil(image: Image.Image) -> Image.Image:
     """
     own = image.copy()
     own.format = image.format
-    return to_rgb(_turn(own))
+    own = _turn(own)
+    own.__dict__["tag_v2"] = getattr(image, "tag_v2", {})  # of a TIFF file; a copy loses it
+    return to_rgb(own)
 
 
 def _turn(image: Image.Image) -> Image.Image:
@@ -72,8 +76,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """Return a grey image of 16 bits in RGB; its transparent value, where it has one, becomes white."""
-    pixels = np.asarray(image).astype(np.uint32)
-    grey = (pixels + 128) // 257  # 65535 / 255 = 257
+    pixels, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+    white = 2 ** tags.get(_BITS, (16,))[0] - 1
+    grey = (pixels * 255 + white // 2) // white
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        grey = 255 - grey
     if (transparent := image.info.get("transparency")) is not None:
         grey[pixels == transparent] = 255
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -5,7 +5,6 @@ nothing twice.
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -44,6 +43,9 @@ _FORMAT = {
 }  # fmt: skip
 _OPTIONS = ({"temperature": 0, "response_format": _FORMAT}, {"response_format": _FORMAT}, {"temperature": 0}, {})
 """Options of a request, in the order in which they are tried: some servers know no schema, some models no temperature."""
+_MOST = 200
+"""Most places in a reply at which an object is tried to be read: reading stays linear."""
+_DECODER, _OBJECT = json.JSONDecoder(), re.compile(r'\{\s*"')
 _PLACE = re.compile(r"\{(question|references|answer)\}")
 _MARKER = re.compile(r"<|\[(?=/?[A-Z_]+\])")
 """Where a marker token of a chat template may begin: <|im_end|>, </s>, [/INST]."""
@@ -154,13 +156,22 @@ class LLMJudge:
 
 
 def verdict(reply: str) -> float | None:
-    """Return the score in a reply, a number from 0 to 1: that of the whole as JSON, else of its last object; None: none."""
-    for text in (reply, reply[reply.rfind("{") : reply.rfind("}") + 1]):
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            score = json.loads(text)["score"]
-            if type(score) in (int, float) and 0 <= score <= 1:
-                return float(score)
-    return None
+    """Return the score in a reply, a number from 0 to 1: that of its last JSON object with a score; None: none.
+
+    An object within another does not count. Of the places where an object may begin, the first and the last `_MOST` are tried.
+    """
+    score: Any = None
+    end = 0
+    places = [place.start() for place in re.finditer(r"\{", reply)]
+    for begin in [*places[:1], *places[1:][-_MOST:]]:
+        if begin >= end:
+            try:
+                found, end = _DECODER.raw_decode(reply, begin)
+                score = found.get("score", score)
+            except (ValueError, RecursionError):
+                score = None if _OBJECT.match(reply, begin) else score  # an object that was cut off
+    number = isinstance(score, int | float) and not isinstance(score, bool)
+    return float(score) if number and 0 <= score <= 1 else None
 
 
 def _template(path: str) -> str:

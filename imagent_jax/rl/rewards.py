@@ -167,20 +167,20 @@ def takes_list(function: Reward) -> bool:
 
 
 def _call(part: Part, argument: Any, slots: asyncio.Semaphore) -> Any:
-    """Return what a reward returns or raises; of an async one, the Future of that."""
+    """Return what a reward returns or raises; of an async one, or of one that returns a Future, the Future of that."""
     try:
         result = part.function(argument)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a reward of the user's
         return error
-    if not inspect.isawaitable(result):
+    if not isinstance(result, Future) and not inspect.isawaitable(result):
         return result
     return asyncio.run_coroutine_threadsafe(_bounded(result, slots, part.timeout_s), _loop())
 
 
-async def _bounded(result: Awaitable[Any], slots: asyncio.Semaphore, timeout_s: float | None) -> Any:
+async def _bounded(result: Awaitable[Any] | Future, slots: asyncio.Semaphore, timeout_s: float | None) -> Any:
     try:
         async with slots, asyncio.timeout(timeout_s) as limit:
-            return await result
+            return await (asyncio.wrap_future(result) if isinstance(result, Future) else result)
     except (Exception, SystemExit, asyncio.CancelledError) as error:
         return TimeoutError(f"no result within {timeout_s:g} s") if limit.expired() else error
 

@@ -6,6 +6,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
 
 _OPTION = re.compile(r"(?:image\s+)?([1-9][0-9]*)|\(([a-z])\)|([a-z])\)?", re.IGNORECASE | re.ASCII)
 _SPACE = "\u00a0\u2009\u202f"  # no-break, thin and narrow no-break space: the thousands separators of SI and of French
@@ -20,7 +21,7 @@ _UNSPACED = (
 _TOKEN = re.compile(rf"[{_UNSPACED}]|[^{_UNSPACED}]+")
 _FULL_STOPS = (".", "。", "।", "۔", "።")
 _ARTICLES = ("a", "an", "the")
-_SEPARATOR = re.compile("[,;\n、]")
+_SEPARATOR = re.compile("[,;\n、،؛]")
 _MARKS = 30
 """Most combining marks after a character (UAX 15, stream-safe text): `unicodedata.normalize` sorts them in quadratic time."""
 
@@ -148,17 +149,18 @@ def number(prediction: str, answer: str) -> float:
     value = _value(prediction)
     if value is None:
         return 0.0
-    if value % 1 == expected % 1 == 0:
+    if value == value.to_integral_value() and expected == expected.to_integral_value():
         return float(value == expected)
-    return float(math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-12))
+    return float(math.isclose(float(value), float(expected), rel_tol=1e-6, abs_tol=1e-12))
 
 
-def _value(text: str) -> float | None:
+def _value(text: str) -> Decimal | None:
+    """Return the exact number that a text is; None: it is none, or beyond all floats."""
     text = _unstopped(text)
     if not _NUMBER.fullmatch(text):
         return None
-    value = float(re.sub(f"[,{_SPACE}]", "", text))
-    return value if math.isfinite(value) else None
+    text = re.sub(f"[,{_SPACE}]", "", text)
+    return Decimal(text) if math.isfinite(float(text)) else None
 
 
 def f1(prediction: str, answer: str) -> float:
