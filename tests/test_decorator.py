@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from typing import Any, Literal, Protocol
+from typing import Any, List, Literal, Protocol  # noqa: UP035
 
 import pytest
 from PIL import Image
@@ -77,6 +77,18 @@ def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
     def unknown(context: "Contxt"):
         """Text."""
 
+    def unclosed(context, sides: "list[int"):  # noqa: F722 - what is tested
+        """Text."""
+
+    def missing(context, side: "functools.nothing"):
+        """Text."""
+
+    def lost(context) -> "Nowhere":
+        """Text."""
+
+    def any_list(context, sides: List):  # noqa: UP006 - what is tested
+        """Text."""
+
     def worded(context, number: int = "many"):
         """Text."""
 
@@ -104,6 +116,10 @@ def test_functions_that_cannot_be_tools_are_refused_with_a_reason():
         (gives_records, r"returns list\[dict\]; return text"),
         (gives_nothing, "returns <class 'NoneType'>; return text"),
         (unknown, "tool unknown: an annotation cannot be read .*Contxt"),
+        (unclosed, r"tool unclosed: an annotation cannot be read \(parameter sides: SyntaxError"),
+        (missing, r"tool missing: an annotation cannot be read \(parameter side: AttributeError"),
+        (lost, r"tool lost: an annotation cannot be read \(the result: NameError"),
+        (any_list, r"tool any_list: parameter sides has the type typing\.List; use str"),
         (worded, "parameter number has the default 'many', which is not of its type"),
         (Object(), "has no name and cannot be a tool; write a function that calls it"),
         (functools.partial(silent, x=1), "has no name and cannot be a tool"),

@@ -218,6 +218,20 @@ def test_the_command_that_shows_a_prompt_says_what_its_world_raised(task, monkey
         written(scripted_collector(small_config(**ROOM), environment=Clumsy), task)
 
 
+class Rooms(ToolEnvironment):
+    def reset(self, task):
+        super().reset(task)
+        self.rooms = [{"seen": 0}, {"seen": 0}]
+        self.here = self.rooms[1]
+
+
+def test_what_two_attributes_share_their_copies_share(task):
+    base = scripted_collector(small_config(**ROOM), environment=Rooms).open_task(task).environment
+    one, other = base.fork(1), base.fork(2)
+    one.here["seen"] = 1
+    assert [world.rooms[1]["seen"] for world in (one, other, base)] == [1, 0, 0] and one.here is one.rooms[1]
+
+
 def test_a_world_that_cannot_be_is_refused_in_one_sentence(drawer, monkeypatch):
     for path, sentence in (
         (

@@ -1,7 +1,7 @@
 """Tools from typed functions: their schemas, the values that fit, and what is refused."""
 
 import inspect
-from typing import Literal
+from typing import Dict, List, Literal  # noqa: UP035
 
 import pytest
 from test_tools import search, with_context
@@ -31,6 +31,11 @@ TYPES = [  # annotation, JSON schema, in words, values that fit, values that do 
      "a list of 2 numbers", [[1, 2.5]], [[1], [1, 2, 3], [], [1, "2"]]),
     (Literal["low", "high"], {"type": "string", "enum": ["low", "high"]}, "low or high", ["high", "low"], ["", "full", None]),
     (Literal[1, 2], {"type": "integer", "enum": [1, 2]}, "1 or 2", [1, 2], [True, 1.0, 3, "1"]),
+    (list[Literal["a", "b"]], {"type": "array", "items": {"type": "string", "enum": ["a", "b"]}}, "a list of items, each a or b",
+     [[], ["b", "a"]], [["c"], "a"]),
+    (tuple[Literal[1, 2], Literal[1, 2]],
+     {"type": "array", "items": {"type": "integer", "enum": [1, 2]}, "minItems": 2, "maxItems": 2},
+     "a list of 2 items, each 1 or 2", [[1, 2]], [[1, 3], [1]]),
     (int | None, {"type": "integer", "nullable": True}, "an integer", [None, 3], ["a", 1.5]),
     (list[int] | None, {"type": "array", "items": {"type": "integer"}, "nullable": True}, "a list of integers",
      [None, [1]], [[None], 1]),
@@ -44,7 +49,10 @@ def test_a_type_has_a_schema_words_and_the_values_that_fit_it(hint, schema, word
     assert [matches(schema, value) for value in wrong] == [False] * len(wrong)
 
 
-@pytest.mark.parametrize("hint", [Literal[1, "a"], Literal[b"a"], tuple[int, str], tuple[()], int | str, bytes])
+BARE = List, Dict  # noqa: UP006 - what is tested
+
+
+@pytest.mark.parametrize("hint", [Literal[1, "a"], Literal[b"a"], tuple[int, str], tuple[()], int | str, bytes, *BARE])
 def test_a_type_without_a_schema_is_named(hint):
     with pytest.raises(ValueError, match="^tool f: parameter x has the type .*; use str, int, float, bool"):
         type_schema(hint, "tool f: parameter x")

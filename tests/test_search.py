@@ -8,6 +8,7 @@ import http.server
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -399,6 +400,20 @@ def test_search_r1s_server_is_asked_for_scores_and_ranked_with_ties_by_id():
     assert (path, body) == ("/retrieve", {"queries": ["two words"], "topk": 3, "return_scores": True})
 
 
+def test_documents_of_search_r1s_servers_may_lack_id_and_score():
+    twice = {"title": "Tower", "text": "A tower.", "contents": '"Tower"\nA tower.'}
+    with scripted(says(result_of(item(3.5, **twice), item(3.5, contents="Other."), item(1.0, **twice)))) as server:
+        first, second, last = Server(server.url, 5.0).search("x", 3)
+    tower = first if first.title else second
+    assert {first.text, second.text} == {"A tower.", "Other."} and len({first.id, second.id, last.id}) == 2
+    assert (tower.title, tower.text, tower.score) == ("Tower", "A tower.", 3.5) and len(tower.id) == 16
+    assert (last.id, last.score) == (tower.id, 1.0)
+    bare = [{"document": {"contents": f'"T"\n{i}'}} for i in range(3)]
+    with scripted(says({"result": [bare]})) as server:
+        hits = Server(server.url, 5.0).search("x", 2)
+    assert [(hit.text, hit.score) for hit in hits] == [("0", 1.0), ("1", 0.5)]
+
+
 GOOD = result_of(item(1.0, id="a", contents="x"))
 
 
@@ -416,7 +431,9 @@ GOOD = result_of(item(1.0, id="a", contents="x"))
         (says({"result": [[], []]}), "no list of scored documents"),
         (says({"result": [[{"id": "a", "contents": "bare"}]]}), "no list of scored documents (KeyError: 'document')"),
         (says(result_of(item(None, id="a", contents="x"))), "no list of scored documents"),
-        (says(result_of(item(1.0, contents="x"))), "the passage has no id"),
+        (says(result_of(item(1.0, id=[], contents="x"))), "the passage has no id"),
+        (says(result_of(item(1.0, contents=""))), "the passage is empty"),
+        (says(result_of(item(10**400, id="a", contents="x"))), "no list of scored documents (OverflowError"),
         (says(result_of({"document": [], "score": 1})), "no list of scored documents"),
         (says(b'{"result": [[{"document": {"id": "a", "contents": "x"}, "score": NaN}]]}'), "a score that is no number"),
         (says(b" " * (2**23 + 1)), "more than 8388608 bytes"),
@@ -449,6 +466,58 @@ def test_no_server_and_a_slow_server_are_faults():
             result = called(tools_of(backend="server", url=server.url, timeout_s=0.3), "x")
             assert "TimeoutError" in result.error and result.status is CallStatus.FAULT and time.monotonic() - began < 5
             over.set()
+
+
+@contextlib.contextmanager
+def raw(begin: bytes, drip: bytes):
+    """The address of a server that sends `begin`, then `drip` five times a second; b"": that closes, None: that is silent."""
+    over = threading.Event()
+
+    def answer(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(begin)
+            while drip != b"" and not over.wait(0.2):
+                connection.sendall(drip or b"")
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/retrieve"
+        over.set()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+BUSY = b"HTTP/1.1 503 Busy\r\n"
+LATE, GARBLED = "TimeoutError", "gave no answer that can be used"
+
+
+@pytest.mark.parametrize(
+    ("begin", "drip", "words"),
+    [
+        (b"", None, LATE),
+        (b"HTTP/1.1 2", b"0", LATE),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"a", LATE),
+        (b"HTTP/1.1 200 OK\r\n", b"X: a\r\n", LATE),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", b"1", LATE),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1", LATE),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"", GARBLED),
+        (b"nonsense\r\n\r\n", b"", GARBLED),
+        (BUSY + b"Content-Length: 150\r\n\r\n", b"a", "answered 503 Busy. a"),
+        (BUSY + b"Content-Length: 100\r\n\r\nbusy", None, "answered 503 Busy. "),
+        (BUSY + b"Content-Length: 100\r\n\r\nbusy", b"", "answered 503 Busy. busy"),
+        (BUSY + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", b"", "answered 503 Busy. "),
+    ],
+)
+def test_however_a_server_drips_or_breaks_off_the_time_limit_holds_and_the_error_is_one_sentence(begin, drip, words):
+    began = time.monotonic()
+    with raw(begin, drip) as url, pytest.raises(ValueError, match=r"^The search server is not ready: .*") as raised:
+        tools_of(backend="server", url=url, timeout_s=0.7)
+    assert words in str(raised.value) and "\n" not in str(raised.value) and time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])

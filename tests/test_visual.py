@@ -114,3 +114,5 @@ def test_the_zoom_tool_of_other_models_is_a_close_look_with_images_from_0_and_re
     assert call(bbox_2d=[0, 0, 500, 500], label="tag", img_idx=0)[1][3].parent == 1
     for wrong in (-1, 2):
         assert call(bbox_2d=[0, 0, 500, 500], label="tag", img_idx=wrong)[0].error == "Error: img_idx must be from 0 to 1"
+    none = QWEN.render_call("image_zoom_in_tool", {"bbox_2d": [0, 0, 500, 500], "label": "tag", "img_idx": 0})
+    assert zoom.execute(QWEN.parse(none), ImageRegistry(), settings).error == "Error: there are no images"

@@ -97,15 +97,15 @@ class ToolEnvironment:
         """Return an environment in the same state, for another trajectory of the task. Pixels are shared.
 
         A subclass's attributes that are dictionaries, lists, sets or arrays are copied, with what they hold; all others are
-        shared. What tools keep between calls is not.
+        shared. What two of them share, their copies share. What tools keep between calls is not shared.
 
         Args:
             seed: source of everything random that a tool does in the trajectory.
         """
         other = type(self).__new__(type(self))
-        state = {k: copy.deepcopy(v) if isinstance(v, _STATE) else v for k, v in self.__dict__.items()}
+        state = copy.deepcopy({k: v for k, v in self.__dict__.items() if isinstance(v, _STATE)})
         own = {"_registry": self._registry.fork(), "_state": TrajectoryState(seed), "_closed": False, "_lock": threading.Lock()}
-        other.__dict__ |= state | own
+        other.__dict__ |= self.__dict__ | state | own
         return other
 
     @property

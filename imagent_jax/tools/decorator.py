@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from imagent_jax.config import CallSettings
@@ -73,10 +74,21 @@ def tool(function: Callable[..., Any] | None = None, *, settings: type[CallSetti
 
 
 def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:
-    try:
-        return get_type_hints(function)
-    except NameError as error:
-        raise ValueError(f"tool {name}: an annotation cannot be read ({error}); import what it names") from error
+    """Return the types of a function's annotations.
+
+    Raises:
+        ValueError: an annotation cannot be read; the sentence names its parameter.
+    """
+    hints: dict[str, Any] = {}
+    for parameter, annotation in getattr(function, "__annotations__", {}).items():
+        one = SimpleNamespace(__annotations__={parameter: annotation})
+        try:
+            hints |= get_type_hints(one, getattr(inspect.unwrap(function), "__globals__", None))
+        except Exception as error:  # whatever the text evaluates to
+            which = "the result" if parameter == "return" else f"parameter {parameter}"
+            reason = f"{which}: {type(error).__name__}: {error}"
+            raise ValueError(f"tool {name}: an annotation cannot be read ({reason}); import what it names") from error
+    return hints
 
 
 def _matches(schema: dict[str, Any], default: Any) -> bool:

@@ -2,16 +2,22 @@
 
 import asyncio
 import base64
+import io
+import json
 import os
 import shlex
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
+
+from PIL import Image
 
 from imagent_jax.images.decode import read_image
 from imagent_jax.tools.context import ToolContext
+from imagent_jax.tools.sandbox.link import SHOWN_PIXELS
 from imagent_jax.tools.schema import Tool
 from imagent_jax.types import ImageNumber, ToolError
 
@@ -45,6 +51,7 @@ class McpServer:
             return self._run(self._listed(self._connected()), START_S)
         except Exception as error:
             cause = "; it said: ".join(filter(None, (_cause(error), self._last_words())))
+            self.close()
             raise ValueError(
                 f"tools.mcp: there is no MCP server at {self.address!r} ({cause}); start it, or mend the command."
             ) from None
@@ -87,7 +94,11 @@ class McpServer:
         """Connect in a task that stays: a connection is closed by the task that opened it."""
         opened, self._left = asyncio.get_running_loop().create_future(), asyncio.Event()
         self._task = asyncio.create_task(self._stay(opened, self._left))
-        return await opened
+        try:
+            return await opened
+        except BaseException:
+            self._task.cancel()  # ends a server that does not answer in time
+            raise
 
     async def _stay(self, opened: asyncio.Future, left: asyncio.Event) -> None:
         try:
@@ -137,8 +148,15 @@ class McpServer:
         return next((line.strip()[:200] for line in reversed(self._errors.read().splitlines()) if line.strip()), "")
 
 
+@dataclass(frozen=True)
 class McpTool(Tool):
-    """A tool of an MCP server, whose schema may be any JSON schema."""
+    """A tool of an MCP server, whose schema may be any JSON schema.
+
+    Attributes:
+        validator: see `validator_of`.
+    """
+
+    validator: Any = field(default=None, repr=False, compare=False)
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Check arguments against the schema.
@@ -146,13 +164,48 @@ class McpTool(Tool):
         Raises:
             ToolError: the arguments do not match.
         """
-        import jsonschema
+        from jsonschema.exceptions import best_match
 
-        try:
-            jsonschema.validate(arguments, self.schema["function"]["parameters"])
-        except jsonschema.ValidationError as error:
+        if error := best_match(self.validator.iter_errors(arguments)):
             where = "".join(f"[{part!r}]" for part in error.absolute_path)
-            raise ToolError(f"{self.name}: {' '.join(f'{where} {error.message}'.split())[:300]}") from None
+            raise ToolError(f"{self.name}: {' '.join(f'{where} {error.message}'.split())[:300]}")
+
+
+def validator_of(schema: dict[str, Any]) -> Any:
+    """Return what checks arguments against a JSON schema. It loads no address.
+
+    Regular expressions are left to the server: in Python, one of them may take forever on a text of the policy.
+
+    Raises:
+        jsonschema.SchemaError: the schema is wrong.
+        referencing.exceptions.Unresolvable: a `$ref` names nothing in it.
+    """
+    import jsonschema
+    import referencing
+    from referencing.jsonschema import DRAFT202012
+
+    kind: Any = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    kind.check_schema(schema, format_checker=jsonschema.FormatChecker(()))  # expressions may be JavaScript's
+    root = referencing.Resource.from_contents(schema, default_specification=DRAFT202012)
+    _check_references(root, referencing.Registry().resolver_with_root(root))
+    others = kind.VALIDATORS["additionalProperties"]
+
+    def nothing(*_: Any) -> None:
+        """Check nothing."""
+
+    def additional(validator: Any, allowed: Any, instance: Any, schema: Any) -> Any:
+        return None if "patternProperties" in schema else others(validator, allowed, instance, schema)
+
+    loose = dict.fromkeys(("pattern", "patternProperties", "unevaluatedProperties"), nothing)
+    bounded = jsonschema.validators.extend(kind, loose | {"additionalProperties": additional})
+    return bounded(schema, registry=referencing.Registry())
+
+
+def _check_references(resource: Any, resolver: Any) -> None:
+    if isinstance(resource.contents, dict) and isinstance(name := resource.contents.get("$ref"), str):
+        resolver.lookup(name)
+    for inner in resource.subresources():
+        _check_references(inner, resolver.in_subresource(inner))
 
 
 def mcp_tools(addresses: Sequence[str], characters: int, timeout_s: float) -> list[Tool]:
@@ -162,7 +215,8 @@ def mcp_tools(addresses: Sequence[str], characters: int, timeout_s: float) -> li
         characters: most characters of text that a call returns.
         timeout_s: seconds that a call may take.
     Raises:
-        ValueError: `mcp` is not installed, or a server cannot be reached (one sentence with the remedy).
+        ValueError: `mcp` is not installed, a server cannot be reached, or the schema of a tool is wrong (one sentence with the
+            remedy).
     """
     if addresses:
         try:
@@ -176,17 +230,54 @@ def mcp_tools(addresses: Sequence[str], characters: int, timeout_s: float) -> li
 def _tool(server: McpServer, found: Any, characters: int, timeout_s: float) -> Tool:
     def function(context: ToolContext, /, **arguments: Any) -> list[str | ImageNumber]:
         result = server.call(found.name, arguments, context.own.timeout_s or timeout_s)
-        text = "\n".join(part.text for part in result.content if part.type == "text").strip()
+        text = text_of(result, found.name)
         text = text if len(text) <= characters else f"{text[:characters]}… ({len(text) - characters} more characters)"
         if result.is_error:
             raise ToolError(" ".join(text.split()) or f"{found.name} failed")
-        images = [read_image(base64.b64decode(part.data)) for part in result.content if part.type == "image"]
-        shown = [context.show(image, origin=found.name) for image in images]
+        files = [part.data for part in result.content if part.type == "image"]
+        shown = list(_show(context, files, found.name))
         return [*([text] if text or not shown else []), *shown]
 
+    try:
+        validator = validator_of(found.input_schema)
+    except Exception as error:
+        raise ValueError(
+            f"tools.mcp: the tool {found.name} of the MCP server at {server.address!r} has a schema that cannot be used "
+            f"({_cause(error)}); mend it there."
+        ) from None
     schema = {"type": "object", "properties": {}, "required": []} | found.input_schema
     body = {"name": found.name, "description": found.description or found.name, "parameters": schema}
-    return McpTool(found.name, function, {"type": "function", "function": body})
+    return McpTool(found.name, function, {"type": "function", "function": body}, validator=validator)
+
+
+def text_of(result: Any, name: str) -> str:
+    """Return the text of a result. Without text and images, it is the structured content, or says that there is none."""
+    found = [getattr(getattr(part, "resource", part), "text", None) for part in result.content]
+    texts = [text for text in found if text is not None]
+    if texts or any(part.type == "image" for part in result.content):
+        return "\n".join(texts).strip()
+    if result.structured_content is not None:
+        return json.dumps(result.structured_content, ensure_ascii=False)
+    kinds = ", ".join(dict.fromkeys(part.type for part in result.content))
+    return f"{name} returned nothing that can be read" + (f" ({kinds})" if kinds else "") + "."
+
+
+def _show(context: ToolContext, files: Sequence[str], name: str) -> Iterator[ImageNumber]:
+    """Decode images one by one, as far as there is room for them.
+
+    Raises:
+        ToolError: there are more images or pixels than can be shown; none is decoded beyond.
+    """
+    limit, pixels = context.settings.max_images, 0
+    if len(context.registry) + len(files) > limit:
+        raise ToolError(f"no more than {limit} images; answer with what you have seen")
+    for file in files:
+        data = base64.b64decode(file)
+        with Image.open(io.BytesIO(data)) as image:  # reads no pixels
+            pixels += image.width * image.height
+        if pixels > SHOWN_PIXELS:
+            raise ToolError(f"{name} returned images of more than {SHOWN_PIXELS} pixels, which is too large to show")
+        yield context.show(read_image(data), origin=name)
 
 
 def _cause(error: BaseException) -> str:

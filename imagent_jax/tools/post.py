@@ -1,13 +1,15 @@
 """Requests to a configured server: JSON out, JSON back, bounded in time and size. They go to that address and nowhere else."""
 
+import contextlib
 import http.client
 import json
 import re
+import socket
+import ssl
+import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -18,13 +20,31 @@ def clean(text: str) -> str:
     return _CONTROLS.sub("", text.encode("utf-8", "replace").decode())
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follow nothing: the answer itself is then an error."""
+@contextlib.contextmanager
+def _connected(url: str, timeout_s: float) -> Generator[http.client.HTTPConnection]:
+    """Connect to a server, by no proxy, whatever the environment says. After `timeout_s` the connection is cut: whoever waits for
+    it reads its end."""
+    parts = urllib.parse.urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection, until = kind(parts.hostname or "", parts.port), time.monotonic() + timeout_s
+    plain = socket.create_connection((connection.host, connection.port), timeout_s)
+    with plain, plain.dup() as other, contextlib.closing(connection):  # the same connection, also where `plain` is encrypted
+        timer = threading.Timer(max(until - time.monotonic(), 0), _cut, [other])
+        timer.daemon = True
+        timer.start()
+        try:
+            secure = isinstance(connection, http.client.HTTPSConnection)
+            connection.sock = (
+                ssl.create_default_context().wrap_socket(plain, server_hostname=connection.host) if secure else plain
+            )
+            yield connection
+        finally:
+            timer.cancel()
 
 
-# no proxies either, whatever the environment says
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
+def _cut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def post(
@@ -44,26 +64,39 @@ def post(
             more than `most_bytes`, or one that is no JSON.
         setting: the setting that names the address, for the sentence.
     """
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})})
-    until = time.monotonic() + timeout_s
+    parts, until = urllib.parse.urlsplit(url), time.monotonic() + timeout_s
+    sent = {"Content-Type": "application/json", "Connection": "close", **(headers or {})}
+    path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     try:
-        with _OPENER.open(request, timeout=timeout_s) as response:
-            data = bytearray()
-            while piece := response.read1(65536):
-                data += piece
-                if len(data) > most_bytes:
-                    raise raises(f"{url} answered more than {most_bytes} bytes.")
-                if time.monotonic() > until:
+        with _connected(url, timeout_s) as connection:
+            connection.request("POST", path, json.dumps(body), sent)
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    where = f"; set {setting} to the final address" if 300 <= response.status < 400 else ""
+                    raise raises(f"{url} answered {response.status} {response.reason}{where}. {_said(response)}")
+                data = bytearray()
+                while piece := response.read1(65536):
+                    data += piece
+                    if len(data) > most_bytes:
+                        raise raises(f"{url} answered more than {most_bytes} bytes.")
+                if time.monotonic() >= until:  # a cut reads like an end
                     raise TimeoutError(f"longer than {timeout_s:g} s")
-            if response.status != 200 or response.length:
-                raise raises(f"{url} answered {response.status}{' and broke off' if response.length else ''}.")
+                if response.length:
+                    raise raises(f"{url} answered 200 and broke off.")
         return json.loads(bytes(data))
-    except urllib.error.HTTPError as error:
-        said = clean(error.read(200).decode("utf-8", "replace"))
-        where = f"; set {setting} to the final address" if 300 <= error.code < 400 else ""
-        raise raises(f"{url} answered {error.code} {error.reason}{where}. {said}") from None
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        raise raises(f"{url} gave no answer that can be used ({type(error).__name__}: {error}).") from None
+        late = time.monotonic() >= until and not isinstance(error, TimeoutError)
+        cause = TimeoutError(f"longer than {timeout_s:g} s") if late else error
+        words = " ".join(str(cause).split())
+        raise raises(f"{url} gave no answer that can be used ({type(cause).__name__}: {words}).") from None
+
+
+def _said(response: http.client.HTTPResponse) -> str:
+    """Return the beginning of an answer's text on one line, as far as it can be read."""
+    try:
+        return " ".join(clean(response.read(200).decode("utf-8", "replace")).split())
+    except (OSError, http.client.HTTPException, ValueError):
+        return ""
 
 
 def check_url(url: str, setting: str, example: str) -> str:

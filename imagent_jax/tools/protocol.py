@@ -5,12 +5,13 @@ an error of the environment (a bug in a tool, a timeout), which is excluded from
 """
 
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from imagent_jax.chat import Call, MalformedCall
 from imagent_jax.chat.prompts import Prompt
-from imagent_jax.tools.calls import invalid, too_deep
+from imagent_jax.tools.calls import fault, invalid, too_deep
 from imagent_jax.tools.context import ToolSettings, TrajectoryState, run_call
 from imagent_jax.tools.registry import ImageRegistry
 from imagent_jax.tools.schema import Tool, nearest
@@ -114,6 +115,8 @@ class ToolSet:
             tool = self.tool_of(call)
         except ToolError as error:
             return invalid(error, call)
+        except Exception:  # noqa: BLE001 - of a tool's own check
+            return fault(traceback.format_exc(), call)
         result, fork = run_call(tool, call, registry.fork(), settings, state)
         if result.status is CallStatus.EXECUTED:
             registry.adopt(fork)

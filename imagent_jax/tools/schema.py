@@ -89,7 +89,7 @@ def type_schema(hint: Any, where: str) -> dict[str, Any]:
         return {"type": _SIMPLE[hint]}
     if origin is Literal and len({type(value) for value in args}) == 1 and type(args[0]) in (str, int, bool):
         return {"type": _SIMPLE[type(args[0])], "enum": list(args)}
-    if origin is list:
+    if origin is list and args:
         return {"type": "array", "items": type_schema(args[0], where)}
     if origin is tuple and args and len(set(args)) == 1:
         return {"type": "array", "items": type_schema(args[0], where), "minItems": len(args), "maxItems": len(args)}
@@ -141,6 +141,7 @@ def expected(schema: dict[str, Any]) -> str:
     kind = schema["type"]
     if kind == "array" and "items" in schema:
         items = f"{schema['items']['type']}s".replace("arrays", "lists")
+        items = f"items, each {expected(schema['items'])}" if "enum" in schema["items"] else items
         return f"a list of {schema['minItems']} {items}" if "minItems" in schema else f"a list of {items}"
     return _EXPECTED[kind]
 

@@ -56,8 +56,9 @@ def image_zoom_in_tool(
         label: what there is in the part
         img_idx: number of the image, from 0
     """
-    if not 0 <= img_idx < len(context.registry):
-        raise ToolError(f"img_idx must be from 0 to {len(context.registry) - 1}")
+    count = len(context.registry)
+    if not 0 <= img_idx < count:
+        raise ToolError(f"img_idx must be from 0 to {count - 1}" if count else "there are no images")
     return _look_closely(context, img_idx + 1, bbox_2d, "relative_1000")
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,22 @@ class Server:
         answer = _ask(self.url, {"queries": [query], "topk": k, "return_scores": True}, self.timeout_s)
         try:
             [found] = answer["result"]
-            hits = [Hit(*passage(item["document"]), float(item["score"])) for item in found]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            hits = [_hit(item, position) for position, item in enumerate(found, 1)]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SearchError(f"{self.url} answered no list of scored documents ({type(error).__name__}: {error}).") from None
         if not all(math.isfinite(hit.score) for hit in hits):
             raise SearchError(f"{self.url} answered a score that is no number.")
         return ranked(hits, k)
+
+
+def _hit(item: Mapping[str, Any], position: int) -> Hit:
+    """Return a document of a server. Search-R1's own ones leave out the id, which is then a digest of the contents, or the score,
+    which is then 1 over the position."""
+    document = item["document"]
+    if document.get("id") is None:
+        _, *contents = passage({**document, "id": "none"})
+        document = {**document, "id": hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]}
+    return Hit(*passage(document), float(item.get("score", 1 / position)))
 
 
 class Serper:
