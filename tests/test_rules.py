@@ -32,6 +32,7 @@ PLAIN = Task("t", "?", (), "B", "choice")
         ("The answer is B. a red car", None), ("Answer: B) none", None), ("The correct answer is **B. none**", None),
         ("The answer is I think blue", None), ("The answer is T", None), ("The answer is Blue-ish", None),
         ("What is the answer? C is near", None),
+        ("The answer is A thing that I like", None), ("The answer is B, E is no option", "B"),
     ],
 )  # fmt: skip
 def test_a_reply_names_one_option_or_none(reply, letter):
