@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from imagent_jax.evals.statistics import estimate, macro_estimate, paired_difference
+from imagent_jax.evals.statistics import Difference, estimate, macro_estimate, paired_difference
 
 
 def test_the_error_of_independent_values_is_that_of_scipy():
@@ -52,6 +52,8 @@ def test_few_questions_that_differ_show_nothing():
         assert paired_difference(a, b).shown is shown and paired_difference(a, b).differing == count
         assert bool(scipy.stats.binomtest(count, count).pvalue < 0.05) is shown
     assert not paired_difference([0], [1]).shown
+    assert not Difference(0.1, 0.0, 0.2, 50).shown and not Difference(-0.1, -0.2, 0.0, 50).shown  # zero is in the interval
+    assert Difference(0.1, 0.01, 0.2, 50).shown and Difference(-0.1, -0.2, -0.01, 50).shown
 
 
 def test_the_bootstrap_is_that_of_scipy():
