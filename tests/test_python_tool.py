@@ -198,16 +198,29 @@ def test_a_tool_that_is_slow_to_make_what_it_keeps_holds_up_neither_the_end_nor_
         go_on.wait(60)
         return made
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        late = pool.submit(state.keep, "slow", slow)
-        assert begun.wait(60)
-        assert pool.submit(state.keep, "other", lambda: state.keep("inner", lambda: Kept(7))).result(60).seed == 7
-        pool.submit(state.close).result(60)
-        assert made.closed == 0
-        go_on.set()
-        with pytest.raises(RuntimeError, match="the trajectory has ended"):
-            late.result(60)
+    late = started(lambda: state.keep("slow", slow))
+    assert begun.wait(30)
+    assert started(lambda: state.keep("other", lambda: state.keep("inner", lambda: Kept(7)))).result(30).seed == 7
+    started(state.close).result(30)
+    assert made.closed == 0
+    go_on.set()
+    with pytest.raises(RuntimeError, match="the trajectory has ended"):
+        late.result(30)
     assert made.closed == 1
+
+
+def started(work):
+    """Run work on a thread that does not keep the interpreter alive."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def test_two_calls_at_once_keep_one_object():

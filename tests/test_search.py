@@ -470,14 +470,17 @@ def test_no_server_and_a_slow_server_are_faults():
 
 @contextlib.contextmanager
 def raw(begin: bytes, drip: bytes):
-    """The address of a server that sends `begin`, then `drip` five times a second; b"": that closes, None: that is silent."""
+    """The address of a server that sends `begin`, then `drip` five times a second for 20 s; b"": that closes, None: that is
+    silent."""
     over = threading.Event()
 
     def answer(connection):
         with connection, contextlib.suppress(OSError):
             connection.recv(65536)
             connection.sendall(begin)
-            while drip != b"" and not over.wait(0.2):
+            for _ in range(0 if drip == b"" else 100):
+                if over.wait(0.2):
+                    break
                 connection.sendall(drip or b"")
 
     def serve():

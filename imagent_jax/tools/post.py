@@ -73,7 +73,7 @@ def post(
             with connection.getresponse() as response:
                 if response.status != 200:
                     where = f"; set {setting} to the final address" if 300 <= response.status < 400 else ""
-                    raise raises(f"{url} answered {response.status} {response.reason}{where}. {_said(response)}")
+                    raise raises(f"{url} answered {response.status} {response.reason[:100]}{where}. {_said(response)}")
                 data = bytearray()
                 while piece := response.read1(65536):
                     data += piece
@@ -87,8 +87,8 @@ def post(
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         late = time.monotonic() >= until and not isinstance(error, TimeoutError)
         cause = TimeoutError(f"longer than {timeout_s:g} s") if late else error
-        words = " ".join(str(cause).split())
-        raise raises(f"{url} gave no answer that can be used ({type(cause).__name__}: {words}).") from None
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+        raise raises(f"{url} gave no answer that can be used ({reason}).") from None
 
 
 def _said(response: http.client.HTTPResponse) -> str:
