@@ -280,6 +280,23 @@ def test_options_with_a_gap_are_a_fault_not_other_letters(tmp_path, name):
     assert tasks.facts[0].options[:1] != () and len(tasks.facts[0].options) == 3
 
 
+@pytest.mark.parametrize("name", ["hrbench-4k", "treebench", "tsv", "own"])
+def test_the_reference_of_a_benchmark_is_a_letter_also_where_options_are_letters(tmp_path, name):
+    row = (TREE if name == "treebench" else HR) | {"A": "C", "B": "A", "C": "B", "D": "E", "answer": "B"}
+    if name == "own":
+        with pytest.raises(ValueError, match='the answer "B" means B and C of the options; write one letter of A to D'):
+            opened(tmp_path, name, tsv, [row])
+        return
+    benchmark, tasks = opened(tmp_path, name, tsv, [row], shuffle=False)
+    [fact] = tasks.facts
+    assert (fact.answers, fact.options) == (("B",), ("C", "A", "B", "E"))
+    assert [benchmark.metrics[""].strict(fact, reply) for reply in ("B", "(B)", "The answer is B", "C")] == [1, 1, 1, 0]
+    [moved] = again(benchmark, tmp_path, seed=1, shuffle=True).facts
+    assert moved.options[moved.letters.index(moved.answer)] == "A" and moved.options != fact.options
+    _, tasks = opened(tmp_path, name, tsv, [row | {"answer": "E"}])
+    assert tasks.facts[0].answer == "D"  # no letter of the row
+
+
 def test_own_tasks_with_a_column_that_would_be_lost_are_refused_too(tmp_path):
     with pytest.raises(ValueError, match='the column "choices" is none of imagent-jax and would be lost'):
         opened(tmp_path, "own", json_list, [{"question": "?", "images": ["a.png"], "answer": "A", "choices": ["x", "y"]}])
