@@ -2,10 +2,13 @@
 
 import base64
 import csv
+import importlib
 import io
 import json
 import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow
@@ -230,6 +233,30 @@ def test_a_row_that_lacks_a_column_is_a_fault_of_its_line(tmp_path, name, row):
 def test_the_fault_of_a_row_says_which_column_is_missing_or_what_is_wrong(tmp_path, name, row, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         opened(tmp_path, name, json_list, [row])
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_of_the_page_is_one_that_the_program_takes(tmp_path, monkeypatch, words):
+    (tmp_path / "mine.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert words[0] == "imagent"
+    chosen = importlib.import_module(f"imagent_jax.{words[1]}").parse(words[2:])
+    if words[1] == "evaluate":
+        specs = [named(spec) for spec in chosen[0].benchmark.split(",") if spec]
+        assert all(path or benchmark.hub for benchmark, path in specs)
+
+
+def test_the_page_has_a_command_for_every_benchmark():
+    asked = [words[words.index("--benchmark") + 1] for words in COMMANDS if words[1] == "evaluate" and "--out" in words]
+    assert {*TABLE} <= {spec.partition("=")[0] for spec in asked}
 
 
 def test_every_benchmark_has_a_golden_row():
