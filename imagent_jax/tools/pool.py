@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def limited(work: Callable[[], Any], timeout_s: float) -> Any:
+def limited(work: Callable[[], Any], timeout_s: float, remedy: str = "") -> Any:
     """Run `work` on a thread of its own and return its result. A thread that is late is left behind; it keeps no process alive.
 
     Raises:
-        TimeoutError: it ran longer than `timeout_s` seconds.
+        TimeoutError: it ran longer than `timeout_s` seconds. `remedy` ends the sentence.
         RuntimeError: it raised what is no exception, such as SystemExit. Exceptions of `work` are raised as they are.
     """
     done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -29,7 +29,7 @@ def limited(work: Callable[[], Any], timeout_s: float) -> Any:
     try:
         result, error = done.get(timeout=min(timeout_s, threading.TIMEOUT_MAX))
     except queue.Empty:
-        raise TimeoutError(f"longer than {timeout_s:g} s") from None
+        raise TimeoutError(f"longer than {timeout_s:g} s{remedy}") from None
     if error is not None:
         raise error if isinstance(error, Exception) else RuntimeError(repr(error)) from error
     return result
