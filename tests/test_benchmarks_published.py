@@ -2,10 +2,13 @@
 
 import base64
 import csv
+import importlib
 import io
 import json
 import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow
@@ -232,6 +235,30 @@ def test_the_fault_of_a_row_says_which_column_is_missing_or_what_is_wrong(tmp_pa
         opened(tmp_path, name, json_list, [row])
 
 
+PAGE = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_of_the_page_is_one_that_the_program_takes(tmp_path, monkeypatch, words):
+    (tmp_path / "mine.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert words[0] == "imagent"
+    chosen = importlib.import_module(f"imagent_jax.{words[1]}").parse(words[2:])
+    if words[1] == "evaluate":
+        specs = [named(spec) for spec in chosen[0].benchmark.split(",") if spec]
+        assert all(path or benchmark.hub for benchmark, path in specs)
+
+
+def test_the_page_has_a_command_for_every_benchmark():
+    asked = [words[words.index("--benchmark") + 1] for words in COMMANDS if words[1] == "evaluate" and "--out" in words]
+    assert {*TABLE} <= {spec.partition("=")[0] for spec in asked}
+
+
 def test_every_benchmark_has_a_golden_row():
     shared = {"hrbench-8k": "hrbench-4k", "mmbench": "seedbench", "hotpotqa": "2wiki", "musique": "2wiki", "bamboogle": "2wiki"}
     assert {shared.get(name, name) for name in TABLE} == {name for name, *_ in GOLDEN}
@@ -278,6 +305,23 @@ def test_options_with_a_gap_are_a_fault_not_other_letters(tmp_path, name):
         opened(tmp_path, name, tsv, [row | {"C": ""}])
     _, tasks = opened(tmp_path, name, tsv, [row | {"D": ""}])
     assert tasks.facts[0].options[:1] != () and len(tasks.facts[0].options) == 3
+
+
+@pytest.mark.parametrize("name", ["hrbench-4k", "treebench", "tsv", "own"])
+def test_the_reference_of_a_benchmark_is_a_letter_also_where_options_are_letters(tmp_path, name):
+    row = (TREE if name == "treebench" else HR) | {"A": "C", "B": "A", "C": "B", "D": "E", "answer": "B"}
+    if name == "own":
+        with pytest.raises(ValueError, match='the answer "B" means B and C of the options; write one letter of A to D'):
+            opened(tmp_path, name, tsv, [row])
+        return
+    benchmark, tasks = opened(tmp_path, name, tsv, [row], shuffle=False)
+    [fact] = tasks.facts
+    assert (fact.answers, fact.options) == (("B",), ("C", "A", "B", "E"))
+    assert [benchmark.metrics[""].strict(fact, reply) for reply in ("B", "(B)", "The answer is B", "C")] == [1, 1, 1, 0]
+    [moved] = again(benchmark, tmp_path, seed=1, shuffle=True).facts
+    assert moved.options[moved.letters.index(moved.answer)] == "A" and moved.options != fact.options
+    _, tasks = opened(tmp_path, name, tsv, [row | {"answer": "E"}])
+    assert tasks.facts[0].answer == "D"  # no letter of the row
 
 
 def test_own_tasks_with_a_column_that_would_be_lost_are_refused_too(tmp_path):

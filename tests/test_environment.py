@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from imagent_jax.chat import QWEN, Call
 from imagent_jax.rl.judge import judge
 from imagent_jax.rl.rewards import reward_functions, score_trajectories
 from imagent_jax.rollout import collect
+from imagent_jax.rollout.pending import PendingCalls
 from imagent_jax.rollout.show_prompt import written
 from imagent_jax.types import CallStatus, EndReason, Markup, Task
 
@@ -178,6 +180,105 @@ def test_a_world_that_fails_before_the_first_turn_leaves_the_other_tasks_alone(t
         collector.open_task(spoilt)
 
 
+class Broken(ToolEnvironment):
+    """Fails, or waits for a minute, where its `at` says."""
+
+    at, slow = "", False
+
+    def _reach(self, place):
+        if place == self.at:
+            if self.slow:
+                time.sleep(60)
+            raise OSError(f"the {place} is stuck")
+
+    def __init__(self, *args):
+        self._reach("constructor")
+        super().__init__(*args)
+
+    @property
+    def tools(self):
+        self._reach("tools")
+        return super().tools
+
+    @property
+    def images(self):
+        self._reach("last images" if self._closed else "images")
+        return super().images
+
+    def reset(self, task):
+        self._reach("reset")
+        super().reset(task)
+
+    def fork(self, seed=0):
+        self._reach("fork")
+        return super().fork(seed)
+
+    def step(self, call):
+        return None if self.at == "step" else super().step(call)
+
+    def view(self, entry, observed):
+        self._reach("view")
+        return super().view(entry, observed)
+
+    def close(self):
+        super().close()
+        self._reach("close")
+
+    def reward(self, trajectory):
+        self._reach("reward")
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "broken_world", types.SimpleNamespace(World=Broken))
+
+    def at(place, slow):
+        monkeypatch.setattr(Broken, "at", place)
+        monkeypatch.setattr(Broken, "slow", slow)
+        return "TimeoutError: longer than 0.5 s; raise tools.timeout_s" if slow else f"OSError: the {place} is stuck"
+
+    return at
+
+
+def with_image(task):
+    return dataclasses.replace(task, images=(Path(task.meta["drawer"][0]).read_bytes(),))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("at", ["constructor", "tools", "reset", "view", "images", "fork", "close", "last images", "reward"])
+def test_a_world_that_fails_or_hangs_anywhere_is_a_fault_of_its_own_trajectories(task, broken, at, slow):
+    """The engine is replaced by one in which every rollout answers at once."""
+    words = broken(at, slow)
+    collector = collector_of(timeout_s=0.5 if slow else 20.0)
+    said = np.asarray(collector.processor.encode(Markup(ANSWER.format("lime"))), np.int32)
+    tasks = [with_image(task), dataclasses.replace(with_image(task), uid="stuck", environment="broken_world:World")]
+    run = collect._Run(collector, Answering(said), (collect.draws(tasks), ()), None, (2, 0, 1.0))
+    began = time.monotonic()
+    assert len(list(run.turns())) == 4
+    good, failed = (run.done[index].trajectories for index in (0, 1))
+    assert [(t.end, t.answer, len(t.images)) for t in good] == [(EndReason.ANSWERED, "lime", 1)] * 2
+    for t in failed:
+        assert (t.end, len(t.turns), len(t.images)) == (EndReason.FAULT, 1, 1)
+        assert t.error.startswith("Traceback") and words in t.error
+    assert time.monotonic() - began < 30  # a hung one is not waited for
+
+
+@pytest.mark.parametrize(("at", "slow"), [("tools", False), ("images", False), ("view", False), ("step", False), ("view", True)])
+def test_a_world_that_fails_or_hangs_in_a_call_is_a_fault_of_its_trajectory(task, broken, at, slow):
+    broken("", False)
+    collector = collector_of(timeout_s=0.5 if slow else 20.0)
+    world = Broken(collector.tools, collector.settings, collector.cfg.images)
+    world.reset(with_image(task))
+    words = broken(at, slow)
+    pending = PendingCalls(collector.rules, collector.cfg.tools)
+    pending.submit(0, types.SimpleNamespace(environment=world), Call("visual_reflection", {"images": [1]}))
+    while 0 not in pending.results:
+        pending._poll(0.1)
+    result, images = pending.results[0]
+    assert result.status == CallStatus.FAULT and not images
+    assert result.error.startswith("Traceback") and (words in result.error or at == "step")
+
+
 class Answering:
     """An engine of two slots of two rows, in which every turn is `said`."""
 
@@ -242,6 +343,15 @@ def test_a_world_that_cannot_be_is_refused_in_one_sentence(drawer, monkeypatch):
     ):
         with pytest.raises(ValueError, match=re.escape(sentence)):
             collector_of(environment=path)
+
+    class Absent(ToolEnvironment):
+        def __init__(self, *args):
+            raise OSError("no such room")
+
+    drawer.Absent = Absent
+    sentence = "The environment 'drawer:Absent' cannot be used (OSError: no such room); mend it."
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        collector_of(environment="drawer:Absent")
 
     class Twice(ToolEnvironment):
         @tool

@@ -523,6 +523,22 @@ def test_however_a_server_drips_or_breaks_off_the_time_limit_holds_and_the_error
     assert words in str(raised.value) and "\n" not in str(raised.value) and time.monotonic() - began < 5
 
 
+def test_a_name_that_is_looked_up_for_minutes_is_late_too_and_keeps_no_process_alive():
+    code = """
+import socket, time
+from imagent_jax.tools.post import post
+socket.getaddrinfo = lambda *args: time.sleep(60)
+began = time.monotonic()
+try:
+    post("http://slow.example/", {}, 0.3, raises=OSError, setting="search.url")
+except OSError as error:
+    print("(TimeoutError: longer than 0.3 s)" in str(error), str(error).count("\\n"), time.monotonic() - began < 5)
+"""
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=50)
+    assert ended.stdout == "True 0 True\n" and time.monotonic() - began < 40, ended.stderr
+
+
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 def test_redirects_are_refused_and_no_other_host_is_asked(code):
     with scripted(says(GOOD)) as other, scripted(says(b"", code, Location=other.url)) as server:

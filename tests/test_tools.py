@@ -365,6 +365,24 @@ def careless(context: ToolContext, boxes: list[int], what: str = "image"):
     return {"zero": [0], "true": True, "far": [2]}[what]
 
 
+def test_every_call_begins_with_the_defaults_as_they_are_written():
+    class Shelf:
+        @tool
+        def put(self, context, item: str, on: list[str] = [], under: dict = {"kept": []}) -> str:  # noqa: B006
+            """Put an item on a list."""
+            on.append(item)
+            under["kept"].append(item)
+            return f"{on} {under['kept']}"
+
+    for tools in (ToolSet([Shelf().put]), ToolSet([Shelf().put])):
+        for item in "ab":
+            result = execute(tools, QWEN.render_call("put", {"item": item}), registry_of(0), SETTINGS)
+            assert result.parts == [f"['{item}'] ['{item}']"] and result.arguments == {"item": item}
+    assert Shelf().put(None, item="c") == "['c'] ['c']"
+    kept = ["z"]
+    assert Shelf().put(None, item="c", on=kept) == "['z', 'c'] ['c']"
+
+
 def test_the_record_of_a_call_stays_as_written_whatever_the_tool_does_to_its_arguments():
     result = run(QWEN.render_call("careless", {"boxes": [1]}), registry_of(1), ToolSet([careless]))
     assert result.arguments == {"boxes": [1]} and result.parts == ["Image 2: <|image_pad|>", 2]

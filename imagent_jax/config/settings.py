@@ -184,7 +184,7 @@ class ToolsConfig:
     max_turns: int = setting(5, "calls a trajectory may make", least=1)
     max_repeats: int = setting(2, "times the same call may be made", least=1)
     max_images: int = setting(16, "images of a trajectory, given and made", least=1)
-    timeout_s: float = setting(10.0, "seconds a call may take", above=0)
+    timeout_s: float = setting(10.0, "seconds a call, or a method of an environment of your own, may take", above=0)
     patience_s: float = setting(2.0, "seconds a slow call may hold up rollouts that could go on", above=0)
     workers: int = setting(8, "calls that run at once", least=1)
     low_pixels: int = setting(200_704, "most pixels of visual_reflection at 'low'", least=1)

@@ -73,8 +73,8 @@ def lettered(row: dict[str, Any]) -> list[str | None]:
     return [plain(row.pop(letter)) for letter in letters]
 
 
-def options_of(value: Any, answers: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the options, and the letters of the right ones."""
+def options_of(value: Any, answers: Sequence[str], lettered: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the options, and the letters of the right ones. `lettered`: see `formats.Format`."""
     options = texts_of(value) if isinstance(value, list) else ()
     if not 2 <= len(options) <= 26 or len(options) < len(value):
         raise RowError("bad options", '"options" is no list of 2 to 26 texts; write the text of each option')
@@ -82,7 +82,7 @@ def options_of(value: Any, answers: Sequence[str]) -> tuple[tuple[str, ...], tup
     for answer in answers:
         meant: set[str] = {letters[i] for i, option in enumerate(options) if option.strip() == answer.strip()}
         if (match := _LETTER.fullmatch(answer.strip())) and match[1].upper() in letters:
-            meant.add(match[1].upper())
+            meant = {match[1].upper()} if lettered else meant | {match[1].upper()}
         if len(meant) != 1:
             raise RowError(
                 "answer and options",

@@ -70,11 +70,15 @@ CONVERTED = "ArrayRecord of imagent-jax"
 
 
 class Format(NamedTuple):
-    """A format: its name, the columns that it needs ("a|b": one of them), and the function that takes the fields out of a row."""
+    """A format: its name, the columns that it needs ("a|b": one of them), and the function that takes the fields out of a row.
+
+    `lettered`: an answer that is a letter means the option of that letter, even if it is the text of another.
+    """
 
     name: str
     needs: tuple[str, ...]
     read: Callable[[Row], Fields]
+    lettered: bool = False
 
 
 # ---- the formats ------------------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def read_row(
     answers = answers_of(listed(fields.answer) if form.read is _vlmevalkit and answer_type != "set" else fields.answer, count)
     uid, kind = text_of("uid", fields.uid, default_uid), text_of("kind", fields.kind, "")
     if options is not None:
-        options, answers = options_of(options, answers)
+        options, answers = options_of(options, answers, form.lettered)
         if shuffle is not None:
             options, answers = shuffled(options, answers, f"{shuffle}\n{uid}")
     default = "choice" if options else "exact" if form.read is _own else guess_type(answers)

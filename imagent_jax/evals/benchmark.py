@@ -32,6 +32,7 @@ class Benchmark:
         hub: id of its data set on the Hugging Face hub; "": files only.
         split, configs: of the data set there.
         answer_type: of rows without options; "": guessed from the answers.
+        lettered: see `formats.Format`.
         groups: groups of a task by name of the grouping.
         question: key of the question that a row asks; several rows may ask the same one with its options in another order.
         circular: a question is right only if all of its rows are.
@@ -53,6 +54,7 @@ class Benchmark:
     split: str = "test"
     configs: tuple[str, ...] = ()
     answer_type: str = ""
+    lettered: bool = True
     groups: Callable[[Task], dict[str, str]] = lambda task: {"task": task.kind} if task.kind else {}
     question: Callable[[Task], str] = lambda task: task.uid
     circular: bool = False
@@ -108,7 +110,7 @@ class Benchmark:
             answer_type=self.answer_type,
             memory=Path(data.cache_dir).expanduser() / "checked",
             progress=progress,
-            form=Format(self.name, self.needs, self.read),
+            form=Format(self.name, self.needs, self.read, self.lettered),
         )
         facts = [tasks.row(i).task for i in range(len(tasks))]
         if not self.circular:

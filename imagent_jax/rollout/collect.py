@@ -29,7 +29,7 @@ from imagent_jax.model.sharding import rollout_params
 from imagent_jax.model.vlm import Model
 from imagent_jax.rollout.batch import Grade, Refill, RolloutBatch, join_batches
 from imagent_jax.rollout.engine import Engine, EngineShape, Request
-from imagent_jax.rollout.environment import ToolEnvironment, environment_class, plain_environment
+from imagent_jax.rollout.environment import ToolEnvironment, answered, environment_class
 from imagent_jax.rollout.episode import Episode, Rules
 from imagent_jax.rollout.pending import PendingCalls
 from imagent_jax.rollout.prompt_check import PromptCheck, check_length
@@ -60,14 +60,14 @@ class OpenedTask(NamedTuple):
     environment: ToolEnvironment
     error: str | None = None
 
-    def episode(self, rules: Rules, rollout: int, seed: int) -> Episode:
+    def episode(self, collector: "Collector", rollout: int, seed: int) -> Episode:
         """Begin a rollout. Where the environment raises, the rollout ends with a FAULT."""
         error, start = self.error, self.prompt.next_position
         try:
-            own = self.environment.fork(seed)
+            own = collector.rules.ask(self.environment, lambda: self.environment.fork(seed))
         except Exception:  # noqa: BLE001 - of an environment of the user's
-            own, error = plain_environment(self.environment, self.task), traceback.format_exc()
-        return Episode(rules, self.task, rollout, own, start, error)
+            own, error = collector.plain(self.task), traceback.format_exc()
+        return Episode(collector.rules, self.task, rollout, own, start, error)
 
 
 class Collector:
@@ -95,13 +95,13 @@ class Collector:
         self.make_environment = environment or environment_class(cfg.tools.environment, "tools.environment")
         self.prompt = read_prompt(cfg.tools.prompt)
         self.chat = QWEN
-        limits = cfg.rollout.response_tokens, cfg.tools.max_turns, cfg.tools.max_repeats
+        limits = cfg.rollout.response_tokens, cfg.tools.max_turns, cfg.tools.max_repeats, cfg.tools.timeout_s
         self.rules = Rules(self.chat, processor, *limits)
         self.systems: dict[tuple, tuple[str, ...]] = {}
         self.stops = stop_table(processor, self.chat.stop_strings, model.cfg.text.vocab_size)
         self.openers = ThreadPoolExecutor(cfg.tools.workers, "prompts")
         self.warm: set[tuple] = set()  # shapes whose programs are compiled
-        self.names = self.environment().tools.names  # of all tools that a task may call
+        self.names = self.offered().names  # of all tools that a task may call
 
     # ---- prompts ------------------------------------------------------------------------------------------------------
 
@@ -110,34 +110,67 @@ class Collector:
         make = environment_class(path, "environment") if path else self.make_environment
         return make(self.tools.subset(tools), self.settings, self.cfg.images)
 
+    def plain(self, task: Task) -> ToolEnvironment:
+        """Return a default environment of a task, in place of one that has failed.
+
+        Raises:
+            ValueError: the run has no such tool, or see `ToolEnvironment.reset`.
+        """
+        plain = ToolEnvironment(self.tools.subset(task.tools), self.settings, self.cfg.images)
+        plain.reset(task)
+        return plain
+
+    def offered(self, tools: Sequence[str] | None = None, path: str = "") -> ToolSet:
+        """Return the tools that a new environment offers, see `environment`.
+
+        Raises:
+            ValueError: the run has no such tool, or there is no such environment, or it raises.
+        """
+        try:
+            return self.environment(tools, path).tools
+        except ValueError:
+            raise
+        except Exception as error:
+            what = f"The environment {path or self.cfg.tools.environment!r} cannot be used"
+            raise ValueError(f"{what} ({type(error).__name__}: {error}); mend it.") from error
+
     def system(self, tools: tuple[str, ...] | None = None, environment: str = "") -> tuple[str, ...]:
         """Return the content of the system turn of tasks with these tools and environment; see `Collector.environment`.
 
         Raises:
-            ValueError: the run has no such tool, or there is no such environment.
+            ValueError: see `offered`.
         """
         if (tools, environment) not in self.systems:
-            offered = self.environment(tools, environment).tools
-            text = self.cfg.tools.system or self.prompt.text(bool(offered.names))
-            self.systems[tools, environment] = self.chat.system(text, offered.schemas(self.settings, self.prompt))
+            self.systems[tools, environment] = self._system(self.offered(tools, environment))
         return self.systems[tools, environment]
+
+    def _system(self, offered: ToolSet) -> tuple[str, ...]:
+        text = self.cfg.tools.system or self.prompt.text(bool(offered.names))
+        return self.chat.system(text, offered.schemas(self.settings, self.prompt))
 
     def open_task(self, task: Task) -> OpenedTask:
         """Decode the images of a task and encode its prompt. Where the environment raises, `OpenedTask.error` says what.
 
         Raises:
-            ValueError: an image does not decode, or the prompt does not fit `rollout.prompt_tokens`; the task is named.
+            ValueError: an image does not decode, the prompt does not fit `rollout.prompt_tokens` (the task is named), the run has
+                no such tool, or there is no such environment.
         """
         task = replace(task)  # what the environment does to its facts ends with this opening
-        environment, error = self.environment(task.tools, task.environment), None
-        try:
+        self.tools.subset(task.tools)
+        environment_class(task.environment, "environment")  # what is missing is no fault of a trajectory
+
+        def begin(environment: ToolEnvironment) -> list[str | tuple[str, ...] | PreparedImage]:
             environment.reset(task)
-            images = self.given(environment)
-        except Exception:  # noqa: BLE001 - of an environment of the user's, unless the default one raises too
-            environment, error = plain_environment(environment, task), traceback.format_exc()
-            images = self.given(environment)
+            return self.parts(task, self.given(environment))
+
         try:
-            prompt = encode_parts(self.parts(task, images), self.processor)
+            environment = answered(lambda: self.environment(task.tools, task.environment), self.rules.timeout_s)
+            parts, error = self.rules.ask(environment, lambda: begin(environment)), None
+        except Exception:  # noqa: BLE001 - of an environment of the user's, unless the default one raises too
+            environment, parts, error = self.plain(task), None, traceback.format_exc()
+        try:
+            parts = parts or self.chat.render_task(self._system(environment.tools), task.shown, self.given(environment))
+            prompt = encode_parts(parts, self.processor)
             check_length(len(prompt.ids), self.cfg.rollout.prompt_tokens)
         except ValueError as wrong:
             raise ValueError(f"Task {task.uid}: {wrong}") from wrong
@@ -329,7 +362,7 @@ class _Run:
             for episode in self.episodes.values():
                 if episode.end is None:  # it was given up
                     with contextlib.suppress(Exception):  # of an environment of the user's; another error is on its way
-                        episode.environment.close()
+                        answered(episode.environment.close, self.collector.rules.timeout_s)
 
     def _turns(self) -> Iterator[Turn]:
         while self.queue or self.submitted or self.groups:
@@ -355,7 +388,7 @@ class _Run:
             for key, rows, vision in self.engine.admit():
                 opened, stream = self.submitted.pop(key), self.drawn[key].stream
                 seeds = [zlib.crc32(f"{self.seed} {stream} {i}".encode()) for i in range(len(rows))]
-                episodes = [opened.episode(self.collector.rules, i, seed) for i, seed in enumerate(seeds)]
+                episodes = [opened.episode(self.collector, i, seed) for i, seed in enumerate(seeds)]
                 self.groups[rows[0] // len(rows)] = Group(key, opened.prompt, vision, episodes, [])
                 self.episodes |= dict(zip(rows, episodes, strict=True))
 

@@ -2,7 +2,8 @@
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,7 @@ from imagent_jax.config import ImagesConfig
 from imagent_jax.config.naming import import_path
 from imagent_jax.images.decode import read_image
 from imagent_jax.images.prepare import fit_budget
-from imagent_jax.tools import ImageRegistry, Tool, ToolSet, ToolSettings, TrajectoryState
+from imagent_jax.tools import ImageRegistry, Tool, ToolSet, ToolSettings, TrajectoryState, limited
 from imagent_jax.types import CallResult, ImageEntry, Task, Trajectory
 
 _STATE = (dict, list, set, np.ndarray)
@@ -32,15 +33,13 @@ def environment_class(path: str, what: str) -> "type[ToolEnvironment]":
     return found
 
 
-def plain_environment(environment: "ToolEnvironment", task: Task) -> "ToolEnvironment":
-    """Return a default environment of a task, with the tools and settings of `environment`, which has failed.
+def answered(work: Callable[[], Any], timeout_s: float) -> Any:
+    """Return what a method of an environment returns.
 
     Raises:
-        ValueError: see `ToolEnvironment.reset`.
+        TimeoutError: it took longer than `timeout_s` seconds. What the method raises is raised as `limited` does.
     """
-    plain = ToolEnvironment(environment._given, environment.settings, environment.shown)
-    plain.reset(task)
-    return plain
+    return limited(work, timeout_s, "; raise tools.timeout_s")
 
 
 class ToolEnvironment:

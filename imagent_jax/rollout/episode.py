@@ -1,8 +1,9 @@
 """One trajectory in progress: its exact tokens turn by turn, and when it ends."""
 
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from imagent_jax.chat import Answer, Call, MalformedCall, QwenChat, Text, extrac
 from imagent_jax.images.prepare import PreparedImage
 from imagent_jax.model.interleave import Encoded, encode_parts
 from imagent_jax.model.processor import Processor
-from imagent_jax.rollout.environment import ToolEnvironment
+from imagent_jax.rollout.environment import ToolEnvironment, answered
 from imagent_jax.types import CallResult, CallStatus, EndReason, ImageEntry, Task, TokenKind, Trajectory, Turn
 
 
@@ -21,6 +22,7 @@ class Rules(NamedTuple):
         response_tokens: most tokens after the prompt.
         max_turns: most calls.
         max_repeats: how often the same call may be made.
+        timeout_s: seconds that a method of an environment may take.
     """
 
     chat: QwenChat
@@ -28,6 +30,16 @@ class Rules(NamedTuple):
     response_tokens: int
     max_turns: int
     max_repeats: int
+    timeout_s: float
+
+    def ask(self, environment: ToolEnvironment, work: Callable[[], Any]) -> Any:
+        """Return what `work` asks of an environment. Environments of this package wait for nothing and have no time limit.
+
+        Raises:
+            TimeoutError: it took longer than `timeout_s` seconds. What the environment raises is raised.
+        """
+        own = type(environment).__module__.startswith("imagent_jax.")
+        return work() if own else answered(work, self.timeout_s)
 
     def prepare(self, environment: ToolEnvironment, entry: ImageEntry, observed: bool) -> PreparedImage:
         """Return an image in the size at which the policy sees it. `observed`: a call shows it."""
@@ -116,7 +128,12 @@ class Episode:
 
     def trajectory(self, ids: np.ndarray, logprobs: np.ndarray) -> Trajectory:
         """Return the finished trajectory, given its row of the engine's buffers ([R] each). Its task and arrays are its own."""
-        kinds = np.concatenate(self.kinds)
+        kinds, environment = np.concatenate(self.kinds), self.environment
+        try:
+            images = self.rules.ask(environment, lambda: environment.images)
+        except Exception:  # noqa: BLE001 - of an environment of the user's
+            images = tuple(getattr(environment, "_registry", ()))
+            self.end, self.error = EndReason.FAULT, self.error or traceback.format_exc()
         made = Trajectory(
             task=replace(self.task),
             rollout=self.rollout,
@@ -128,11 +145,11 @@ class Episode:
             turns=self.turns,
             end=EndReason(self.end),  # fails before the end
             answer=extract_answer(self.turns[-1].text) if self.end == EndReason.ANSWERED else None,
-            images=self.environment.images,
+            images=images,
             error=self.error,
         )
         try:
-            made.environment_reward = self.environment.reward(made)
+            made.environment_reward = self.rules.ask(environment, lambda: environment.reward(made))
         except Exception:  # noqa: BLE001 - of an environment of the user's
             made.end, made.error = EndReason.FAULT, made.error or traceback.format_exc()
         for array in (made.ids, made.logprobs, made.kind, made.positions, made.vision):
@@ -148,7 +165,7 @@ class Episode:
     def _finish(self, end: EndReason) -> None:
         self.end = end
         try:
-            self.environment.close()
+            answered(self.environment.close, self.rules.timeout_s)
         except Exception:  # noqa: BLE001 - of an environment of the user's
             self.end, self.error = EndReason.FAULT, self.error or traceback.format_exc()
 

@@ -2,6 +2,7 @@
 
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 
 from imagent_jax.chat import Call, MalformedCall
@@ -27,22 +28,29 @@ class PendingCalls:
         """Start a call."""
         environment, prepare = episode.environment, self.rules.prepare
 
-        def seen(result: CallResult) -> tuple[CallResult, list[PreparedImage]]:
+        def shown(numbers: Sequence[int]) -> list[PreparedImage]:
             images = environment.images
+            return [prepare(environment, images[number - 1], observed=True) for number in numbers]
+
+        def seen(result: CallResult) -> tuple[CallResult, list[PreparedImage]]:
             try:
-                return result, [prepare(environment, images[number - 1], observed=True) for number in result.images]
+                return result, self.rules.ask(environment, lambda: shown(result.images))
             except BaseException:  # noqa: BLE001 - of an environment of the user's
                 return fault(traceback.format_exc(), call), []
 
         def run() -> CallResult:
             began = time.perf_counter()
             try:
-                result = environment.step(call)
+                result = replace(environment.step(call))
             except BaseException:  # noqa: BLE001 - of an environment of the user's
                 result = fault(traceback.format_exc(), call)
             return replace(result, seconds=time.perf_counter() - began)
 
-        limit_s = environment.tools.limit_s(call) or self.timeout_s
+        try:
+            limit_s = self.rules.ask(environment, lambda: environment.tools.limit_s(call)) or self.timeout_s
+        except Exception:  # noqa: BLE001 - of an environment of the user's
+            self.calling[row], self.results[row] = (call, self.timeout_s), (fault(traceback.format_exc(), call), [])
+            return
         self.calling[row] = call, limit_s
         self.pool.submit(row, run, seen, limit_s)
 

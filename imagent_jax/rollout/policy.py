@@ -76,7 +76,7 @@ def check_tool_settings(cfg: Config, collector: Collector) -> None:
         ValueError: it names another.
     """
     worlds = {source.environment for source in cfg.data.mixture.values()} - {""}
-    known = [*collector.names, *(name for path in sorted(worlds) for name in collector.environment(path=path).tools.names)]
+    known = [*collector.names, *(name for path in sorted(worlds) for name in collector.offered(path=path).names)]
     for name in cfg.tools.settings:
         if name not in known:
             raise ValueError(f"tools.settings names {name!r}, which is no tool of the run; there are {', '.join(known)}.")

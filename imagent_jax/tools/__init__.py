@@ -8,7 +8,7 @@ from imagent_jax.config.naming import import_path
 from imagent_jax.tools.calls import fault, invalid
 from imagent_jax.tools.context import ToolContext, ToolSettings, TrajectoryState
 from imagent_jax.tools.decorator import tool
-from imagent_jax.tools.pool import CallPool
+from imagent_jax.tools.pool import CallPool, limited
 from imagent_jax.tools.protocol import ToolSet
 from imagent_jax.tools.python import python_tool
 from imagent_jax.tools.registry import ImageRegistry
@@ -35,6 +35,7 @@ __all__ = [
     "TrajectoryState",
     "fault",
     "invalid",
+    "limited",
     "python_tool",
     "search_tool",
     "to_bbox",

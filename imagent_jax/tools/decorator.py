@@ -49,6 +49,7 @@ def tool(function: Callable[..., Any] | None = None, *, settings: type[CallSetti
         raise ValueError(f"tool {name} needs a docstring: its first paragraph tells the policy what the tool does")
     properties: dict[str, Any] = {}
     required: list[str] = []
+    defaults: dict[str, Any] = {}
     for parameter in parameters[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ValueError(f"tool {name}: parameter {parameter.name} must be an ordinary named parameter")
@@ -63,14 +64,15 @@ def tool(function: Callable[..., Any] | None = None, *, settings: type[CallSetti
             raise ValueError(
                 f"tool {name}: parameter {parameter.name} has the default {parameter.default!r}, which is not of its type"
             )
+        elif isinstance(parameter.default, (dict, list, tuple)):
+            defaults[parameter.name] = parameter.default
     documented.pop(parameters[0].name, None)
     if documented:
         raise ValueError(f"tool {name}: the docstring describes {', '.join(documented)}, which is not a parameter")
     schema = {"type": "object", "properties": properties, "required": required}
     body = {"name": name, "description": description, "parameters": schema}
-    return Tool(
-        name, function, {"type": "function", "function": body}, _returns_numbers(function, hints, name), method, settings()
-    )
+    numbers = _returns_numbers(function, hints, name)
+    return Tool(name, function, {"type": "function", "function": body}, numbers, method, settings(), defaults)
 
 
 def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Thread pool with a time limit per piece of work; runs tool calls while the policy decodes."""
+"""Work on threads with a time limit: one piece, or a pool that runs tool calls while the policy decodes."""
 
 import math
 import queue
@@ -8,6 +8,31 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+
+def limited(work: Callable[[], Any], timeout_s: float, remedy: str = "") -> Any:
+    """Run `work` on a thread of its own and return its result. A thread that is late is left behind; it keeps no process alive.
+
+    Raises:
+        TimeoutError: it ran longer than `timeout_s` seconds. `remedy` ends the sentence.
+        RuntimeError: it raised what is no exception, such as SystemExit. Exceptions of `work` are raised as they are.
+    """
+    done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:  # noqa: BLE001 - raised in the caller
+            done.put((None, error))
+
+    threading.Thread(target=run, name="limited", daemon=True).start()
+    try:
+        result, error = done.get(timeout=min(timeout_s, threading.TIMEOUT_MAX))
+    except queue.Empty:
+        raise TimeoutError(f"longer than {timeout_s:g} s{remedy}") from None
+    if error is not None:
+        raise error if isinstance(error, Exception) else RuntimeError(repr(error)) from error
+    return result
 
 
 @dataclass(eq=False)

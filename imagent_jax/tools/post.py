@@ -12,6 +12,8 @@ import urllib.parse
 from collections.abc import Generator, Mapping
 from typing import Any
 
+from imagent_jax.tools.pool import limited
+
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -27,7 +29,8 @@ def _connected(url: str, timeout_s: float) -> Generator[http.client.HTTPConnecti
     parts = urllib.parse.urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection, until = kind(parts.hostname or "", parts.port), time.monotonic() + timeout_s
-    plain = socket.create_connection((connection.host, connection.port), timeout_s)
+    address = connection.host, connection.port  # looking a name up has no time limit of its own
+    plain = limited(lambda: socket.create_connection(address, timeout_s), timeout_s)
     with plain, plain.dup() as other, contextlib.closing(connection):  # the same connection, also where `plain` is encrypted
         timer = threading.Timer(max(until - time.monotonic(), 0), _cut, [other])
         timer.daemon = True

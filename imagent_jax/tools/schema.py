@@ -1,6 +1,7 @@
 """Tools: functions with a JSON schema, the schemas of Python types, and the check of arguments."""
 
 import asyncio
+import copy
 import difflib
 import functools
 import inspect
@@ -8,7 +9,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 from imagent_jax.config import CallSettings, read_own
@@ -33,6 +34,7 @@ class Tool:
         returns_numbers: the numbers that it returns are results to read, not numbers of images to show.
         method: it is a method of an environment. Read from an instance, it is bound to it, as methods are.
         settings: its own settings, among them the time limit of a call.
+        defaults: those of its parameters that can be changed; every call gets copies.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Tool:
     returns_numbers: bool = False
     method: bool = False
     settings: CallSettings = CallSettings()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __get__(self, instance: Any, owner: type | None = None) -> "Tool":
         bound = instance is not None and self.method
@@ -56,7 +59,7 @@ class Tool:
 
     def __call__(self, context: Any, /, **arguments: Any) -> Any:
         """Call the function; an `async def` function runs to its end."""
-        returned = self.function(context, **arguments)
+        returned = self.function(context, **copy.deepcopy(dict(self.defaults)) | arguments)
         return asyncio.run(returned) if inspect.iscoroutine(returned) else returned
 
     def check(self, arguments: dict[str, Any]) -> None:

@@ -13,5 +13,11 @@ def read(row: Row) -> Fields:
 
 
 OWN = Benchmark(
-    name="own", title="your own tasks", needs=(), read=read, metrics={"": Metric(None, by_type)}, template=with_letter("")
+    name="own",
+    title="your own tasks",
+    needs=(),
+    read=read,
+    metrics={"": Metric(None, by_type)},
+    template=with_letter(""),
+    lettered=False,
 )
