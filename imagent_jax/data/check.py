@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 Size = tuple[int, int]
 """(height, width) of an image in pixels."""
 T = TypeVar("T")
-VERSION = 5
+VERSION = 6
 """Of the checks here and in `reader`; remembered verdicts of another version do not count."""
 
 
