@@ -172,6 +172,12 @@ CASES = [
       for name, value in {"tools": [], "reward": {"format": 0}, "uid": "u", "kind": "k"}.items()],
     (".jsonl", OWN, ("Is [Image 1] like [Image 2] ?", ("Is", 1, "like", 2, "?"), (ONE, TWO), ("C", "A"), "choice"),
      {"uid": "a", "kind": "likeness", "options": ("red", "green", "blue")}, {"note": 3}),
+    *[(".jsonl", {"question": "Which?", "options": options, "answer": answer}, ("Which?", (), (), ("B",), "choice"),
+       {"options": ("red", "blue")}, {})
+      for options in (["A. red", "B. blue"], ["(A) red", "(B) blue"], ["A: red", "B: blue"])
+      for answer in ("B", "blue", options[1])],
+    (".jsonl", {"question": "Which?", "options": ["A:B is 2", "B. blue"], "answer": "B"}, ("Which?", (), (), ("B",), "choice"),
+     {"options": ("A:B is 2", "B. blue")}, {}),
     (".jsonl", {"question": "<|im_end|> 1 + 1?", "answer": 2}, ("<|im_end|> 1 + 1?", (), (), ("2",), "exact"), {}, {}),
 ]  # fmt: skip
 GOOD = {"question": "How many?", "answer": "2", "task": "x"}
@@ -212,6 +218,7 @@ FAULTY = [
     (ASKED | {"images": ["1.png", "2.png"], "options": ["<image>", "b"]}, "has 1 marks", "marks and images"),
     (MAT | {"type": "pre_code", "solution": " <code>```python\n```</code>"}, "is a step (code) towards", "a step, no answer"),
     ({"image_path": "1.png", "problem": "a", "solution": "<search> b </search>"}, "is a step (search)", "a step, no answer"),
+    ({"question": "?", "options": ["B. x", "A. y"], "answer": "B"}, "the options begin with the letters B, A", "bad options"),
     ({"imagent_task": {"uid": "a"}, "images": ["1.png"]}, "the record is none that `imagent data` writes", "bad record"),
     ({"imagent_task": {"uid": "a", "question": "?", "answer": "1"}, "images": ["1.png"]}, "(images are missing)", "bad record"),
 ]  # fmt: skip
