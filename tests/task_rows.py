@@ -263,6 +263,7 @@ FAULTY = [
     (ASKED | {"images": ["1.png", "2.png"], "options": ["<image>", "b"]}, "has 1 marks", "marks and images"),
     (MAT | {"type": "pre_code", "solution": " <code>```python\n```</code>"}, "is a step (code) towards", "a step, no answer"),
     ({"image_path": "1.png", "problem": "a", "solution": "<search> b </search>"}, "is a step (search)", "a step, no answer"),
+    ({"question": "?", "answer": None}, "the row has no answer", "no answer"),
     *[(asked(PAIR[0], text, *more, **columns), f"the message holds images itself ({len(more) + 1})", "marks and images")
       for columns in ({}, {"images": ["2.png"]})
       for text, more in (("<image> is?", ()), ("Is <image>?", (PAIR[1],)))],
