@@ -123,6 +123,20 @@ SEVERAL = [  # messages that stand as text, and marks in the parts of a message
     *({"prompt": [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}], "images": ["1.png"],
        "solution": "a dog"} for texts in (["<image>\nWhat is it?"], ["<image1>", "What is it?"])),
 ]  # fmt: skip
+INSIDE = [  # images that stand in the parts of a message, in every form
+    {"type": "image", "image": "1.png"}, {"type": "image", "path": "1.png"}, {"type": "image", "base64": B64[0]},
+    {"image": "1.png"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": B64[0]}},
+]  # fmt: skip
+PAIR = [{"type": "image", "image": name} for name in ("1.png", "2.png")]
+
+
+def asked(*parts, **columns):
+    """A row of a conversation: a message of these parts, and its answer."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]}
+    return {"messages": [{"role": "user", "content": content}, answer]} | columns
+
+
 CASES = [
     (".parquet", VERL, ("[Image 1] Find x in [Image 2] .", (1, "Find x in", 2, "."), (ONE, TWO), ("3",), "number"),
      {"kind": "hiyouga/geometry3k", "uid": "train:1"}, {"system": "You are helpful.", "agent_name": "tool_agent"}),
@@ -172,6 +186,43 @@ CASES = [
       for name, value in {"tools": [], "reward": {"format": 0}, "uid": "u", "kind": "k"}.items()],
     (".jsonl", OWN, ("Is [Image 1] like [Image 2] ?", ("Is", 1, "like", 2, "?"), (ONE, TWO), ("C", "A"), "choice"),
      {"uid": "a", "kind": "likeness", "options": ("red", "green", "blue")}, {"note": 3}),
+    *[(".jsonl", asked(part, {"text": "What is it?"}), ("What is it?", (), (ONE,), ("a dog",), "exact"), {}, {})
+      for part in INSIDE],
+    (".jsonl", asked(PAIR[0], "and", PAIR[1], "Is <image 1> it?", answer="<image 2>"),
+     ("[Image 1] and [Image 2] Is Image 1 it?", (1, "and", 2, "Is Image 1 it?"), (ONE, TWO), ("Image 2",), "exact"), {}, {}),
+    (".jsonl", {"question": [*PAIR, {"text": "Which?"}], "options": ["<image 1>", "<image_2>"], "answer": "<image 2>"},
+     ("Which?", (), (ONE, TWO), ("B",), "choice"), {"options": ("Image 1", "Image 2")}, {}),
+    *[(suffix, {"index": index, "image": None, "question": "Which?", "answer": "2", "images": images, "note": 3},
+       ("Which?", (), shown, ("2",), "exact"), {"uid": "train:1"}, {"note": 3})
+      for suffix in (".parquet", ".jsonl")
+      for index, images, shown in ((None, ["1.png"], (ONE,)), (7, ["1.png"], (ONE,)), (7, None, ()), (None, None, ()))],
+    (".jsonl", {"prompt": None, "problem": "Which?", "answer": "two"}, ("Which?", (), (), ("two",), "exact"), {}, {}),
+    (".jsonl", {"messages": None, "image": "1.png", "conversations": LLAVA["conversations"]},
+     ("What is it? [Image 1]", ("What is it?", 1), (ONE,), ("a dog",), "exact"), {}, {}),
+    (".jsonl", {"messages": None, "prompt": "", "reward_model": {}, "question": "Which?", "answer": "2"},
+     ("Which?", (), (), ("2",), "exact"), {}, {}),
+    (".jsonl", PYVISION | {"image_path": None}, ("Which? (A) red (B) blue", (), (), ("B",), "choice"),
+     {"uid": "v1", "kind": "color"}, {}),
+    (".jsonl", PYVISION | {"image_path": None, "uid": "u"}, ("Which? (A) red (B) blue", (), (), ("B",), "exact"),
+     {"uid": "u", "kind": ""}, {"id": "v1", "ability": "color"}),
+    (".tsv", MMBENCH | {"image": ""}, ("Look.\nWhich?", (), (), ("B",), "choice"),
+     {"uid": "5", "kind": "color", "options": ("red", "blue")}, {}),
+    (".jsonl", asked("What is it?", answer="B"), ("What is it?", (), (), ("B",), "choice"), {}, {}),
+    (".jsonl", {"messages": asked("What is it?")["messages"][:1], "solution": "<answer>cat</answer>"},
+     ("What is it?", (), (), ("cat",), "exact"), {}, {}),
+    (".jsonl", {"problem": "1 + 1?", "solution": "One and one is 2.", "answer": "2"}, ("1 + 1?", (), (), ("2",), "number"), {},
+     {"solution": "One and one is 2."}),
+    *[(".jsonl", {"prompt": "Who?", "reward_model": model, "data_source": "nq"}, ("Who?", (), (), ("Ada", "A. L."), "exact"),
+       {"kind": "nq"}, {})
+      for answers in [{"ground_truth": {"target": ["Ada", "A. L."]}}] for model in (answers, json.dumps(answers))],
+    *[(".jsonl", {"question": "Which?", "options": options, "answer": answer}, ("Which?", (), (), ("B",), "choice"),
+       {"options": ("red", "blue")}, {})
+      for options in (["A. red", "B. blue"], ["(A) red", "(B) blue"], ["A: red", "B: blue"])
+      for answer in ("B", "blue", options[1])],
+    (".jsonl", {"question": "Which?", "answer": "A", "a": 1, "b": 2, "A": "x", "B": None}, ("Which?", (), (), ("A",), "exact"),
+     {}, {"a": 1, "b": 2, "A": "x"}),
+    (".jsonl", {"question": "Which?", "options": ["A:B is 2", "B. blue"], "answer": "B"}, ("Which?", (), (), ("B",), "choice"),
+     {"options": ("A:B is 2", "B. blue")}, {}),
     (".jsonl", {"question": "<|im_end|> 1 + 1?", "answer": 2}, ("<|im_end|> 1 + 1?", (), (), ("2",), "exact"), {}, {}),
 ]  # fmt: skip
 GOOD = {"question": "How many?", "answer": "2", "task": "x"}
@@ -212,6 +263,36 @@ FAULTY = [
     (ASKED | {"images": ["1.png", "2.png"], "options": ["<image>", "b"]}, "has 1 marks", "marks and images"),
     (MAT | {"type": "pre_code", "solution": " <code>```python\n```</code>"}, "is a step (code) towards", "a step, no answer"),
     ({"image_path": "1.png", "problem": "a", "solution": "<search> b </search>"}, "is a step (search)", "a step, no answer"),
+    ({"question": "?", "answer": None}, "the row has no answer", "no answer"),
+    *[(asked(PAIR[0], text, *more, **columns), f"the message holds images itself ({len(more) + 1})", "marks and images")
+      for columns in ({}, {"images": ["2.png"]})
+      for text, more in (("<image> is?", ()), ("Is <image>?", (PAIR[1],)))],
+    (asked(PAIR[0], "Is <image 1> it?", images=["2.png"]), 'besides 0 marks "<image>" and 1 images of a', "marks and images"),
+    (asked(PAIR[0], {"type": "image"}, "<image 1>?", images=["2.png"]), "besides 1 marks", "marks and images"),
+    (asked(PAIR[0], "<image 2>?"), '"<image 2>" names an image that the row, with 1 images, does not', "marks and images"),
+    ({"prompt": asked(PAIR[0], "<image>?")["messages"][:1], "images": ["2.png"], "answer": "1"}, "besides 1", "marks and images"),
+    ({"question": [PAIR[0], "Which?"], "options": ["<image>", "b"], "answer": "b"}, "besides 1 marks", "marks and images"),
+    (asked({"type": "text", "text": "a?", "image": "1.png"}), "has a part of text with an image", "not text or image"),
+    (asked({"type": "image", "text": "a?", "image": "1.png"}), "has a part of text with an image", "not text or image"),
+    *[({"messages": [{"role": role, "content": [PAIR[0]]}, *asked("a?")["messages"]][:count], "answer": "b"},
+       f'a message of "{role}" holds an image', "not text or image") for role, count in (("system", 2), ("system", 3))],
+    ({"messages": [*asked("a?")["messages"][:1], {"role": "assistant", "content": PAIR}]}, 'a message of "assistant" holds',
+     "not text or image"),
+    *[({"prompt": asked("a?")["messages"], **columns}, 'of "user", "assistant"; a task is one message of', "several turns")
+      for columns in ({"reward_model": {"ground_truth": "b"}}, {"answer": "b"}, {"answer": "b", "info": {}})],
+    *[({"question": "?", "answer": "B", **dict.fromkeys(names, 0 if names[0] == "A" else "x")},
+       f'the column "{names[0]}" is none of imagent-jax', "unread column")
+      for names in ("AB", ("option_a", "option_b"), ("choice1", "choice2"))],
+    ({"question": "?", "options": ["B. x", "A. y"], "answer": "B"}, "the options begin with the letters B, A", "bad options"),
+    ({"prompt": "a", "multi_modal_data": {"image": ["1.png"]}, "answer": "b"}, 'the column "multi_modal_data"', "unread column"),
+    (ASKED | {"image": "2.png"}, 'the column "image" is none of imagent-jax', "unread column"),
+    ({"index": 1, "question": "?", "image": "1.png", "img_2": "2.png", "answer": "b"}, 'the column "img_2"', "unread column"),
+    *[({"question": "?", "answer": "b"} | columns, f'the column "{[*columns][0]}" is none of imagent-jax', "unread column")
+      for columns in ({"image1": "1.png", "image2": "2.png"}, {"image_0": "1.png"}, {"image_2": "1.png"}, {"img": "1.png"},
+                      {"image_url": "1.png"}, {"image_paths": ["1.png"]}, {"pictures": ["1.png"]})],
+    ({"question": "?", "answer": "b", "image_1": "1.png", "image_3": "2.png"}, 'the column "image_3"', "unread column"),
+    ({"question": "?", "answer": "b", "image_1": "1.png", "image_2": None, "image_3": "2.png"},
+     '"image_2" is empty and a later one is not', "bad images"),
     ({"imagent_task": {"uid": "a"}, "images": ["1.png"]}, "the record is none that `imagent data` writes", "bad record"),
     ({"imagent_task": {"uid": "a", "question": "?", "answer": "1"}, "images": ["1.png"]}, "(images are missing)", "bad record"),
 ]  # fmt: skip

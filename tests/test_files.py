@@ -102,6 +102,44 @@ def test_white_space_around_the_names_of_a_tsv_header_is_left_out(folder):
     assert (task.uid, task.images, task.answer) == ("1", (ONE,), "yes")
 
 
+def test_a_column_named_twice_is_one_sentence(folder):
+    """Both columns would be one, in silence. Columns without a name are left alone, as spreadsheets write them."""
+    text = "index\tquestion\timage_path\tanswer\t\t\n1\t?\t1.png\tyes\t\t\n"
+    (folder / "blank.tsv").write_text(text)
+    assert read(folder / "blank.tsv")[0].answer == "yes"
+    (folder / "train.tsv").write_text(text.replace("yes\t", "yes\tno").replace("answer\t", "answer\t answer"))
+    table = pa.Table.from_arrays([pa.array(["?"]), pa.array(["yes"]), pa.array(["no"])], ["question", "answer", "answer"])
+    pq.write_table(table, folder / "train.parquet")
+    for name in ("train.tsv", "train.parquet"):
+        words = f'{folder / name} has 2 columns named "answer"; remove or rename all but one.'
+        with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+            read(folder / name, skip_bad=True)
+
+
+def test_an_object_with_a_key_twice_is_a_fault_of_its_row(folder):
+    rows = [
+        '{"question": "?", "answer": "1"}',
+        '{"question": "?", "answer": "1", "\\u0061nswer": "2"}',
+        '{"problem": "?", "answer": "1", "note": [{"a": {"b": 1, "b": 1}}]}',
+        '{"question": "?", "answer": "2", "note": [{"a": 1}, {"a": 1}]}',
+    ]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "train.json").write_text(f"[{','.join(rows)}]")
+    for name in ("train.jsonl", "train.json"):
+        tasks = read(folder / name, skip_bad=True)
+        assert [(task.uid, task.answer) for task in tasks] == [("train:1", "1"), ("train:4", "2")]
+        assert [(fault.line, fault.kind) for fault in tasks.faults] == [(2, "repeated key"), (3, "repeated key")]
+        assert tasks.faults[0].reason == 'an object of the row has the key "answer" twice; keep one of them'
+        assert 'the key "b" twice' in tasks.faults[1].reason
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "latin-1"])
+def test_a_tsv_header_of_another_encoding_is_one_sentence(folder, coding):
+    (folder / "train.tsv").write_bytes("index\tquestion\timage_path\tréponse\n1\t?\t1.png\tyes\n".encode(coding))
+    with pytest.raises(ValueError, match=r"^The header of .*train.tsv is not UTF-8; write the file in UTF-8\.$"):
+        read(folder / "train.tsv")
+
+
 def latin():
     """Three texts, of which the second is not UTF-8, as some writers leave them in a column of texts."""
     return pa.Array.from_buffers(pa.string(), 3, pa.array([b"a?", b"caf\xe9?", b"c?"]).buffers())

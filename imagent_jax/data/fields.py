@@ -21,6 +21,8 @@ MARK = "<image>"
 """Stands in a question where an image stands."""
 NUMBERED = re.compile(r"<image[ _]?(\d{1,4})>")
 """Names an image by its number."""
+_LABELLED = re.compile(r"\s*\(?([A-Z])[.:)]+\s+(.*\S)\s*", re.DOTALL)
+"""An option under its letter, such as "A. a dog" or "(A) a dog"."""
 _LETTER = re.compile(r"\(?([A-Za-z])\)?\.?")
 
 
@@ -74,14 +76,21 @@ def lettered(row: dict[str, Any]) -> list[str | None]:
 
 
 def options_of(value: Any, answers: Sequence[str], lettered: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the options, and the letters of the right ones. `lettered`: see `formats.Format`."""
+    """Return the options, without letters of their own, and the letters of the right ones. `lettered`: see `formats.Format`."""
     options = texts_of(value) if isinstance(value, list) else ()
     if not 2 <= len(options) <= 26 or len(options) < len(value):
         raise RowError("bad options", '"options" is no list of 2 to 26 texts; write the text of each option')
-    letters, found = string.ascii_uppercase[: len(options)], []
-    for answer in answers:
-        meant: set[str] = {letters[i] for i, option in enumerate(options) if option.strip() == answer.strip()}
-        if (match := _LETTER.fullmatch(answer.strip())) and match[1].upper() in letters:
+    letters, found, given = string.ascii_uppercase[: len(options)], [], options
+    labelled = [match for option in options if (match := _LABELLED.fullmatch(option))]
+    if sorted(labels := [match[1] for match in labelled]) == [*letters]:
+        if labels != [*letters]:
+            raise RowError(
+                "bad options", f"the options begin with the letters {', '.join(labels)}; write them from A on, or none"
+            )
+        options = tuple(match[2] for match in labelled)
+    for answer in map(str.strip, answers):
+        meant = {letter for letter, *texts in zip(letters, options, given, strict=True) if answer in map(str.strip, texts)}
+        if (match := _LETTER.fullmatch(answer)) and match[1].upper() in letters:
             meant = {match[1].upper()} if lettered else meant | {match[1].upper()}
         if len(meant) != 1:
             raise RowError(

@@ -15,7 +15,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
@@ -99,13 +100,12 @@ class JsonList(_File):
     @functools.cached_property
     def _list(self) -> list[Any]:
         try:
-            rows = json.loads(text := self.path.read_bytes(), parse_constant=_refuse_constant)
+            rows, search = _loaded(self.path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.name} is not JSON ({error}); write a list of objects.") from None
         if not isinstance(rows, list):
             raise ValueError(f"{self.name} holds no list; write a list of objects, or one object a line in a .jsonl file.")
-        halves = _may_hold_halves(text)  # of the whole file, once
-        return [_checked(row, halves) for row in rows]
+        return [_checked(row, search) for row in rows]
 
     def count(self) -> int:
         return len(self._list)
@@ -157,11 +157,15 @@ class Tsv(_File):
             return next(self._reader(file), [])
 
     @functools.cached_property
-    def _header(self) -> list[str]:
+    def _header(self) -> Sequence[str]:
         try:
-            return [name.lstrip("\ufeff").strip() for name in self._cells(0)]
+            names = [name.lstrip("\ufeff").strip() for name in self._cells(0)]
+            "".join(names).encode()
         except csv.Error as error:
             raise ValueError(f"The header of {self.name} is not TSV ({error}); mend its quotes and line breaks.") from None
+        except UnicodeEncodeError:
+            raise ValueError(f"The header of {self.name} is not UTF-8; write the file in UTF-8.") from None
+        return _distinct(names, self.name)
 
     @functools.cached_property
     def _places(self) -> dict[str, int]:
@@ -241,10 +245,12 @@ class Parquet(_File):
     def _open(self):
         parquet = _extra("pyarrow.parquet")
         try:
-            return parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False)
+            file = parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False)
         except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"The Parquet file {self.name} cannot be read ({reason}); write it again.") from error
+        _distinct(file.schema_arrow.names, self.name)
+        return file
 
 
 class ArrayRecord(_File):
@@ -388,6 +394,14 @@ def _files_of(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     raise NoSplit(f"{folder} has no {split} split; write {split}.jsonl (or {', '.join(list(CONTAINERS)[1:])}) there.")
 
 
+def _distinct(names: Sequence[str], file: str) -> Sequence[str]:
+    """Return the names of columns, or raise ValueError where two columns have one name. Blank ones are no names."""
+    name, count = Counter(filter(None, names)).most_common(1)[0] if any(names) else ("", 1)
+    if count > 1:
+        raise ValueError(f"{file} has {count} columns named {quote(name, 80)}; remove or rename all but one.")
+    return names
+
+
 def _extra(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
@@ -423,28 +437,48 @@ def _found(row: dict[str, Any] | RowError) -> dict[str, Any]:
 
 def _parsed(text: bytes) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(text, parse_constant=_refuse_constant)
+        row, search = _loaded(text)
     except (ValueError, RecursionError) as error:
         return RowError("not JSON", f"this is not JSON ({error}); write one object a line")
-    return _checked(row, _may_hold_halves(text))
+    return _checked(row, search)
 
 
-def _may_hold_halves(text: bytes) -> bool:
-    """Return whether half of a surrogate pair can be in JSON text."""
-    return b"\\u" in text or b"\xed" in text
+def _loaded(text: bytes) -> tuple[Any, bool]:
+    """Return what JSON text holds, and whether a fault that `_checked` searches for can be in it.
+
+    An error stands in the place of an object that has a key twice.
+    """
+    errors = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RowError:
+        found = dict(pairs)
+        if len(found) == len(pairs):
+            return found
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        errors.append(RowError("repeated key", f"an object of the row has the key {quote(key)} twice; keep one of them"))
+        return errors[-1]
+
+    value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=unique)
+    return value, bool(errors) or b"\\u" in text or b"\xed" in text  # half of a surrogate pair is written as one of these
 
 
-def _checked(row: Any, halves: bool) -> dict[str, Any] | RowError:
-    """Return a row of JSON, or why it is none. `halves`: see `_may_hold_halves`."""
-    if not isinstance(row, dict):
-        return RowError("not JSON", "this is not a JSON object; write one object a line")
-    if halves:
+def _checked(row: Any, search: bool) -> dict[str, Any] | RowError:
+    """Return a row of JSON, or why it is none. `search`: see `_loaded`."""
+    if search:
         try:
-            json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False, default=_raise).encode()
+        except RowError as error:
+            return error
         except UnicodeEncodeError as error:
             half = error.object[error.start : error.end].encode("ascii", "backslashreplace").decode()
             return RowError("broken text", f"the row has half a character ({half}); write whole characters")
+    if not isinstance(row, dict):
+        return RowError("not JSON", "this is not a JSON object; write one object a line")
     return row
+
+
+def _raise(error: RowError) -> NoReturn:
+    raise error
 
 
 def _refuse_constant(word: str) -> NoReturn:

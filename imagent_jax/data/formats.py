@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -30,12 +31,22 @@ from imagent_jax.types import ANSWER_TYPES, Task, quote
 
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk)[A-Za-z0-9+/=\s]{40,}")
 """Base64 of a JPEG, PNG, GIF, WebP or BMP file."""
-_OPTIONS, _PICTURES = ("options", "choices", "multi-choice options"), ("bytes", "file_name")
+_OPTIONS = ("options", "choices", "multi-choice options")
 _UNREAD = ("video", "videos", "audio", "audios")
-"""Columns of options, of images, and of what no task shows."""
+"""Columns of options, and of what no task shows."""
+_PICTURE = re.compile(
+    r"(image|img|picture|photo)(_?\d+|s?(_?(url|path|file|list|base64|b64|bytes|data)s?)?)|bytes|file_name|multi_modal_data"
+)
+"""Columns of images, also those that no format reads."""
+_OPTION = re.compile(r"[AB]|(?i:option|choice)[ _]?[abAB12]")
+"""Columns of the first two options, where each has a column of its own."""
+_INSIDE = ("image", "image_url", "url", "path", "base64", "bytes", "source")
+"""Keys of a part of a message under which an image stands."""
 _CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]""")
 """Begins a list of messages that stands as text."""
 _QUOTED = re.compile(r"""(['"])(.*?)\1""")
+_ANSWERS = ("ground_truth", "answer", "solution")
+"""Columns of an answer; a solution may be a derivation of it."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 Row = dict[str, Any]
@@ -60,7 +71,7 @@ class Fields(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Place of an image in a question. None: the next of the row's images."""
+    """Place of an image in a question, and the image where a message holds it. None: the next of the row's images."""
 
     image: Any = None
 
@@ -90,18 +101,21 @@ def _own(row: Row) -> Fields:
 
 def _verl(row: Row) -> Fields:
     model = row.pop("reward_model")
+    if isinstance(model, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            model = json.loads(model)
     answer = model.get("ground_truth") if isinstance(model, dict) else None
-    question, _ = _messages(row, "prompt")
-    return Fields(question, _images(row), answer, kind=row.pop("data_source", None))
+    answer = answer.get("target") if isinstance(answer, dict) else answer  # as Search-R1 writes it
+    return Fields(_asked(row, "prompt"), _images(row), answer, kind=row.pop("data_source", None))
 
 
 def _trl(row: Row) -> Fields:
-    question, _ = _messages(row, "prompt" if "prompt" in row else "problem")
-    return Fields(question, _images(row), without_markup(_first(row, ("ground_truth", "solution", "answer"))))
+    question = _asked(row, "prompt" if row.get("prompt") else "problem")
+    return Fields(question, _images(row), without_markup(_first(row, _ANSWERS)))
 
 
 def _verifiers(row: Row) -> Fields:
-    question, _ = _messages(row, "prompt" if row.get("prompt") else "question")
+    question = _asked(row, "prompt" if row.get("prompt") else "question")
     return Fields(question, _images(row), row.pop("answer", None), kind=row.pop("task", None))
 
 
@@ -111,8 +125,9 @@ def _pyvision(row: Row) -> Fields:
 
 
 def _chat(row: Row) -> Fields:
-    question, answer = _messages(row, "messages" if "messages" in row else "conversations")
-    return Fields(question, _images(row), without_markup(answer), uid=row.pop("id", None))
+    question, said = _messages(row, "messages" if row.get("messages") else "conversations")
+    answer = _first(row, _ANSWERS)
+    return Fields(question, _images(row), without_markup(said if answer is None else answer), uid=row.pop("id", None))
 
 
 def _vlmevalkit(row: Row) -> Fields:
@@ -146,11 +161,12 @@ def _mat(row: Row) -> Fields:
 FORMATS = (
     Format("verl and EasyR1 Parquet", ("prompt", "reward_model"), _verl),
     Format("chat messages", ("messages|conversations",), _chat),
-    Format("VLMEvalKit", ("index", "question", "answer", "image|image_path"), _vlmevalkit),
+    Format("VLMEvalKit", ("index", "question", "answer", "image|image_path|A"), _vlmevalkit),
     Format("imagent-jax", ("question", "answer", "images"), _own),
     Format("MuirBench, BLINK and ReMI", ("question", "answer|label", "image_list|image_1"), multi_image),
     Format("PyVision", ("id", "question", "answer", "image_path"), _pyvision),
     Format("imagent-jax", ("question", "answer", "options|tools|reward|environment|uid|kind"), _own),
+    Format("PyVision", ("id", "question", "answer", "ability"), _pyvision),
     Format("prime verifiers", ("question|prompt", "answer", "info|task"), _verifiers),
     Format("MAT", ("image_path", "problem", "solution"), _mat),
     Format("EasyR1", ("problem", "answer|solution"), _trl),
@@ -158,17 +174,19 @@ FORMATS = (
     Format("imagent-jax", ("question", "answer"), _own),
     Format(CONVERTED, ("imagent_task",), _own),
 )
-"""The first whose columns a row has is its format."""
+"""See `format_among`."""
 
 
 def format_of(row: Row) -> Format | None:
-    """Return the format of a row by its columns; None: unknown."""
+    """Return the format of a row, see `format_among`; None: unknown."""
     return format_among(FORMATS, row)
 
 
 def format_among(forms: Iterable[Format], row: Row) -> Format | None:
-    """Return the first of some formats whose columns a row has; None: it has those of none."""
-    return next((f for f in forms if all(row.keys() & set(need.split("|")) for need in f.needs)), None)
+    """Return the first of some formats whose columns hold values in a row, else the first whose columns it has; None: no such."""
+    filled = {name for name, value in row.items() if value not in (None, "")}
+    pairs = itertools.product((filled, row.keys()), forms)
+    return next((f for names, f in pairs if all(names & set(need.split("|")) for need in f.needs)), None)
 
 
 def unknown_columns(row: Row, wanted: Format | None = None) -> RowError:
@@ -191,8 +209,17 @@ def fields_of(row: Row, form: Format) -> Fields:
     fields = form.read(row)
     if form not in FORMATS:
         return fields
-    unread = (*_UNREAD, *(_OPTIONS if fields.options is None else ()), *(() if fields.images else _PICTURES))
-    if lost := [name for name in unread if row.get(name)]:
+    filled = [name for name, value in row.items() if value not in (None, "", b"", [], {}) and value is not False]
+    options = [name for name in filled if _OPTION.fullmatch(name)]
+
+    def unseen(name: str) -> bool:
+        if name in ("images", "image", "image_list") and fields.images:
+            return row[name] not in (fields.images, *fields.images)
+        if _PICTURE.fullmatch(name):
+            return not fields.images or name[-1].isdigit()
+        return name in _UNREAD or fields.options is None and (name in _OPTIONS or name in options[:-1])
+
+    if lost := [*filter(unseen, filled)]:
         raise RowError(
             "unread column",
             f'the column "{lost[0]}" is none of {form.name} and would be lost; write it as docs/data.md shows, or remove it',
@@ -223,6 +250,7 @@ def read_row(
     answer_type = text_of("answer_type", named, answer_type)
     images, options, count = fields.images, fields.options, len(fields.images)
     parts = _parts(fields.question, count)
+    count = count or sum(isinstance(part, Slot) and part.image is not None for part in parts)
     if isinstance(options, list):
         parts, options = _marks_of_options(parts, options, count)
     question, parts, images = _placed(parts, images)
@@ -275,8 +303,15 @@ def to_row(task: Task) -> Row:
 # ---- questions and images ---------------------------------------------------------------------------------------------
 
 
-def _messages(row: Row, column: str) -> tuple[Any, Any]:
+def _asked(row: Row, column: str) -> Any:
+    """Take a conversation without an answer out of a row: the content of its one user message."""
+    return _messages(row, column, answered=False)[0]
+
+
+def _messages(row: Row, column: str, answered: bool = True) -> tuple[Any, Any]:
     """Take a conversation out of a row: the content of its one user message, and of an assistant's message at its end.
+
+    Without `answered`, a message at its end is no answer, and a fault.
 
     A text is the user message itself, or the JSON of a list of messages. A system message goes to the row's "system".
     """
@@ -294,8 +329,12 @@ def _messages(row: Row, column: str) -> tuple[Any, Any]:
     turns = [(_ROLES.get(role, role), content) for role, content in turns]
     if system := [content for role, content in turns if role == "system"]:
         row.setdefault("system", system[0])
+    for role, content in turns:
+        held = [part for part in content if isinstance(part, dict)] if isinstance(content, list) and role != "user" else []
+        if any(str(part.get("type")).startswith("image") or part.get("image") or part.get("image_url") for part in held):
+            raise RowError("not text or image", f"a message of {quote(role)} holds an image; show it in the message of the user")
     turns = [turn for turn in turns if turn[0] != "system"]
-    answer = turns.pop()[1] if turns and turns[-1][0] == "assistant" else None
+    answer = turns.pop()[1] if answered and turns and turns[-1][0] == "assistant" else None
     if [role for role, _ in turns] != ["user"]:
         roles = ", ".join(quote(role) for role, _ in turns) or "none"
         raise RowError("several turns", f"the messages before the answer are of {roles}; a task is one message of a user")
@@ -310,20 +349,28 @@ def _parts(content: Any, count: int) -> list[str | Slot]:
             raise RowError("marks and images", f'the question has marks "{MARK}" with and without number; write all in one way')
         content = name_images(content, count, place=[*dict.fromkeys(numbers)] == [*range(1, count + 1)])
         return _pieces(content)
-    parts: list[str | Slot] = []
-    for part in content if isinstance(content, list) else ():
-        kind = "text" if isinstance(part, str) else part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            parts.append(part if isinstance(part, str) else str(part.get("text") or ""))
-        elif kind in ("image", "image_url"):
-            parts.append(Slot(part.get("image") or part.get("image_url") or part.get("url")))
-        else:
-            raise RowError("not text or image", f"a message has a part {quote(kind)}; only text and images can be shown")
+    parts = [_part(part) for part in content] if isinstance(content, list) else []
     texts = [part for part in parts if isinstance(part, str)]
     if parts and len(texts) == len(parts):
         return _parts("\n".join(texts), count)
-    shown = len(parts) - len(texts) + sum(text.count(MARK) for text in texts)
-    return [one for part in parts for one in (_pieces(name_images(part, shown)) if isinstance(part, str) else [part])]
+    inside = sum(isinstance(part, Slot) and part.image is not None for part in parts)
+    places = len(parts) - len(texts) - inside + sum(text.count(MARK) for text in texts)
+    pieces = (_pieces(name_images(part, inside + max(places, count))) if isinstance(part, str) else [part] for part in parts)
+    return [*itertools.chain.from_iterable(pieces)]
+
+
+def _part(part: Any) -> str | Slot:
+    """Return a part of a message: text, or an image or its place."""
+    if isinstance(part, str):
+        return part
+    held = part if isinstance(part, dict) else {}
+    text, image = held.get("text"), next((held[key] for key in _INSIDE if held.get(key)), None)
+    kind = held.get("type") or ("image" if image else "text" if text else None)
+    if kind not in ("text", "image", "image_url"):
+        raise RowError("not text or image", f"a message has a part {quote(kind)}; only text and images can be shown")
+    if text and any(held.get(key) for key in (_INSIDE[:2] if kind == "text" else ("text",))):
+        raise RowError("not text or image", "a message has a part of text with an image; write each as a part of its own")
+    return str(text or "") if kind == "text" else Slot(image)
 
 
 def _pieces(text: str) -> list[str | Slot]:
@@ -354,7 +401,14 @@ def _placed(parts: Sequence[str | Slot], images: Sequence[Any]) -> tuple[str, tu
         raise RowError("no question", 'the row has no question; add "question" as text')
     if not slots:
         return "\n".join(texts), (), [_image(image) for image in images]
-    if (marks := sum(slot.image is None for slot in slots)) != len(images):
+    marks = sum(slot.image is None for slot in slots)
+    if (inside := len(slots) - marks) and (marks or images):
+        raise RowError(
+            "marks and images",
+            f'the message holds images itself ({inside}), besides {marks} marks "{MARK}" and {len(images)} images of a column; '
+            "write all images in the message without marks, or all in a column",
+        )
+    if marks != len(images):
         raise RowError(
             "marks and images",
             f'the question has {marks} marks "{MARK}" and the row {len(images)} images; write one mark for '
@@ -382,13 +436,19 @@ def _images(row: Row) -> list[Any]:
                 value = [match[1] for match in re.findall(_QUOTED, value)]
             return value if isinstance(value, list) else [value]
     numbered = [*itertools.takewhile(row.__contains__, (f"image_{number}" for number in itertools.count(1)))]
-    return [image for image in map(row.pop, numbered) if image]
+    values = [row.pop(name) for name in numbered]
+    images = [*itertools.takewhile(bool, values)]
+    if any(values[len(images) :]):
+        raise RowError(
+            "bad images", f'"image_{len(images) + 1}" is empty and a later one is not; number the images without a gap'
+        )
+    return images
 
 
 def _image(image: Any) -> str | bytes:
     """Return the path of an image, or its bytes."""
     while isinstance(image, dict):
-        image = next((image[key] for key in ("bytes", "path", "url", "image") if image.get(key)), None)
+        image = next((image[key] for key in ("bytes", "path", "url", "image", "data") if image.get(key)), None)
     if isinstance(image, str):
         if re.match(r"(?!file:)\w+://", image):
             raise RowError("image by address", f"the image {quote(image, 80)} is on the web; download it and write its path")
