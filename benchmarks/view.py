@@ -5,7 +5,7 @@ image written anew, and opening the page of all trajectories in headless Chromiu
 shown. Beside wall times stands what this process (`cpu_s`) or the page's thread (`page_s`) computed, whatever else the
 machine did. Writes benchmarks/results/view.json.
 
-`--picture RUN --trajectory NAME` takes a picture of a trajectory, docs/trajectory.png, and times nothing.
+`--picture RUN --trajectory NAME --to FILE` takes a picture of a trajectory, docs/trajectory.png, and times nothing.
 """
 
 import sys
@@ -81,9 +81,10 @@ def main() -> None:
     options = parser(__doc__, repeats=5)
     options.add_argument("--picture", type=Path, metavar="RUN", help="folder of a run")
     options.add_argument("--trajectory", default="trained-000240/3", help="as in the page's address")
+    options.add_argument("--to", type=Path, default=RESULTS.parent.parent / "docs" / "trajectory.png", help="file of the picture")
     args = options.parse_args()
     if args.picture:
-        picture(args.picture.resolve(), args.trajectory, RESULTS.parent.parent / "docs" / "trajectory.png")
+        picture(args.picture.resolve(), args.trajectory, args.to)
         return
     from scripted_run import make_run, many_trajectories
 

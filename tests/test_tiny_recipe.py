@@ -2,6 +2,11 @@
 
 import importlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -32,7 +37,7 @@ from imagent_jax.tiny.vision_tools import SHOWN, TOOL_HEADS, crowded_print, digi
 def recipe():
     """The recipe of the tool worlds with a few updates of small batches of one form."""
     shapes = {"print": (Shape(2, 1, 160, 40, 6),)}
-    steps = {"digits": 1, "sizes": 1, "vision": 2, "text": 4}
+    steps = {"digits": 1, "sizes": 1, "vision": 2, "text": 4, "last": 1}
     return replace(RECIPES["tools"], shapes=shapes, steps=steps, chunk=1, texts=200, vocabulary=900)
 
 
@@ -48,6 +53,7 @@ def small(monkeypatch, tokens):
     """A corpus of single prints, packs of a few views, a narrow model, data in this process, and skills that are counted."""
     monkeypatch.setattr(corpus_tools, "FORMS", {"print": 1.0})
     monkeypatch.setattr(corpus_tools, "FIRST_FORMS", {"print": 1.0})
+    monkeypatch.setattr(corpus_tools, "LATER_FORMS", {"last": {"print": 1.0}})
     few, more = {"scenes": 2, "repaired": 2, "marks": 1, "blocks": 12}, {"sheets": 1, "large": 1, "given": 2, "spoilt": 3}
     shown = {"digits": few | {"crowded": 1}, "sizes": few | {"sheets": 1}, "vision": few | more}
     monkeypatch.setattr(vision_tools, "SHOWN", shown)
@@ -62,7 +68,7 @@ def small(monkeypatch, tokens):
     monkeypatch.setattr(module, "architecture", narrow)
     monkeypatch.setattr(
         module, "chunks", lambda recipe, out, stage, first: (
-            (chunk, (batches if stage == "text" else packs)(recipe, Processor.from_pretrained(out), stage, chunk))
+            (chunk, (packs if stage in recipe.packs else batches)(recipe, Processor.from_pretrained(out), stage, chunk))
             for chunk in range(first, recipe.steps[stage] // recipe.chunk)
         ),
     )  # fmt: skip
@@ -85,7 +91,7 @@ def test_a_build_that_is_stopped_after_every_chunk_ends_with_the_same_base(recip
     while not build(recipe, parts, "command", lambda: True):
         asked["stops"] += 1
         assert not (parts / "built.json").exists() and state_facts(parts / "state.safetensors", recipe)["seconds"] > 0
-    assert asked["stops"] == 8  # one, one and two chunks of the tower and four of the decoder
+    assert asked["stops"] == 9  # one, one and two chunks of the tower, four and one of the decoder
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
     one, two = (json.loads((folder / "built.json").read_text()) for folder in (whole, parts))
     assert one.pop("seconds") >= 0 and two.pop("seconds") >= 0 and one == two
@@ -135,10 +141,37 @@ def test_a_chunk_is_a_function_of_seed_stage_and_number(recipe, small, tmp_path)
     assert len(items) == 2 * recipe.chunk and np.array_equal(items[0][0]["response_ids"], first[0])
 
 
+def test_the_forms_of_the_decoder_are_first_then_all_then_last(recipe, monkeypatch, tokens):
+    """By stage and by the updates that are done."""
+    drawn = Counter()
+    for name in ("FIRST_FORMS", "FORMS"):
+        monkeypatch.setattr(corpus_tools, name, {name: 1.0})
+    monkeypatch.setattr(corpus_tools, "LATER_FORMS", {"last": {"later": 1.0}})
+    monkeypatch.setattr(
+        corpus_tools, "make_group", lambda rng, size, form: drawn.update([form]) or make_group(rng, size, "print")
+    )
+    whole = replace(recipe, shapes=dict.fromkeys(("FIRST_FORMS", "FORMS", "later"), recipe.shapes["print"]))
+    whole, processor = replace(whole, steps=whole.steps | {"text": 20}), Processor.from_pretrained(tokens)
+    for stage, chunk, name in (
+        ("text", 0, "FIRST_FORMS"),
+        ("text", 2, "FIRST_FORMS"),
+        ("text", 3, "FORMS"),
+        ("last", 0, "later"),
+    ):
+        next(batches(whole, processor, stage, chunk))
+        assert set(drawn) == {name}
+        drawn.clear()
+
+
 def test_recipes_are_whole_chunks_and_trials_are_shorter():
     for recipe in RECIPES.values():
-        assert all(count % recipe.chunk == 0 for count in recipe.steps.values()) and [*recipe.packs, "text"] == [*recipe.steps]
-        assert set(importlib.import_module(recipe.corpus).FORMS) == set(recipe.shapes)
+        assert (
+            all(count % recipe.chunk == 0 for count in recipe.steps.values()) and (*recipe.packs, "text") == (*recipe.steps,)[:4]
+        )
+        corpus = importlib.import_module(recipe.corpus)
+        assert set(corpus.FORMS) == set(recipe.shapes) and {*recipe.steps} - {*recipe.packs, "text"} <= {
+            *getattr(corpus, "LATER_FORMS", {})
+        }
         trial = recipe.scaled(0.01)
         assert all(trial.steps[s] % trial.chunk == 0 and trial.steps[s] < recipe.steps[s] / 50 for s in recipe.steps)
         assert recipe.scaled(1.0) == recipe
@@ -168,7 +201,8 @@ def test_features_of_prints_say_what_is_wrong_and_only_readable_ones_show_digits
     sound = known["turn"] & ~spoilt
     assert known["digit"][sound].sum() == sound.sum() // 9 + shown["marks"] > 30  # a digit a print, two where there are marks
     assert known["row"].sum() == known["column"].sum()
-    assert GIVEN == (3136, 7056) and set(pack.labels["loss"][known["loss"]]) > {0, len(LOSSES)}
+    labels = [one.labels["loss"] for one in (pack, *(tool_pack(rng, processor, 144) for _ in range(2)))]
+    assert GIVEN == (3136, 7056) and {*np.concatenate(labels).tolist()} == {-1, *range(len(LOSSES) + 1)}  # every loss, and none
 
 
 def test_packs_of_digits_are_full_of_digits_and_leave_the_rest_to_the_last_stage(tokens):
@@ -238,3 +272,41 @@ def test_a_skill_is_the_share_of_pieces_whose_tokens_are_all_the_likeliest(monke
             lambda *_, response_ids, worst=worst, **__: (jnp.full(response_ids.shape, worst), None),
         )  # fmt: skip
         assert set(measure(tokens, groups=2, forms=("print",)).values()) == {expected}
+
+
+WORKER = """
+import multiprocessing, os, sys, time
+from imagent_jax.tiny.recipe import end_with_parent
+
+def work(queue):
+    end_with_parent()
+    queue.put(os.getpid())
+    time.sleep(120)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    context.Process(target=work, args=(queue,), daemon=True).start()
+    print(queue.get(), flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.mark.slow(10)
+def test_the_process_that_draws_the_data_ends_with_a_build_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(WORKER)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)  # it runs
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        time.sleep(0.1)
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker outlived the build")

@@ -32,6 +32,7 @@ from imagent_jax.tiny.skills import measure
 from imagent_jax.types import Markup
 
 BLOCK = 144
+PATCH_BYTES = 3 * 14 * 14
 FIRST = 0.15
 """Fraction of the text steps trained on `FIRST_FORMS`."""
 
@@ -55,16 +56,17 @@ SHAPES = {
 }
 """Batch shapes by form of group, narrowest first."""
 TOOL_SHAPES = {
-    "crop": (Shape(64, 1, 88, 16, 22),),
+    "crop": (Shape(64, 1, 92, 16, 22),),
     "thumbnail": (Shape(48, 3, 88, 24, 14),),
     "print": (Shape(64, 1, 88, 20, 18),),
-    "page": (Shape(32, 1, 112, 24, 34),),
+    "page": (Shape(32, 1, 116, 24, 34),),
     "crops": (Shape(16, 8, 144, 32, 26), Shape(16, 8, 144, 40, 26)),
     "thumbnails": (Shape(20, 8, 128, 32, 22),),
     "prints": (Shape(20, 8, 120, 24, 18), Shape(20, 8, 120, 32, 18)),
-    "calls": (Shape(16, 4, 128, 104, 48), Shape(14, 4, 128, 128, 48), Shape(12, 4, 128, 152, 48), Shape(8, 4, 128, 304, 48)),
+    "calls": (Shape(16, 4, 132, 104, 48), Shape(14, 4, 132, 128, 48), Shape(12, 4, 132, 152, 48), Shape(8, 4, 132, 304, 48)),
     "programs": (Shape(16, 4, 120, 88, 44), Shape(14, 4, 120, 124, 44), Shape(12, 4, 120, 152, 44)),
     "pages": (Shape(12, 4, 120, 104, 64),),
+    "told": (Shape(16, 8, 72, 80, 1), Shape(12, 8, 72, 128, 1)),
     "searches": (Shape(16, 4, 120, 112, 14), Shape(12, 4, 120, 168, 12), Shape(12, 4, 120, 184, 12)),
 }
 """The same for the base of the tool worlds."""
@@ -156,7 +158,7 @@ def collate(groups, shape: Shape, merge: int):
 
     blocks = in_blocks(images, BLOCK)
     count = shape.blocks * (1 if len(blocks) <= shape.blocks else 2)
-    *pack, first_rows = pack_images(blocks, BLOCK, count, merge=merge, patch_bytes=images[0].patches.shape[1])
+    *pack, first_rows = pack_images(blocks, BLOCK, count, merge=merge, patch_bytes=PATCH_BYTES)
     first = iter([row // merge**2 for row in first_rows])
     vision, out = (
         [],

@@ -35,11 +35,11 @@ from imagent_jax.tools import ImageRegistry
 PROGRAM_MIX = {"question": 0.42, "guess": 0.05, "command": 0.35, "repair": 0.18}
 PAGE_MIX = {"question": 0.45, "guess": 0.05, "command": 0.5}
 """What the responses of a group answer; see `corpus.CALL_MIX`. "repair": a command to repair a print, without saying how."""
-TO_IMAGE, REPAIRING = 0.65, 0.5
+TO_IMAGE, REPAIRING = 0.55, 0.5
 """Chance that a program after a question is on an image that the question names; that one on another print repairs it."""
 TWO = 0.7
 """Chance that a command names two images, where there are two."""
-SPOILT, EXISTING, AS_IT_IS = 0.65, 0.85, 0.5
+SPOILT, EXISTING, AS_IT_IS = 0.65, 0.85, 0.6
 """Chance that a print is drawn with problems; that a question names a sound print, where there is one; that such a print is said
 to be sound and shown as it is."""
 

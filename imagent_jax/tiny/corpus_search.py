@@ -110,8 +110,8 @@ def _after_question(rng, library: Library, registry, style: Style, calls: int) -
         segments, shown = [*segments, *made], [part for part in parts if isinstance(part, str)]
     found = _facts(shown)
     fitting = [name for relation, name in found if relation == relations[-1]]
-    answer = fitting[0] if fitting else str(rng.choice([name for _, name in found] or draw_names(rng, 1, base=True)))
-    return [*segments, say(answer_markup(answer))]
+    named = fitting + [name for _, name in found] or draw_names(rng, 1, base=True)
+    return [*segments, say(answer_markup(named[0]))]
 
 
 def _query(rng, library: Library, subject: Subject) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """Builds a base from nothing by one command: `python -m imagent_jax.tiny.recipe NAME [--out FOLDER] [--seconds N] [--scale X]`.
 
-A recipe trains a tokenizer, then the vision tower in one stage or several, then the decoder with the tower frozen, and measures
-the skills. It works chunk by chunk; a chunk's data is a function of the seed, the stage and its number, and after each chunk
-weights, optimizer state and progress are written. The same command continues a build that was stopped, to the same result.
+A recipe trains a tokenizer, then the vision tower in one stage or several, then the decoder with the tower frozen, in stages too,
+and measures the skills. It works chunk by chunk. A chunk's data is a function of the seed, the stage and its number; after each
+chunk weights, optimizer state and progress are written. The same command continues a build that was stopped, to the same result.
 `built.json` records the command, the seconds, the last losses and the skills.
 """
 
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import queue as queues
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -53,10 +54,11 @@ class Recipe:
 
     Attributes:
         folder: below `assets/`.
-        corpus: module with `make_group`, `corpus_texts`, `FORMS` and `FIRST_FORMS`.
+        corpus: module with `make_group`, `corpus_texts`, `FORMS` and `FIRST_FORMS`, and `LATER_FORMS` where stages need them.
         packs: by stage of the tower, the function that draws its packs; `heads` are their labels.
         skills: function of the folder that returns the skills.
-        steps: updates of each stage, in order: those of the tower, and last the decoder's, "text".
+        steps: updates of each stage, in order: those of the tower, then the decoder's: "text", and those that have a mixture of
+            forms in `LATER_FORMS` of the corpus.
         texts: conversations that the tokenizer is trained on, for a vocabulary of `vocabulary` pieces.
         rate: peak learning rate.
         chunk: updates between two states on disk.
@@ -90,7 +92,8 @@ RECIPES = {
         folder="tools", corpus="imagent_jax.tiny.corpus_tools",
         packs=DIGITS | {"vision": "imagent_jax.tiny.vision_tools:tool_pack"},
         heads="imagent_jax.tiny.vision_tools:TOOL_HEADS", skills="imagent_jax.tiny.skills_tools:measure", shapes=TOOL_SHAPES,
-        values=NAMED_VALUES, vocabulary=1408, steps={"digits": 1000, "sizes": 2500, "vision": 1750, "text": 4000},
+        values=NAMED_VALUES, vocabulary=1408,
+        steps={"digits": 1000, "sizes": 2500, "vision": 1750, "text": 4500, "last": 1500, "copies": 1000},
     ),
     "tiny": Recipe(
         folder="base", corpus="imagent_jax.tiny.corpus",
@@ -125,7 +128,8 @@ def packs(recipe: Recipe, processor: Processor, stage: str, chunk: int) -> Itera
 def batches(recipe: Recipe, processor: Processor, stage: str, chunk: int) -> Iterator:
     """Yield the batches of a chunk of the decoder's updates: groups are collected by shape, and a full shape is a batch."""
     rng, corpus = generator(recipe, stage, chunk), importlib.import_module(recipe.corpus)
-    forms = corpus.FIRST_FORMS if (chunk + 0.5) * recipe.chunk < FIRST * recipe.steps["text"] else corpus.FORMS
+    first = (chunk + 0.5) * recipe.chunk < FIRST * recipe.steps["text"]
+    forms = (corpus.FIRST_FORMS if first else corpus.FORMS) if stage == "text" else corpus.LATER_FORMS[stage]
     waiting, done = {shape: [] for shapes in recipe.shapes.values() for shape in shapes}, 0
     while done < recipe.chunk:
         form = str(rng.choice(list(forms), p=list(forms.values())))
@@ -143,10 +147,18 @@ def batches(recipe: Recipe, processor: Processor, stage: str, chunk: int) -> Ite
 
 def produce(recipe: Recipe, folder: str, stage: str, first: int, last: int, out) -> None:
     """Worker process: put the items of chunks `first` to `last` (exclusive) of a stage."""
+    end_with_parent()
     processor = Processor.from_pretrained(folder)
     for chunk in range(first, last):
         for item in (packs if stage in recipe.packs else batches)(recipe, processor, stage, chunk):
             out.put(item)
+
+
+def end_with_parent() -> None:
+    """Have this process end when the one that started it has ended, however that was."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ---- state --------------------------------------------------------------------------------------------------------------
@@ -200,7 +212,7 @@ def start(recipe: Recipe, out: Path) -> tuple[Processor, Model, nnx.State]:
     (out / "generation_config.json").write_text(json.dumps(ends, indent=2))
     vocab = len(processor.tokenizer)
     model, params = create(read_config(architecture(processor, vocab + -vocab % 64)), recipe.seed, vision_block=BLOCK)
-    rng, first = np.random.default_rng((recipe.seed, len(recipe.steps))), next(iter(recipe.packs))
+    rng, first = np.random.default_rng((recipe.seed, len(recipe.packs) + 1)), next(iter(recipe.packs))
     patch_embed = whitening(model.cfg.vision, [found(recipe.packs[first])(rng, processor, BLOCK) for _ in range(6)])
     held = params["vision"]
     held["patch_embed"] = held["patch_embed"].replace(jnp.asarray(patch_embed))  # ty: ignore[not-callable] - a parameter

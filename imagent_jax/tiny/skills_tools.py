@@ -15,6 +15,7 @@ from imagent_jax.model.processor import Processor
 from imagent_jax.model.vlm import at_tokens, encode_images, response_logprobs
 from imagent_jax.tiny.build import BLOCK, TOOL_SHAPES, Shape, collate, encode_group
 from imagent_jax.tiny.corpus import PretrainGroup, Segment
+from imagent_jax.tiny.corpus_told import READ
 from imagent_jax.tiny.corpus_tools import FORMS, make_group
 
 COLD = 1e-4
@@ -31,6 +32,7 @@ def skills_of(response: list[Segment]) -> list[str | None]:
     """Return the skill that each trained piece of a response shows; None: it is chance."""
     question = response[0].text
     first = next((skill for words, skill in FIRST_WORDS.items() if question.startswith(words)), None)
+    first = "answer what is told" if READ in question else first
     trained = [segment.text for segment in response if segment.trained]
     called, said = False, []
     for i, text in enumerate(trained):
