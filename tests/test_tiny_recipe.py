@@ -100,6 +100,10 @@ def test_a_build_that_is_stopped_after_every_chunk_ends_with_the_same_base(recip
     assert not (parts / "state.safetensors").exists()
     capsys.readouterr()
     assert build(recipe, parts, "command") is True and "is complete" in capsys.readouterr().out
+    (parts / "built.json").unlink()
+    with pytest.raises(SystemExit, match="has weights, and no state to continue from; name another --out"):
+        build(recipe, parts, "command")
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
 
 
 def test_a_build_that_another_recipe_began_is_not_continued(recipe, tmp_path):

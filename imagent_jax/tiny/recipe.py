@@ -227,10 +227,16 @@ def trained_of(stage: str, recipe: Recipe, model, params: nnx.State):
 
 
 def build(recipe: Recipe, out: Path, command: str, enough: Callable[[], bool] = lambda: False) -> bool:
-    """Build a base in `out`, or continue to. Return whether it is complete: `enough`, asked after every chunk, ends it early."""
+    """Build a base in `out`, or continue to. Return whether it is complete: `enough`, asked after every chunk, ends it early.
+
+    Raises:
+        SystemExit: `out` has weights that no state continues, or a state of another recipe.
+    """
     if (out / "built.json").exists():
-        print(f"{out} is complete; remove its built.json to measure the skills again.")
+        print(f"{out} is complete; name another --out to build it anew.")
         return True
+    if (out / "model.safetensors").exists() and not (out / "state.safetensors").exists():
+        raise SystemExit(f"{out} has weights, and no state to continue from; name another --out.")
     processor, model, params = start(recipe, out)
     path, began = out / "state.safetensors", time.time()
     done, stages = state_facts(path, recipe), list(recipe.steps)

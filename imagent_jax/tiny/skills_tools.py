@@ -32,7 +32,7 @@ def skills_of(response: list[Segment]) -> list[str | None]:
     """Return the skill that each trained piece of a response shows; None: it is chance."""
     question = response[0].text
     first = next((skill for words, skill in FIRST_WORDS.items() if question.startswith(words)), None)
-    first = "answer what is told" if READ in question else first
+    first = (f"{'copy' if 'Name the' in question else 'read or reckon'} what is told") if READ in question else first
     trained = [segment.text for segment in response if segment.trained]
     called, said = False, []
     for i, text in enumerate(trained):
