@@ -93,12 +93,14 @@ def test_a_row_may_name_its_world_and_others_keep_the_runs(drawer, task):
 
 
 class Clumsy(ToolEnvironment):
-    """Fails where its `at` says."""
+    """Fails where its `at` says; where it is `slow`, after a minute."""
 
-    at = ""
+    at, slow = "", False
 
     def _fail(self, place):
         if place == self.at:
+            if self.slow:
+                time.sleep(60)
             raise OSError(f"the {place} is stuck")
 
     def reset(self, task):
@@ -180,52 +182,29 @@ def test_a_world_that_fails_before_the_first_turn_leaves_the_other_tasks_alone(t
         collector.open_task(spoilt)
 
 
-class Broken(ToolEnvironment):
-    """Fails, or waits for a minute, where its `at` says."""
-
-    at, slow = "", False
-
-    def _reach(self, place):
-        if place == self.at:
-            if self.slow:
-                time.sleep(60)
-            raise OSError(f"the {place} is stuck")
+class Broken(Clumsy):
+    """Fails from its constructor on, and steps without a result."""
 
     def __init__(self, *args):
-        self._reach("constructor")
+        self._fail("constructor")
         super().__init__(*args)
 
     @property
     def tools(self):
-        self._reach("tools")
+        self._fail("tools")
         return super().tools
 
     @property
     def images(self):
-        self._reach("last images" if self._closed else "images")
+        self._fail("last images" if self._closed else "images")
         return super().images
-
-    def reset(self, task):
-        self._reach("reset")
-        super().reset(task)
-
-    def fork(self, seed=0):
-        self._reach("fork")
-        return super().fork(seed)
 
     def step(self, call):
         return None if self.at == "step" else super().step(call)
 
     def view(self, entry, observed):
-        self._reach("view")
+        self._fail("view")
         return super().view(entry, observed)
-
-    def close(self):
-        super().close()
-        self._reach("close")
-
-    def reward(self, trajectory):
-        self._reach("reward")
 
 
 @pytest.fixture
