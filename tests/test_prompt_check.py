@@ -143,3 +143,15 @@ def test_a_length_is_allowed_up_to_the_limit():
     check_length(7, 7)
     with pytest.raises(ValueError, match="the prompt needs 8 tokens, more than rollout.prompt_tokens=7"):
         check_length(8, 7)
+
+
+def test_an_environment_that_fails_at_a_size_refuses_the_image_in_a_sentence(monkeypatch):
+    collector = collector_of()
+
+    def budget(size):
+        return [((56, 56), 1, 2)][size[0] // 100]
+
+    monkeypatch.setattr(collector.check.environment, "budget", budget)
+    assert verdict(collector.check, Task("a", "?", (picture(60, 40),), "1"), [(40, 60)]) == "fine"
+    said = verdict(collector.check, Task("a", "?", (picture(60, 140),), "1"), [(140, 60)])
+    assert said == "Image 1 cannot be used (ToolEnvironment.budget raised IndexError: list index out of range); mend or drop it"

@@ -83,7 +83,12 @@ class PromptCheck:
         return images
 
     def _sized(self, size: tuple[int, int]) -> PreparedImage:
-        (height, width), *_ = self.environment.budget(size)
+        try:
+            (height, width), *_ = self.environment.budget(size)
+        except ValueError:
+            raise
+        except Exception as error:  # a user's own environment may do anything
+            raise ValueError(f"{type(self.environment).__name__}.budget raised {type(error).__name__}: {error}") from error
         patch = self.processor.patch_size
         return PreparedImage(_NO_PIXELS, (height // patch, width // patch), (height, width))
 
