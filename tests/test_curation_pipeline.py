@@ -67,6 +67,21 @@ def config(folder, **sections):
     return str(path)
 
 
+class Separated(TinyCurators):
+    """The embedded agents; the proposer writes a line separator, which JSON does not escape, behind each question."""
+
+    def complete(self, messages, schema):
+        answer = super().complete(messages, schema)
+        return answer | {"question": f"{answer['question']} \u2028Look closely."} if schema["title"] == "proposal" else answer
+
+
+def test_a_line_separator_in_a_question_ends_no_line(folder):
+    path = config(folder, agents={"backend": "test_curation_pipeline:Separated"})
+    assert cli(["curate", "--config", path]) == 0
+    rows = [json.loads(line) for line in (folder / "run/release/jsonl/train.jsonl").open(encoding="utf-8")]
+    assert len(rows) > 3 and any("\u2028" in row["question"] for row in rows)
+
+
 def test_the_command_makes_a_data_set_and_says_what_it_does(folder, capsys):
     assert cli(["curate", "--config", config(folder)]) == 0
     said = capsys.readouterr().out

@@ -98,6 +98,13 @@ def folder_of(photos, folder):
     return folder
 
 
+def test_a_line_separator_in_a_column_ends_no_line_of_the_pool(photos, tmp_path):
+    source = folder_of(photos, tmp_path / "in")
+    (source / "licences.csv").write_text("file,licence,origin\na.png,CC0,by\u2028Anna\x85\n", encoding="utf-8")
+    pool = build_pool(PoolSettings(path=str(source)), 0, tmp_path / "run")
+    assert len(pool.pictures) == 2 and "by\u2028Anna\x85" in {picture.origin for picture in pool.pictures.values()}
+
+
 def test_a_folder_becomes_a_pool_without_duplicates_that_knows_licences(photos, tmp_path):
     source = folder_of(photos, tmp_path / "in")
     pool = build_pool(PoolSettings(path=str(source), licence="mine"), 0, tmp_path / "run")

@@ -20,7 +20,7 @@ from imagent_jax.config import DataConfig, import_path
 from imagent_jax.curation.likeness import Known, look_of
 from imagent_jax.curation.settings import PoolSettings
 from imagent_jax.images.decode import read_image
-from imagent_jax.runs.whole import write_whole
+from imagent_jax.runs.whole import Lines, write_whole
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 LICENCES = "licences.csv"
@@ -56,9 +56,9 @@ class Pool:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        lines = (folder / "pool.jsonl").read_text().splitlines()
-        self.pictures = {picture.id: picture for picture in (Picture(**json.loads(line)) for line in lines)}
-        self.dropped: dict[str, int] = json.loads((folder / "pool_dropped.json").read_text())
+        pictures = [Picture(**values) for values in Lines(folder / "pool.jsonl").values]
+        self.pictures = {picture.id: picture for picture in pictures}
+        self.dropped: dict[str, int] = json.loads((folder / "pool_dropped.json").read_text(encoding="utf-8"))
 
     def data(self, picture: str) -> bytes:
         """Return the file of a picture."""
