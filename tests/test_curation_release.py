@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from imagent_jax.curation.groups import make_groups
 from imagent_jax.curation.pipeline import curate, is_kept
 from imagent_jax.curation.pool import Pool
 from imagent_jax.curation.question import Event, Question
-from imagent_jax.curation.release import components, release, row_of, split_of
+from imagent_jax.curation.release import _write_parquet, components, release, row_of, split_of
 from imagent_jax.curation.roles import task_of
 from imagent_jax.curation.settings import DifficultySettings, ReleaseSettings
 from imagent_jax.data.pipeline import open_tasks
@@ -91,6 +92,15 @@ def test_training_reads_every_container_and_finds_the_same_tasks(run, container)
         )  # fmt: skip
         history = task.meta["history"] if container != "parquet" else json.loads(task.meta["history"])
         assert [event["what"] for event in history] == [event.what for event in question.history]
+
+
+def test_parquet_has_the_columns_that_only_later_rows_have(run, tmp_path):
+    out, kept, *_ = run
+    lettered = replace(kept[1], options=("one", "two"), answer="B", answer_type="choice")
+    _write_parquet(tmp_path / "parquet", {"train": [kept[0], lettered]}, Pool(out))
+    open_one, choice = open_tasks(DataConfig(name="files", path=str(tmp_path / "parquet")), "train")
+    assert (open_one.options, open_one.answer_type) == ((), kept[0].answer_type)
+    assert (choice.options, choice.answer, choice.answer_type) == (("one", "two"), "B", "choice")
 
 
 def test_tfds_reads_the_release_too(run):
