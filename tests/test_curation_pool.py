@@ -235,3 +235,10 @@ def test_a_picture_is_sent_as_it_is_or_as_an_upright_png(kind, turn):
     plain = Image.open(io.BytesIO(data))  # as a server sees it that knows no EXIF
     assert plain.size == ((24, 40) if turned else (40, 24))
     assert np.array_equal(plain.convert("RGB"), read_image(file.getvalue()))
+
+
+@pytest.mark.parametrize("exif", [b"no TIFF header", b"II*\0"])
+def test_a_picture_whose_exif_data_is_damaged_is_sent_as_a_png(photos, exif):
+    file = encoded(photos[0], "WEBP", exif=b"Exif\0\0" + exif)
+    data, mime = showable(file)
+    assert mime == "image/png" and np.array_equal(read_image(data), read_image(file))

@@ -132,7 +132,10 @@ def _suffix(data: bytes) -> str:
 def showable(data: bytes) -> tuple[bytes, str]:
     """Return an image file that every server and browser shows upright, and its MIME type: this one or a PNG."""
     with Image.open(io.BytesIO(data)) as image:
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        try:
+            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        except Exception:  # damaged EXIF data
+            upright = False
         if upright and image.format in ("JPEG", "PNG", "WEBP", "GIF"):
             return data, f"image/{image.format.lower()}"
     read_image(data).save(out := io.BytesIO(), "PNG")
