@@ -37,3 +37,11 @@ def test_a_box_is_inside_its_image(box):
         Evidence(1, box)
     with pytest.raises(ValueError, match="of image 0"):
         Evidence(0, (0, 0, 5, 5))
+
+
+def test_the_numbers_of_a_place_are_whole():
+    place = Evidence(2.0, (0, 1.0, 5.0, 5))
+    assert repr(place) == repr(Evidence(2, (0, 1, 5, 5))) and ("a", "b")[place.image - 1] == "b"
+    for image, box in [(1.5, (0, 0, 5, 5)), (1, (0, 0, 5.5, 6)), (float("inf"), (0, 0, 5, 5)), (1, (0, 0, float("nan"), 5))]:
+        with pytest.raises(ValueError, match="is not in whole numbers"):
+            Evidence(image, box)

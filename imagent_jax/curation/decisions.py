@@ -120,7 +120,7 @@ def mend(question: Question, changes: Mapping[str, Any]) -> Question:
 
 def _place(question: Question, index: int, change: Mapping[str, Any]) -> Evidence:
     """A mended place. What the one before it asks and shows stays, if it is of the same image."""
-    number, box = int(change["image"]), _box(change["box"])
+    number, box = change["image"], _box(change["box"])
     for place in question.evidence[index : index + 1]:
         if place.image == number:
             return dataclasses.replace(place, box=box)
@@ -176,7 +176,7 @@ def settle(question: Question, decisions: Iterable[Decision], reviewers: int = 2
 def _box(numbers: Sequence[Any]) -> tuple[int, int, int, int]:
     if len(numbers) != 4:
         raise ValueError(f"a box is left, top, right and bottom, not {list(numbers)}")
-    left, top, right, bottom = map(int, numbers)
+    left, top, right, bottom = numbers
     return left, top, right, bottom
 
 

@@ -25,7 +25,7 @@ class Evidence:
         asks: a question that the place alone answers; "": none.
         shows: the answer to it.
     Raises:
-        ValueError: the box is empty or not inside the image, or the number is below 1.
+        ValueError: the box is empty or not inside the image, the number is below 1, or a number is not whole.
     """
 
     image: int
@@ -34,6 +34,10 @@ class Evidence:
     shows: str = ""
 
     def __post_init__(self):
+        if any(number % 1 for number in (self.image, *self.box)):
+            raise ValueError(f"the box {list(self.box)} of image {self.image} is not in whole numbers")
+        object.__setattr__(self, "image", int(self.image))  # JSON schemas take 1.0 for a whole number, lists do not
+        object.__setattr__(self, "box", tuple(map(int, self.box)))
         left, top, right, bottom = self.box
         if self.image < 1 or not (0 <= left < right <= SIDE and 0 <= top < bottom <= SIDE):
             raise ValueError(f"the box {list(self.box)} of image {self.image} is empty or not within 0 to {SIDE}")
