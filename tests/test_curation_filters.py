@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,13 @@ def test_options_may_be_in_the_question():
 ])  # fmt: skip
 def test_short_answers_are_the_same_as_numbers_or_words(answer, claim, equal):
     assert same(answer, claim) is equal
+
+
+def test_options_that_training_cannot_read_are_found():
+    letters = ask("Which letter is on the red tag?", "B", options=("B", "A", "C"), answer_type="choice")  # text of the first
+    names, _, question = found_by(letters)
+    assert names == ["options"] and "means A and B of the options" in question.history[-1].facts["why"]
+    assert found_by(replace(letters, answer="C"), answers=["C"] * 3)[0] == []
 
 
 # ---- duplicates and balance -----------------------------------------------------------------------------------------------

@@ -235,6 +235,16 @@ def test_options_are_added_in_an_order_that_says_nothing(folder):
         assert question.options["ABC".index(question.answer)] == offered.facts["answer"] == question.history[0].facts["answer"]
 
 
+@pytest.mark.parametrize("options", [["five"], ["five", "Five", " "]])
+def test_a_question_with_too_few_options_is_dropped_and_the_run_goes_on(folder, options):
+    few = Wrapped(tiny_agents(folder), lambda messages, schema, answer: {"options": options})
+    funnel = curate(
+        tiny_settings(folder, agents={"options": 3}), {**dict.fromkeys(ROLES, tiny_agents(folder)), "distractors": few}
+    )
+    assert (funnel["filters"]["options"]["dropped"], funnel["without an answer of an agent"], funnel["kept"]) == (12, 0, 0)
+    assert funnel["filters"]["options"]["example"]["why"] == "there are 2 that differ, not 3"
+
+
 def test_proposals_without_an_answer_are_asked_again_and_never_dropped(folder):
     def silent(messages, schema, answer):
         if schema["title"] == "crop" and broken:

@@ -111,6 +111,10 @@ def mend(question: Question, changes: Mapping[str, Any]) -> Question:
         letters, made = made.letters, dataclasses.replace(made, answer_type="choice")
         if len(made.options) > len(letters) or made.answer not in [*letters]:
             raise ValueError(f"with options, the answer is the letter of one, {letters[0]} to {letters[-1]}, not {made.answer!r}")
+        if why := made.options_fault():
+            raise ValueError(why)
+    elif question.options:
+        made = dataclasses.replace(made, answer_type=question.open_type)
     if not made.right(made.answer):
         raise ValueError(f"the answer {made.answer!r} does not score against itself")
     if made == question:

@@ -83,6 +83,10 @@ class Checks:
         found = []
         if where := self.benchmarks.has(question):
             found.append(("benchmark", where))
+        if 0 < len(question.options) < self.agents.options:
+            found.append(("options", f"there are {len(question.options)} that differ, not {self.agents.options}"))
+        elif why := question.options_fault():
+            found.append(("options", why))
         if answer_in_text(question):
             found.append(("answer_in_question", f"the question says {question.answer!r}"))
         for place in question.evidence:

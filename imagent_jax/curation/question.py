@@ -103,6 +103,24 @@ class Question:
         """Letters of the options, in order."""
         return string.ascii_uppercase[: len(self.options)]
 
+    @property
+    def open_type(self) -> str:
+        """How answers are compared where there are no options."""
+        offered = [event.facts["type"] for event in self.history if event.what == "offered"]
+        return (offered[-1] if offered else "exact") if self.options else self.answer_type
+
+    def options_fault(self) -> str:
+        """Return why training cannot read the options and the letter of the right one; "": it can."""
+        from imagent_jax.data.check import RowError
+        from imagent_jax.data.fields import options_of
+
+        try:
+            if self.options:
+                options_of([*self.options], [self.answer])
+        except RowError as error:
+            return error.reason
+        return ""
+
     def right(self, answer: str) -> bool:
         """Return whether an answer is the claimed one.
 

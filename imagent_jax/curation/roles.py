@@ -135,17 +135,14 @@ class Roles:
         return self._ask("repairer", [*self._shown(question.images), _text(words)])
 
     def distract(self, question: Question, count: int) -> list[str]:
-        """Return `count` wrong options.
-
-        Raises:
-            AgentError: there are fewer that differ from each other and from the answer.
-        """
+        """Return `count` wrong options, or all that there are of those that differ from each other and from the answer."""
         words = f"{asked(question)}\nAnswer: {question.answer}\nWrong options wanted: {count}"
         found = self._ask("distractors", [*self._shown(question.images), _text(words)])["options"]
-        wrong = [one for one in dict.fromkeys(map(str.strip, found)) if one and one.lower() != question.answer.lower()]
-        if len(wrong) < count:
-            raise AgentError(f"The distractor writer gave {len(wrong)} usable options of {count}.")
-        return wrong[:count]
+        wrong: dict[str, str] = {}
+        for one in map(str.strip, found):
+            if one and one.lower() != question.answer.lower():
+                wrong.setdefault(one.lower(), one)
+        return [*wrong.values()][:count]
 
     # ---- messages -----------------------------------------------------------------------------------------------------
 
