@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,6 +192,10 @@ def test_a_group_by_a_column_has_one_value_of_it(pool):
     assert all(len({pool.pictures[image].facts["photo"] for image in group.images}) == 1 for group in groups)
     with pytest.raises(ValueError, match="names the column 'town', which no picture has"):
         make_groups(GroupSettings(ways={"town": 1.0}), pool, 0)
+    own = Pool(pool.folder)
+    own.pictures = {name: replace(picture, facts={"number": str(n)}) for n, (name, picture) in enumerate(own.pictures.items())}
+    with pytest.raises(ValueError, match="No 2 pictures have one value of number; add similar or random"):
+        make_groups(GroupSettings(ways={"number": 1.0}), own, 0)
     single = Pool(pool.folder)
     single.pictures = dict([*single.pictures.items()][:1])
     with pytest.raises(ValueError, match="The pool has 1 pictures, and a group takes 2"):
