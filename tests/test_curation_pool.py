@@ -16,6 +16,7 @@ from imagent_jax.curation.likeness import Known, histogram, look_of
 from imagent_jax.curation.pool import Pool, build_pool, pictures_of, showable
 from imagent_jax.curation.settings import GroupSettings, PoolSettings
 from imagent_jax.images.decode import read_image
+from imagent_jax.tiny.curators import make_pictures
 from imagent_jax.tiny.world import make_scene
 
 NAMES = ("astronaut", "coffee", "chelsea", "rocket", "camera", "coins", "page", "brick", "grass", "gravel", "moon")
@@ -166,6 +167,25 @@ def test_a_source_without_pictures_is_a_sentence(tmp_path):
     (tmp_path / "in" / "x.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"has no picture that can be used .*'does not decode': 1"):
         build_pool(PoolSettings(path=str(tmp_path / "in")), 0, tmp_path / "run")
+
+
+def torn_off(folder, count, seed):
+    make_pictures(folder, 2, seed)
+    raise KeyboardInterrupt
+
+
+def test_pictures_that_were_not_all_made_are_made_again(tmp_path):
+    whole = PoolSettings(path=str(tmp_path / "whole" / "in"), make="imagent_jax.tiny.curators:make_pictures", make_count=6)
+    cut = replace(whole, path=str(tmp_path / "cut" / "in"))
+    with pytest.raises(KeyboardInterrupt):
+        build_pool(replace(cut, make="test_curation_pool:torn_off"), 0, tmp_path / "run")
+    pools = [build_pool(cfg, 0, tmp_path / name) for cfg, name in ((whole, "other"), (cut, "run"))]
+    assert pools[0].pictures == pools[1].pictures and len(pools[0].pictures) > 2
+    made = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("whole", "cut")]
+    assert made == [["in", "in_test"]] * 2
+    stamp = (tmp_path / "cut" / "in" / "scenes.json").stat().st_mtime_ns
+    build_pool(cut, 0, tmp_path / "third")
+    assert (tmp_path / "cut" / "in" / "scenes.json").stat().st_mtime_ns == stamp  # what is whole is not made again
 
 
 # ---- groups -----------------------------------------------------------------------------------------------------------

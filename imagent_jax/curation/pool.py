@@ -80,9 +80,15 @@ def build_pool(cfg: PoolSettings, seed: int, out: Path, progress: Callable[[str]
         ValueError: there are no pictures, or the source cannot be read.
     """
     if not (out / "pool.jsonl").exists():
-        if cfg.make and not Path(cfg.path).expanduser().exists():
+        source = Path(cfg.path).expanduser()
+        unfinished = source.parent / f".{source.name}.unfinished"
+        if cfg.make and (not source.exists() or unfinished.exists()):
             progress(f"making {cfg.make_count} pictures in {cfg.path}")
-            import_path(cfg.make, "pool.make")(Path(cfg.path).expanduser(), cfg.make_count, seed)
+            make = import_path(cfg.make, "pool.make")
+            source.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.touch()  # a killed process leaves a folder with some of the pictures
+            make(source, cfg.make_count, seed)
+            unfinished.unlink()
         (out / "pool").mkdir(parents=True, exist_ok=True)
         pictures, dropped = _kept(cfg, out, progress)
         if not pictures:
