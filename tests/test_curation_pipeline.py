@@ -282,6 +282,14 @@ def test_proposals_without_an_answer_are_asked_again_and_never_dropped(folder):
     (["--agents.backend", "nowhere:At"], "agents.backend 'nowhere:At' cannot be imported"),
     (["--agents.prompts", "nowhere"], "agents.prompts 'nowhere' is no folder"),
     (["--pool.path", "nowhere.jsonl"], "does not exist"),
+    (["--pool.path", "*.tar"], "*.tar does not exist"),
+    (["--groups.ways", "{random"], "groups.ways is '{random'; it must be a mapping"),
+    (["--groups.ways", "{random: .inf}"], "give each way a share above 0"),
+    (["--groups.ways", "null"], "groups.ways is empty; it must be a mapping of names"),
+    (["--run.proposals", "null"], "run.proposals is empty; it must be a whole number"),
+    (["--agents.roles", "{proposer: {settings: null}}"], "with the settings None; give a name"),
+    (["--agents.roles", "{proposer: {backend: [5]}}"], "agents.roles.proposer.backend is [5]"),
+    (["--run.out", "/dev/null/run"], "Not a directory: '/dev/null/run'"),
     (["--config", "nowhere.yaml"], "There is no config file nowhere.yaml"),
 ])  # fmt: skip
 def test_bad_settings_are_a_sentence(folder, capsys, arguments, words):
