@@ -102,7 +102,7 @@ def folder_of(photos, folder):
 
 def test_a_line_separator_in_a_column_ends_no_line_of_the_pool(photos, tmp_path):
     source = folder_of(photos, tmp_path / "in")
-    (source / "licences.csv").write_text("file,licence,origin\na.png,CC0,by\u2028Anna\x85\n", encoding="utf-8")
+    (source / "licences.csv").write_text("file,licence,origin\na.png,CC0,by\u2028Anna\x85\n", encoding="utf-8-sig")
     pool = build_pool(PoolSettings(path=str(source)), 0, tmp_path / "run")
     assert len(pool.pictures) == 2 and "by\u2028Anna\x85" in {picture.origin for picture in pool.pictures.values()}
 
@@ -136,6 +136,11 @@ def test_shards_of_webdataset_give_pictures_with_the_facts_of_their_sample(photo
     assert [facts for _, facts in found] == origins
     pool = build_pool(PoolSettings(path=str(tmp_path / "s-*.tar")), 0, tmp_path / "run")
     assert len(pool.pictures) == 4 and {picture.licence for picture in pool.pictures.values()} == {"CC-BY"}
+    with tarfile.open(tmp_path / "list.tar", "w") as tar:
+        info.name, info.size = "7.json", 3
+        tar.addfile(info, io.BytesIO(b"[1]"))
+    with pytest.raises(ValueError, match=r"list\.tar cannot be read \(7\.json is no JSON object\)"):
+        list(pictures_of(str(tmp_path / "list.tar")))
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match=r"bad\.tar cannot be read .*write it again"):
         list(pictures_of(str(tmp_path / "bad.tar")))
@@ -160,6 +165,11 @@ def test_rows_of_a_data_set_give_their_images(photos, tmp_path, suffix):
 
 
 def test_a_source_without_pictures_is_a_sentence(tmp_path):
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "x.png").write_bytes(b"no")
+    (tmp_path / "latin" / "licences.csv").write_bytes("file,licence\nx.png,Zürich\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"licences\.csv cannot be read .* write it as CSV in UTF-8"):
+        list(pictures_of(str(tmp_path / "latin")))
     (tmp_path / "train.jsonl").write_text('{"question": "?", "answer": "1", "images": ["gone.png"]}\n')
     with pytest.raises(ValueError, match=r"line 1: an image cannot be read .*gone\.png"):
         list(pictures_of(str(tmp_path / "train.jsonl")))

@@ -174,8 +174,11 @@ def pictures_of(path: str) -> Iterator[Found]:
 def _of_folder(folder: Path, files: list[Path]) -> Iterator[Found]:
     known: dict[str, dict[str, str]] = {}
     if (table := folder / LICENCES).is_file():
-        with table.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark before the first column
+                rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{table} cannot be read ({error}); write it as CSV in UTF-8.") from None
         if rows and "file" not in rows[0]:
             raise ValueError(f"{table} has no column 'file'; its columns are file, licence, origin.")
         known = {row.pop("file"): {name: value for name, value in row.items() if name and value} for row in rows}
@@ -202,6 +205,8 @@ def _of_shard(shard: Path) -> Iterator[Found]:
                     sample[1].append(file.read())
                 elif suffix == ".json":
                     facts = json.loads(file.read())
+                    if not isinstance(facts, dict):
+                        raise ValueError(f"{member.name} is no JSON object")
                     sample[2].update({k: str(v) for k, v in facts.items() if isinstance(v, (str, int, float))})
             yield from _of_sample(shard, sample)
     except (tarfile.TarError, OSError, ValueError) as error:
