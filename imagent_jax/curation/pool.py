@@ -9,10 +9,10 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image
 
@@ -21,6 +21,9 @@ from imagent_jax.curation.likeness import Known, look_of
 from imagent_jax.curation.settings import PoolSettings
 from imagent_jax.images.decode import read_image
 from imagent_jax.runs.whole import Lines, write_whole
+
+if TYPE_CHECKING:
+    from imagent_jax.data.files import Source
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 LICENCES = "licences.csv"
@@ -151,12 +154,34 @@ def showable(data: bytes) -> tuple[bytes, str]:
 # ---- sources ----------------------------------------------------------------------------------------------------------
 
 
-def pictures_of(path: str) -> Iterator[Found]:
+def sources_of(path: str, splits: Sequence[str]) -> list[Source]:
+    """Return the rows of a data set, of those of some splits that it has.
+
+    Raises:
+        NoSplit: it has none of them.
+        ValueError: there is no such data set.
+    """
+    from imagent_jax.data.files import NoSplit, open_sources
+
+    found, missing = {}, None
+    for split in splits:
+        try:
+            sources = open_sources(DataConfig(name="files", path=path, test_path=path), split)
+            found |= {source.name: source for source in sources}  # a file is of every split
+        except NoSplit as error:
+            missing = missing or error
+    if not found and missing:
+        raise missing
+    return [*found.values()]
+
+
+def pictures_of(path: str, splits: Sequence[str] = ("train",)) -> Iterator[Found]:
     """Yield the image files of a source, in an order that the source alone decides.
 
     Args:
         path: folder of pictures; tar shards of WebDataset (a file, or a pattern such as "a-*.tar"); else rows with images of a
             file, a folder with `train.*`, or a hub data set.
+        splits: of the rows; those that there are.
     Raises:
         ValueError: there is no such source, or it cannot be read.
     """
@@ -168,7 +193,7 @@ def pictures_of(path: str) -> Iterator[Found]:
     elif os.path.isdir(name) and (files := sorted(f for f in Path(name).rglob("*") if f.suffix.lower() in SUFFIXES)):
         yield from _of_folder(Path(name), files)
     else:
-        yield from _of_rows(path)
+        yield from _of_rows(sources_of(path, splits))
 
 
 def _of_folder(folder: Path, files: list[Path]) -> Iterator[Found]:
@@ -219,11 +244,9 @@ def _of_sample(shard: Path, sample: tuple[str, list[bytes], dict[str, str]]) -> 
         yield data, {"origin": f"{shard.name}:{key.lstrip('/')}", **facts}
 
 
-def _of_rows(path: str) -> Iterator[Found]:
+def _of_rows(sources: Sequence[Source]) -> Iterator[Found]:
     """Images of the rows of a data set, as training reads them (`data.files`), with the text columns of their row."""
-    from imagent_jax.data.files import open_sources
-
-    for source in open_sources(DataConfig(name="files", path=path), "train"):
+    for source in sources:
         for number, _, row in source.rows():
             if not isinstance(row, dict):
                 raise ValueError(f"{source.name}, {source.unit} {number}: {row.reason}.")
