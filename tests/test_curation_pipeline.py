@@ -10,18 +10,20 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from curation_parts import ROOT, tiny_pictures, tiny_settings, tiny_values
+from PIL import Image
 
 from imagent_jax.cli import main as cli
 from imagent_jax.curation.agents import AgentError
 from imagent_jax.curation.decisions import Decision, Decisions
 from imagent_jax.curation.pipeline import Stopped, Work, curate
-from imagent_jax.curation.question import Question
-from imagent_jax.curation.roles import ROLES, load_prompts
-from imagent_jax.curation.settings import Curation, read_arguments, setting_names
+from imagent_jax.curation.question import Evidence, Question
+from imagent_jax.curation.roles import ROLES, Roles, load_prompts
+from imagent_jax.curation.settings import Curation, FilterSettings, read_arguments, setting_names
 from imagent_jax.tiny.curators import TinyCurators, TinyCuratorsSettings
 
 
@@ -342,6 +344,17 @@ def test_a_prompt_of_ones_own_takes_the_place_of_ours(folder):
     (folder / "prompts" / "cropp.md").write_text("x")
     with pytest.raises(ValueError, match=r"has cropp\.md, which is no prompt"):
         load_prompts(str(folder / "prompts"))
+
+
+@pytest.mark.parametrize(("box", "size"), [
+    ((0, 0, 500, 500), (336, 336)), ((500, 0, 501, 1000), (27, 2688)), ((0, 999, 1000, 1000), (2688, 27)),
+    ((999, 0, 1000, 500), (54, 2688)),
+])  # fmt: skip
+def test_a_crop_is_enlarged_but_a_strip_is_no_picture_of_gigabytes(box, size):
+    whole = Image.new("RGB", (100, 100), "red")
+    roles = Roles({}, {}, SimpleNamespace(image=lambda name: whole), FilterSettings())
+    crop = roles._crop("a", Evidence(1, box), 0.0)
+    assert crop.size == size and crop.getcolors() == [(crop.width * crop.height, (255, 0, 0))]  # no pixel beside the image
 
 
 def test_a_role_may_have_a_backend_of_its_own(folder):
