@@ -191,6 +191,7 @@ class Decisions:
         questions: by uid, in order.
         latest: the latest decision of each person on each question, by uid and name.
         blind: the first blind answer of each person to each question, by uid and name.
+        contents: hash of what is judged of each question (`content`), by uid.
 
     Raises:
         ValueError: see `read_questions`, or the file of decisions is none.
@@ -200,7 +201,7 @@ class Decisions:
         self.questions, self.path, self._lock = read_questions(folder), folder / FILE, threading.RLock()
         self.latest: dict[str, dict[str, Decision]] = {}
         self.blind: dict[str, dict[str, str]] = {}
-        self._contents, self._seen = {uid: content(question) for uid, question in self.questions.items()}, 0
+        self.contents, self._seen = {uid: content(question) for uid, question in self.questions.items()}, 0
         try:
             self._base = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
             self._base.execute("PRAGMA journal_mode = WAL")
@@ -225,7 +226,7 @@ class Decisions:
             mend(question, decision.facts.get("changes", {}))
         if decision.verdict == "reject" and not str(decision.facts.get("reason", "")).strip():
             raise ValueError("a rejection has a reason; give one")
-        row = (id, question.uid, self._contents[question.uid], decision.reviewer, decision.adjudicator, decision.verdict)
+        row = (id, question.uid, self.contents[question.uid], decision.reviewer, decision.adjudicator, decision.verdict)
         names = "id, question, content, reviewer, adjudicator, verdict, facts, time"
         with self._lock:
             self._base.execute(
@@ -242,7 +243,7 @@ class Decisions:
                 f"SELECT {columns} FROM log WHERE number > ? ORDER BY number", (self._seen,)
             ):
                 self._seen = number
-                if self._contents.get(uid) != hashed:
+                if self.contents.get(uid) != hashed:
                     continue
                 decision = Decision(uid, name, verdict, json.loads(facts), bool(adjudicator))
                 if verdict == BLIND:
