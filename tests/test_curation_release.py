@@ -191,6 +191,8 @@ def test_the_card_has_a_histogram_of_difficulty_and_what_people_saw(run):
         "| 80 to 100 % | 1 | 0 |",
     ]
     assert "\n".join(rows) in text and "1 of 4 questions were seen by a person." in text
+    mended = some[1].after(Event("review:anna", "mended", {"changes": {"answer": "9"}}), answer="9")
+    assert "pass_rate" not in row_of(mended)  # it was that of another answer
     assert [row_of(question)["pass_rate"] for question in some] == [a for a, _ in rates] and "pass_rate" not in row_of(kept[0])
 
 

@@ -98,6 +98,15 @@ class Question:
         """Return the question with changed fields and the event at the end of its history."""
         return dataclasses.replace(self, **changes, history=(*self.history, event))
 
+    def said(self, what: str) -> list[Event]:
+        """Return the events of a kind since the question last changed, by a repair or by people who mended it."""
+        people = [event for event in self.history if event.by.startswith("review:")]
+        deciding = [event for event in people if event.facts.get("adjudicator")][-1:] or people
+        if any(event.what == "mended" for event in deciding):
+            return []
+        last = max((i for i, event in enumerate(self.history) if event.what == "repaired"), default=0)
+        return [event for event in self.history[last:] if event.what == what]
+
     @property
     def letters(self) -> str:
         """Letters of the options, in order."""

@@ -104,7 +104,7 @@ def release(
 def row_of(question: Question) -> dict[str, Any]:
     """Return a question as a row of our own format, without images. The history is part of it, and the measured pass rate."""
     values = asdict(question)
-    rates = [event.facts["with tools"] for event in question.history if event.what == "measured"]
+    rates = [event.facts["with tools"] for event in question.said("measured")]
     own = {name: values[name] for name in ("uid", "answer", "answer_type", "kind")}
     own |= {"options": list(question.options)} if question.options else {}
     own |= {"pass_rate": rates[-1]} if rates else {}
