@@ -395,6 +395,10 @@ def test_bad_input_is_one_sentence(folder, capsys):
             assert main([*arguments, "--no-open"]) == 2
             said = capsys.readouterr()
             assert said.err.startswith("error: ") and words in said.err and said.err.count("\n") == 1 and not said.out
+    (folder / "decisions.jsonl").mkdir()
+    assert main([str(folder), "--export"]) == 2
+    said = capsys.readouterr().err
+    assert "decisions.jsonl" in said and "--port" not in said and said.count("\n") == 1
     (folder / "pool" / "p3.png").unlink()
     assert main([str(folder), "--reviewer", "anna"]) == 2
     assert "has no picture 'p3', which question 'q/2' shows" in capsys.readouterr().err
