@@ -223,6 +223,10 @@ class Told:
         return [RATES[task.answer][0 if tools else 1] for task in questions]
 
 
+class Same(Told):
+    """Another policy, with the settings of the first."""
+
+
 def test_questions_that_are_always_or_never_answered_are_dropped_unless_tools_help(run, tmp_path):
     pool, cfg = Pool(run[0]), DifficultySettings(policy="test_curation_release:Told")
     images = tuple([*pool.pictures][:2])
@@ -237,6 +241,10 @@ def test_questions_that_are_always_or_never_answered_are_dropped_unless_tools_he
     more = [*questions, ask("??", "some", uid="new", images=images, evidence=(), history=(Event("pipeline", "kept"),))]
     assert len(list(measured(more, pool, cfg, RateFile(tmp_path / "rates.jsonl"), lambda words: None))) == 7
     assert Told.asked[2:] == [(1, True), (1, False)]
+    other, shown = replace(cfg, policy="test_curation_release:Same"), replace(questions[2], images=images[::-1])
+    for asked, settings in ((more, other), ([shown], cfg)):  # another policy of the same settings, the same words about others
+        list(measured(asked, pool, settings, RateFile(tmp_path / "rates.jsonl"), lambda words: None))
+    assert Told.asked[4:] == [(7, True), (7, False), (1, True), (1, False)]
 
 
 def test_the_policy_answers_k_times_with_all_tools_or_none_and_faults_do_not_count(monkeypatch):
