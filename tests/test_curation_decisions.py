@@ -127,6 +127,7 @@ def test_what_is_no_decision_is_refused(decisions):
     ({"uid": "x"}, "'uid' cannot be mended"), ({"text": "  "}, "the text is empty"), ({"answer": 3}, "the answer is empty"),
     ({"options": ["a", ""]}, "an option is empty"), ({"options": ["a", "b"]}, "the answer is the letter of one, A to B, not '2'"),
     ({"options": ["a"], "answer": "B"}, "A to A, not 'B'"), ({"evidence": [{"image": 1}]}, "another form"),
+    ({"options": ["a"], "answer": "A"}, "no list of 2 to 26"), ({"options": ["B", "A"], "answer": "A"}, "means A and B"),
     ({"evidence": [{"image": 3, "box": [0, 0, 5, 5]}]}, "names image 3"),
     ({"evidence": [{"image": 1, "box": [5, 0, 5, 5]}]}, "is empty"),
     ({"evidence": [{"image": 1, "box": [0, 0, 5]}]}, "left, top, right and bottom"), ({"evidence": 5}, "another form"),
@@ -159,6 +160,9 @@ def test_a_mended_answer_is_of_its_type_and_options_make_it_a_choice(folder):
         mend(question, {"answer": "many"})
     made = mend(question, {"options": ["4", "5"], "answer": "B"})
     assert (made.answer_type, made.options, made.answer) == ("choice", ("4", "5"), "B")
+    assert mend(made, {"options": [], "answer": "four"}).answer_type == "exact"
+    offered = made.after(Event("distractors", "offered", {"type": "number"}))
+    assert mend(offered, {"options": [], "answer": "4"}).answer_type == "number"
 
 
 def test_what_decisions_come_to(folder):

@@ -94,6 +94,7 @@ REPLIES = [
     ('{"boxes": [{"x": 9}]}', True), ('Here:\n```json\n{"boxes": []}\n```', True), ('<think>{"a": 1}</think>{"boxes": []}', True),
     ('{"boxes": [{"x": 10}]}', False), ('{"boxes": [{}]}', False), ('{"boxes": [{"x": "1"}]}', False), ('{"boxes": [', False),
     ("[]", False), ("", False), ('{"boxes": [], "y": NaN}', False), ('{"boxes": [], "y": 1e999}', False), ("{" * 9000, False),
+    (r'{"boxes": [], "y": "\ud83d\ude00"}', True), (r'{"boxes": [], "y": "\ud83d"}', False),
 ]  # fmt: skip
 
 

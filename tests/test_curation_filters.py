@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,13 @@ def test_options_may_be_in_the_question():
 ])  # fmt: skip
 def test_short_answers_are_the_same_as_numbers_or_words(answer, claim, equal):
     assert same(answer, claim) is equal
+
+
+def test_options_that_training_cannot_read_are_found():
+    letters = ask("Which letter is on the red tag?", "B", options=("B", "A", "C"), answer_type="choice")  # text of the first
+    names, _, question = found_by(letters)
+    assert names == ["options"] and "means A and B of the options" in question.history[-1].facts["why"]
+    assert found_by(replace(letters, answer="C"), answers=["C"] * 3)[0] == []
 
 
 # ---- duplicates and balance -----------------------------------------------------------------------------------------------
@@ -198,6 +206,27 @@ def test_images_and_wordings_of_benchmarks_are_found(tmp_path):
     assert "the wording is that of" in benchmarks.has(ask(part, "1", images=tuple(clean)))
     assert benchmarks.has(ask("Which of the ships carries more?", "1", images=tuple(clean))) == ""
     assert found_by(ask(part, "7", images=tuple(clean)), benchmarks)[0] == ["benchmark"]
+
+
+def test_every_split_of_a_benchmark_counts_and_its_wordings_beside_pictures(tmp_path):
+    pool = build_pool(tiny_settings(tiny_pictures(tmp_path)).pool, 0, tmp_path / "run")
+    one, two, *others = pool.pictures
+    bench = tmp_path / "bench"
+    (bench / "images").mkdir(parents=True)
+    (bench / "images" / "1.jpg").write_bytes(pool.data(one))
+    texts = {split: f"In the {split} of the old harbour, which ship carries more masts?" for split in ("train", "test")}
+    for split, text in texts.items():
+        (bench / f"{split}.jsonl").write_text(f'{{"question": "{text}", "answer": "1", "images": ["images/1.jpg"]}}\n')
+    benchmarks = Benchmarks(FilterSettings(benchmarks=(str(bench),)), pool)
+    assert "Image 2 is" in benchmarks.has(ask("Which?", "1", images=(two, one)))
+    assert all(text in benchmarks.has(ask(text, "1", images=tuple(others[:2]))) for text in texts.values())
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "test.jsonl").write_text(f'{{"question": "Which?", "answer": "1", "images": ["{bench / "images" / "1.jpg"}"]}}\n')
+    assert "Image 1 is" in Benchmarks(FilterSettings(benchmarks=(str(rows),)), pool).has(ask("?", "1", images=(one, two)))
+    (bench / "images" / "torn.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"images/torn\.png of the benchmark .* cannot be compared: it does not decode"):
+        Benchmarks(FilterSettings(benchmarks=(str(bench),)), pool)
 
 
 # ---- proposals ------------------------------------------------------------------------------------------------------------

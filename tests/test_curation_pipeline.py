@@ -10,18 +10,20 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from curation_parts import ROOT, tiny_pictures, tiny_settings, tiny_values
+from PIL import Image
 
 from imagent_jax.cli import main as cli
 from imagent_jax.curation.agents import AgentError
 from imagent_jax.curation.decisions import Decision, Decisions
 from imagent_jax.curation.pipeline import Stopped, Work, curate
-from imagent_jax.curation.question import Question
-from imagent_jax.curation.roles import ROLES, load_prompts
-from imagent_jax.curation.settings import Curation, read_arguments, setting_names
+from imagent_jax.curation.question import Evidence, Question
+from imagent_jax.curation.roles import ROLES, Roles, load_prompts
+from imagent_jax.curation.settings import Curation, FilterSettings, read_arguments, setting_names
 from imagent_jax.tiny.curators import TinyCurators, TinyCuratorsSettings
 
 
@@ -65,6 +67,21 @@ def config(folder, **sections):
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tiny_values(folder, **sections)))
     return str(path)
+
+
+class Separated(TinyCurators):
+    """The embedded agents; the proposer writes a line separator, which JSON does not escape, behind each question."""
+
+    def complete(self, messages, schema):
+        answer = super().complete(messages, schema)
+        return answer | {"question": f"{answer['question']} \u2028Look closely."} if schema["title"] == "proposal" else answer
+
+
+def test_a_line_separator_in_a_question_ends_no_line(folder):
+    path = config(folder, agents={"backend": "test_curation_pipeline:Separated"})
+    assert cli(["curate", "--config", path]) == 0
+    rows = [json.loads(line) for line in (folder / "run/release/jsonl/train.jsonl").open(encoding="utf-8")]
+    assert len(rows) > 3 and any("\u2028" in row["question"] for row in rows)
 
 
 def test_the_command_makes_a_data_set_and_says_what_it_does(folder, capsys):
@@ -220,6 +237,16 @@ def test_options_are_added_in_an_order_that_says_nothing(folder):
         assert question.options["ABC".index(question.answer)] == offered.facts["answer"] == question.history[0].facts["answer"]
 
 
+@pytest.mark.parametrize("options", [["five"], ["five", "Five", " "]])
+def test_a_question_with_too_few_options_is_dropped_and_the_run_goes_on(folder, options):
+    few = Wrapped(tiny_agents(folder), lambda messages, schema, answer: {"options": options})
+    funnel = curate(
+        tiny_settings(folder, agents={"options": 3}), {**dict.fromkeys(ROLES, tiny_agents(folder)), "distractors": few}
+    )
+    assert (funnel["filters"]["options"]["dropped"], funnel["without an answer of an agent"], funnel["kept"]) == (12, 0, 0)
+    assert funnel["filters"]["options"]["example"]["why"] == "there are 2 that differ, not 3"
+
+
 def test_proposals_without_an_answer_are_asked_again_and_never_dropped(folder):
     def silent(messages, schema, answer):
         if schema["title"] == "crop" and broken:
@@ -257,6 +284,14 @@ def test_proposals_without_an_answer_are_asked_again_and_never_dropped(folder):
     (["--agents.backend", "nowhere:At"], "agents.backend 'nowhere:At' cannot be imported"),
     (["--agents.prompts", "nowhere"], "agents.prompts 'nowhere' is no folder"),
     (["--pool.path", "nowhere.jsonl"], "does not exist"),
+    (["--pool.path", "*.tar"], "*.tar does not exist"),
+    (["--groups.ways", "{random"], "groups.ways is '{random'; it must be a mapping"),
+    (["--groups.ways", "{random: .inf}"], "give each way a share above 0"),
+    (["--groups.ways", "null"], "groups.ways is empty; it must be a mapping of names"),
+    (["--run.proposals", "null"], "run.proposals is empty; it must be a whole number"),
+    (["--agents.roles", "{proposer: {settings: null}}"], "with the settings None; give a name"),
+    (["--agents.roles", "{proposer: {backend: [5]}}"], "agents.roles.proposer.backend is [5]"),
+    (["--run.out", "/dev/null/run"], "Not a directory: '/dev/null/run'"),
     (["--config", "nowhere.yaml"], "There is no config file nowhere.yaml"),
 ])  # fmt: skip
 def test_bad_settings_are_a_sentence(folder, capsys, arguments, words):
@@ -309,6 +344,17 @@ def test_a_prompt_of_ones_own_takes_the_place_of_ours(folder):
     (folder / "prompts" / "cropp.md").write_text("x")
     with pytest.raises(ValueError, match=r"has cropp\.md, which is no prompt"):
         load_prompts(str(folder / "prompts"))
+
+
+@pytest.mark.parametrize(("box", "size"), [
+    ((0, 0, 500, 500), (336, 336)), ((500, 0, 501, 1000), (27, 2688)), ((0, 999, 1000, 1000), (2688, 27)),
+    ((999, 0, 1000, 500), (54, 2688)),
+])  # fmt: skip
+def test_a_crop_is_enlarged_but_a_strip_is_no_picture_of_gigabytes(box, size):
+    whole = Image.new("RGB", (100, 100), "red")
+    roles = Roles({}, {}, SimpleNamespace(image=lambda name: whole), FilterSettings())
+    crop = roles._crop("a", Evidence(1, box), 0.0)
+    assert crop.size == size and crop.getcolors() == [(crop.width * crop.height, (255, 0, 0))]  # no pixel beside the image
 
 
 def test_a_role_may_have_a_backend_of_its_own(folder):

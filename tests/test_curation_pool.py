@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from imagent_jax.curation.likeness import Known, histogram, look_of
 from imagent_jax.curation.pool import Pool, build_pool, pictures_of, showable
 from imagent_jax.curation.settings import GroupSettings, PoolSettings
 from imagent_jax.images.decode import read_image
+from imagent_jax.tiny.curators import make_pictures
 from imagent_jax.tiny.world import make_scene
 
 NAMES = ("astronaut", "coffee", "chelsea", "rocket", "camera", "coins", "page", "brick", "grass", "gravel", "moon")
@@ -98,6 +100,13 @@ def folder_of(photos, folder):
     return folder
 
 
+def test_a_line_separator_in_a_column_ends_no_line_of_the_pool(photos, tmp_path):
+    source = folder_of(photos, tmp_path / "in")
+    (source / "licences.csv").write_text("file,licence,origin\na.png,CC0,by\u2028Anna\x85\n", encoding="utf-8-sig")
+    pool = build_pool(PoolSettings(path=str(source)), 0, tmp_path / "run")
+    assert len(pool.pictures) == 2 and "by\u2028Anna\x85" in {picture.origin for picture in pool.pictures.values()}
+
+
 def test_a_folder_becomes_a_pool_without_duplicates_that_knows_licences(photos, tmp_path):
     source = folder_of(photos, tmp_path / "in")
     pool = build_pool(PoolSettings(path=str(source), licence="mine"), 0, tmp_path / "run")
@@ -127,6 +136,11 @@ def test_shards_of_webdataset_give_pictures_with_the_facts_of_their_sample(photo
     assert [facts for _, facts in found] == origins
     pool = build_pool(PoolSettings(path=str(tmp_path / "s-*.tar")), 0, tmp_path / "run")
     assert len(pool.pictures) == 4 and {picture.licence for picture in pool.pictures.values()} == {"CC-BY"}
+    with tarfile.open(tmp_path / "list.tar", "w") as tar:
+        info.name, info.size = "7.json", 3
+        tar.addfile(info, io.BytesIO(b"[1]"))
+    with pytest.raises(ValueError, match=r"list\.tar cannot be read \(7\.json is no JSON object\)"):
+        list(pictures_of(str(tmp_path / "list.tar")))
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match=r"bad\.tar cannot be read .*write it again"):
         list(pictures_of(str(tmp_path / "bad.tar")))
@@ -151,6 +165,11 @@ def test_rows_of_a_data_set_give_their_images(photos, tmp_path, suffix):
 
 
 def test_a_source_without_pictures_is_a_sentence(tmp_path):
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "x.png").write_bytes(b"no")
+    (tmp_path / "latin" / "licences.csv").write_bytes("file,licence\nx.png,Zürich\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"licences\.csv cannot be read .* write it as CSV in UTF-8"):
+        list(pictures_of(str(tmp_path / "latin")))
     (tmp_path / "train.jsonl").write_text('{"question": "?", "answer": "1", "images": ["gone.png"]}\n')
     with pytest.raises(ValueError, match=r"line 1: an image cannot be read .*gone\.png"):
         list(pictures_of(str(tmp_path / "train.jsonl")))
@@ -158,6 +177,25 @@ def test_a_source_without_pictures_is_a_sentence(tmp_path):
     (tmp_path / "in" / "x.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"has no picture that can be used .*'does not decode': 1"):
         build_pool(PoolSettings(path=str(tmp_path / "in")), 0, tmp_path / "run")
+
+
+def torn_off(folder, count, seed):
+    make_pictures(folder, 2, seed)
+    raise KeyboardInterrupt
+
+
+def test_pictures_that_were_not_all_made_are_made_again(tmp_path):
+    whole = PoolSettings(path=str(tmp_path / "whole" / "in"), make="imagent_jax.tiny.curators:make_pictures", make_count=6)
+    cut = replace(whole, path=str(tmp_path / "cut" / "in"))
+    with pytest.raises(KeyboardInterrupt):
+        build_pool(replace(cut, make="test_curation_pool:torn_off"), 0, tmp_path / "run")
+    pools = [build_pool(cfg, 0, tmp_path / name) for cfg, name in ((whole, "other"), (cut, "run"))]
+    assert pools[0].pictures == pools[1].pictures and len(pools[0].pictures) > 2
+    made = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("whole", "cut")]
+    assert made == [["in", "in_test"]] * 2
+    stamp = (tmp_path / "cut" / "in" / "scenes.json").stat().st_mtime_ns
+    build_pool(cut, 0, tmp_path / "third")
+    assert (tmp_path / "cut" / "in" / "scenes.json").stat().st_mtime_ns == stamp  # what is whole is not made again
 
 
 # ---- groups -----------------------------------------------------------------------------------------------------------
@@ -184,6 +222,10 @@ def test_a_group_by_a_column_has_one_value_of_it(pool):
     assert all(len({pool.pictures[image].facts["photo"] for image in group.images}) == 1 for group in groups)
     with pytest.raises(ValueError, match="names the column 'town', which no picture has"):
         make_groups(GroupSettings(ways={"town": 1.0}), pool, 0)
+    own = Pool(pool.folder)
+    own.pictures = {name: replace(picture, facts={"number": str(n)}) for n, (name, picture) in enumerate(own.pictures.items())}
+    with pytest.raises(ValueError, match="No 2 pictures have one value of number; add similar or random"):
+        make_groups(GroupSettings(ways={"number": 1.0}), own, 0)
     single = Pool(pool.folder)
     single.pictures = dict([*single.pictures.items()][:1])
     with pytest.raises(ValueError, match="The pool has 1 pictures, and a group takes 2"):
@@ -228,3 +270,10 @@ def test_a_picture_is_sent_as_it_is_or_as_an_upright_png(kind, turn):
     plain = Image.open(io.BytesIO(data))  # as a server sees it that knows no EXIF
     assert plain.size == ((24, 40) if turned else (40, 24))
     assert np.array_equal(plain.convert("RGB"), read_image(file.getvalue()))
+
+
+@pytest.mark.parametrize("exif", [b"no TIFF header", b"II*\0"])
+def test_a_picture_whose_exif_data_is_damaged_is_sent_as_a_png(photos, exif):
+    file = encoded(photos[0], "WEBP", exif=b"Exif\0\0" + exif)
+    data, mime = showable(file)
+    assert mime == "image/png" and np.array_equal(read_image(data), read_image(file))

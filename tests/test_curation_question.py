@@ -1,5 +1,7 @@
 """A question in the making keeps all that happened to it, on disk too."""
 
+from dataclasses import replace
+
 import pytest
 
 from imagent_jax.curation.question import Event, Evidence, Question
@@ -37,3 +39,23 @@ def test_a_box_is_inside_its_image(box):
         Evidence(1, box)
     with pytest.raises(ValueError, match="of image 0"):
         Evidence(0, (0, 0, 5, 5))
+
+
+def test_the_numbers_of_a_place_are_whole():
+    place = Evidence(2.0, (0, 1.0, 5.0, 5))
+    assert repr(place) == repr(Evidence(2, (0, 1, 5, 5))) and ("a", "b")[place.image - 1] == "b"
+    for image, box in [(1.5, (0, 0, 5, 5)), (1, (0, 0, 5.5, 6)), (float("inf"), (0, 0, 5, 5)), (1, (0, 0, float("nan"), 5))]:
+        with pytest.raises(ValueError, match="is not in whole numbers"):
+            Evidence(image, box)
+
+
+def test_what_was_said_of_an_earlier_wording_does_not_count():
+    def said(*events):
+        return [event.facts["n"] for event in replace(SOME, history=events).said("answered")]
+
+    one, two = (Event("answerer 1", "answered", {"n": n}) for n in (1, 2))
+    accepted, mended = Event("review:anna", "accepted"), Event("review:ben", "mended", {"changes": {"answer": "B"}})
+    settled = Event("review:cleo", "accepted", {"adjudicator": True})
+    assert said(one, Event("repairer", "repaired"), two) == [2] and said(one, two, accepted) == [1, 2]
+    assert said(one, mended) == said(one, accepted, replace(mended, facts={"adjudicator": True})) == []
+    assert said(one, accepted, mended, settled) == [1]  # it stays as it was

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from imagent_jax.curation.groups import make_groups
 from imagent_jax.curation.pipeline import curate, is_kept
 from imagent_jax.curation.pool import Pool
 from imagent_jax.curation.question import Event, Question
-from imagent_jax.curation.release import components, release, row_of, split_of
+from imagent_jax.curation.release import _write_parquet, components, release, row_of, split_of
 from imagent_jax.curation.roles import task_of
 from imagent_jax.curation.settings import DifficultySettings, ReleaseSettings
 from imagent_jax.data.pipeline import open_tasks
@@ -91,6 +92,15 @@ def test_training_reads_every_container_and_finds_the_same_tasks(run, container)
         )  # fmt: skip
         history = task.meta["history"] if container != "parquet" else json.loads(task.meta["history"])
         assert [event["what"] for event in history] == [event.what for event in question.history]
+
+
+def test_parquet_has_the_columns_that_only_later_rows_have(run, tmp_path):
+    out, kept, *_ = run
+    lettered = replace(kept[1], options=("one", "two"), answer="B", answer_type="choice")
+    _write_parquet(tmp_path / "parquet", {"train": [kept[0], lettered]}, Pool(out))
+    open_one, choice = open_tasks(DataConfig(name="files", path=str(tmp_path / "parquet")), "train")
+    assert (open_one.options, open_one.answer_type) == ((), kept[0].answer_type)
+    assert (choice.options, choice.answer, choice.answer_type) == (("one", "two"), "B", "choice")
 
 
 def test_tfds_reads_the_release_too(run):
@@ -181,6 +191,8 @@ def test_the_card_has_a_histogram_of_difficulty_and_what_people_saw(run):
         "| 80 to 100 % | 1 | 0 |",
     ]
     assert "\n".join(rows) in text and "1 of 4 questions were seen by a person." in text
+    mended = some[1].after(Event("review:anna", "mended", {"changes": {"answer": "9"}}), answer="9")
+    assert "pass_rate" not in row_of(mended)  # it was that of another answer
     assert [row_of(question)["pass_rate"] for question in some] == [a for a, _ in rates] and "pass_rate" not in row_of(kept[0])
 
 
@@ -211,6 +223,10 @@ class Told:
         return [RATES[task.answer][0 if tools else 1] for task in questions]
 
 
+class Same(Told):
+    """Another policy, with the settings of the first."""
+
+
 def test_questions_that_are_always_or_never_answered_are_dropped_unless_tools_help(run, tmp_path):
     pool, cfg = Pool(run[0]), DifficultySettings(policy="test_curation_release:Told")
     images = tuple([*pool.pictures][:2])
@@ -225,6 +241,10 @@ def test_questions_that_are_always_or_never_answered_are_dropped_unless_tools_he
     more = [*questions, ask("??", "some", uid="new", images=images, evidence=(), history=(Event("pipeline", "kept"),))]
     assert len(list(measured(more, pool, cfg, RateFile(tmp_path / "rates.jsonl"), lambda words: None))) == 7
     assert Told.asked[2:] == [(1, True), (1, False)]
+    other, shown = replace(cfg, policy="test_curation_release:Same"), replace(questions[2], images=images[::-1])
+    for asked, settings in ((more, other), ([shown], cfg)):  # another policy of the same settings, the same words about others
+        list(measured(asked, pool, settings, RateFile(tmp_path / "rates.jsonl"), lambda words: None))
+    assert Told.asked[4:] == [(7, True), (7, False), (1, True), (1, False)]
 
 
 def test_the_policy_answers_k_times_with_all_tools_or_none_and_faults_do_not_count(monkeypatch):

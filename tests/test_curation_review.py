@@ -246,7 +246,9 @@ def test_a_decision_that_was_not_confirmed_is_sent_when_the_page_is_opened_again
 
 
 def ask(server, path, body=None, **headers):
-    """Status, JSON and headers of an answer."""
+    """Status, JSON and headers of an answer. A decision is on the question as it stands, unless it says otherwise."""
+    if isinstance(body, dict):
+        body = {"content": server.review.decisions.contents.get(body["uid"])} | body
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
     data = None if body is None else json.dumps(body).encode()
     connection.request("GET" if body is None else "POST", path, data, {name.replace("_", "-"): v for name, v in headers.items()})
@@ -345,6 +347,21 @@ def test_what_is_no_request_of_the_page_is_refused(folder):
         )
 
 
+def test_a_page_that_shows_another_question_under_the_same_uid_decides_nothing(folder):
+    with serving(folder, "anna") as server:
+        shown = ask(server, "/api/question?uid=q/0")[1]
+    lines = (folder / "questions.jsonl").read_text()
+    (folder / "questions.jsonl").write_text(lines.replace("<b>0</b>", "<b>zero</b>"))  # a new run, or another folder's
+    decision = {"id": "x" * 8, "uid": "q/0", "verdict": "accept", "content": shown["content"]}
+    with serving(folder, "anna") as server:
+        for sent in (decision, decision | {"verdict": "answer", "answer": "1"}, decision | {"content": None}):
+            status, said, _ = ask(server, "/api/decide", sent)
+            assert (status, said["error"]) == (400, "The question 'q/0' is not the one that the page shows; load the page again.")
+        assert verdicts(folder, "anna") == [] and server.review.decisions.blind == {}
+        now = ask(server, "/api/question?uid=q/0")[1]["content"]
+        assert now != shown["content"] and ask(server, "/api/decide", decision | {"content": now})[0] == 200
+
+
 def test_an_adjudicator_settles_disagreements_only(folder):
     with serving(folder, "anna", "ben") as server:
         for name, verdict in (("anna", "accept"), ("ben", "unsure")):
@@ -378,6 +395,10 @@ def test_bad_input_is_one_sentence(folder, capsys):
             assert main([*arguments, "--no-open"]) == 2
             said = capsys.readouterr()
             assert said.err.startswith("error: ") and words in said.err and said.err.count("\n") == 1 and not said.out
+    (folder / "decisions.jsonl").mkdir()
+    assert main([str(folder), "--export"]) == 2
+    said = capsys.readouterr().err
+    assert "decisions.jsonl" in said and "--port" not in said and said.count("\n") == 1
     (folder / "pool" / "p3.png").unlink()
     assert main([str(folder), "--reviewer", "anna"]) == 2
     assert "has no picture 'p3', which question 'q/2' shows" in capsys.readouterr().err

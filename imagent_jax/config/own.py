@@ -28,6 +28,8 @@ def read_own(kind: type[Any], values: Mapping[str, Any], place: str) -> Any:
     for name, value in values.items():
         if name not in bounds:
             raise ValueError(f"There is no setting {place}.{name}; there are {', '.join(bounds)}.")
+        if value is None and hints[name] is not Any and type(None) not in typing.get_args(hints[name]):
+            raise ValueError(f"{place}.{name} is empty; it must be {kind_in_words(hints[name])}, or be left out for its default.")
         try:
             found[name] = parser.parse_object({name: value})[name]
         except ArgumentError:

@@ -37,9 +37,11 @@ def load_backend(name: str, settings: Mapping[str, Any], place: str) -> Backend:
         settings: of the backend's own.
         place: the setting that names the backend, for sentences; its own settings stand beside it.
     Raises:
-        ValueError: there is no such class, or see `config.read_own`.
+        ValueError: there is no such class, the settings are no mapping, or see `config.read_own`.
     """
     from imagent_jax.config import import_path, read_own
 
+    if not isinstance(name, str) or not isinstance(settings, Mapping):
+        raise ValueError(f"{place} is {name!r} with the settings {settings!r}; give a name, and settings by name.")
     kind = import_path(ENDPOINT if name == "endpoint" else name, place)
     return kind(read_own(kind.Settings, settings, f"{place.rpartition('.')[0]}.settings"))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from imagent_jax.curation.pool import Pool
-from imagent_jax.curation.question import Event, Question
+from imagent_jax.curation.question import Question
 from imagent_jax.curation.settings import ReleaseSettings
 
 
@@ -63,15 +63,8 @@ def _funnel(funnel: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _events(question: Question, what: str) -> list[Event]:
-    """The events of a kind since the last repair."""
-    history = question.history
-    last = max((i for i, event in enumerate(history) if event.what == "repaired"), default=0)
-    return [event for event in history[last:] if event.what == what]
-
-
 def _agreement(questions: Iterable[Question]) -> list[str]:
-    answers = [event for question in questions for event in _events(question, "answered")]
+    answers = [event for question in questions for event in question.said("answered")]
     lines = ["## Agreement of blind answerers", ""]
     for tools, words in ((True, "with crops"), (False, "at a glance")):
         if own := [event for event in answers if event.facts["tools"] is tools]:
@@ -81,7 +74,7 @@ def _agreement(questions: Iterable[Question]) -> list[str]:
 
 
 def _difficulty(questions: Sequence[Question]) -> list[str]:
-    rates = [event.facts for question in questions for event in _events(question, "measured")[-1:]]
+    rates = [event.facts for question in questions for event in question.said("measured")[-1:]]
     if not rates:
         return ["## Difficulty", "", "Not measured.", ""]
     lines = ["## Difficulty", "", "Pass rates of the policy:", "", "| right | with tools | without tools |", "|---|---|---|"]
@@ -99,10 +92,10 @@ def _review(questions: Sequence[Question]) -> list[str]:
 def _faults(questions: Sequence[Question], splits: Mapping[str, Sequence[Question]]) -> list[str]:
     """What is known to be wrong."""
     lines = []
-    unsure = [q for q in questions if (own := _events(q, "answered")) and not all(event.facts["right"] for event in own)]
+    unsure = [q for q in questions if (own := q.said("answered")) and not all(event.facts["right"] for event in own)]
     if unsure:
         lines.append(f"- In {len(unsure)} questions not every blind answerer gave the claimed answer.")
-    guessed = [q for q in questions if any(e.facts.get("with") == "text" and e.facts["right"] for e in _events(q, "attacked"))]
+    guessed = [q for q in questions if any(e.facts.get("with") == "text" and e.facts["right"] for e in q.said("attacked"))]
     if guessed:
         lines.append(f"- In {len(guessed)} questions a guess from the text alone was right, though not sure.")
     single = sum(not question.several for question in questions)

@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,9 +20,8 @@ from rich.table import Table
 
 from imagent_jax.curation import review
 from imagent_jax.curation.agents import AgentError
-from imagent_jax.curation.decisions import reviewed
-from imagent_jax.curation.pipeline import Stopped, curate, is_kept
-from imagent_jax.curation.question import Question
+from imagent_jax.curation.decisions import read_questions, reviewed
+from imagent_jax.curation.pipeline import Stopped, curate
 from imagent_jax.curation.release import release
 from imagent_jax.curation.settings import Curation, read_arguments
 from imagent_jax.runs.interrupt import Interrupt
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg = read_arguments(chosen.config, rest)
         return _run(cfg, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except AgentError as error:
@@ -67,12 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as error:
         console.print(escape(f"Stopped: {error}"))
         return 130
-
-
-def kept_questions(out: Path) -> Iterator[Question]:
-    """Yield the questions of a run that no filter has dropped."""
-    lines = (out / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    yield from (question for question in map(Question.from_json, lines) if is_kept(question))
 
 
 def _run(cfg: Curation, console: Console) -> int:
@@ -96,7 +89,7 @@ def _run(cfg: Curation, console: Console) -> int:
                 progress=lambda words: console.print(escape(f"  {words}"), soft_wrap=True),
                 asked_to_stop=lambda: bool(interrupt.asked),
             )
-        questions = [*(reviewed(out, cfg.release.reviewers) if cfg.release.reviewers else kept_questions(out))]
+        questions = [*(reviewed(out, cfg.release.reviewers) if cfg.release.reviewers else read_questions(out).values())]
         splits = release(out, questions, funnel, cfg.release, cfg.run.seed)
     finally:
         lock.release()

@@ -111,6 +111,10 @@ def mend(question: Question, changes: Mapping[str, Any]) -> Question:
         letters, made = made.letters, dataclasses.replace(made, answer_type="choice")
         if len(made.options) > len(letters) or made.answer not in [*letters]:
             raise ValueError(f"with options, the answer is the letter of one, {letters[0]} to {letters[-1]}, not {made.answer!r}")
+        if why := made.options_fault():
+            raise ValueError(why)
+    elif question.options:
+        made = dataclasses.replace(made, answer_type=question.open_type)
     if not made.right(made.answer):
         raise ValueError(f"the answer {made.answer!r} does not score against itself")
     if made == question:
@@ -120,7 +124,7 @@ def mend(question: Question, changes: Mapping[str, Any]) -> Question:
 
 def _place(question: Question, index: int, change: Mapping[str, Any]) -> Evidence:
     """A mended place. What the one before it asks and shows stays, if it is of the same image."""
-    number, box = int(change["image"]), _box(change["box"])
+    number, box = change["image"], _box(change["box"])
     for place in question.evidence[index : index + 1]:
         if place.image == number:
             return dataclasses.replace(place, box=box)
@@ -176,7 +180,7 @@ def settle(question: Question, decisions: Iterable[Decision], reviewers: int = 2
 def _box(numbers: Sequence[Any]) -> tuple[int, int, int, int]:
     if len(numbers) != 4:
         raise ValueError(f"a box is left, top, right and bottom, not {list(numbers)}")
-    left, top, right, bottom = map(int, numbers)
+    left, top, right, bottom = numbers
     return left, top, right, bottom
 
 
@@ -187,6 +191,7 @@ class Decisions:
         questions: by uid, in order.
         latest: the latest decision of each person on each question, by uid and name.
         blind: the first blind answer of each person to each question, by uid and name.
+        contents: hash of what is judged of each question (`content`), by uid.
 
     Raises:
         ValueError: see `read_questions`, or the file of decisions is none.
@@ -196,7 +201,7 @@ class Decisions:
         self.questions, self.path, self._lock = read_questions(folder), folder / FILE, threading.RLock()
         self.latest: dict[str, dict[str, Decision]] = {}
         self.blind: dict[str, dict[str, str]] = {}
-        self._contents, self._seen = {uid: content(question) for uid, question in self.questions.items()}, 0
+        self.contents, self._seen = {uid: content(question) for uid, question in self.questions.items()}, 0
         try:
             self._base = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
             self._base.execute("PRAGMA journal_mode = WAL")
@@ -221,7 +226,7 @@ class Decisions:
             mend(question, decision.facts.get("changes", {}))
         if decision.verdict == "reject" and not str(decision.facts.get("reason", "")).strip():
             raise ValueError("a rejection has a reason; give one")
-        row = (id, question.uid, self._contents[question.uid], decision.reviewer, decision.adjudicator, decision.verdict)
+        row = (id, question.uid, self.contents[question.uid], decision.reviewer, decision.adjudicator, decision.verdict)
         names = "id, question, content, reviewer, adjudicator, verdict, facts, time"
         with self._lock:
             self._base.execute(
@@ -238,7 +243,7 @@ class Decisions:
                 f"SELECT {columns} FROM log WHERE number > ? ORDER BY number", (self._seen,)
             ):
                 self._seen = number
-                if self._contents.get(uid) != hashed:
+                if self.contents.get(uid) != hashed:
                     continue
                 decision = Decision(uid, name, verdict, json.loads(facts), bool(adjudicator))
                 if verdict == BLIND:

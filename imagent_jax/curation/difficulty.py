@@ -104,7 +104,8 @@ def measured(
     """
     kind = import_path(cfg.policy, "difficulty.policy")
     own = read_own(kind.Settings, cfg.settings, "difficulty.settings")
-    keys = {q.uid: json.dumps([q.uid, q.text, q.answer, cfg.rollouts, repr(own)]) for q in questions}
+    asked = [cfg.policy, repr(own), cfg.rollouts]
+    keys = {q.uid: json.dumps([*asked, q.uid, q.text, q.options, q.answer, q.answer_type, q.images]) for q in questions}
     policy: PassRates | None = None
     left = [question for question in questions if keys[question.uid] not in file.rates]
     for begin in range(0, len(left), PIECE):

@@ -289,7 +289,7 @@ def read_answer(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     for part in (text, text[text.find("{") : text.rfind("}") + 1]):
         try:
             found = json.loads(part)
-            json.dumps(found, allow_nan=False)
+            json.dumps(found, allow_nan=False, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written
             jsonschema.validate(found, schema)
         except jsonschema.ValidationError as error:
             place = "".join(f"[{step!r}]" for step in error.absolute_path)

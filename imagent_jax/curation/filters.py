@@ -6,11 +6,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from imagent_jax.config import DataConfig
 from imagent_jax.curation.likeness import Known, Look, look_of
-from imagent_jax.curation.pool import SUFFIXES, Pool, pictures_of
+from imagent_jax.curation.pool import Pool, pictures_of, sources_of
 from imagent_jax.curation.question import SIDE, Event, Evidence, Question
 from imagent_jax.curation.roles import Roles
 from imagent_jax.curation.settings import AgentSettings, FilterSettings
@@ -33,6 +31,8 @@ FILTERS = {
     "difficulty": "the policy is always or never right, and tools do not help",
 }
 """What each filter drops, in the order in which they act."""
+BENCHMARK_SPLITS = ("train", "validation", "val", "dev", "test")
+"""Splits of a benchmark whose images and questions may not occur."""
 UNMENDABLE = {"benchmark", "options"}
 """Filters whose findings no repairer can mend."""
 
@@ -83,6 +83,10 @@ class Checks:
         found = []
         if where := self.benchmarks.has(question):
             found.append(("benchmark", where))
+        if 0 < len(question.options) < self.agents.options:
+            found.append(("options", f"there are {len(question.options)} that differ, not {self.agents.options}"))
+        elif why := question.options_fault():
+            found.append(("options", why))
         if answer_in_text(question):
             found.append(("answer_in_question", f"the question says {question.answer!r}"))
         for place in question.evidence:
@@ -197,8 +201,11 @@ class Benchmarks:
         self.ngrams: dict[tuple[str, ...], str] = {}
         self._looks: dict[str, Look] = {}
         for path in cfg.benchmarks:
-            for data, facts in pictures_of(path):
-                self.images.add(f"{path}: {facts['origin']}", look_of(read_image(data)))
+            for data, facts in pictures_of(path, BENCHMARK_SPLITS):
+                try:
+                    self.images.add(f"{path}: {facts['origin']}", look_of(read_image(data)))
+                except ValueError as error:
+                    raise ValueError(f"{facts['origin']} of the benchmark {path} cannot be compared: {error}.") from None
             for text in _questions_of(path):
                 for ngram in _ngrams(text, cfg.ngram):
                     self.ngrams.setdefault(ngram, f"{path}: {text[:80]}")
@@ -221,14 +228,15 @@ def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
 
 
 def _questions_of(path: str) -> Iterator[str]:
-    place = Path(path).expanduser()
-    if path.endswith(".tar") or (place.is_dir() and any(file.suffix.lower() in SUFFIXES for file in place.rglob("*"))):
-        return  # pictures without questions
     from imagent_jax.data.check import RowError
-    from imagent_jax.data.files import open_sources
+    from imagent_jax.data.files import NoSplit
     from imagent_jax.data.formats import format_of, read_row
 
-    for source in open_sources(DataConfig(name="files", path=path), "train"):
+    try:
+        sources = [] if path.endswith(".tar") else sources_of(path, BENCHMARK_SPLITS)
+    except NoSplit:  # pictures without questions
+        sources = []
+    for source in sources:
         for _, _, row in source.rows():
             if isinstance(row, dict) and (form := format_of(row)):
                 try:

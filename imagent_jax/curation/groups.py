@@ -28,7 +28,7 @@ def make_groups(cfg: GroupSettings, pool: Pool, seed: int) -> list[Group]:
     A function of the pool, the settings and the seed. A way that finds too few pictures leaves the rest to the others.
 
     Raises:
-        ValueError: there are fewer pictures than a group takes, or no picture has a column that a way names.
+        ValueError: there are too few pictures, no picture has a column that a way names, or no group can be made.
     """
     rng, left = np.random.default_rng((seed, 1)), sorted(pool.pictures)
     if len(left) < min(cfg.sizes):
@@ -53,6 +53,10 @@ def make_groups(cfg: GroupSettings, pool: Pool, seed: int) -> list[Group]:
         else:
             keep = [i for i, other in enumerate(ways) if other != way]
             ways, shares = [ways[i] for i in keep], shares[keep]
+    if not groups:
+        raise ValueError(
+            f"No {min(cfg.sizes)} pictures have one value of {' or '.join(cfg.ways)}; add similar or random to groups.ways."
+        )
     return groups
 
 

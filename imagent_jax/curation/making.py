@@ -74,7 +74,7 @@ class Maker:
 
     def _repaired(self, question: Question, findings: Sequence[str]) -> tuple[Question, bool]:
         """Return the question as the repairer rewrites it, and whether it could."""
-        open_one = replace(question, options=(), answer=_plain_answer(question), answer_type=_plain_type(question))
+        open_one = replace(question, options=(), answer=_plain_answer(question), answer_type=question.open_type)
         rewritten = self.roles.repair(open_one, findings)
         try:
             new = question_of(rewritten, question.uid, question.images, question.group)
@@ -99,11 +99,6 @@ class Maker:
 def _plain_answer(question: Question) -> str:
     """Return the answer as text: of a question with options, that of its letter."""
     return question.options[question.letters.index(question.answer)] if question.options else question.answer
-
-
-def _plain_type(question: Question) -> str:
-    offered = [event for event in question.history if event.what == "offered"]
-    return offered[-1].facts["type"] if question.options and offered else question.answer_type
 
 
 def question_of(proposal: Mapping[str, Any], uid: str, images: Sequence[str], group: str) -> Question:

@@ -9,10 +9,10 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image
 
@@ -20,7 +20,10 @@ from imagent_jax.config import DataConfig, import_path
 from imagent_jax.curation.likeness import Known, look_of
 from imagent_jax.curation.settings import PoolSettings
 from imagent_jax.images.decode import read_image
-from imagent_jax.runs.whole import write_whole
+from imagent_jax.runs.whole import Lines, write_whole
+
+if TYPE_CHECKING:
+    from imagent_jax.data.files import Source
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 LICENCES = "licences.csv"
@@ -56,9 +59,9 @@ class Pool:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        lines = (folder / "pool.jsonl").read_text().splitlines()
-        self.pictures = {picture.id: picture for picture in (Picture(**json.loads(line)) for line in lines)}
-        self.dropped: dict[str, int] = json.loads((folder / "pool_dropped.json").read_text())
+        pictures = [Picture(**values) for values in Lines(folder / "pool.jsonl").values]
+        self.pictures = {picture.id: picture for picture in pictures}
+        self.dropped: dict[str, int] = json.loads((folder / "pool_dropped.json").read_text(encoding="utf-8"))
 
     def data(self, picture: str) -> bytes:
         """Return the file of a picture."""
@@ -80,9 +83,15 @@ def build_pool(cfg: PoolSettings, seed: int, out: Path, progress: Callable[[str]
         ValueError: there are no pictures, or the source cannot be read.
     """
     if not (out / "pool.jsonl").exists():
-        if cfg.make and not Path(cfg.path).expanduser().exists():
+        source = Path(cfg.path).expanduser()
+        unfinished = source.parent / f".{source.name}.unfinished"
+        if cfg.make and (not source.exists() or unfinished.exists()):
             progress(f"making {cfg.make_count} pictures in {cfg.path}")
-            import_path(cfg.make, "pool.make")(Path(cfg.path).expanduser(), cfg.make_count, seed)
+            make = import_path(cfg.make, "pool.make")
+            source.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.touch()  # a killed process leaves a folder with some of the pictures
+            make(source, cfg.make_count, seed)
+            unfinished.unlink()
         (out / "pool").mkdir(parents=True, exist_ok=True)
         pictures, dropped = _kept(cfg, out, progress)
         if not pictures:
@@ -132,7 +141,10 @@ def _suffix(data: bytes) -> str:
 def showable(data: bytes) -> tuple[bytes, str]:
     """Return an image file that every server and browser shows upright, and its MIME type: this one or a PNG."""
     with Image.open(io.BytesIO(data)) as image:
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        try:
+            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        except Exception:  # damaged EXIF data
+            upright = False
         if upright and image.format in ("JPEG", "PNG", "WEBP", "GIF"):
             return data, f"image/{image.format.lower()}"
     read_image(data).save(out := io.BytesIO(), "PNG")
@@ -142,12 +154,34 @@ def showable(data: bytes) -> tuple[bytes, str]:
 # ---- sources ----------------------------------------------------------------------------------------------------------
 
 
-def pictures_of(path: str) -> Iterator[Found]:
+def sources_of(path: str, splits: Sequence[str]) -> list[Source]:
+    """Return the rows of a data set, of those of some splits that it has.
+
+    Raises:
+        NoSplit: it has none of them.
+        ValueError: there is no such data set.
+    """
+    from imagent_jax.data.files import NoSplit, open_sources
+
+    found, missing = {}, None
+    for split in splits:
+        try:
+            sources = open_sources(DataConfig(name="files", path=path, test_path=path), split)
+            found |= {source.name: source for source in sources}  # a file is of every split
+        except NoSplit as error:
+            missing = missing or error
+    if not found and missing:
+        raise missing
+    return [*found.values()]
+
+
+def pictures_of(path: str, splits: Sequence[str] = ("train",)) -> Iterator[Found]:
     """Yield the image files of a source, in an order that the source alone decides.
 
     Args:
         path: folder of pictures; tar shards of WebDataset (a file, or a pattern such as "a-*.tar"); else rows with images of a
             file, a folder with `train.*`, or a hub data set.
+        splits: of the rows; those that there are.
     Raises:
         ValueError: there is no such source, or it cannot be read.
     """
@@ -159,14 +193,17 @@ def pictures_of(path: str) -> Iterator[Found]:
     elif os.path.isdir(name) and (files := sorted(f for f in Path(name).rglob("*") if f.suffix.lower() in SUFFIXES)):
         yield from _of_folder(Path(name), files)
     else:
-        yield from _of_rows(path)
+        yield from _of_rows(sources_of(path, splits))
 
 
 def _of_folder(folder: Path, files: list[Path]) -> Iterator[Found]:
     known: dict[str, dict[str, str]] = {}
     if (table := folder / LICENCES).is_file():
-        with table.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark before the first column
+                rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{table} cannot be read ({error}); write it as CSV in UTF-8.") from None
         if rows and "file" not in rows[0]:
             raise ValueError(f"{table} has no column 'file'; its columns are file, licence, origin.")
         known = {row.pop("file"): {name: value for name, value in row.items() if name and value} for row in rows}
@@ -193,6 +230,8 @@ def _of_shard(shard: Path) -> Iterator[Found]:
                     sample[1].append(file.read())
                 elif suffix == ".json":
                     facts = json.loads(file.read())
+                    if not isinstance(facts, dict):
+                        raise ValueError(f"{member.name} is no JSON object")
                     sample[2].update({k: str(v) for k, v in facts.items() if isinstance(v, (str, int, float))})
             yield from _of_sample(shard, sample)
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -205,11 +244,9 @@ def _of_sample(shard: Path, sample: tuple[str, list[bytes], dict[str, str]]) -> 
         yield data, {"origin": f"{shard.name}:{key.lstrip('/')}", **facts}
 
 
-def _of_rows(path: str) -> Iterator[Found]:
+def _of_rows(sources: Sequence[Source]) -> Iterator[Found]:
     """Images of the rows of a data set, as training reads them (`data.files`), with the text columns of their row."""
-    from imagent_jax.data.files import open_sources
-
-    for source in open_sources(DataConfig(name="files", path=path), "train"):
+    for source in sources:
         for number, _, row in source.rows():
             if not isinstance(row, dict):
                 raise ValueError(f"{source.name}, {source.unit} {number}: {row.reason}.")

@@ -25,7 +25,7 @@ class Evidence:
         asks: a question that the place alone answers; "": none.
         shows: the answer to it.
     Raises:
-        ValueError: the box is empty or not inside the image, or the number is below 1.
+        ValueError: the box is empty or not inside the image, the number is below 1, or a number is not whole.
     """
 
     image: int
@@ -34,6 +34,10 @@ class Evidence:
     shows: str = ""
 
     def __post_init__(self):
+        if any(number % 1 for number in (self.image, *self.box)):
+            raise ValueError(f"the box {list(self.box)} of image {self.image} is not in whole numbers")
+        object.__setattr__(self, "image", int(self.image))  # JSON schemas take 1.0 for a whole number, lists do not
+        object.__setattr__(self, "box", tuple(map(int, self.box)))
         left, top, right, bottom = self.box
         if self.image < 1 or not (0 <= left < right <= SIDE and 0 <= top < bottom <= SIDE):
             raise ValueError(f"the box {list(self.box)} of image {self.image} is empty or not within 0 to {SIDE}")
@@ -94,10 +98,37 @@ class Question:
         """Return the question with changed fields and the event at the end of its history."""
         return dataclasses.replace(self, **changes, history=(*self.history, event))
 
+    def said(self, what: str) -> list[Event]:
+        """Return the events of a kind since the question last changed, by a repair or by people who mended it."""
+        people = [event for event in self.history if event.by.startswith("review:")]
+        deciding = [event for event in people if event.facts.get("adjudicator")][-1:] or people
+        if any(event.what == "mended" for event in deciding):
+            return []
+        last = max((i for i, event in enumerate(self.history) if event.what == "repaired"), default=0)
+        return [event for event in self.history[last:] if event.what == what]
+
     @property
     def letters(self) -> str:
         """Letters of the options, in order."""
         return string.ascii_uppercase[: len(self.options)]
+
+    @property
+    def open_type(self) -> str:
+        """How answers are compared where there are no options."""
+        offered = [event.facts["type"] for event in self.history if event.what == "offered"]
+        return (offered[-1] if offered else "exact") if self.options else self.answer_type
+
+    def options_fault(self) -> str:
+        """Return why training cannot read the options and the letter of the right one; "": it can."""
+        from imagent_jax.data.check import RowError
+        from imagent_jax.data.fields import options_of
+
+        try:
+            if self.options:
+                options_of([*self.options], [self.answer])
+        except RowError as error:
+            return error.reason
+        return ""
 
     def right(self, answer: str) -> bool:
         """Return whether an answer is the claimed one.

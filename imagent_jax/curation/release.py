@@ -104,7 +104,7 @@ def release(
 def row_of(question: Question) -> dict[str, Any]:
     """Return a question as a row of our own format, without images. The history is part of it, and the measured pass rate."""
     values = asdict(question)
-    rates = [event.facts["with tools"] for event in question.history if event.what == "measured"]
+    rates = [event.facts["with tools"] for event in question.said("measured")]
     own = {name: values[name] for name in ("uid", "answer", "answer_type", "kind")}
     own |= {"options": list(question.options)} if question.options else {}
     own |= {"pass_rate": rates[-1]} if rates else {}
@@ -135,7 +135,9 @@ def _write_parquet(folder: Path, splits: Mapping[str, Sequence[Question]], pool:
             row |= {key: json.dumps(row[key], ensure_ascii=False) for key in ("evidence", "history")}
             rows.append(row | {"images": [{"bytes": pool.data(image), "path": image} for image in question.images]})
         if rows:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet", row_group_size=64)
+            names = dict.fromkeys(name for row in rows for name in row)  # pyarrow takes the columns of the first row
+            table = pyarrow.Table.from_pylist([dict.fromkeys(names) | row for row in rows])
+            pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=64)
 
 
 def _write_array_record(folder: Path, source: Path, splits: Mapping[str, Sequence[Question]]) -> None:

@@ -106,16 +106,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.reviewer:
             raise ValueError("Nobody is named; say who reviews: --reviewer NAME.")
         review = open_review(args.folder, args.reviewer, blind=args.blind, adjudicator=args.adjudicator, host=args.host)
-        server = Server(review, args.port)
-    except (ValueError, OSError, OverflowError) as error:
-        print(f"error: {error}" if isinstance(error, ValueError) else _port_in_words(args, error), file=sys.stderr)
+        server = _listening(review, args.port)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     serve(server, args.folder, open_page=not args.no_open)
     return 0
 
 
-def _port_in_words(args: argparse.Namespace, error: Exception) -> str:
-    return f"error: {args.host}:{args.port} cannot be listened on ({error}); give another --port or --host."
+def _listening(review: Review, port: int) -> Server:
+    try:
+        return Server(review, port)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{review.host}:{port} cannot be listened on ({error}); give another --port or --host.") from None
 
 
 def serve(server: Server, folder: Path, open_page: bool) -> None:

@@ -85,6 +85,7 @@ class Review:
         own = self.decisions.blind.get(uid, {}).get(reviewer)
         shown = {
             "uid": uid,
+            "content": self.decisions.contents[uid],
             "text": question.text,
             "images": question.images,
             "options": question.options,
@@ -119,6 +120,8 @@ class Review:
         id, uid, verdict = (str(sent.get(name, "")) for name in ("id", "uid", "verdict"))
         if not 8 <= len(id) <= 80 or verdict not in (*VERDICTS, BLIND):
             raise Refused(400, f"A decision has an id of 8 to 80 characters and a verdict, one of {', '.join(VERDICTS)}.")
+        if sent.get("content") != self.decisions.contents.get(uid, sent.get("content")):  # a page of before, or of another folder
+            raise Refused(400, f"The question {uid!r} is not the one that the page shows; load the page again.")
         if self.adjudicator and uid not in self.decisions.disputed():
             raise Refused(400, f"Nobody disagrees on {uid!r}; an adjudicator decides disagreements only.")
         if self.blind and verdict != BLIND and self.question(reviewer, uid)["hidden"]:

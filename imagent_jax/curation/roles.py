@@ -24,6 +24,8 @@ Prompt = Literal[
 ]  # fmt: skip
 ROLES = ("proposer", "answerer", "attacker", "repairer", "distractors")
 """Roles that may have a backend of their own. The attacker also reads crops."""
+LONGEST = 8
+"""Most that the longer side of an enlarged crop has of the shorter side that is wanted."""
 ANSWER_TYPES = ("exact", "number", "choice")
 
 _TEXT, _BOOL = {"type": "string"}, {"type": "boolean"}
@@ -135,17 +137,14 @@ class Roles:
         return self._ask("repairer", [*self._shown(question.images), _text(words)])
 
     def distract(self, question: Question, count: int) -> list[str]:
-        """Return `count` wrong options.
-
-        Raises:
-            AgentError: there are fewer that differ from each other and from the answer.
-        """
+        """Return `count` wrong options, or all that there are of those that differ from each other and from the answer."""
         words = f"{asked(question)}\nAnswer: {question.answer}\nWrong options wanted: {count}"
         found = self._ask("distractors", [*self._shown(question.images), _text(words)])["options"]
-        wrong = [one for one in dict.fromkeys(map(str.strip, found)) if one and one.lower() != question.answer.lower()]
-        if len(wrong) < count:
-            raise AgentError(f"The distractor writer gave {len(wrong)} usable options of {count}.")
-        return wrong[:count]
+        wrong: dict[str, str] = {}
+        for one in map(str.strip, found):
+            if one and one.lower() != question.answer.lower():
+                wrong.setdefault(one.lower(), one)
+        return [*wrong.values()][:count]
 
     # ---- messages -----------------------------------------------------------------------------------------------------
 
@@ -163,14 +162,17 @@ class Roles:
         return [part for n, name in enumerate(images, 1) for part in (_text(f"Image {n}:"), _picture(self.pool.data(name)))]
 
     def _crop(self, image: str, place: Evidence, margin: float) -> Image.Image:
-        """Return the pixels of a place with a margin, enlarged to `crop_side` where they are fewer."""
+        """Return the pixels of a place with a margin, at least one, enlarged to `crop_side` where they are fewer.
+
+        The longer side becomes at most `LONGEST` times that: a strip of one pixel would be a picture of gigabytes.
+        """
         whole = self.pool.image(image)
         (width, height), edge = whole.size, SIDE * margin
         left, top = (max(0.0, low - edge) / SIDE for low in place.box[:2])
         right, bottom = (min(float(SIDE), high + edge) / SIDE for high in place.box[2:])
-        box = round(left * width), round(top * height), round(right * width), round(bottom * height)
-        crop = whole.crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
-        if (factor := self.cfg.crop_side / min(crop.size)) > 1:
+        begin = min(round(left * width), width - 1), min(round(top * height), height - 1)
+        crop = whole.crop((*begin, max(round(right * width), begin[0] + 1), max(round(bottom * height), begin[1] + 1)))
+        if (factor := min(self.cfg.crop_side / min(crop.size), LONGEST * self.cfg.crop_side / max(crop.size))) > 1:
             crop = crop.resize((round(crop.width * factor), round(crop.height * factor)), Image.Resampling.BICUBIC)
         return crop
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -133,7 +134,7 @@ class Curation:
         """Raise ValueError for values that cannot be; the sentence says what to change."""
         if not self.groups.sizes or not all(2 <= size <= 8 for size in self.groups.sizes):
             raise ValueError(f"groups.sizes is {list(self.groups.sizes)}; a group has 2 to 8 images.")
-        if not self.groups.ways or any(share <= 0 for share in self.groups.ways.values()):
+        if not self.groups.ways or not all(0 < share < math.inf for share in self.groups.ways.values()):
             raise ValueError(f"groups.ways is {dict(self.groups.ways)}; give each way a share above 0.")
         if not self.pool.path:
             raise ValueError("pool.path is empty; name a folder of pictures, a data set, or tar shards.")
@@ -175,8 +176,16 @@ def read_arguments(files: Sequence[str], overrides: Sequence[str]) -> Curation:
         section, _, key = name[2:].partition(".")
         if f"{section}.{key}" not in setting_names():
             raise ValueError(f"There is no setting {name[2:]!r}; {nearest(name[2:], setting_names())}")
-        values.setdefault(section, {})[key] = yaml.safe_load(value if equals else left.pop(0))
+        values.setdefault(section, {})[key] = _value_of(value if equals else left.pop(0))
     return Curation.from_dict(values)
+
+
+def _value_of(text: str) -> Any:
+    """Return a value of the command line; what is not YAML, such as *.tar, is text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _plain(value: Any) -> Any:

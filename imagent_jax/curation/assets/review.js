@@ -209,7 +209,7 @@ async function decide(verdict, facts = {}) {
   if (state.busy || !question || question.hidden) return;
   state.busy = true;
   try {
-    const status = await send({ id: newId(), uid: question.uid, verdict, ...facts });
+    const status = await send({ id: newId(), uid: question.uid, content: question.content, verdict, ...facts });
     state.mine[question.uid] = verdict;
     known.delete(question.uid);
     showStatus(status);
@@ -226,7 +226,7 @@ async function answer() {
   if (state.busy || !own.trim()) return;
   state.busy = true;
   try {
-    const reply = await send({ id: newId(), uid: question.uid, verdict: "answer", answer: own.trim() });
+    const reply = await send({ id: newId(), uid: question.uid, content: question.content, verdict: "answer", answer: own.trim() });
     known.delete(question.uid);
     state.question = { ...reply.question, pictures: question.pictures };
     draw();
