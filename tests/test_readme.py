@@ -135,6 +135,13 @@ def test_every_command_has_its_line_on_the_page_of_commands():
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [*COMMANDS_OF_IMAGENT]
 
 
+def test_every_extra_has_its_line_on_the_page_of_commands():
+    table = PAGES["runs"].split("## Extras")[1].split("## ")[0]
+    listed = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*listed} == {*extras}
+
+
 def test_every_setting_that_is_named_exists():
     named = re.findall(r"--(\w+\.\w+) ([^\s`;]+)", README.replace("--section.key VALUE", ""))
     assert len(named) >= 3
