@@ -245,9 +245,11 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_of_the_page_is_one_that_the_program_takes(tmp_path, monkeypatch, words):
-    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for file in ("mine.yaml", "CONFIG", "runs/mine/config.yaml"):
+        (tmp_path / file).write_text("")
     monkeypatch.chdir(tmp_path)
-    assert words[0] == "imagent"
+    assert words[0] == "imagent" and ("--config" in words) == (words[1] == "evaluate")  # else the sizes are the tiny run's
     chosen = importlib.import_module(f"imagent_jax.{words[1]}").parse(words[2:])
     if words[1] == "evaluate":
         specs = [named(spec) for spec in chosen[0].benchmark.split(",") if spec]

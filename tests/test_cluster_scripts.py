@@ -51,10 +51,13 @@ def test_a_stopped_run_is_started_again_and_goes_on(tmp_path):
     assert resumes == ["false", "true", "true"] and all("--run.name=a b" in call for call in calls)
 
 
-def test_a_run_that_has_checkpoints_is_continued(tmp_path):
-    (tmp_path / "tiny" / "checkpoints" / "40").mkdir(parents=True)
-    run, log = start(tmp_path, 0)
-    assert run.wait(120) == 0 and log.read_text().startswith(f"-m imagent_jax.train --run.dir={tmp_path} --run.resume=true")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_has_checkpoints_is_continued(tmp_path, elsewhere):
+    (tmp_path / ("disk/tiny" if elsewhere else "tiny/checkpoints") / "40").mkdir(parents=True)
+    options = [f"--run.checkpoint_dir={tmp_path / 'disk'}"] * elsewhere
+    run, log = start(tmp_path, 0, *options)
+    asked = " ".join([f"-m imagent_jax.train --run.dir={tmp_path}", *options, "--run.resume=true"])
+    assert run.wait(120) == 0 and log.read_text().startswith(asked)
 
 
 def test_sigterm_ends_the_run_with_its_own_exit_code(tmp_path):

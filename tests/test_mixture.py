@@ -247,6 +247,11 @@ def test_rows_that_are_left_out_are_counted_over_all_sources(folder):
             "test",
             "data.mixture.words.path .*train.jsonl names training tasks only; set data.mixture.words.te",
         ),
+        (
+            {"name": "tiny_world"},
+            "train",
+            "data.mixture.words.name is 'tiny_world', which does not read .*; set data.mixture.words",
+        ),
         ({"path": "/nowhere"}, "train", "The task file /nowhere does not exist; write it or correct data.mixture.words.path."),
         (
             {"answer_type": "guess"},

@@ -205,6 +205,7 @@ print(len(next(task_iterator(tasks, 4, seed=0))), {{"tensorflow", "torch"}} & se
     [
         ({}, "valid", "There is no split 'valid'; use one of train, test."),
         ({"name": "imagenet"}, "train", "There is no data set 'imagenet'; set data.name to one of tiny_world, tiny_code, "),
+        ({"path": "mine"}, "train", "data.name is 'tiny_world', which does not read mine; set data.name to files, or unset"),
         ({"train_size": 0}, "train", "split 'train' needs a task at least; set data.train_size above 0"),
         ({"test_size": 0}, "train", "split 'test' needs a task at least; set data.test_size above 0"),
         ({"cache_dir": "/dev/null/x"}, "train", "cannot be written .*; set data.cache_dir."),

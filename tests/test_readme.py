@@ -1,4 +1,4 @@
-"""The front page: every block of code in README.md runs, loads or parses."""
+"""The front page: every block of code in README.md runs, loads or parses. Commands of the other pages parse."""
 
 import argparse
 import importlib
@@ -16,6 +16,7 @@ from scripted_run import ANSWER, play
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from imagent_jax.chat import QWEN
+from imagent_jax.cli import COMMANDS as COMMANDS_OF_IMAGENT
 from imagent_jax.config import SETTINGS, TINY, Config, read_args
 from imagent_jax.rl.rewards import reward_functions, score_trajectories
 from imagent_jax.tiny.base import base_folder
@@ -24,6 +25,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"python -m [^`;&\n]+", README)))  # of blocks and of sentences
+PAGES = {page.stem: page.read_text() for page in (ROOT / "docs").glob("*.md") if page.stem not in ("benchmarks", "plans")}
+OTHERS = sorted(
+    (page, line)
+    for page, text in PAGES.items()
+    for block in re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()
+    if re.match(r"imagent (?!\w+ [A-Z-])|python -m imagent_jax\.(train|evaluate|view|ablate) ", line)
+)  # `imagent index CORPUS` is a form, no command
 
 
 def of(kind: str) -> list[str]:
@@ -94,6 +103,43 @@ def test_every_command_has_its_module_and_its_arguments(command, mine, monkeypat
     monkeypatch.delitem(sys.modules, words[2])  # it is run anew, as `python -m` does
     with pytest.raises(Parsed):
         runpy.run_module(words[2], run_name="__main__")
+
+
+@pytest.mark.parametrize(("page", "command"), OTHERS)
+def test_every_command_of_the_other_pages_is_one_that_the_program_takes(page, command, tmp_path, monkeypatch):
+    words = shlex.split(command.replace("python -m imagent_jax.", "imagent "), comments=True)
+    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    module, parse = importlib.import_module(f"imagent_jax.{words[1]}"), argparse.ArgumentParser.parse_args
+
+    def parsed(*args):
+        raise Parsed
+
+    if hasattr(module, "parse"):
+        module.parse(words[2:])
+    elif hasattr(module, "parse_args"):
+        cfg = read_args(words[2:])
+        own = page != "tools" or "--config" in words  # the sizes of the tiny run have no room for other tools
+        assert own and (cfg.data.name == "files" or not cfg.data.path)
+    else:
+        monkeypatch.setattr("imagent_jax.curation.command._run", parsed)
+        if words[1] != "curate" or "--review" in words:
+            monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *args: parsed(parse(*args)))
+        with pytest.raises(Parsed):
+            module.main(words[2:])
+
+
+def test_every_command_has_its_line_on_the_page_of_commands():
+    table = PAGES["runs"].split("## Commands")[1].split("## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [*COMMANDS_OF_IMAGENT]
+
+
+def test_every_extra_has_its_line_on_the_page_of_commands():
+    table = PAGES["runs"].split("## Extras")[1].split("## ")[0]
+    listed = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*listed} == {*extras}
 
 
 def test_every_setting_that_is_named_exists():

@@ -79,6 +79,15 @@ def test_held_out_tasks_are_the_first_of_the_test_split(whole):
         assert record["time/evaluation" if prefix == "base" else f"{prefix}/time/evaluation"] >= spent
 
 
+def test_every_metric_of_a_run_is_described(whole):
+    page = (Path(__file__).parent.parent / "docs" / "runs.md").read_text().split("## Metrics")[1]
+    named = [name for row in page.splitlines() if row.startswith("| `") for name in re.findall(r"`([\w/<>.]+)`", row)]
+    forms = [re.sub(r"<\w+>", "[^/]+", name).replace("...", ".+") for name in named]
+    forms += [f"{name}/[^/]+" for name in forms if name.startswith("mask/dropped_")]
+    logged = {re.sub("^(base|eval|final)/", "", name) for record in whole.records for name in record} - {"step"}
+    assert [name for name in sorted(logged) if not any(re.fullmatch(form, name) for form in forms)] == []
+
+
 def test_training_tasks_are_of_the_training_split_in_the_order_of_the_seeds(whole):
     tasks = open_tasks(whole.cfg.data, "train")
 

@@ -11,9 +11,10 @@ import sys
 from etils import epath
 
 from imagent_jax.config import parse_args
+from imagent_jax.runs.folder import checkpoint_folder
 
 run = parse_args(sys.argv[1:]).run
-folder = epath.Path(getattr(run, "checkpoint_dir", "") or epath.Path(run.dir) / run.name / "checkpoints")
+folder = epath.Path(checkpoint_folder(run, epath.Path(run.dir) / run.name))
 print(str(folder.is_dir() and any(saved.name.isdigit() for saved in folder.iterdir())).lower())
 PY
 ) || exit 2

@@ -8,6 +8,7 @@ def setting(default: Any, help: str, hash: bool | None = None, **bounds: float) 
     """Declare a setting.
 
     Args:
+        default: default value; its field's annotation is the type.
         help: what the setting means, for `--help` and the reference.
         hash: False for a setting that may be a mapping, which has no hash. A configuration has one: jitted functions need it.
         bounds: its range: `least` and `most` (inclusive), `above` and `below` (exclusive).

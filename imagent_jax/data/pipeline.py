@@ -33,7 +33,7 @@ def check_source(cfg: DataConfig) -> None:
     """Check that the settings name a data set, before anything is loaded.
 
     Raises:
-        ValueError: unknown data set or answer type, or no path of files.
+        ValueError: unknown data set or answer type, no path of files, or a path beside a data set that reads none.
     """
     mixed = {f"data.mixture.{name}": source for name, source in cfg.mixture.items()}
     for name, source in {"data": cfg, **mixed}.items():
@@ -44,6 +44,10 @@ def check_source(cfg: DataConfig) -> None:
             raise ValueError(f"There is no data set {source.name!r}; set {name}.name to one of {', '.join(SOURCES)}.")
         if source.name == "files" and not source.path:
             raise ValueError(f"{name}.name is 'files' but {name}.path is empty; name the folder with train.jsonl and test.jsonl.")
+        if source.name != "files" and (path := source.path or source.test_path):
+            raise ValueError(
+                f"{name}.name is {source.name!r}, which does not read {path}; set {name}.name to files, or unset the path."
+            )
 
 
 def open_tasks(cfg: DataConfig, split: str, check: TaskCheck | None = None, progress: Progress = lambda sentence: None) -> Tasks:

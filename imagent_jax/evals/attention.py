@@ -148,7 +148,7 @@ def plot(conditions: dict[str, Any], title: str, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: exit code 0, or 2 after one sentence about bad input."""
     parser = argparse.ArgumentParser(prog="python -m imagent_jax.attention", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="RUN_OR_BASE", help="folder of a run or of a model, a hub id, or 'tiny'")
+    parser.add_argument("model", metavar="RUN_OR_BASE", help="folder of a run, or 'tiny'")
     parser.add_argument("--tasks", type=int, default=64, help="held-out tasks that ask about one image (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--out", type=Path, default="attention.png", metavar="F.png", help="default: attention.png")

@@ -47,7 +47,19 @@ def evaluate(
     temperature: float,
     progress=None,
 ) -> tuple[dict[str, float], list[Trajectory]]:
-    """Sample one rollout of every task, `groups` tasks at a time; return metrics and trajectories."""
+    """Sample one rollout of every task; return metrics and trajectories.
+
+    Args:
+        groups: tasks decoded at once.
+        greedy: take the likeliest tokens, whatever `temperature` says.
+        temperature: of the sampled softmax.
+        progress: called with the number of tasks done and of all tasks.
+    Returns:
+        Metrics by name (`rollout.metrics.summarise` and `call_metrics`), and the trajectory of each task, in order.
+    Raises:
+        ValueError: see `Collector.open_task`.
+        Stopped: the collector's `stop` was set.
+    """
     done: list[Trajectory] = []
     for begin in range(0, len(tasks), 4 * groups):  # bounds the memory for encoded images
         out = collector.collect(
