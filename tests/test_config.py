@@ -144,6 +144,22 @@ def test_a_bad_file_is_refused_in_one_sentence(text, sentence):
     assert said(Config.from_yaml, text) == sentence
 
 
+def test_on_and_off_are_values_of_settings_in_a_file_as_on_the_command_line(tmp_path):
+    changes = {
+        "eval.shuffle_options": "off",
+        "search.record": "off",
+        "run.resume": True,
+        "data.skip_bad": True,
+        "run.name": "truely",
+    }
+    text = "eval: {shuffle_options: off}\nsearch: {record: off}\nrun: {resume: True, name: truely}\ndata: {skip_bad: yes}"
+    (tmp_path / "a.yaml").write_text(text)
+    assert Config.from_yaml(text) == load_config(tmp_path / "a.yaml") == Config().changed(changes)
+    (tmp_path / "none.yaml").write_text("")
+    words = [f"--{name}={value}" for name, value in changes.items()]
+    assert read_args([f"--config={tmp_path / 'none.yaml'}", *words]) == Config().changed(changes)
+
+
 def test_text_that_is_not_yaml_is_refused_in_one_sentence(tmp_path):
     assert said(Config.from_yaml, "run: [").startswith("The text is not YAML: ")
     (tmp_path / "c.yaml").write_bytes(b"run: \xff")

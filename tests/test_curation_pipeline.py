@@ -325,6 +325,11 @@ def test_a_run_goes_on_with_its_own_settings_only(folder, capsys):
     assert "2.0.0" in (folder / "run" / "release" / "README.md").read_text().splitlines()[0]
 
 
+def test_a_file_may_switch_difficulty_on(tmp_path):
+    (tmp_path / "a.yaml").write_text("pool: {path: x}\ndifficulty: {on: true}")
+    assert read_arguments([str(tmp_path / "a.yaml")], []).difficulty.on is True
+
+
 def test_the_shipped_settings_are_valid_and_are_read_back():
     cfg = read_arguments([str(ROOT / "configs" / "curate_tiny.yaml")], [])
     assert Curation.from_dict(cfg.to_dict()) == cfg and cfg.difficulty.on is False
