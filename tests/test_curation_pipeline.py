@@ -330,6 +330,12 @@ def test_a_file_may_switch_difficulty_on(tmp_path):
     assert read_arguments([str(tmp_path / "a.yaml")], []).difficulty.on is True
 
 
+@pytest.mark.parametrize("name", ["no", "on", "off", "y"])
+def test_a_word_is_the_same_in_a_file_and_on_the_command_line(tmp_path, name):
+    (tmp_path / "a.yaml").write_text(f"pool: {{path: {name}}}")
+    assert read_arguments([str(tmp_path / "a.yaml")], []).pool.path == name == read_arguments([], ["--pool.path", name]).pool.path
+
+
 def test_the_shipped_settings_are_valid_and_are_read_back():
     cfg = read_arguments([str(ROOT / "configs" / "curate_tiny.yaml")], [])
     assert Curation.from_dict(cfg.to_dict()) == cfg and cfg.difficulty.on is False

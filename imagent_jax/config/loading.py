@@ -396,7 +396,7 @@ def read_file(path: str | Path, what: str = "config file") -> dict[str, Any]:
     return _read_yaml(text, str(path))
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Reads `true` and `false` as truth values, as YAML 1.2 and the command line do. `on` and `off` are names and values."""
 
     yaml_implicit_resolvers = {
@@ -405,12 +405,12 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def _read_yaml(text: str, origin: str) -> dict[str, Any]:
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}.") from None
     if values is not None and not isinstance(values, dict):

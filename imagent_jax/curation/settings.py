@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from imagent_jax.config import read_own
-from imagent_jax.config.loading import check_names, nearest, read_file
+from imagent_jax.config.loading import Loader, check_names, nearest, read_file
 from imagent_jax.config.settings import Table, setting
 
 
@@ -183,7 +183,7 @@ def read_arguments(files: Sequence[str], overrides: Sequence[str]) -> Curation:
 def _value_of(text: str) -> Any:
     """Return a value of the command line; what is not YAML, such as *.tar, is text."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError:
         return text
 
